@@ -1,0 +1,89 @@
+"""The oracle: scatter, float64, NumPy only, so that a mistake in `declare` (which gathers) is not repeated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.spec import Activation, ConvTranspose3d
+
+Array = NDArray[np.float64]
+
+
+def reference(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.generic], b: NDArray[np.generic] | None = None) -> Array:
+    """Compute ``Y`` in float64. ``x`` and the result have the spec's layout, ``w`` is canonical."""
+    y = linear(spec, x, w)
+    if spec.bias and b is not None:
+        y += _channels(spec, np.asarray(b, np.float64))
+    return activate(spec.activation, y)
+
+
+def linear(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.generic]) -> Array:
+    """The sum alone, without bias and activation; also of magnitudes, for the error bound."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    if spec.layout == "NDHWC":
+        x = np.moveaxis(x, -1, 1)
+    batch, g = x.shape[0], spec.groups
+    grouped_x = x.reshape(batch, g, spec.channels_in // g, *x.shape[2:])
+    grouped_w = w.reshape(g, spec.channels_in // g, spec.channels_out // g, *w.shape[2:])
+    y = np.zeros((batch, g, spec.channels_out // g, *(a.out for a in spec.axes)))
+    for tap in np.ndindex(*w.shape[2:]):
+        reads, lands = [], []
+        for t, axis in zip(tap, spec.axes, strict=True):
+            # input i lands on output i*stride + t*dilation - begin: keep the i whose output exists
+            shift = t * axis.dilation - axis.begin
+            first = max(0, -(shift // axis.stride))
+            last = min(axis.size, -((shift - axis.out) // axis.stride))
+            reads.append(slice(first, max(first, last)))
+            lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
+        if any(r.start >= r.stop for r in reads):
+            continue
+        y[..., *lands] += np.einsum("ngcdhw,gcm->ngmdhw", grouped_x[..., *reads], grouped_w[..., *tap], optimize=True)
+    y = y.reshape(batch, spec.channels_out, *y.shape[3:])
+    return np.ascontiguousarray(np.moveaxis(y, 1, -1)) if spec.layout == "NDHWC" else y
+
+
+def _channels(spec: ConvTranspose3d, b: Array) -> Array:
+    return b if spec.layout == "NDHWC" else b[:, None, None, None]
+
+
+def activate(activation: Activation, z: Array) -> Array:
+    """Apply the activation in float64."""
+    with np.errstate(over="ignore"):
+        return _FORMULAS[activation.name](z, *activation.parameters)
+
+
+def _sigmoid(z: Array) -> Array:
+    # never the exponential of a positive number: it would overflow
+    e = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1, e) / (1 + e)
+
+
+def _hard_sigmoid(z: Array, alpha: float, beta: float) -> Array:
+    return np.clip(alpha * z + beta, 0, 1)
+
+
+_erf: Callable[[Array], Array] = np.vectorize(math.erf, otypes=[np.float64])
+
+_FORMULAS: dict[str, Callable[..., Array]] = {
+    "none": lambda z: z,
+    "relu": lambda z: np.maximum(z, 0),
+    "relu6": lambda z: np.clip(z, 0, 6),
+    "leaky_relu": lambda z, alpha: np.where(z >= 0, z, alpha * z),
+    "elu": lambda z, alpha: np.where(z >= 0, z, alpha * np.expm1(np.minimum(z, 0))),
+    "selu": lambda z, alpha, gamma: gamma * np.where(z >= 0, z, alpha * np.expm1(np.minimum(z, 0))),
+    "gelu": lambda z: 0.5 * z * (1 + _erf(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "sigmoid": _sigmoid,
+    "hard_sigmoid": _hard_sigmoid,
+    "silu": lambda z: z * _sigmoid(z),
+    "hard_silu": lambda z: z * _hard_sigmoid(z, 1 / 6, 0.5),
+    "mish": lambda z: z * np.tanh(np.logaddexp(0, z)),
+    "softplus": lambda z: np.logaddexp(0, z),
+    "softsign": lambda z: z / (1 + np.abs(z)),
+    "tanh": np.tanh,
+    "exponential": np.exp,
+}

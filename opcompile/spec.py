@@ -1,0 +1,410 @@
+"""The operator: what a 3-D transposed convolution is, and nothing about how it runs.
+
+Along one axis, with input size ``I``, kernel ``k``, stride ``s`` and dilation ``d``::
+
+    full[i*s + t*d] += x[i] * w[t]          0 <= i < I, 0 <= t < k      (no flip)
+    y[o] = full[o + begin]                  0 <= o < out, zero beyond ``full``
+
+`ConvTranspose3d` is the only thing that the compiled path, the ONNX path and the oracle share.
+Shapes: ``X (N, C, D, H, W)``, ``W (C, M/g, kD, kH, kW)``, ``B (M,)``, ``Y (N, M, oD, oH, oW)``;
+with layout ``NDHWC`` X and Y carry their channels last, W and B stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from opcompile.errors import SpecError
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = ("NCDHW", "NDHWC")
+AXIS_NAMES = ("D", "H", "W")
+
+# name -> (parameter, default) pairs; the formulas are in `reference`, one line each.
+ACTIVATIONS: dict[str, tuple[tuple[str, float], ...]] = {
+    "none": (),
+    "relu": (),
+    "relu6": (),
+    "leaky_relu": (("alpha", 0.01),),
+    "elu": (("alpha", 1.0),),
+    "selu": (("alpha", 1.6732632423543772), ("gamma", 1.0507009873554805)),
+    "gelu": (),
+    "gelu_tanh": (),
+    "sigmoid": (),
+    "hard_sigmoid": (("alpha", 1 / 6), ("beta", 0.5)),
+    "silu": (),
+    "hard_silu": (),
+    "mish": (),
+    "softplus": (),
+    "softsign": (),
+    "tanh": (),
+    "exponential": (),
+}
+
+# Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.
+_LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The taps that meet the outputs ``o = stride*q + index`` of one axis, and where they read.
+
+    Tap number ``j`` (``0 <= j < taps``) is kernel element ``first_tap + j*tap_step`` and reads
+    input element ``q + first_offset - j*offset_step``, which may lie outside the input (a zero).
+    """
+
+    index: int
+    taps: int
+    first_tap: int
+    tap_step: int
+    first_offset: int
+    offset_step: int
+
+    def offsets(self) -> range:
+        """The input offsets relative to ``q``, in tap order."""
+        stop = self.first_offset - self.taps * self.offset_step
+        return range(self.first_offset, stop, -self.offset_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One spatial axis: input size, kernel, and how they meet. All sizes are in elements."""
+
+    size: int
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    pad: tuple[int, int] = (0, 0)
+    output_pad: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `SpecError` for what no transposed convolution can be."""
+        _require_ints("axis", (self.size, self.kernel, self.stride, self.dilation))
+        _require_ints("pad and output_pad", (*self.pad, self.output_pad))
+        for name, value in (
+            ("size", self.size),
+            ("kernel", self.kernel),
+            ("stride", self.stride),
+            ("dilation", self.dilation),
+        ):
+            if value < 1:
+                raise SpecError(f"{name} is {value}, but must be at least 1; write {name}=1 for no effect")
+        if len(self.pad) != 2:
+            raise SpecError(f"pad is {self.pad}, but must be a (begin, end) pair")
+        for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
+            if value < 0:
+                raise SpecError(f"{name} is {value}, but must be at least 0; crop the output with a positive pad")
+        if self.out < 1:
+            raise SpecError(
+                f"the output size is {self.out}: (size-1)*stride + dilation*(kernel-1) + 1 = {self.full}, "
+                f"less pad {self.pad[0]}+{self.pad[1]}, plus output_pad {self.output_pad}; "
+                "it must be at least 1, so use less padding"
+            )
+
+    @property
+    def full(self) -> int:
+        """Size before cropping."""
+        return (self.size - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def out(self) -> int:
+        """Output size."""
+        return self.full - self.pad[0] - self.pad[1] + self.output_pad
+
+    @property
+    def begin(self) -> int:
+        """How many elements of ``full`` are cropped at the low side."""
+        return self.pad[0]
+
+    @property
+    def positions(self) -> int:
+        """How many values ``q`` takes in ``o = stride*q + phase``."""
+        return -(-self.out // self.stride)
+
+    @property
+    def tap_step(self) -> int:
+        """Distance between two taps that meet the same output."""
+        return self.stride // math.gcd(self.stride, self.dilation)
+
+    @property
+    def offset_step(self) -> int:
+        """Distance between the input elements that two such neighbouring taps read."""
+        return self.dilation // math.gcd(self.stride, self.dilation)
+
+    def phase(self, index: int) -> Phase:
+        """The taps of output phase ``index``; possibly none (then the output is zero)."""
+        solutions = (t for t in range(min(self.kernel, self.tap_step)) if self._meets(index, t))
+        first = next(solutions, None)
+        if first is None:
+            return Phase(index, 0, 0, self.tap_step, 0, self.offset_step)
+        taps = -(-(self.kernel - first) // self.tap_step)
+        offset = (index + self.begin - first * self.dilation) // self.stride
+        return Phase(index, taps, first, self.tap_step, offset, self.offset_step)
+
+    def _meets(self, index: int, tap: int) -> bool:
+        return (index + self.begin - tap * self.dilation) % self.stride == 0
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One `Phase` for each ``o mod stride`` that occurs in the output."""
+        return tuple(self.phase(index) for index in range(min(self.stride, self.out)))
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An elementwise function applied to the sum plus the bias; ``none`` is the identity."""
+
+    name: str = "none"
+    parameters: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in default parameters; raise `SpecError` for an unknown name or a wrong count."""
+        if self.name not in ACTIVATIONS:
+            raise SpecError(f"activation {self.name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        expected = ACTIVATIONS[self.name]
+        given = tuple(float(p) for p in self.parameters)
+        if len(given) > len(expected):
+            names = ", ".join(name for name, _ in expected) or "none"
+            raise SpecError(f"activation {self.name} was given {len(given)} parameters, but takes: {names}")
+        if not all(math.isfinite(p) for p in given):
+            raise SpecError(f"activation {self.name} has parameters {given}, but they must be finite numbers")
+        defaults = tuple(default for _, default in expected[len(given) :])
+        object.__setattr__(self, "parameters", given + defaults)
+
+    def __str__(self) -> str:
+        """The text form: the name, then parameters that differ from the defaults."""
+        if self.parameters == Activation(self.name).parameters:
+            return self.name
+        return ":".join([self.name, *(repr(p) for p in self.parameters)])
+
+    @classmethod
+    def parse(cls, text: str) -> Activation:
+        """Read ``name`` or ``name:p1:p2``. Raises `SpecError`."""
+        name, *parameters = text.split(":")
+        return cls(name, tuple(_number(f"act={text}", p) for p in parameters))
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTranspose3d:
+    """One layer. ``batch`` is None when it is known only at run time.
+
+    ``sums`` are accumulated in `sum_dtype`; ``group`` g splits C and M into g independent layers.
+    """
+
+    batch: int | None
+    channels_in: int
+    channels_out: int
+    axes: tuple[Axis, Axis, Axis]
+    groups: int = 1
+    bias: bool = True
+    activation: Activation = Activation()
+    dtype: str = "float32"
+    layout: str = "NCDHW"
+
+    def __post_init__(self) -> None:
+        """Raise `SpecError`, naming the attribute, the rule and the way out."""
+        _require_ints("channels and groups", (self.channels_in, self.channels_out, self.groups))
+        if self.batch is not None:
+            _require_ints("batch", (self.batch,))
+            if self.batch < 1:
+                raise SpecError(f"batch is {self.batch}, but must be at least 1, or N for a dynamic batch")
+        for name, value in (("channels in (C)", self.channels_in), ("channels out (co)", self.channels_out)):
+            if value < 1:
+                raise SpecError(f"{name} is {value}, but must be at least 1")
+        if self.groups < 1:
+            raise SpecError(f"groups (g) is {self.groups}, but must be at least 1")
+        for name, value in (("channels in (C)", self.channels_in), ("channels out (co)", self.channels_out)):
+            if value % self.groups:
+                raise SpecError(
+                    f"{name} is {value}, which groups g={self.groups} does not divide; choose g among its divisors"
+                )
+        if len(self.axes) != 3 or not all(isinstance(a, Axis) for a in self.axes):
+            raise SpecError("axes must be three Axis values, in the order D, H, W")
+        if not isinstance(self.bias, bool):
+            raise SpecError(f"bias is {self.bias!r}, but must be true or false")
+        if self.dtype not in DTYPES:
+            raise SpecError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        if self.layout not in LAYOUTS:
+            raise SpecError(f"layout {self.layout!r} is not supported; use one of {', '.join(LAYOUTS)}")
+        for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
+            if math.prod(n or 1 for n in shape) >= 2**62:
+                raise SpecError(f"{name} would have {shape} elements, more than a 64-bit machine can address")
+
+    # --- derived shapes ---
+
+    @property
+    def x_shape(self) -> tuple[int | None, ...]:
+        """Shape of X in its layout; None stands for a dynamic batch."""
+        return self._in_layout(self.channels_in, [a.size for a in self.axes])
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical weight, ``(C, M/g, kD, kH, kW)`` in both layouts."""
+        return (self.channels_in, self.channels_out // self.groups, *(a.kernel for a in self.axes))
+
+    @property
+    def y_shape(self) -> tuple[int | None, ...]:
+        """Shape of Y in its layout; None stands for a dynamic batch."""
+        return self._in_layout(self.channels_out, [a.out for a in self.axes])
+
+    def _in_layout(self, channels: int, spatial: list[int]) -> tuple[int | None, ...]:
+        if self.layout == "NCDHW":
+            return (self.batch, channels, *spatial)
+        return (self.batch, *spatial, channels)
+
+    # --- derived facts ---
+
+    @property
+    def sum_dtype(self) -> str:
+        """The type sums are accumulated in."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def terms(self) -> int:
+        """The largest number of products summed into one output element."""
+        taps = math.prod(max(p.taps for p in axis.phases) for axis in self.axes)
+        return taps * (self.channels_in // self.groups)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the uncropped operator for one batch element (or the whole batch)."""
+        return 2 * (self.batch or 1) * math.prod(self.w_shape) * math.prod(a.size for a in self.axes)
+
+    def bytes(self) -> int:
+        """Bytes of X, W, B and Y together, each counted once; a dynamic batch counts as 1."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        sizes = [math.prod(n or 1 for n in shape) for shape in (self.x_shape, self.w_shape, self.y_shape)]
+        return itemsize * (sum(sizes) + (self.channels_out if self.bias else 0))
+
+    def with_batch(self, batch: int | None) -> ConvTranspose3d:
+        """The same layer for another batch."""
+        return replace(self, batch=batch)
+
+    # --- text form ---
+
+    def __str__(self) -> str:
+        """The text form, every field spelled out; `parse` reads it back."""
+        n = "N" if self.batch is None else str(self.batch)
+        pads = [f"{a.pad[0]}:{a.pad[1]}" if a.pad[0] != a.pad[1] else str(a.pad[0]) for a in self.axes]
+        if any(":" in p for p in pads):
+            pads = [f"{a.pad[0]}:{a.pad[1]}" for a in self.axes]
+        fields = {
+            "in": "x".join([n, str(self.channels_in), *(str(a.size) for a in self.axes)]),
+            "co": str(self.channels_out),
+            "k": _triple(a.kernel for a in self.axes),
+            "s": _triple(a.stride for a in self.axes),
+            "p": _triple(pads),
+            "op": _triple(a.output_pad for a in self.axes),
+            "d": _triple(a.dilation for a in self.axes),
+            "g": str(self.groups),
+            "bias": str(int(self.bias)),
+            "act": str(self.activation),
+            "dtype": self.dtype,
+            "layout": self.layout,
+        }
+        return " ".join(f"{key}={value}" for key, value in fields.items())
+
+    @classmethod
+    def parse(cls, text: str) -> ConvTranspose3d:
+        """Read the text form ``in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1``.
+
+        ``in`` is N x C x D x H x W in every layout (N itself for a dynamic batch); ``in``, ``co`` and
+        ``k`` are required. ``k s p op d`` take one value or three (``3x3x2``); a pad may be
+        ``begin:end``. Raises `SpecError`.
+        """
+        fields: dict[str, str] = {}
+        for word in text.split():
+            key, equals, value = word.partition("=")
+            if not equals or key not in _FIELDS:
+                raise SpecError(f"{word!r} is not a field of the form key=value; the keys are {' '.join(_FIELDS)}")
+            if key in fields:
+                raise SpecError(f"{key} is given twice; keep one of them")
+            fields[key] = value
+        for key in ("in", "co", "k"):
+            if key not in fields:
+                raise SpecError(f"{key}= is missing in {text!r}; write it like {_FIELDS[key]}")
+        sizes = fields["in"].split("x")
+        if len(sizes) != 5:
+            raise SpecError(f"in={fields['in']} has {len(sizes)} sizes, but must be NxCxDxHxW, like {_FIELDS['in']}")
+        batch = None if sizes[0] == "N" else _integer("in", sizes[0])
+        spatial = [_integer("in", n) for n in sizes[2:]]
+        per_axis = {key: _per_axis(key, fields.get(key, default)) for key, default in _AXIS_DEFAULTS.items()}
+        axes: list[Axis] = []
+        for i, name in enumerate(AXIS_NAMES):
+            k, s, op, d = (_integer(key, per_axis[key][i]) for key in ("k", "s", "op", "d"))
+            try:
+                axes.append(Axis(spatial[i], k, s, d, _pad_pair(per_axis["p"][i]), op))
+            except SpecError as error:
+                raise SpecError(f"axis {name}: {error}") from None
+        bias = fields.get("bias", "1")
+        if bias not in ("0", "1"):
+            raise SpecError(f"bias={bias} is neither 0 nor 1")
+        return cls(
+            batch=batch,
+            channels_in=_integer("in", sizes[1]),
+            channels_out=_integer("co", fields["co"]),
+            axes=(axes[0], axes[1], axes[2]),
+            groups=_integer("g", fields.get("g", "1")),
+            bias=bias == "1",
+            activation=Activation.parse(fields.get("act", "none")),
+            dtype=fields.get("dtype", "float32"),
+            layout=fields.get("layout", "NCDHW"),
+        )
+
+
+_FIELDS = {
+    "in": "in=1x64x12x16x32",
+    "co": "co=64",
+    "k": "k=3",
+    "s": "s=2",
+    "p": "p=1",
+    "op": "op=1",
+    "d": "d=1",
+    "g": "g=1",
+    "bias": "bias=1",
+    "act": "act=relu",
+    "dtype": "dtype=float32",
+    "layout": "layout=NCDHW",
+}
+_AXIS_DEFAULTS = {"k": "", "s": "1", "p": "0", "op": "0", "d": "1"}
+
+
+def _triple(values: Iterable[object]) -> str:
+    texts = [str(v) for v in values]
+    return texts[0] if len(set(texts)) == 1 else "x".join(texts)
+
+
+def _per_axis(key: str, text: str) -> list[str]:
+    parts = text.split("x")
+    if len(parts) not in (1, 3):
+        raise SpecError(f"{key}={text} has {len(parts)} values, but takes one, or three in the order DxHxW")
+    return parts * 3 if len(parts) == 1 else parts
+
+
+def _pad_pair(text: str) -> tuple[int, int]:
+    begin, colon, end = text.partition(":")
+    return _integer("p", begin), _integer("p", end if colon else begin)
+
+
+def _integer(key: str, text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,12}", text):
+        raise SpecError(f"{key}= holds {text!r}, but must be a whole number, like {_FIELDS[key]}")
+    return int(text)
+
+
+def _number(where: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SpecError(f"{where}: {text!r} is not a number") from None
+
+
+def _require_ints(what: str, values: Iterable[object]) -> None:
+    for value in values:
+        if type(value) is not int:
+            raise SpecError(f"{what}: {value!r} is a {type(value).__name__}, but must be an int")
+        if abs(value) > _LARGEST:
+            raise SpecError(f"{what}: {value} is larger than {_LARGEST}, the largest size supported")
