@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from opcompile.spec import Activation, ConvTranspose3d
 
 Array = NDArray[np.float64]
+Tensor = NDArray[Any]
 
 
-def reference(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.generic], b: NDArray[np.generic] | None = None) -> Array:
+def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = None) -> Array:
     """Compute ``Y`` in float64. ``x`` and the result have the spec's layout, ``w`` is canonical."""
     y = linear(spec, x, w)
     if spec.bias and b is not None:
@@ -21,17 +23,20 @@ def reference(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.gener
     return activate(spec.activation, y)
 
 
-def linear(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.generic]) -> Array:
+def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     """The sum alone, without bias and activation; also of magnitudes, for the error bound."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     if spec.layout == "NDHWC":
         x = np.moveaxis(x, -1, 1)
-    batch, g = x.shape[0], spec.groups
-    grouped_x = x.reshape(batch, g, spec.channels_in // g, *x.shape[2:])
-    grouped_w = w.reshape(g, spec.channels_in // g, spec.channels_out // g, *w.shape[2:])
-    y = np.zeros((batch, g, spec.channels_out // g, *(a.out for a in spec.axes)))
-    for tap in np.ndindex(*w.shape[2:]):
-        reads, lands = [], []
+    batch, g, sizes = x.shape[0], spec.groups, [a.size for a in spec.axes]
+    c, m = spec.channels_in // g, spec.channels_out // g
+    columns = np.ascontiguousarray(x).reshape(batch, g, c, math.prod(sizes))
+    # (tap, g, m, c): a matrix for each tap and group
+    rows = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 2, 1))
+    y = np.zeros((batch, g, m, *(a.out for a in spec.axes)))
+    for tap, matrix in zip(np.ndindex(*w.shape[2:]), rows, strict=True):
+        reads: list[slice] = []
+        lands: list[slice] = []
         for t, axis in zip(tap, spec.axes, strict=True):
             # input i lands on output i*stride + t*dilation - begin: keep the i whose output exists
             shift = t * axis.dilation - axis.begin
@@ -41,7 +46,7 @@ def linear(spec: ConvTranspose3d, x: NDArray[np.generic], w: NDArray[np.generic]
             lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
         if any(r.start >= r.stop for r in reads):
             continue
-        y[..., *lands] += np.einsum("ngcdhw,gcm->ngmdhw", grouped_x[..., *reads], grouped_w[..., *tap], optimize=True)
+        y[(..., *lands)] += np.matmul(matrix, columns).reshape(batch, g, m, *sizes)[(..., *reads)]
     y = y.reshape(batch, spec.channels_out, *y.shape[3:])
     return np.ascontiguousarray(np.moveaxis(y, 1, -1)) if spec.layout == "NDHWC" else y
 
@@ -53,7 +58,8 @@ def _channels(spec: ConvTranspose3d, b: Array) -> Array:
 def activate(activation: Activation, z: Array) -> Array:
     """Apply the activation in float64."""
     with np.errstate(over="ignore"):
-        return _FORMULAS[activation.name](z, *activation.parameters)
+        y: Array = _FORMULAS[activation.name](z, *activation.parameters)
+    return y
 
 
 def _sigmoid(z: Array) -> Array:

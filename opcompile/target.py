@@ -1,0 +1,190 @@
+"""Named machines: what to compile for, and the few numbers a schedule reasons with.
+
+``llvm`` is this machine; ``llvm:<name>`` is a processor by name, which need not be at hand. A name
+stands for an instruction set, so that an artifact built for it runs on every processor that has it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from opcompile.errors import TargetError
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a schedule's arithmetic needs to know of a processor.
+
+    ``vector_bytes`` is the width of a vector register, ``registers`` their number, ``fma_in_flight``
+    how many multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and
+    ``l2_bytes`` the caches of one core.
+    """
+
+    vector_bytes: int
+    registers: int
+    fma_in_flight: int
+    l1_bytes: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A named machine. ``features`` are the processor flags that compiled code will use.
+
+    ``triple`` is LLVM's (architecture-vendor-system), ``mcpu`` its processor name, ``mattr`` what
+    is changed from that processor's defaults.
+    """
+
+    name: str
+    triple: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: tuple[str, ...]
+    machine: Machine
+
+    @property
+    def architecture(self) -> str:
+        """``x86_64`` or ``aarch64``."""
+        return self.triple.split("-")[0].replace("arm64", "aarch64")
+
+    @property
+    def system(self) -> str:
+        """``linux`` or ``darwin``."""
+        return "darwin" if "apple" in self.triple else "linux"
+
+    @property
+    def native(self) -> bool:
+        """Whether code for this target runs on this machine."""
+        here = (_architecture(), platform.system().lower())
+        return here == (self.architecture, self.system) and not self.missing_features()
+
+    def missing_features(self) -> tuple[str, ...]:
+        """The flags that this target needs and this processor lacks."""
+        if self.system != "linux":
+            return ()
+        present = processor_flags()
+        return tuple(f for f in self.features if f not in present)
+
+    def tvm(self) -> dict[str, object]:
+        """The configuration that ``tvm.target.Target`` takes."""
+        config: dict[str, object] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
+        if self.mattr:
+            config["mattr"] = list(self.mattr)
+        return config
+
+
+_V2 = ("cx16", "popcnt", "sse4_2", "ssse3")
+_V3 = (*_V2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_ICELAKE = (*_V4, "avx512_vnni", "avx512_bitalg", "avx512_vbmi2", "avx512ifma", "avx512vbmi", "avx512_vpopcntdq")
+_SAPPHIRE = (*_ICELAKE, "amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_fp16", "avx_vnni")
+_ZEN4 = (*_ICELAKE, "avx512_bf16")
+
+_KIB = 1024
+# LLVM prefers 256-bit vectors on the first processors with AVX-512: they slowed down under wide ones.
+_WIDE = ("-prefer-256-bit",)
+
+
+def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int) -> Callable[[str], Target]:
+    if "avx512f" in features:
+        machine, mattr = Machine(64, 32, 8, l1 * _KIB, l2 * _KIB), _WIDE
+    elif "fma" in features:
+        machine, mattr = Machine(32, 16, 8, l1 * _KIB, l2 * _KIB), ()
+    else:
+        machine, mattr = Machine(16, 16, 4, l1 * _KIB, l2 * _KIB), ()
+    return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
+
+
+def _arm(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_in_flight: int, apple: bool = False) -> Callable[[str], Target]:
+    triple = "arm64-apple-macos" if apple else "aarch64-unknown-linux-gnu"
+    machine = Machine(16, 32, fma_in_flight, l1 * _KIB, l2 * _KIB)
+    return lambda name: Target(name, triple, mcpu, (), features, machine)
+
+
+_NEON = ("asimd",)
+_ARM82 = ("asimd", "asimddp", "asimdhp", "atomics")
+
+_NAMED: dict[str, Callable[[str], Target]] = {
+    "x86-64-v2": _x86("x86-64-v2", _V2, 32, 256),
+    "x86-64-v3": _x86("x86-64-v3", _V3, 32, 256),
+    "x86-64-v4": _x86("x86-64-v4", _V4, 32, 1024),
+    "haswell": _x86("haswell", _V3, 32, 256),
+    "skylake-avx512": _x86("skylake-avx512", _V4, 32, 1024),
+    "cascadelake": _x86("cascadelake", (*_V4, "avx512_vnni"), 32, 1024),
+    "icelake-server": _x86("icelake-server", _ICELAKE, 48, 1280),
+    "sapphirerapids": _x86("sapphirerapids", _SAPPHIRE, 48, 2048),
+    "znver3": _x86("znver3", _V3, 32, 512),
+    "znver4": _x86("znver4", _ZEN4, 32, 1024),
+    "aarch64": _arm("generic", _NEON, 32, 512, 8),
+    "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
+    "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),
+    "neoverse-n1": _arm("neoverse-n1", _ARM82, 64, 1024, 8),
+    "apple-m1": _arm("apple-m1", (), 128, 4096, 16, apple=True),
+    "apple-m2": _arm("apple-m2", (), 128, 4096, 16, apple=True),
+    "apple-m3": _arm("apple-m3", (), 128, 4096, 16, apple=True),
+    "apple-m4": _arm("apple-m4", (), 128, 4096, 16, apple=True),
+}
+
+
+def target(name: str) -> Target:
+    """Look a target up. Raises `TargetError`, listing the names there are."""
+    kind, _, machine = name.partition(":")
+    if kind != "llvm":
+        raise TargetError(f"target {name!r} is of kind {kind!r}; this version compiles for: {', '.join(names())}")
+    if not machine and ":" not in name:
+        return _NAMED[_here()]("llvm:" + _here())
+    if machine not in _NAMED:
+        raise TargetError(f"target {name!r} is unknown; use one of {', '.join(names())}")
+    return _NAMED[machine](name)
+
+
+def names() -> list[str]:
+    """Every name that `target` knows."""
+    return ["llvm", *(f"llvm:{name}" for name in _NAMED)]
+
+
+def _here() -> str:
+    """The name of the widest instruction set that this machine has."""
+    architecture, system = _architecture(), platform.system().lower()
+    if architecture == "x86_64" and system == "linux":
+        for level in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
+            if not _NAMED[level](level).missing_features():
+                return level
+        raise TargetError("this processor lacks SSE4.2 (x86-64-v2), the least that is supported")
+    if architecture == "aarch64" and system == "darwin":
+        return "apple-m1"
+    if architecture == "aarch64" and system == "linux":
+        return "cortex-a76" if not _NAMED["cortex-a76"]("").missing_features() else "aarch64"
+    raise TargetError(
+        f"target 'llvm' means this machine, but {system} on {architecture} is not supported; "
+        f"name the machine to compile for: {', '.join(names()[1:])}"
+    )
+
+
+def _architecture() -> str:
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+
+
+@lru_cache(maxsize=1)
+def processor_flags() -> frozenset[str]:
+    """The flags of this processor, as Linux lists them; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
