@@ -24,13 +24,13 @@ def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = No
 
 
 def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
-    """The sum alone, without bias and activation; also of magnitudes, for the error bound."""
+    """Compute the sum alone, without bias and activation; also of magnitudes, for the error bound."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     if spec.layout == "NDHWC":
         x = np.moveaxis(x, -1, 1)
-    batch, g, sizes = x.shape[0], spec.groups, [a.size for a in spec.axes]
+    batch, g = x.shape[0], spec.groups
     c, m = spec.channels_in // g, spec.channels_out // g
-    columns = np.ascontiguousarray(x).reshape(batch, g, c, math.prod(sizes))
+    grouped_x = np.ascontiguousarray(x).reshape(batch, g, c, *(a.size for a in spec.axes))
     # (tap, g, m, c): a matrix for each tap and group
     rows = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 2, 1))
     y = np.zeros((batch, g, m, *(a.out for a in spec.axes)))
@@ -46,13 +46,15 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
             lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
         if any(r.start >= r.stop for r in reads):
             continue
-        y[(..., *lands)] += np.matmul(matrix, columns).reshape(batch, g, m, *sizes)[(..., *reads)]
-    y = y.reshape(batch, spec.channels_out, *y.shape[3:])
-    return np.ascontiguousarray(np.moveaxis(y, 1, -1)) if spec.layout == "NDHWC" else y
+        window = grouped_x[:, :, :, reads[0], reads[1], reads[2]]
+        product = np.matmul(matrix, window.reshape(batch, g, c, -1)).reshape(batch, g, m, *window.shape[3:])
+        y[:, :, :, lands[0], lands[1], lands[2]] += product
+    full: Array = y.reshape(batch, spec.channels_out, *y.shape[3:])
+    return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
 
 
 def _channels(spec: ConvTranspose3d, b: Array) -> Array:
-    return b if spec.layout == "NDHWC" else b[:, None, None, None]
+    return b if spec.layout == "NDHWC" else b.reshape(-1, 1, 1, 1)
 
 
 def activate(activation: Activation, z: Array) -> Array:
@@ -65,7 +67,8 @@ def activate(activation: Activation, z: Array) -> Array:
 def _sigmoid(z: Array) -> Array:
     # never the exponential of a positive number: it would overflow
     e = np.exp(-np.abs(z))
-    return np.where(z >= 0, 1, e) / (1 + e)
+    y: Array = np.where(z >= 0, 1, e) / (1 + e)
+    return y
 
 
 def _hard_sigmoid(z: Array, alpha: float, beta: float) -> Array:

@@ -8,6 +8,7 @@ The derivation is in ``docs/numerics.md``; the comments here name its steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from opcompile.errors import CallError, VerificationError
 from opcompile.reference import activate, linear
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.spec import Activation, Axis, ConvTranspose3d
 
 Array = NDArray[np.float64]
 Tensor = NDArray[Any]
@@ -148,6 +149,8 @@ class _Inputs:
     x: Tensor
     w: Tensor
     b: Tensor | None
+    largest: tuple[float, float, float]
+    integers: bool
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, x: Any, w: Any, b: Any) -> _Inputs:
@@ -164,87 +167,62 @@ class _Inputs:
                 )
             if not np.isfinite(array).all():
                 raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
-        return cls(spec, x, w, b)
+        given = [array for array, _ in expected.values()]
+        largest = [float(max(array.max(), -array.min())) for array in given] + [0.0]
+        integers = all(bool((np.trunc(array) == array).all()) for array in given)
+        return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
 
     @property
     def batch(self) -> int:
         return int(self.x.shape[0])
 
-    def largest(self) -> tuple[float, float, float]:
-        """Return the largest magnitudes in x, w and b."""
-        x, w, b = (0.0 if a is None or not a.size else float(np.abs(a).max()) for a in (self.x, self.w, self.b))
-        return x, w, b
-
     def sums_exactly(self, sums: Format) -> bool:
         """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
-        x, w, b = self.largest()
-        if self.spec.terms * x * w + b >= 2.0**sums.precision:
-            return False
-        return all(a is None or bool((np.trunc(a) == a).all()) for a in (self.x, self.w, self.b))
+        x, w, b = self.largest
+        return self.integers and self.spec.terms * x * w + b < 2.0**sums.precision
+
+
+# 16 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
+_PART_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A block of Y small enough to hold a handful of float64 copies of, as a layer of its own."""
+    """A block of Y, and the layer that computes it from a block of X: cropping is what pads do."""
 
     spec: ConvTranspose3d
-    batch: slice
-    channels_in: slice
-    channels_out: slice
-    per_group: slice
-
-    def of_x(self, x: Tensor) -> Tensor:
-        return x[self.batch, ..., self.channels_in] if self.spec.layout == "NDHWC" else x[self.batch, self.channels_in]
-
-    def of_w(self, w: Tensor) -> Tensor:
-        return w[self.channels_in, self.per_group]
-
-    def of_b(self, b: Tensor | None) -> Tensor | None:
-        return None if b is None else b[self.channels_out]
-
-    def of_y(self, y: Tensor) -> Tensor:
-        if self.spec.layout == "NDHWC":
-            return y[self.batch, ..., self.channels_out]
-        return y[self.batch, self.channels_out]
-
-    def whole_index(self, at: tuple[int, ...]) -> tuple[int, ...]:
-        """Turn an index into this block into the index into Y."""
-        moved = list(at)
-        moved[0] += self.batch.start
-        moved[-1 if self.spec.layout == "NDHWC" else 1] += self.channels_out.start
-        return tuple(moved)
+    x: tuple[slice, ...]
+    y: tuple[slice, ...]
 
 
-# 128 MiB of float64; the largest layers need about eight such blocks at a time.
-_PART_ELEMENTS = 2**24
+def _crop(axis: Axis, start: int, stop: int) -> tuple[Axis, slice]:
+    """Return the axis whose whole output is elements ``start`` to ``stop`` of this one, and the input it reads."""
+    low, high = start + axis.begin, stop + axis.begin
+    # input i lands on i*stride .. i*stride + reach; keep one input at least, and none beyond ``low``
+    reach = axis.dilation * (axis.kernel - 1)
+    first = min(max(0, -(-(low - reach) // axis.stride)), low // axis.stride, axis.size - 1)
+    last = max(first + 1, min(axis.size, -(-high // axis.stride)))
+    cropped = replace(axis, size=last - first, pad=(0, 0), output_pad=0)
+    begin = low - first * axis.stride
+    excess = cropped.full - begin - (stop - start)
+    # the spare elements of a crop that lies beyond ``full`` are zeros: output_pad
+    return replace(cropped, pad=(begin, max(0, excess)), output_pad=max(0, -excess)), slice(first, last)
 
 
 def _parts(spec: ConvTranspose3d, batch: int, elements: int = _PART_ELEMENTS) -> Iterator[_Part]:
-    """Cut Y into blocks of at most ``elements`` where possible: by images, then groups, then channels of a group."""
-    voxels = math.prod(axis.out for axis in spec.axes)
-    c_in, c_out = spec.channels_in // spec.groups, spec.channels_out // spec.groups
-    images = max(1, elements // (voxels * spec.channels_out))
-    groups = max(1, elements // (voxels * c_out))
-    channels = max(1, elements // voxels)
-    for n in range(0, batch, images):
-        for g in range(0, spec.groups, groups):
-            g_end = min(g + groups, spec.groups)
-            for m in range(0, c_out, channels):
-                m_end = min(m + channels, c_out)
-                out = slice(g * c_out + m, (g_end - 1) * c_out + m_end)
-                yield _Part(
-                    replace(
-                        spec,
-                        batch=None,
-                        channels_in=(g_end - g) * c_in,
-                        channels_out=out.stop - out.start,
-                        groups=g_end - g,
-                    ),
-                    slice(n, min(n + images, batch)),
-                    slice(g * c_in, g_end * c_in),
-                    out,
-                    slice(m, m_end),
-                )
+    """Cut Y into blocks of about ``elements``: by images, then by rows of D, of H, of W."""
+    sizes = [batch, *(axis.out for axis in spec.axes)]
+    inner = [spec.channels_out * math.prod(sizes[i + 1 :]) for i in range(4)]
+    steps = [max(1, min(size, elements // n)) for size, n in zip(sizes, inner, strict=True)]
+    starts = (range(0, size, step) for size, step in zip(sizes, steps, strict=True))
+    for at in itertools.product(*starts):
+        block = [slice(i, min(i + step, size)) for i, step, size in zip(at, steps, sizes, strict=True)]
+        crops = [_crop(axis, s.start, s.stop) for axis, s in zip(spec.axes, block[1:], strict=True)]
+        layer = replace(spec, batch=None, axes=(crops[0][0], crops[1][0], crops[2][0]))
+        every = slice(0, None)
+        x, y = [block[0], *(s for _, s in crops)], block
+        where = 4 if spec.layout == "NDHWC" else 1
+        yield _Part(layer, (*x[:where], every, *x[where:]), (*y[:where], every, *y[where:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,18 +237,19 @@ class _Truth:
 
     @classmethod
     def of(cls, part: _Part, inputs: _Inputs, magnitudes: bool) -> _Truth:
-        spec, x = part.spec, part.of_x(inputs.x).astype(np.float64)
-        w, b = part.of_w(inputs.w).astype(np.float64), part.of_b(inputs.b)
+        spec, x, w = part.spec, inputs.x[part.x].astype(np.float64), inputs.w.astype(np.float64)
         by_channel: Array | float = 0.0
-        if b is not None:
-            by_channel = b.astype(np.float64)[(...,) if spec.layout == "NDHWC" else (slice(None), None, None, None)]
+        if inputs.b is not None:
+            by_channel = inputs.b.astype(np.float64)[
+                (...,) if spec.layout == "NDHWC" else (slice(None), None, None, None)
+            ]
         z = linear(spec, x, w)
         z += by_channel
         magnitude = None
         if magnitudes:
             magnitude = linear(spec, np.abs(x, out=x), np.abs(w, out=w))
             magnitude += np.abs(by_channel)
-        return cls(spec, z, activate(spec.activation, z), magnitude, inputs.largest())
+        return cls(spec, z, activate(spec.activation, z), magnitude, inputs.largest)
 
     def bound(self, sums: Format, storage: Format, exact: bool) -> Array:
         """Take the four steps of ``docs/numerics.md``: sum, activation, the oracle's own error, storage."""
@@ -333,6 +312,8 @@ def _rounded(dtype: str, y: Tensor) -> Array:
 
 # --- the judgement ---
 
+_SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -391,16 +372,17 @@ def _plain(value: Any) -> Any:
 def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
     """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
     with np.errstate(invalid="ignore", over="ignore"):
-        error = np.where(actual == expected, 0.0, np.abs(actual - expected))
-        overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
-        ratio = np.where(error == 0, 0.0, error / np.where(bound > 0, bound, 1e-300))
+        error = np.abs(actual - expected)
+        ratio = error / np.maximum(bound, _SMALLEST)
     unjudged = np.isinf(bound)
-    ratio[np.isnan(ratio)] = np.inf
-    ratio[overflow | unjudged] = 0.0
+    if not np.isfinite(ratio).all():
+        overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
+        fine = unjudged | overflow | (actual == expected)
+        error[fine], ratio[fine] = 0.0, 0.0
+        error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf
     if criterion == "bits":
         ratio[ratio > 0] = np.inf
     at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
-    finite = error[np.isfinite(error) & ~unjudged]
     return Check(
         criterion=criterion,
         computed_in=computed_in,
@@ -412,7 +394,7 @@ def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bou
         actual=float(actual[at]),
         expected=float(expected[at]),
         bound=float(bound[at]),
-        largest_error=float(finite.max()) if finite.size else math.inf,
+        largest_error=float(error.max()),
     )
 
 
@@ -462,14 +444,15 @@ def _compare_all(
         bound = {
             e: np.zeros_like(truth.y) if bits else truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly
         }
-        values = {name: part.of_y(answer.y).astype(np.float64) for name, answer in answers.items()}
+        values = {name: answer.y[part.y].astype(np.float64) for name, answer in answers.items()}
 
         questions = [(name, "oracle", expected, bound[engine]) for name, engine in engines.items()]
         questions += [(one, two, values[two], bound[engines[one]] + bound[engines[two]]) for one, two in pairs]
         for name, other, right, allowed in questions:
             limit = min(storage.limit, _engine(spec, engines[name]).limit)
             check = _judge(criterion, engines[name], values[name], right, allowed, limit)
-            found.setdefault((name, other), []).append(replace(check, index=part.whole_index(check.index)))
+            index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
+            found.setdefault((name, other), []).append(replace(check, index=index))
     return {key: _join(checks) for key, checks in found.items()}
 
 

@@ -1,113 +1,333 @@
-"""Prototype"""
+"""Schedules for CPUs: register tiles over the phases, decided by arithmetic or sampled by the tuner.
+
+Every schedule here is the same straight line of moves with other numbers (`Tiles`):
+
+* X is copied once, zero-padded, to ``(n, g, d, h, c, w)``: the reduction over channels then walks
+  through neighbouring cache lines.
+* A task is one row of positions ``(n, g, block of channels, qD, rows of qH)``. It computes all
+  phases of that row, tile by tile, and then writes the interleaved output while the phases are
+  still in cache.
+* A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
+  With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
+  X: right when there are many channels, however short the rows. With ``vector="row"`` the vectors
+  run along the row and the scalars are weights: right for few channels, and when writing the
+  output matters most, for the tile then needs no transposition.
+"""
+
 from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
 from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
+if TYPE_CHECKING:
+    from tvm.s_tir import Schedule
+
+    from opcompile.spec import ConvTranspose3d
+    from opcompile.target import Machine
+
+Span = tuple[Any, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    vector: str      # "channels" | "row"
+    """The numbers of one schedule.
+
+    ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
+    tile, ``rows`` how many rows of qH it spans, ``task`` how many channels one task covers.
+    """
+
+    vector: Literal["channels", "row"]
     lanes: int
-    vectors: int     # vectors in registers
-    columns: int     # scalars in registers: columns (channels) or channels (row)
-    rows: int        # rows of h in registers
-    task: int        # channels a task
+    vectors: int
+    scalars: int
+    rows: int
+    task: int
 
-def phase_blocks(sch):
-    root = sch.get_child_blocks(sch.get_sblock("root"))
-    return [b for b in root if sch.get(b).name_hint.startswith("phase")]
+    @property
+    def channels(self) -> int:
+        """Channels in the register tile."""
+        return self.vectors * self.lanes if self.vector == "channels" else self.scalars
 
-def schedule(sch, spec, t: Tiles):
-    G, Mg, Cg = spec.groups, spec.channels_out//spec.groups, spec.channels_in//spec.groups
-    VL = t.lanes
-    phases = phase_blocks(sch)
-    as_axes = sch.get(phases[0]).name_hint == "phase" if phases else False
-    nf = 3 if as_axes else 0
-    pad, out = sch.get_sblock("pad"), sch.get_sblock("output")
+    @property
+    def columns(self) -> int:
+        """Columns of the row in the register tile."""
+        return self.scalars if self.vector == "channels" else self.vectors * self.lanes
+
+    @property
+    def block(self) -> int:
+        """Channels that lie side by side in the packed weight."""
+        return self.lanes if self.vector == "channels" else self.scalars
+
+    @property
+    def positions(self) -> tuple[int, int, int]:
+        """Multiples to which qD, qH, qW are rounded up."""
+        return (1, self.rows, self.columns)
+
+
+# --- which numbers ---
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Tiles and what the arithmetic says of them: cycles of one core for the whole layer."""
+
+    tiles: Tiles
+    cycles: float
+    computing: float
+    storing: float
+    used: float
+    accumulators: int
+
+    def why(self) -> tuple[str, ...]:
+        """The argument in words, one line a fact."""
+        t = self.tiles
+        along = "output channels" if t.vector == "channels" else "columns of the row"
+        return (
+            f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
+            + (f" x {t.rows} rows" if t.rows > 1 else ""),
+            f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
+            f"a task covers {t.task} channels of {t.rows} row(s) in every phase",
+            f"estimated cycles: {self.computing:.3g} computing, {self.storing:.3g} storing",
+        )
+
+
+def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
+    """Every sensible choice of tiles, best first by estimated cycles; never empty.
+
+    Deterministic: the order depends on ``spec`` and ``machine`` alone.
+    """
+    estimates = [_estimate(spec, machine, tiles) for tiles in _sensible(spec, machine)]
+    return sorted(estimates, key=lambda e: (e.cycles, e.tiles.vectors, e.tiles.scalars, e.tiles.rows, e.tiles.task))
+
+
+def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
+    """The tiles to use where nothing was measured."""
+    return candidates(spec, machine)[0]
+
+
+def _lanes(spec: ConvTranspose3d, machine: Machine) -> int:
+    return machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+
+
+def _sensible(spec: ConvTranspose3d, machine: Machine) -> Iterator[Tiles]:
+    lanes = _lanes(spec, machine)
+    m = spec.channels_out // spec.groups
+    _, height, width = (axis.positions for axis in spec.axes)
+    for vector, vectors, scalars, rows in product(
+        ("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, height) + 1)
+    ):
+        accumulators = vectors * scalars * rows
+        # one register for a broadcast value, and the vectors that the sums are multiplied with
+        if accumulators + vectors + 1 > machine.registers:
+            continue
+        channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
+        if channels >= m + lanes or columns >= width + lanes or (vector == "row" and scalars > m):
+            continue
+        if vector == "channels" and scalars > width:
+            continue
+        for task in _tasks(spec, machine, channels, rows, columns):
+            yield Tiles(vector, lanes, vectors, scalars, rows, task)  # type: ignore[arg-type]
+
+
+def _tasks(spec: ConvTranspose3d, machine: Machine, channels: int, rows: int, columns: int) -> list[int]:
+    """Channels a task may cover: what its phases and weights leave in the second cache, at least one tile."""
+    m = spec.channels_out // spec.groups
+    tiles = -(-m // channels)
+    width = spec.axes[2].positions
+    itemsize = 8 if spec.sum_dtype == "float64" else 4
+    phases = math.prod(len(a.phases) for a in spec.axes)
+    a_channel = itemsize * (phases * rows * (width + columns) + math.prod(spec.w_shape) // spec.w_shape[1] // spec.groups)
+    fits = max(1, machine.l2_bytes // 2 // (a_channel * channels))
+    if spec.groups > 1 and tiles > 1:
+        # a block of channels that straddles two groups has no place in the packed weight
+        whole = [t for t in range(1, tiles + 1) if m % (t * channels) == 0] or [tiles]
+        return [max((t for t in whole if t <= fits), default=whole[0]) * channels]
+    return [min(fits, tiles) * channels]
+
+
+def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
+    """Cycles by counting multiply-adds, loads and stores, on a core with two ports for each.
+
+    The constants are rough on purpose: they must rank, not predict.
+    """
+    m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
+    depth, height, width = (axis.positions for axis in spec.axes)
+    tiles = _up(m, t.task) // t.channels * (_up(height, t.rows) // t.rows) * (_up(width, t.columns) // t.columns)
+    tiles *= depth * spec.groups * (spec.batch or 1)
+    taps = math.prod(sum(p.taps for p in a.phases) for a in spec.axes)
+    phases = math.prod(len(a.phases) for a in spec.axes)
+    accumulators = t.vectors * t.scalars * t.rows
+    # vectors of a row start anywhere and straddle two cache lines; weights are packed on whole ones
+    loads = t.vectors + t.scalars * t.rows if t.vector == "channels" else 2 * t.vectors * t.rows + t.scalars
+    step = max(accumulators, machine.fma_in_flight, loads) / 2
+    a_tile = 2 * accumulators + 12
+    computing = tiles * (taps * c * step + phases * a_tile)
+    outputs = math.prod(n or 1 for n in spec.y_shape)
+    transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
+    storing = outputs * (1.2 if transposed else 0.35)
+    used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
+    return Estimate(t, computing + storing, computing, storing, used, accumulators)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+# --- the moves ---
+
+
+def packed_axes(spec: ConvTranspose3d, tiles: Tiles) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """How the declared W is laid out for these tiles: its axes split, then permuted.
+
+    W ``(C, M/g, kD, kH, kW)`` is viewed as ``(g, C/g, M/block, block, kD, kH, kW)`` (None: whatever
+    is left) and transposed to ``(g, M/block, kD, kH, kW, C/g, block)``.
+    """
+    return (spec.groups, spec.channels_in // spec.groups, None, tiles.block, None, None, None), (0, 2, 4, 5, 6, 1, 3)
+
+
+def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
+    """Apply the moves to the declared function; legal for every spec."""
+    phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith("phase")]
+    pad, output = sch.get_sblock("pad"), sch.get_sblock("output")
+    as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
+
     # --- layouts ---
-    sch.transform_layout(pad, ("write",0), lambda n,g,c,d,h,w:(n,g,d,h,c,w))
-    first = phases[0]
-    wi = [i for i,r in enumerate(sch.get(first).reads) if r.source.name=="W"][0]
-    block = VL if t.vector=="channels" else t.columns
-    sch.transform_layout(first, ("read",wi), lambda c,m,kd,kh,kw:(c//Cg, m//block, kd,kh,kw, c%Cg, m%block))
-    if t.vector=="channels":
-        for p in phases:
-            if as_axes:
-                sch.transform_layout(p,("write",0),lambda n,g,m,a,b,c,d,h,w:(n,g,m//VL,a,b,c,d,h,w,m%VL))
-            else:
-                sch.transform_layout(p,("write",0),lambda n,g,m,d,h,w:(n,g,m//VL,d,h,w,m%VL))
-    # --- tasks ---
-    ncdhw = spec.layout=="NCDHW"
-    loops = sch.get_loops(out)
-    n,m,od,oh,ow = loops if ncdhw else (loops[0],loops[4],*loops[1:4])
-    (qd,fd),(qh,fh),(qw,fw) = [sch.split(l,[None,len(a.phases)]) for l,a in zip((od,oh,ow),spec.axes)]
-    g,mg = sch.split(m,[G,None])
-    mo,mi = sch.split(mg,[None,t.task])
-    qho,qhi = sch.split(qh,[None,t.rows])
-    if ncdhw: order=(mi,fd,qhi,fh,qw,fw)
-    else: order=(fd,qhi,fh,qw,fw,mi)
-    sch.reorder(n,g,mo,qd,qho,*order)
-    annotate_reads(sch,out,spec,t,as_axes)
-    par = sch.fuse(n,g,mo,qd,qho)
-    # --- phases ---
-    for p in phases:
-        sch.compute_at(p,par,preserve_unit_loops=True)
-        L = sch.get_loops(p)[1:]
-        assert len(L)==6+nf+4,(len(L))
-        n_,g_,m_,*f_ = L[:3+nf]; d_,h_,w_ = L[3+nf:6+nf]; td,th,tw,c = L[-4:]
-        if t.vector=="channels":
-            m1,m2,v = sch.split(m_,[None,t.vectors,VL]); h1,h2=sch.split(h_,[None,t.rows]); w1,w2=sch.split(w_,[None,t.columns])
-            sch.reorder(n_,g_,*f_,d_,m1,h1,w1,td,th,tw,c,h2,w2,m2,v)
-            inner=[h2,w2,m2]
-        else:
-            m1,m2 = sch.split(m_,[None,t.columns]); h1,h2=sch.split(h_,[None,t.rows]); w1,w2,v=sch.split(w_,[None,t.vectors,VL])
-            sch.reorder(n_,g_,*f_,d_,h1,w1,m1,td,th,tw,c,h2,m2,w2,v)
-            inner=[h2,m2,w2]
-        tile = m1 if t.vector=="row" else w1
-        C = sch.cache_write(p,0,"local"); sch.reverse_compute_at(C,tile,preserve_unit_loops=True)
-        sch.vectorize(v)
-        for l in inner: sch.unroll(l)
-        lc = sch.get_loops(C)
-        k = len(sch.get_loops(p))
-        depth = lc.index(tile) if False else None
-        own = lc[-(7+nf):] if t.vector=="channels" else lc[-(6+nf):]
-        if t.vector=="channels":
-            # n,g,m,(f),d,h,w,v
-            sch.vectorize(own[-1]); 
-            for l in (own[2],*own[-3:-1]): sch.unroll(l)
-        else:
-            wv_o,wv=sch.split(own[-1],[None,VL]); sch.vectorize(wv); sch.unroll(wv_o)
-            for l in (own[2],own[-2]): sch.unroll(l)
-    sch.parallel(par)
-    for p in phases:
-        L = sch.get_loops(p)
-        sch.decompose_reduction(p, L[-8])
-    lo = sch.get_loops(out)
-    return out,pad
+    _lay_out(sch, spec, tiles, pad, phases, as_axes)
 
-def annotate_reads(sch,out,spec,t,as_axes):
-    blk = sch.get(out); iv=[v.var for v in blk.iter_vars]
-    n,m,od,oh,ow = iv if spec.layout=="NCDHW" else (iv[0],iv[4],*iv[1:4])
-    Mg=spec.channels_out//spec.groups
-    fd_,s=tirx.floordiv,[a.stride for a in spec.axes]
-    dt=iv[0].ty.dtype
-    one=lambda v:(v,v+1)
-    def span(lo,size): return (lo,lo+size)
-    mstart=fd_(tirx.floormod(m,Mg),t.task)*t.task
-    hstart=fd_(fd_(oh,s[1]),t.rows)*t.rows
-    for i,r in enumerate(blk.reads):
-        if not r.source.name.startswith("phase"): continue
-        shape=[int(x) for x in r.source.shape[1:]]
-        f=[one(tirx.floormod(o,k)) for o,k in zip((od,oh,ow),s)] if as_axes else []
-        wpad = shape[-2] if t.vector=="channels" else shape[-1]
-        if as_axes: f=[one(tirx.floormod(od,s[0])),one(tirx.floormod(oh,s[1])),(tirx.const(0,dt),tirx.const(len(spec.axes[2].phases),dt))]
-        ranges=[one(n),one(fd_(m,Mg))]
-        if t.vector=="channels":
-            ranges+=[span(fd_(mstart,t.lanes),t.task//t.lanes)]
-        else: ranges+=[span(mstart,t.task)]
-        ranges+=[*f,one(fd_(od,s[0])),span(hstart,t.rows),(tirx.const(0,dt),tirx.const(wpad,dt))]
-        if t.vector=="channels": ranges.append((tirx.const(0,dt),tirx.const(t.lanes,dt)))
-        im=tirx.IndexMap(initial_indices=iv,final_indices=[x for p in ranges for x in p],inverse_index_map=None)
-        _ffi_api.ScheduleAnnotateBufferAccess(sch,out,i,0,im)
+    # --- tasks: rows of positions, with their phases inside ---
+    axes = sch.get_loops(output)
+    n, m, *spatial = axes if spec.layout == "NCDHW" else [axes[0], axes[-1], *axes[1:-1]]
+    split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
+    (q_d, f_d), (q_h, f_h), (q_w, f_w) = split
+    g, m = sch.split(m, [spec.groups, None])
+    m, m_in = sch.split(m, [None, tiles.task])
+    q_h, q_h_in = sch.split(q_h, [None, tiles.rows])
+    row = [f_d, q_h_in, f_h, q_w, f_w]
+    sch.reorder(n, g, m, q_d, q_h, *([m_in, *row] if spec.layout == "NCDHW" else [*row, m_in]))
+    _claim_whole_tiles(sch, spec, tiles, output, as_axes)
+    task = sch.fuse(n, g, m, q_d, q_h)
+    for p in phases:
+        sch.compute_at(p, task, preserve_unit_loops=True)
+        _tile(sch, tiles, p, sch.get_loops(p)[1:])
+
+    # --- spend the cores; the padded copy is a task a plane ---
+    sch.parallel(task)
+    for p in phases:
+        # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
+        sch.decompose_reduction(p, sch.get_loops(p)[-8])
+    if not as_axes:
+        for loop in (f_d, f_h, f_w):
+            sch.unroll(loop)
+    n, g, c, d, h, w = sch.get_loops(pad)
+    sch.reorder(n, g, d, h, c, w)
+    sch.parallel(sch.fuse(n, g, d))
+
+
+def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: list[Any], as_axes: bool) -> None:
+    c_in = spec.channels_in // spec.groups
+    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    if not phases:
+        return
+    reads = [r.source.name for r in sch.get(phases[0]).reads]
+    sch.transform_layout(
+        phases[0],
+        ("read", reads.index("W")),
+        lambda c, m, kd, kh, kw: (c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block),
+    )
+    if t.vector == "row":
+        return
+    for p in phases:
+        if as_axes:
+            moved: Any = lambda n, g, m, *at: (n, g, m // t.lanes, *at, m % t.lanes)  # noqa: E731
+            sch.transform_layout(
+                p, ("write", 0), lambda n, g, m, i, j, k, d, h, w: moved(n, g, m, i, j, k, d, h, w)
+            )
+        else:
+            sch.transform_layout(
+                p, ("write", 0), lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)
+            )
+
+
+def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
+    """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
+    *outer, d, h, w, t_d, t_h, t_w, c = loops
+    n, g, m, *of_phases = outer
+    h, h_in = sch.split(h, [None, t.rows])
+    if t.vector == "channels":
+        m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
+        w, w_in = sch.split(w, [None, t.scalars])
+        order, last = [m, h, w], w
+        tile = [h_in, w_in, m_in]
+    else:
+        m, m_in = sch.split(m, [None, t.scalars])
+        w, w_in, lane = sch.split(w, [None, t.vectors, t.lanes])
+        order, last = [h, w, m], m
+        tile = [h_in, m_in, w_in]
+    sch.reorder(n, g, *of_phases, d, *order, t_d, t_h, t_w, c, *tile, lane)
+    sums = sch.cache_write(phase, 0, "local")
+    sch.reverse_compute_at(sums, last, preserve_unit_loops=True)
+    sch.vectorize(lane)
+    for loop in tile:
+        sch.unroll(loop)
+    if t.vector == "channels":
+        *_, m_out, _, h_out, w_out, lane_out = [x for x in sch.get_loops(sums) if x not in of_phases]
+        *_, m_out = sch.get_loops(sums)[: -4 - len(of_phases)]
+        write = [m_out, h_out, w_out]
+    else:
+        m_out = sch.get_loops(sums)[-4 - len(of_phases)]
+        h_out, w_out = sch.get_loops(sums)[-2:]
+        w_out, lane_out = sch.split(w_out, [None, t.lanes])
+        write = [m_out, h_out, w_out]
+    sch.vectorize(lane_out)
+    for loop in write:
+        sch.unroll(loop)
+
+
+def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: Any, as_axes: bool) -> None:
+    """Let each output element claim the whole tiles of its task.
+
+    `compute_at` shrinks a phase to what the output reads, which at the ragged end is less than a
+    tile, and would put that test into the inner loop.
+    """
+    block = sch.get(output)
+    of = [v.var for v in block.iter_vars]
+    n, m, *o = of if spec.layout == "NCDHW" else [of[0], of[-1], *of[1:-1]]
+    index = n.ty.dtype
+    m_out = spec.channels_out // spec.groups
+    q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
+    first_m = tirx.floordiv(tirx.floormod(m, m_out), t.task) * t.task
+    first_h = tirx.floordiv(q[1], t.rows) * t.rows
+
+    def one(start: Any) -> Span:
+        return (start, start + 1)
+
+    def whole(extent: Any) -> Span:
+        return (tirx.const(0, index), extent)
+
+    for i, read in enumerate(block.reads):
+        if not read.source.name.startswith("phase"):
+            continue
+        shape = list(read.source.shape)
+        in_channels = t.vector == "channels"
+        channels = (first_m, first_m + t.task)
+        if in_channels:
+            first_block = tirx.floordiv(first_m, t.lanes)
+            channels = (first_block, first_block + t.task // t.lanes)
+        spans = [one(n), one(tirx.floordiv(m, m_out)), channels]
+        if as_axes:
+            spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
+            spans += [whole(shape[5])]
+        spans += [one(q[0]), (first_h, first_h + t.rows), whole(shape[-2] if in_channels else shape[-1])]
+        if in_channels:
+            spans.append(whole(shape[-1]))
+        claim = tirx.IndexMap(
+            initial_indices=of, final_indices=[end for span in spans for end in span], inverse_index_map=None
+        )
+        # the Python method demands as many ranges as the block has iterators; the function below it does not
+        _ffi_api.ScheduleAnnotateBufferAccess(sch, output, i, 0, claim)

@@ -1,0 +1,1 @@
+"""Other people's words for the operator, one module a system: each gives (spec, weight, bias)."""

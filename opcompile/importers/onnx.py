@@ -1,0 +1,544 @@
+"""ONNX's words for the operator: every 5-D ConvTranspose of a model as (spec, weight, bias).
+
+Shapes are those that ONNX's own inference finds. Where the definition, its shape inference and the
+engines dispute, **we follow what ONNX Runtime 1.31 computes**, at every opset:
+
+* ``total = max(0, full + output_padding - out)`` is what auto_pad and output_shape crop. SAME_UPPER crops
+  ``total // 2`` at the low side; SAME_LOWER and output_shape without SAME_UPPER crop the larger half there.
+  (Opset 1 had it the other way round; ONNX Runtime applies the later rule to it as well.)
+* SAME_* aims at ``out = size * stride``, but never pads: with a kernel below the stride the output stays
+  ``full``. With output_padding it is ``size * stride``, where shape inference says one more.
+* output_shape overrides pads. It may exceed ``full`` by less than a stride (zeros); beyond that ONNX Runtime
+  refuses, and so do we.
+* pads beside an auto_pad other than NOTSET are refused, as ONNX Runtime does at every opset.
+
+Two things ONNX Runtime refuses are compiled, because their meaning is not disputed: ``output_padding >=
+stride``, and dtypes bfloat16 and float64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from opcompile.errors import ModelError, OpcompileError, SpecError
+from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
+
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.DOUBLE: "float64",
+}
+
+_ONNX_DOMAINS = ("", "ai.onnx")
+_AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+
+# Tensors above this many bytes tell shape inference nothing but their shape, and are kept away from it.
+_LARGEST_SHAPE_TENSOR = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """One ConvTranspose node: either a ``spec``, or the ``reason`` why there is none.
+
+    ``name`` is the node's name or that of its output, made unique. ``weight (C, M/g, kD, kH, kW)`` and
+    ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
+    An initializer that is also listed as a graph input counts as known: its value is the file's.
+    """
+
+    name: str
+    spec: ConvTranspose3d | None
+    weight: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    reason: str | None
+
+
+def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found]:
+    """Return the 5-D ConvTranspose nodes of a model, in graph order.
+
+    Nodes in the subgraphs of If, Loop and Scan are included, and model-local functions where they are
+    called. A node whose rank cannot be inferred is listed with that reason. External data are looked up
+    beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
+    valid ONNX model.
+    """
+    try:
+        model, folder = _read(source)
+        outline, tensors = _outline(model)
+        _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
+        for step in (_check, _inline, _infer):
+            outline = _refine(outline, step)
+        while _settle(outline.graph, tensors):
+            outline = _refine(outline, _infer)
+        found = [_found(node, scope, folder) for node, scope in _nodes(outline.graph, _Scope.of(tensors))]
+        return _uniquely_named([*found, *_in_functions(outline)])
+    except UnicodeDecodeError as error:
+        raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
+
+
+# --- reading: from a source to an outline that shape inference understands ---
+
+
+def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | None]:
+    if isinstance(source, onnx.ModelProto):
+        return source, None
+    if isinstance(source, bytes):
+        return _parse(source, "these bytes"), None
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
+    return _parse(data, str(path)), path.parent
+
+
+def _parse(data: bytes, what: str) -> onnx.ModelProto:
+    try:
+        model = onnx.load_model_from_string(data)
+    except DecodeError as error:
+        raise ModelError(f"{what} cannot be read as an ONNX model: {error}; export or fetch the file again") from error
+    if not model.HasField("graph"):
+        raise ModelError(f"{what} cannot be read as an ONNX model: there is no graph in it; export it again")
+    return model
+
+
+def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
+    """Return what shape inference needs to see of a model, and its large tensors by name.
+
+    Each of these is a graph input in the outline. So a model of any size stays below the 2 GiB that ONNX's
+    C++ side can be handed, and a missing file of weights hides no shape.
+    """
+    graph = model.graph
+    tensors = {t.name: t for t in graph.initializer if _is_large(t)}
+    inputs = {value.name for value in graph.input}
+    outline = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    outline.graph.CopyFrom(
+        onnx.GraphProto(
+            name=graph.name,
+            node=graph.node,
+            initializer=[t for t in graph.initializer if t.name not in tensors],
+            sparse_initializer=graph.sparse_initializer,
+            input=graph.input,
+            output=graph.output,
+            value_info=graph.value_info,
+        )
+    )
+    outline.graph.input.extend(
+        helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in tensors.items() if name not in inputs
+    )
+    return outline, tensors
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    return _is_external(tensor) or tensor.ByteSize() > _LARGEST_SHAPE_TENSOR
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _load_nested(nodes: Sequence[onnx.NodeProto], folder: Path | None) -> None:
+    """Load external data that sits in attributes and subgraphs, where no graph input can stand for it."""
+    for node in nodes:
+        for attribute in node.attribute:
+            initializers = [t for subgraph in _subgraphs(attribute) for t in subgraph.initializer]
+            for tensor in (attribute.t, *attribute.tensors, *initializers):
+                if _is_external(tensor):
+                    tensor.CopyFrom(_loaded(tensor, folder))
+            for subgraph in _subgraphs(attribute):
+                _load_nested(subgraph.node, folder)
+
+
+def _refine(outline: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """Take one step on ONNX's C++ side, whose exceptions say that the model is invalid."""
+    try:
+        return step(outline)
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        EncodeError,
+        # the inliner's failed assertions; a model above 2 GiB; shapes that no memory could hold
+        RuntimeError,
+        ValueError,
+        MemoryError,
+    ) as error:
+        raise ModelError(
+            f"the model is not valid ONNX: {_first_line(error)}; onnx {onnx.__version__} must accept it: "
+            "export it again, or install a newer onnx"
+        ) from error
+
+
+def _check(outline: onnx.ModelProto) -> onnx.ModelProto:
+    """Let ONNX's checker see the model first: shape inference on what it refuses can exhaust the memory.
+
+    A tensor of unknown rank is legal, but not to the checker: it is shown a scalar instead.
+    """
+    values = (*outline.graph.input, *outline.graph.output)
+    unknown = [v.type.tensor_type for v in values if v.type.HasField("tensor_type")]
+    unknown = [t for t in unknown if not t.HasField("shape")]
+    for tensor_type in unknown:
+        tensor_type.shape.SetInParent()
+    onnx.checker.check_model(outline)
+    for tensor_type in unknown:
+        tensor_type.ClearField("shape")
+    return outline
+
+
+def _inline(outline: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.inliner.inline_local_functions(outline) if outline.functions else outline
+
+
+def _infer(outline: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(outline, data_prop=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- walking: names in scope, nodes in order ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown)."""
+
+    name: str
+    tensor: onnx.TensorProto | None
+    element_type: int
+    shape: tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The constants and the inferred types that a node sees, those of enclosing graphs included."""
+
+    constants: ChainMap[str, onnx.TensorProto]
+    types: ChainMap[str, onnx.TypeProto.Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, onnx.TensorProto]) -> _Scope:
+        return cls(ChainMap(dict(tensors)), ChainMap())
+
+    def inside(self, graph: onnx.GraphProto) -> _Scope:
+        """Return the scope of a graph's nodes before the first of them has run."""
+        values = (*graph.input, *graph.value_info, *graph.output)
+        types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
+        constants = {t.name: t for t in graph.initializer}
+        return _Scope(self.constants.new_child(constants), self.types.new_child(types))
+
+    def learn(self, node: onnx.NodeProto) -> None:
+        """Remember the output of a node that is a constant."""
+        if node.domain not in _ONNX_DOMAINS or len(node.output) != 1:
+            return
+        if node.op_type == "Identity" and node.input[0] in self.constants:
+            self.constants[node.output[0]] = self.constants[node.input[0]]
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    self.constants[node.output[0]] = attribute.t
+                if attribute.name == "value_floats":
+                    self.constants[node.output[0]] = numpy_helper.from_array(np.array(attribute.floats, np.float32))
+
+    def value(self, name: str) -> _Value:
+        tensor = self.constants.get(name)
+        if tensor is not None:
+            return _Value(name, tensor, tensor.data_type, tuple(tensor.dims))
+        found = self.types.get(name)
+        if found is None:
+            return _Value(name, None, onnx.TensorProto.UNDEFINED, None)
+        if not found.HasField("shape"):
+            return _Value(name, None, found.elem_type, None)
+        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim))
+
+
+def _dimension(d: onnx.TensorShapeProto.Dimension) -> int | str:
+    return int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
+
+
+def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
+    """Yield every 5-D ConvTranspose with its scope, in graph order, subgraphs included."""
+    scope = outer.inside(graph)
+    for node in graph.node:
+        if _is_conv_transpose(node) and _is_5d(node, scope):
+            yield node, scope
+        for attribute in node.attribute:
+            for subgraph in _subgraphs(attribute):
+                yield from _nodes(subgraph, scope)
+        scope.learn(node)
+
+
+def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
+    return (attribute.g, *attribute.graphs)
+
+
+def _is_conv_transpose(node: onnx.NodeProto) -> bool:
+    return node.op_type == "ConvTranspose" and node.domain in _ONNX_DOMAINS
+
+
+def _is_5d(node: onnx.NodeProto, scope: _Scope) -> bool:
+    """Go by the ranks of X and W, else by the attributes; where nothing tells, it may be: list it."""
+    shapes = [scope.value(name).shape for name in node.input[:2]]
+    ranks = {len(shape) for shape in shapes if shape is not None} or _attribute_ranks(node)
+    return 5 in ranks or not ranks
+
+
+def _attribute_ranks(node: onnx.NodeProto) -> set[int]:
+    sizes = {a.name: len(a.ints) for a in node.attribute if a.ints}
+    return {2 + (size // 2 if name == "pads" else size) for name, size in sizes.items()}
+
+
+# --- one node ---
+
+
+def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
+    name = node.name or node.output[0]
+    try:
+        spec = _spec(node, scope)
+        weight, bias = (_array(value, folder) for value in _weights(node, scope))
+    except OpcompileError as error:
+        return Found(name, None, None, None, str(error))
+    return Found(name, spec, weight, bias, None)
+
+
+def _weights(node: onnx.NodeProto, scope: _Scope) -> tuple[_Value, _Value | None]:
+    has_bias = len(node.input) > 2 and node.input[2] != ""
+    return scope.value(node.input[1]), scope.value(node.input[2]) if has_bias else None
+
+
+def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
+    """Read one node. Raises `ModelError` or `SpecError` with the reason why it cannot be compiled."""
+    x, (w, b) = scope.value(node.input[0]), _weights(node, scope)
+    batch, channels_in, sizes = _x_sizes(x)
+    channels, per_group, *kernel = _w_sizes(w)
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    groups = int(attributes.get("group", 1))
+    if channels_in != channels:
+        raise ModelError(f"X has {channels_in} channels, but W {w.shape} takes {channels}; they must be equal")
+    if b is not None and b.shape is not None and b.shape != (per_group * groups,):
+        raise ModelError(f"B has shape {b.shape}, but must have one element for each output channel of W")
+    return ConvTranspose3d(
+        batch=batch,
+        channels_in=channels,
+        channels_out=per_group * groups,
+        axes=_axes(attributes, sizes, kernel),
+        groups=groups,
+        bias=b is not None,
+        dtype=_dtype([x, w] if b is None else [x, w, b]),
+    )
+
+
+def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
+    if x.shape is None:
+        raise ModelError(
+            f"the shape of X ({x.name}) cannot be inferred; give the model's inputs, or the outputs of "
+            "operators that ONNX does not define, their shapes"
+        )
+    if len(x.shape) != 5:
+        raise ModelError(f"X ({x.name}) has {len(x.shape)} axes, but W has 5; they must agree")
+    unknown = {name: size for name, size in zip(AXIS_NAMES, x.shape[2:], strict=True) if isinstance(size, str)}
+    if unknown:
+        sizes = ", ".join(f"{name}={size}" for name, size in unknown.items())
+        raise ModelError(
+            f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; fix them, "
+            "with onnx.tools.update_model_dims for example"
+        )
+    batch, channels, *spatial = x.shape
+    return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
+
+
+def _w_sizes(w: _Value) -> list[int]:
+    if w.shape is None or any(isinstance(size, str) for size in w.shape):
+        raise ModelError(f"W ({w.name}) has the shape {w.shape or 'unknown'}; it must be known, so fix its dimensions")
+    if len(w.shape) != 5:
+        raise ModelError(f"W ({w.name}) has {len(w.shape)} axes, but X has 5; they must agree")
+    return [int(size) for size in w.shape]
+
+
+def _dtype(values: Sequence[_Value]) -> str:
+    types = {v.element_type for v in values} - {onnx.TensorProto.UNDEFINED}
+    names = sorted(_DTYPES.get(t, _type_name(t)) for t in types)
+    if len(names) != 1:
+        raise ModelError(
+            f"X, W and B have the dtypes {', '.join(names) or 'unknown'}, but must have one; insert a Cast"
+        )
+    return names[0]
+
+
+def _type_name(element_type: int) -> str:
+    names: dict[int, str] = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+    return names.get(element_type, f"type {element_type}")
+
+
+# --- attributes -> axes: the disputes of the module's docstring ---
+
+
+def _axes(attributes: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[int]) -> tuple[Axis, Axis, Axis]:
+    auto_pad = attributes.get("auto_pad", b"").decode(errors="replace") or "NOTSET"
+    if auto_pad not in _AUTO_PADS:
+        raise ModelError(f"auto_pad is {auto_pad!r}, but must be one of {', '.join(_AUTO_PADS)}")
+    if auto_pad != "NOTSET" and "pads" in attributes:
+        raise ModelError(f"pads are given beside auto_pad={auto_pad}, which ONNX forbids; keep one of them")
+    if _integers(attributes, "kernel_shape", kernel) != list(kernel):
+        raise ModelError(f"kernel_shape is {attributes['kernel_shape']}, but W has {list(kernel)}; they must be equal")
+    strides, dilations = (_integers(attributes, name, [1] * 3) for name in ("strides", "dilations"))
+    pads, output_pads = _integers(attributes, "pads", [0] * 6), _integers(attributes, "output_padding", [0] * 3)
+    outs = _integers(attributes, "output_shape", [0] * 3) if attributes.get("output_shape") else [None] * 3
+    axes = []
+    for i, name in enumerate(AXIS_NAMES):
+        pad = (pads[i], pads[i + 3]) if outs[i] is None else (0, 0)
+        try:
+            axis = Axis(sizes[i], kernel[i], strides[i], dilations[i], pad, output_pads[i])
+            axes.append(_fitted(axis, auto_pad, outs[i]))
+        except SpecError as error:
+            raise SpecError(f"axis {name}: {error}") from None
+    return axes[0], axes[1], axes[2]
+
+
+def _integers(attributes: Mapping[str, Any], name: str, default: Sequence[int]) -> list[int]:
+    values = list(attributes.get(name) or default)
+    if len(values) != len(default):
+        raise ModelError(f"{name} has {len(values)} values, but a 5-D ConvTranspose takes {len(default)}")
+    return values
+
+
+def _fitted(axis: Axis, auto_pad: str, out: int | None) -> Axis:
+    """Return the axis with the padding that auto_pad or output_shape ask for."""
+    if out is None:
+        if not auto_pad.startswith("SAME"):
+            return axis
+        out = min(axis.size * axis.stride, axis.out)
+    if out < 1:
+        raise SpecError(f"output_shape is {out}, but must be at least 1")
+    total = axis.out - out
+    if total < 0:
+        if out - axis.full >= axis.stride:
+            raise SpecError(
+                f"output_shape is {out}, but (size-1)*stride + dilation*(kernel-1) + 1 = {axis.full}, and the "
+                f"difference must be less than stride {axis.stride}; use output_padding for more"
+            )
+        return replace(axis, output_pad=out - axis.full)
+    low = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+    return replace(axis, pad=(low, total - low))
+
+
+# --- where inference and ONNX Runtime differ ---
+
+
+def _settle(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> bool:
+    """Spell out the paddings of nodes whose output shape inference got wrong; False when there were none.
+
+    Then all inferred shapes are forgotten, for those that follow from the wrong one are wrong too. A node is
+    spelled out at most once: inference agrees about explicit paddings.
+    """
+    wrong = [(node, spec) for node, scope in _nodes(graph, _Scope.of(tensors)) if (spec := _disputed(node, scope))]
+    for node, spec in wrong:
+        kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
+        pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
+        kept.append(helper.make_attribute("pads", pads))
+        kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    if wrong:
+        _forget_shapes(graph)
+    return bool(wrong)
+
+
+def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:
+    """Return the spec of a node whose inferred output differs from it."""
+    if not {"auto_pad", "output_shape"} & {a.name for a in node.attribute}:
+        return None
+    try:
+        spec = _spec(node, scope)
+    except OpcompileError:
+        return None  # `_found` lists it with its reason
+    inferred = scope.value(node.output[0]).shape
+    return spec if inferred is None or inferred[2:] != spec.y_shape[2:] else None
+
+
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    del graph.value_info[:]
+    for value in graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in _subgraphs(attribute):
+                _forget_shapes(subgraph)
+
+
+# --- weights ---
+
+
+def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
+    """Return the data of a constant, None for what is known at run time only."""
+    if value is None or value.tensor is None:
+        return None
+    try:
+        return np.ascontiguousarray(numpy_helper.to_array(_loaded(value.tensor, folder)))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{value.name} holds no {list(value.tensor.dims)} tensor: {error}; export it again") from error
+
+
+def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
+    """Return the tensor, or a copy with its external data in it. Raises `ModelError` where these are missing."""
+    if not _is_external(tensor):
+        return tensor
+    where = next((entry.value for entry in tensor.external_data if entry.key == "location"), "an unnamed file")
+    if folder is None:
+        raise ModelError(f"{tensor.name} is stored beside the model, in {where!r}; pass the path of the model file")
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    try:
+        onnx.external_data_helper.load_external_data_for_tensor(copy, str(folder))
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {_first_line(error)}; "
+            f"put that file, whole, into {folder}"
+        ) from error
+    return copy
+
+
+# --- the list ---
+
+
+def _in_functions(outline: onnx.ModelProto) -> list[Found]:
+    """List what could not be inlined: functions written for another opset than the model's."""
+    nowhere = _Scope(ChainMap(), ChainMap())
+    return [
+        Found(
+            node.name or node.output[0],
+            None,
+            None,
+            None,
+            f"it is in function {function.domain}.{function.name}, whose opset is not the model's; "
+            "convert one of them with onnx.version_converter",
+        )
+        for function in outline.functions
+        for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)
+    ]
+
+
+def _uniquely_named(found: Sequence[Found]) -> list[Found]:
+    """Append _2, _3 ... to a name that was taken before."""
+    taken: set[str] = set()
+    result = []
+    for f in found:
+        name, number = f.name, 1
+        while name in taken:
+            number += 1
+            name = f"{f.name}_{number}"
+        taken.add(name)
+        result.append(replace(f, name=name))
+    return result

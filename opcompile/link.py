@@ -1,0 +1,82 @@
+"""Kernel object + ``runtime.c`` -> one shared library that needs the C library alone.
+
+The system's ``cc`` (or ``$CC``) links for this kind of machine; the ``ziglang`` package brings a
+compiler and the C libraries of the others, and stands in for ``cc`` where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from opcompile.errors import EngineError
+from opcompile.runtime import EXPORTS, HEADER, KERNEL, host
+from opcompile.target import Target
+
+_RUNTIME = Path(__file__).with_name("runtime.c")
+_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared")
+# The oldest C library that both architectures have: what zig links runs on every later one.
+_OLDEST_GLIBC = "2.17"
+
+
+def link(object_code: bytes, header: str, target: Target) -> bytes:
+    """Return the library for ``target``, made of a relocatable kernel and the run-time half.
+
+    ``header`` is the layer's C header, which ``runtime.c`` includes. Raises `EngineError` when no
+    linker is there for this target, or when it fails, with its own words.
+    """
+    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+        folder = Path(name)
+        (folder / "kernel.o").write_bytes(object_code)
+        (folder / HEADER).write_text(header)
+        # a copy, so that no path of this machine gets into the library
+        (folder / _RUNTIME.name).write_bytes(_RUNTIME.read_bytes())
+        command = [*_linker(target), *_COMPILE, "-I.", _RUNTIME.name, "kernel.o", "-o", "library"]
+        command += _for_mach_o(folder) if target.system == "darwin" else _for_elf(folder)
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise EngineError(f"the linker {command[0]!r} cannot be started: {error.strerror}; set CC to one") from None
+        if done.returncode:
+            raise EngineError(
+                f"linking for {target.name} failed: {shlex.join(command)} ended with status {done.returncode}:\n"
+                f"{done.stderr.strip()}"
+            )
+        return (folder / "library").read_bytes()
+
+
+def _linker(target: Target) -> list[str]:
+    """The command that compiles C and links for ``target``, without its arguments."""
+    if (target.architecture, target.system) == host():
+        if os.environ.get("CC", "").strip():
+            return shlex.split(os.environ["CC"])
+        for name in ("cc", "gcc", "clang"):
+            if shutil.which(name):
+                return [name]
+        missing = "no C compiler (cc, gcc or clang) is on PATH and CC is not set"
+    else:
+        missing = f"this machine's C compiler cannot link for {target.name}, which is {target.architecture} {target.system}"
+    if importlib.util.find_spec("ziglang") is None:
+        raise EngineError(f"{missing}; install the package ziglang (pip install 'opcompile[cross]'), which can")
+    system = "macos" if target.system == "darwin" else f"linux-gnu.{_OLDEST_GLIBC}"
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.architecture}-{system}"]
+
+
+def _for_elf(folder: Path) -> list[str]:
+    """Export the entries alone, stay loaded (workers live in the code), leave no symbol open."""
+    names = " ".join(f"{name};" for name in (KERNEL, *EXPORTS))
+    (folder / "exports").write_text(f"{{ global: {names} local: *; }};\n")
+    flags = ("--version-script=exports", "-z,nodelete", "-z,noexecstack", "-z,defs", "--build-id=none")
+    return [*(f"-Wl,{flag}" for flag in flags), "-lm", "-lpthread", "-ldl"]
+
+
+def _for_mach_o(folder: Path) -> list[str]:
+    """The same for macOS, whose C library holds all three, and where the code pins itself (``runtime.c``)."""
+    (folder / "exports").write_text("".join(f"_{name}\n" for name in (KERNEL, *EXPORTS)))
+    return ["-Wl,-exported_symbols_list,exports"]

@@ -1,0 +1,146 @@
+"""From a spec to machine code: choose tiles, declare, schedule, compile.
+
+`lower` never falls back in silence: what was used stands in `Plan`, and goes into the manifest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.s_tir import transform
+from tvm.s_tir.analysis import calculate_allocated_bytes
+
+from opcompile.declare import Grain, declare, packed_from
+from opcompile.errors import RecordError, SpecError
+from opcompile.packing import Packing
+from opcompile.record import Record, find_record
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import Target
+from schedules import llvm
+
+KERNEL = "conv_transpose3d"
+PlanName = Literal["best", "baseline", "tuned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was used, for the manifest and for `inspect`."""
+
+    name: str
+    schedule: str
+    tiles: dict[str, int | str]
+    why: tuple[str, ...]
+    record: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A compiled kernel ``conv_transpose3d(X, W packed[, B], Y)``, not yet linked.
+
+    ``object_code`` is one relocatable object for ``target``. ``workspace_bytes`` is what a call
+    allocates: the padded copy of X, and the phases of one task for each thread.
+    """
+
+    spec: ConvTranspose3d
+    target: Target
+    plan: Plan
+    object_code: bytes
+    packing: Packing
+    workspace_bytes: int
+
+
+def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best") -> Lowered:
+    """Compile ``spec`` for ``target``.
+
+    ``plan`` is ``baseline`` (tiles by arithmetic), ``tuned`` (by a record; `RecordError` where there
+    is none) or ``best`` (the record where there is one, else the baseline).
+    """
+    tiles, chosen = choose(spec, target, plan)
+    module = scheduled(spec, tiles)
+    with tvm.target.Target(target.tvm()) as tvm_target:
+        executable = tvm.compile(module, target=tvm_target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        executable.mod.write_to_file(str(path), "o")
+        code = path.read_bytes()
+    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles))
+
+
+def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
+    """The tiles that ``plan`` asks for, and the account of the choice."""
+    if plan not in ("best", "baseline", "tuned"):
+        raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
+    record = None if plan == "baseline" else find_record(spec, target)
+    if record is not None:
+        tiles = llvm.Tiles(**record.tiles)
+        if record.declaration != (now := declaration_hash(spec, tiles)):
+            raise RecordError(
+                f"record {record.key} for {spec} was tuned on declaration {record.declaration}, "
+                f"but this version declares {now}; tune again, or use plan baseline"
+            )
+        return tiles, _plan("tuned", record.tiles, record.why(), record)
+    if plan == "tuned":
+        raise RecordError(
+            f"no tuned record for {spec} on {target.name}; make one with `opcompile tune`, or use plan best"
+        )
+    estimate = llvm.baseline(spec, target.machine)
+    return estimate.tiles, _plan("baseline", asdict(estimate.tiles), estimate.why(), None)
+
+
+def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:
+    family = "channel-vectors" if tiles["vector"] == "channels" else "row-vectors"
+    return Plan(name, family, tiles, why, record.key if record else None)
+
+
+def grain(tiles: llvm.Tiles) -> Grain:
+    """What the declaration must be rounded to for these tiles."""
+    return Grain(tiles.task, tiles.positions)
+
+
+def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:
+    """The unscheduled function, rounded for these tiles."""
+    return declare(spec, grain(tiles)).with_attr("global_symbol", KERNEL)
+
+
+def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
+    """The module ready to compile."""
+    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule.work_on(KERNEL)
+    llvm.schedule(schedule, spec, tiles)
+    return schedule.mod
+
+
+def packing(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Packing:
+    """How a canonical weight becomes the kernel's W."""
+    padded = packed_from(spec, grain(tiles))
+    _, order = llvm.packed_axes(spec, tiles)
+    c, m, *kernel = padded
+    c_in = c // spec.groups
+    return Packing(padded, (spec.groups, c_in, m // tiles.block, tiles.block, *kernel), order)
+
+
+def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
+    """The structural hash of the declaration: what a record is bound to."""
+    return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
+
+
+def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles) -> int:
+    """Bytes that one call allocates with one thread: the padded X and one task's phases.
+
+    For a dynamic batch: with one batch element.
+    """
+    module = scheduled(spec.with_batch(spec.batch or 1), tiles)
+    for step in (
+        transform.PlanAndUpdateBufferAllocationLocation(),
+        transform.ConvertBlocksToOpaque(),
+        transform.CompactBufferAllocation(),
+        transform.LowerOpaqueBlock(),
+    ):
+        module = step(module)
+    return int(calculate_allocated_bytes(module[KERNEL])["main"].get("global", 0))

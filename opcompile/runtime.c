@@ -1,0 +1,433 @@
+/* The run-time half of a compiled layer: linked with the kernel into one library that needs
+ * nothing but the C library and POSIX threads.
+ *
+ * The kernel object expects its loader to provide five things: a parallel launcher, a barrier, two
+ * workspace functions and an error function. They are defined here with hidden visibility, so the
+ * library works without TVM and cannot be re-wired when TVM is in the same process.
+ *
+ * Exported: opcompile_run and opcompile_error (below), and the kernel's own __tvm_ffi_conv_transpose3d.
+ */
+#define _GNU_SOURCE /* sched_getaffinity, RTLD_DEFAULT, RTLD_NODELETE */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "conv_transpose3d.h" /* shapes and dtype of this layer, and the two exported functions */
+
+#define HIDDEN __attribute__((visibility("hidden")))
+#define MOST_THREADS 1024
+#define ALIGNMENT 64
+
+/* What this thread is doing. */
+static __thread struct {
+  int threads;          /* most threads for the running call; 0: none was given */
+  int in_run;           /* inside opcompile_run */
+  int in_task;          /* inside a parallel task: a nested loop runs serially */
+  int is_worker;
+  struct block *blocks; /* workspaces this thread has in use, newest first */
+  char kind[32], text[1024];
+} self;
+
+/* --- errors: kept for opcompile_error, and handed to TVM's FFI where a call came through it --- */
+
+typedef void (*set_raised_fn)(const char *, const char **, int32_t);
+
+HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+  snprintf(self.kind, sizeof self.kind, "%s", kind);
+  size_t length = 0;
+  self.text[0] = '\0';
+  for (int32_t i = 0; i < count && length < sizeof self.text; i++)
+    if (parts[i]) length += (size_t)snprintf(self.text + length, sizeof self.text - length, "%s", parts[i]);
+  if (self.in_run || self.is_worker) return;
+  /* finds libtvm_ffi's function, never this one: hidden symbols are not looked up */
+  set_raised_fn set_raised = (set_raised_fn)dlsym(RTLD_DEFAULT, "TVMFFIErrorSetRaisedFromCStrParts");
+  if (set_raised) set_raised(kind, parts, count);
+}
+
+static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1); }
+
+const char *opcompile_error(void) { return self.text; }
+
+/* --- workspaces: freed ones are kept, because a fresh large one costs a page fault every 4 KiB ---
+ *
+ * What is kept and what is in use never exceed together what was once in use at the same time. */
+
+struct block {
+  size_t bytes; /* of the data, which begins ALIGNMENT bytes after the block */
+  struct block *next;
+};
+
+static pthread_mutex_t cache_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct block *cache; /* newest first */
+static size_t cached, used, most_used;
+
+static void *data_of(struct block *block) { return (char *)block + ALIGNMENT; }
+static struct block *block_of(void *data) { return (struct block *)((char *)data - ALIGNMENT); }
+
+/* The smallest kept block that is large enough, taken out of the cache; or NULL. Lock held. */
+static struct block *take_kept(size_t bytes) {
+  struct block **best = NULL;
+  for (struct block **at = &cache; *at; at = &(*at)->next)
+    if ((*at)->bytes >= bytes && (!best || (*at)->bytes < (*best)->bytes)) best = at;
+  if (!best) return NULL;
+  struct block *block = *best;
+  *best = block->next;
+  cached -= block->bytes;
+  return block;
+}
+
+/* Frees kept blocks, oldest first, until at most `most` bytes are kept. Lock held. */
+static void shrink_cache(size_t most) {
+  while (cache && cached > most) {
+    struct block **oldest = &cache;
+    while ((*oldest)->next) oldest = &(*oldest)->next;
+    cached -= (*oldest)->bytes;
+    free(*oldest);
+    *oldest = NULL;
+  }
+}
+
+static struct block *new_block(size_t bytes) {
+  void *memory = NULL;
+  if (bytes > SIZE_MAX - ALIGNMENT || posix_memalign(&memory, ALIGNMENT, bytes + ALIGNMENT)) return NULL;
+  ((struct block *)memory)->bytes = bytes;
+  return memory;
+}
+
+static void *allocate(int device, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
+  (void)device, (void)device_id, (void)dtype_code, (void)dtype_bits;
+  if (bytes > SIZE_MAX / 2) {
+    fail("MemoryError", "a workspace larger than the address space is needed");
+    return NULL;
+  }
+  pthread_mutex_lock(&cache_lock);
+  struct block *block = take_kept((size_t)bytes);
+  if (!block) {
+    size_t needed = used + (size_t)bytes;
+    shrink_cache(needed < most_used ? most_used - needed : 0);
+    block = new_block((size_t)bytes);
+    if (!block) {
+      shrink_cache(0);
+      block = new_block((size_t)bytes);
+    }
+  }
+  if (block) {
+    used += block->bytes;
+    if (used > most_used) most_used = used;
+  }
+  pthread_mutex_unlock(&cache_lock);
+  if (!block) {
+    char text[96];
+    snprintf(text, sizeof text, "%llu bytes of workspace are needed and cannot be allocated", (unsigned long long)bytes);
+    fail("MemoryError", text);
+    return NULL; /* the kernel returns -1 at once */
+  }
+  block->next = self.blocks;
+  self.blocks = block;
+  return data_of(block);
+}
+
+static void keep(struct block *block) {
+  pthread_mutex_lock(&cache_lock);
+  used -= block->bytes;
+  cached += block->bytes;
+  block->next = cache;
+  cache = block;
+  pthread_mutex_unlock(&cache_lock);
+}
+
+static int release(int device, int device_id, void *data) {
+  (void)device, (void)device_id;
+  struct block *block = block_of(data);
+  for (struct block **at = &self.blocks; *at; at = &(*at)->next)
+    if (*at == block) {
+      *at = block->next;
+      break;
+    }
+  keep(block);
+  return 0;
+}
+
+/* A kernel that fails returns without freeing its workspaces. */
+static void release_all(void) {
+  while (self.blocks) {
+    struct block *block = self.blocks;
+    self.blocks = block->next;
+    keep(block);
+  }
+}
+
+/* --- parallel loops: a pool of sleeping workers that grows on demand ---
+ *
+ * One loop at a time has the pool. A caller that finds it taken runs its own tasks one after the
+ * other: it would only wait for the cores otherwise. */
+
+struct environment {
+  void *sync_handle;
+  int32_t num_task;
+};
+typedef int (*task_fn)(int task, struct environment *, void *closure);
+
+struct job {
+  task_fn run;
+  void *closure;
+  struct environment environment;
+  int next;    /* first task that nobody has begun */
+  int helpers; /* how many more workers may join */
+  int running; /* workers that joined and have not finished */
+  int status;
+  char kind[sizeof self.kind], text[sizeof self.text]; /* of a worker's error */
+};
+
+static struct {
+  pthread_mutex_t lock;
+  pthread_cond_t work, done;
+  int workers;
+  struct job *job; /* NULL: the pool is free */
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, NULL};
+
+/* Runs tasks until none is left to begin, or one failed. Lock held, except while a task runs. */
+static void run_tasks(struct job *job) {
+  while (job->next < job->environment.num_task && !job->status) {
+    int task = job->next++;
+    pthread_mutex_unlock(&pool.lock);
+    int status = job->run(task, &job->environment, job->closure);
+    pthread_mutex_lock(&pool.lock);
+    if (status && !job->status) {
+      job->status = status;
+      memcpy(job->kind, self.kind, sizeof self.kind);
+      memcpy(job->text, self.text, sizeof self.text);
+    }
+  }
+}
+
+static void *work(void *unused) {
+  (void)unused;
+  self.is_worker = self.in_task = 1;
+  pthread_mutex_lock(&pool.lock);
+  for (;;) {
+    struct job *job = pool.job;
+    if (!job || !job->helpers || job->status || job->next >= job->environment.num_task) {
+      pthread_cond_wait(&pool.work, &pool.lock);
+      continue;
+    }
+    job->helpers--;
+    job->running++;
+    run_tasks(job);
+    release_all();
+    if (--job->running == 0) pthread_cond_signal(&pool.done);
+  }
+  return NULL;
+}
+
+#ifdef __APPLE__
+/* ELF libraries are linked with -z nodelete instead: workers must not outlive their code. */
+static void stay_loaded(void) {
+  Dl_info info;
+  if (dladdr((void *)work, &info)) dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+}
+#else
+static void stay_loaded(void) {}
+#endif
+
+/* Starts workers up to `wanted`; fewer when the system refuses, then those at hand do the work. Lock held. */
+static void grow(int wanted) {
+  if (pool.workers >= wanted) return;
+  stay_loaded();
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes)) return;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attributes, 2u << 20); /* musl's default of 128 KiB is tight */
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to the host's threads */
+  pthread_t thread;
+  while (pool.workers < wanted && !pthread_create(&thread, &attributes, work, NULL)) pool.workers++;
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&attributes);
+}
+
+static int environment_threads; /* OPCOMPILE_NUM_THREADS when the library was loaded; 0: unset, -1: malformed */
+
+static int usable_cpus(void) {
+#ifdef __linux__
+  cpu_set_t set;
+  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+#endif
+  long online = sysconf(_SC_NPROCESSORS_ONLN);
+  return online < 1 ? 1 : (int)online;
+}
+
+/* The most threads a call may use when it names none; 0 with an error set. */
+static int default_threads(void) {
+  if (environment_threads < 0) {
+    fail("ValueError", "OPCOMPILE_NUM_THREADS must be a whole number from 1 to 1024");
+    return 0;
+  }
+  int threads = environment_threads ? environment_threads : usable_cpus();
+  return threads < MOST_THREADS ? threads : MOST_THREADS;
+}
+
+static int run_serially(task_fn run, void *closure, int tasks) {
+  struct environment environment = {NULL, tasks};
+  int was_in_task = self.in_task, status = 0;
+  self.in_task = 1;
+  for (int task = 0; task < tasks && !status; task++) status = run(task, &environment, closure);
+  self.in_task = was_in_task;
+  return status;
+}
+
+/* Runs `requested` tasks, or as many as there are threads when 0 is requested. */
+static int launch(task_fn run, void *closure, int requested) {
+  int threads = self.in_task ? 1 : self.threads ? self.threads : default_threads();
+  if (threads == 0) return -1;
+  int tasks = requested > 0 ? requested : threads;
+  if (threads == 1 || tasks == 1) return run_serially(run, closure, tasks);
+
+  pthread_mutex_lock(&pool.lock);
+  if (pool.job) {
+    pthread_mutex_unlock(&pool.lock);
+    return run_serially(run, closure, requested > 0 ? requested : 1);
+  }
+  int helpers = (tasks < threads ? tasks : threads) - 1;
+  struct job job = {.run = run, .closure = closure, .environment = {NULL, tasks}, .helpers = helpers};
+  grow(helpers);
+  pool.job = &job;
+  for (int i = 0; i < helpers; i++) pthread_cond_signal(&pool.work);
+  self.in_task = 1;
+  run_tasks(&job);
+  self.in_task = 0;
+  while (job.running) pthread_cond_wait(&pool.done, &pool.lock);
+  pool.job = NULL;
+  pthread_mutex_unlock(&pool.lock);
+  if (job.status) fail(job.kind, job.text); /* again: the error may have happened on another thread */
+  return job.status;
+}
+
+/* Tasks may run one after the other on one thread, where a barrier would never be reached by all. */
+static int barrier(int task, struct environment *environment) {
+  (void)task, (void)environment;
+  fail("RuntimeError", "the kernel waits at a barrier, which this runtime does not have");
+  return -1;
+}
+
+/* The kernel object holds weak, empty variables of these names. */
+HIDDEN int (*__TVMBackendParallelLaunch)(task_fn, void *, int) = launch;
+HIDDEN int (*__TVMBackendParallelBarrier)(int, struct environment *) = barrier;
+HIDDEN void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
+HIDDEN int (*__TVMBackendFreeWorkspace)(int, int, void *) = release;
+
+/* --- fork: the child has no workers, and whatever other threads were doing is gone --- */
+
+static void before_fork(void) {
+  pthread_mutex_lock(&pool.lock);
+  pthread_mutex_lock(&cache_lock);
+}
+
+static void after_fork_in_parent(void) {
+  pthread_mutex_unlock(&cache_lock);
+  pthread_mutex_unlock(&pool.lock);
+}
+
+static void after_fork_in_child(void) {
+  pthread_mutex_init(&pool.lock, NULL);
+  pthread_mutex_init(&cache_lock, NULL);
+  pthread_cond_init(&pool.work, NULL);
+  pthread_cond_init(&pool.done, NULL);
+  pool.workers = 0;
+  pool.job = NULL;
+  used = 0;
+}
+
+__attribute__((constructor)) static void loaded(void) {
+  pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+  const char *given = getenv("OPCOMPILE_NUM_THREADS");
+  if (!given || !*given) return;
+  char *end;
+  long threads = strtol(given, &end, 10);
+  environment_threads = *end || threads < 1 || threads > MOST_THREADS ? -1 : (int)threads;
+}
+
+/* --- the entry for everybody who holds four pointers --- */
+
+/* DLPack's DLTensor and TVM FFI's tagged value: both are stable ABIs, and repeating them here spares
+ * the artifact two third-party headers. */
+struct tensor {
+  void *data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t dtype_code, dtype_bits;
+  uint16_t dtype_lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct value {
+  int32_t type_index;
+  uint32_t unused;
+  union {
+    int64_t integer;
+    void *pointer;
+  } content;
+};
+enum { ON_CPU = 1, TENSOR_POINTER = 7, MOST_AXES = 16 };
+
+int __tvm_ffi_conv_transpose3d(void *handle, const struct value *arguments, int32_t count, struct value *result);
+
+static const int64_t x_shape[] = OPCOMPILE_X_SHAPE, w_shape[] = OPCOMPILE_W_SHAPE, b_shape[] = OPCOMPILE_B_SHAPE,
+                     y_shape[] = OPCOMPILE_Y_SHAPE;
+_Static_assert(sizeof w_shape / sizeof *w_shape <= MOST_AXES, "packed weights have too many axes");
+
+/* A contiguous tensor of the layer's dtype; `sizes` holds room for MOST_AXES sizes and as many strides. */
+static struct tensor borrow(const void *data, const int64_t *shape, size_t bytes, int64_t batch, int64_t *sizes) {
+  int ndim = (int)(bytes / sizeof *shape);
+  int64_t *strides = sizes + MOST_AXES, stride = 1;
+  for (int axis = ndim - 1; axis >= 0; axis--) {
+    sizes[axis] = shape[axis] ? shape[axis] : batch; /* size 0 stands for a dynamic batch */
+    strides[axis] = stride;
+    if (axis) stride *= sizes[axis];
+  }
+  return (struct tensor){.data = (void *)data,
+                         .device_type = ON_CPU,
+                         .ndim = ndim,
+                         .dtype_code = OPCOMPILE_DTYPE_CODE,
+                         .dtype_bits = OPCOMPILE_DTYPE_BITS,
+                         .dtype_lanes = 1,
+                         .shape = sizes,
+                         .strides = strides};
+}
+
+int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
+  self.text[0] = '\0';
+  self.in_run = 1;
+  int status = -1;
+  if (threads < 0 || threads > MOST_THREADS)
+    fail("ValueError", "threads must be 0 (the default) or from 1 to 1024");
+  else if (batch < 1 || (x_shape[0] && batch != x_shape[0]))
+    fail("ValueError", "batch is not the one this layer was compiled for (at least 1 where that is dynamic)");
+  else if (!x || !w || !y || !b != !OPCOMPILE_HAS_BIAS)
+    fail("ValueError", "x, w and y must not be null, and b must be null exactly when the layer has no bias");
+  else if ((self.threads = threads ? threads : default_threads())) {
+    int64_t useful = batch < MOST_THREADS ? batch * OPCOMPILE_USEFUL_THREADS : MOST_THREADS;
+    if (self.threads > useful) self.threads = (int)useful;
+    int64_t sizes[4][2 * MOST_AXES];
+    struct tensor tensors[4];
+    int count = 0;
+    tensors[count] = borrow(x, x_shape, sizeof x_shape, batch, sizes[count]), count++;
+    tensors[count] = borrow(w, w_shape, sizeof w_shape, batch, sizes[count]), count++;
+    if (OPCOMPILE_HAS_BIAS) tensors[count] = borrow(b, b_shape, sizeof b_shape, batch, sizes[count]), count++;
+    tensors[count] = borrow(y, y_shape, sizeof y_shape, batch, sizes[count]), count++;
+    struct value arguments[4], result = {0};
+    for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
+    status = __tvm_ffi_conv_transpose3d(NULL, arguments, count, &result);
+    if (status) release_all();
+    if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");
+  }
+  self.threads = self.in_run = 0;
+  return status;
+}

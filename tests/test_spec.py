@@ -1,0 +1,197 @@
+"""The spec: two inverse spellings, the phases of an axis, and a refusal for everything else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import arrays, axes, illegal_spec_texts, specs
+
+from opcompile.cases import CASES
+from opcompile.errors import OpcompileError, SpecError
+from opcompile.reference import linear
+from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
+
+# --- the text form ---
+
+
+@given(specs())
+def test_parse_reads_back_what_str_wrote(spec: ConvTranspose3d) -> None:
+    assert ConvTranspose3d.parse(str(spec)) == spec
+
+
+@given(specs())
+def test_str_writes_what_parse_read(spec: ConvTranspose3d) -> None:
+    text = str(spec)
+    assert str(ConvTranspose3d.parse(text)) == text
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case_survives_its_text(case) -> None:
+    assert ConvTranspose3d.parse(str(case.spec)) == case.spec
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    short = ConvTranspose3d.parse("in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1")
+    long = "in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1 d=1 g=1 bias=1 act=none dtype=float32 layout=NCDHW"
+    assert str(short) == long
+    assert str(ConvTranspose3d.parse("in=1x2x3x4x5 co=6 k=2")) == (
+        "in=1x2x3x4x5 co=6 k=2 s=1 p=0 op=0 d=1 g=1 bias=1 act=none dtype=float32 layout=NCDHW"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("k=3x3x3", "k=3"),
+        ("k=03", "k=3"),
+        ("p=1:1", "p=1"),
+        ("p=1:0x0:1x1", "p=1:0x0:1x1:1"),
+        ("p=1x2x3", "p=1x2x3"),
+        ("act=leaky_relu:0.01", "act=leaky_relu"),
+        ("act=selu:1", "act=selu:1.0:1.0507009873554805"),
+    ],
+)
+def test_one_spelling_for_each_meaning(field: str, expected: str) -> None:
+    key = field.split("=")[0]
+    words = [w for w in ["in=Nx2x9x9x9", "co=2", "k=3", field] if w == field or not w.startswith(f"{key}=")]
+    assert expected in str(ConvTranspose3d.parse(" ".join(words))).split()
+
+
+def test_fields_may_come_in_any_order() -> None:
+    assert ConvTranspose3d.parse("k=2 co=6 in=1x2x3x4x5") == ConvTranspose3d.parse("in=1x2x3x4x5 co=6 k=2")
+
+
+# --- what is refused ---
+
+
+@given(illegal_spec_texts())
+def test_an_illegal_text_names_its_field(spoiled: tuple[str, list[str]]) -> None:
+    text, words = spoiled
+    with pytest.raises(SpecError) as error:
+        ConvTranspose3d.parse(text)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
+    with pytest.raises(SpecError):
+        ConvTranspose3d.parse(text)
+
+
+@given(st.lists(st.sampled_from(["in=1x1x1x1x1", "co=1", "k=1", "k=", "=", "in=NxNxNxNxN", "p=:", "g=1", "act=:", "act=elu::1", "op=1", "s=1x"])))
+def test_any_words_are_a_spec_or_a_spec_error(words: list[str]) -> None:
+    try:
+        spec = ConvTranspose3d.parse(" ".join(words))
+    except SpecError:
+        return
+    assert ConvTranspose3d.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Axis(3, 3, stride=2.0), "float"),
+        (lambda: Axis(3, True), "bool"),
+        (lambda: Axis(3, 3, pad=(1, 1, 1)), "pair"),
+        (lambda: Axis(3, 3, pad=(0, 5)), "output size"),
+        (lambda: Axis(3, 3, output_pad=2**31), "larger"),
+        (lambda: ConvTranspose3d(1, 2, 2, (Axis(3, 3),) * 2), "three Axis"),
+        (lambda: ConvTranspose3d(1, 2, 2, ((3, 3, 1),) * 3), "three Axis"),
+        (lambda: ConvTranspose3d(1, 2, 2, (Axis(3, 3),) * 3, bias=1), "bias"),
+        (lambda: ConvTranspose3d(1, 2, 2, (Axis(3, 3),) * 3, groups=2.0), "groups"),
+        (lambda: ConvTranspose3d(1, 2, 3, (Axis(3, 3),) * 3, groups=2), "channels out"),
+        (lambda: ConvTranspose3d(1, 3, 2, (Axis(3, 3),) * 3, groups=2), "channels in"),
+        (lambda: ConvTranspose3d("N", 3, 2, (Axis(3, 3),) * 3), "batch"),
+        (lambda: Activation("elu", (float("inf"),)), "finite"),
+    ],
+)
+def test_an_illegal_value_is_refused_by_name(build, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        build()
+
+
+def test_every_error_has_an_exit_code_and_one_root() -> None:
+    assert issubclass(SpecError, OpcompileError)
+    assert issubclass(SpecError, ValueError)
+    assert SpecError.exit_code == 2
+    assert {e.exit_code for e in OpcompileError.__subclasses__()} == {1, 2, 3}
+
+
+# --- derived facts ---
+
+
+@given(axes())
+def test_sizes_are_those_of_the_scatter(axis: Axis) -> None:
+    landings = {i * axis.stride + t * axis.dilation for i in range(axis.size) for t in range(axis.kernel)}
+    assert axis.full == max(landings) + 1
+    assert axis.out == axis.full - sum(axis.pad) + axis.output_pad
+    assert axis.positions == len({o // axis.stride for o in range(axis.out)})
+
+
+@given(axes(largest=9))
+def test_phases_are_the_scatter_read_backwards(axis: Axis) -> None:
+    scattered = {
+        (i * axis.stride + t * axis.dilation - axis.begin, t, i)
+        for i in range(axis.size)
+        for t in range(axis.kernel)
+        if 0 <= i * axis.stride + t * axis.dilation - axis.begin < axis.out
+    }
+    gathered = set()
+    for o in range(axis.out):
+        phase, q = axis.phases[o % axis.stride], o // axis.stride
+        assert phase.index == o % axis.stride
+        assert len(phase.offsets()) == phase.taps
+        for j, offset in enumerate(phase.offsets()):
+            tap = phase.first_tap + j * phase.tap_step
+            assert 0 <= tap < axis.kernel
+            assert offset == phase.first_offset - j * phase.offset_step
+            if 0 <= q + offset < axis.size:
+                gathered.add((o, tap, q + offset))
+    assert gathered == scattered
+
+
+@given(axes(largest=9))
+def test_every_tap_belongs_to_one_phase(axis: Axis) -> None:
+    whole = [axis.phase(index) for index in range(axis.stride)]
+    taps = [p.first_tap + j * p.tap_step for p in whole for j in range(p.taps)]
+    assert sorted(taps) == list(range(axis.kernel))
+
+
+def test_a_phase_by_hand() -> None:
+    # k3 s2 p1: even outputs meet tap 1 at their own position, odd ones taps 0 and 2 at the two neighbours
+    even, odd = Axis(4, 3, stride=2, pad=(1, 1), output_pad=1).phases
+    assert even == Phase(0, taps=1, first_tap=1, tap_step=2, first_offset=0, offset_step=1)
+    assert odd == Phase(1, taps=2, first_tap=0, tap_step=2, first_offset=1, offset_step=1)
+    assert list(odd.offsets()) == [1, 0]
+
+
+@given(specs(dtypes=("float64",)))
+def test_terms_bounds_the_products_of_every_output(spec: ConvTranspose3d) -> None:
+    x, w, _ = arrays(spec)
+    counts = linear(spec, x * 0 + 1, w * 0 + 1)
+    assert counts.max() <= spec.terms
+
+
+@pytest.mark.parametrize(
+    "text", ["in=1x5x6x6x6 co=4 k=3 s=2 p=1 op=1", "in=1x6x6x6x6 co=4 k=4x3x1 s=2x1x3 d=1x2x1 g=2"]
+)
+def test_terms_is_reached(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, _ = arrays(spec)
+    assert linear(spec, x * 0 + 1, w * 0 + 1).max() == spec.terms
+
+
+def test_counts_by_hand() -> None:
+    spec = ConvTranspose3d.parse("in=2x6x3x4x5 co=9 k=2 s=3 g=3 dtype=float16 layout=NDHWC")
+    assert spec.x_shape == (2, 3, 4, 5, 6)
+    assert spec.w_shape == (6, 3, 2, 2, 2)
+    assert spec.y_shape == (2, 8, 11, 14, 9)
+    assert spec.flops == 2 * 2 * 6 * 3 * 8 * 60
+    assert spec.bytes() == 2 * (2 * 360 + 144 + 2 * 8 * 11 * 14 * 9 + 9)
+    assert spec.sum_dtype == "float32"
+    dynamic = spec.with_batch(None)
+    assert dynamic.x_shape[0] is None
+    assert dynamic.y_shape[0] is None
+    assert dynamic.with_batch(2) == spec
+    assert dynamic.flops * 2 == spec.flops
