@@ -80,7 +80,10 @@ def graph(
             "conv_transpose_3d",
             [_value(spec, name, shape) for name, shape in shapes.items() if name not in constants],
             [_value(spec, "Y", spec.y_shape)],
-            initializer=[*(numpy_helper.from_array(a, name) for name, a in constants.items()), *body.initializers],
+            initializer=[
+                *(numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()),
+                *body.initializers,
+            ],
             doc_string=str(spec),
         ),
         opset_imports=imports,
@@ -143,7 +146,7 @@ def _constants(
                 f"{name} is {array.dtype.name} {array.shape}, but the spec takes {spec.dtype} {shape}; "
                 "convert and permute it first"
             )
-        found[name] = np.ascontiguousarray(array)
+        found[name] = array
     size = sum(a.nbytes for a in found.values())
     if size > _LARGEST_WEIGHTS:
         raise ModelError(

@@ -52,7 +52,7 @@ def link(object_code: bytes, header: str, target: Target) -> bytes:
 
 
 def _linker(target: Target) -> list[str]:
-    """The command that compiles C and links for ``target``, without its arguments."""
+    """Return the command that compiles C and links for ``target``, without its arguments."""
     if (target.architecture, target.system) == host():
         if os.environ.get("CC", "").strip():
             return shlex.split(os.environ["CC"])
@@ -61,7 +61,7 @@ def _linker(target: Target) -> list[str]:
                 return [name]
         missing = "no C compiler (cc, gcc or clang) is on PATH and CC is not set"
     else:
-        missing = f"this machine's C compiler cannot link for {target.name}, which is {target.architecture} {target.system}"
+        missing = f"this machine's C compiler cannot link for {target.name} ({target.architecture} {target.system})"
     if importlib.util.find_spec("ziglang") is None:
         raise EngineError(f"{missing}; install the package ziglang (pip install 'opcompile[cross]'), which can")
     system = "macos" if target.system == "darwin" else f"linux-gnu.{_OLDEST_GLIBC}"
@@ -77,6 +77,6 @@ def _for_elf(folder: Path) -> list[str]:
 
 
 def _for_mach_o(folder: Path) -> list[str]:
-    """The same for macOS, whose C library holds all three, and where the code pins itself (``runtime.c``)."""
+    """Do the same for macOS, whose C library holds all three, and where the code pins itself (``runtime.c``)."""
     (folder / "exports").write_text("".join(f"_{name}\n" for name in (KERNEL, *EXPORTS)))
     return ["-Wl,-exported_symbols_list,exports"]

@@ -36,7 +36,9 @@ class Packing:
         if min(self.padded, default=0) < 1 or min(self.view, default=0) < 1:
             raise ArtifactError(f"packing: padded {self.padded} and view {self.view} must hold sizes of at least 1")
         if math.prod(self.view) != math.prod(self.padded):
-            raise ArtifactError(f"packing: view {self.view} and padded {self.padded} differ in their number of elements")
+            raise ArtifactError(
+                f"packing: view {self.view} and padded {self.padded} hold different numbers of elements"
+            )
         if sorted(self.order) != list(range(len(self.view))):
             raise ArtifactError(f"packing: order {self.order} is not a permutation of the {len(self.view)} view axes")
 
@@ -55,11 +57,11 @@ class Packing:
 
     @classmethod
     def identity(cls, w_shape: Sequence[int]) -> Packing:
-        """The packing of a kernel that takes the canonical weight."""
+        """Return the packing of a kernel that takes the canonical weight."""
         return cls(tuple(w_shape), tuple(w_shape), tuple(range(len(w_shape))))
 
     def to_json(self) -> dict[str, list[int]]:
-        """The three tuples as lists; `from_json` reads them back."""
+        """Return the three tuples as lists; `from_json` reads them back."""
         return {"padded": list(self.padded), "view": list(self.view), "order": list(self.order)}
 
     @classmethod

@@ -2,18 +2,28 @@
 
 A record says which tiles won, and everything needed to doubt it: all samples, versions, device,
 seed, date, and the structural hash of the declaration it was measured on. A record that is corrupt,
-or that was made for another layer, target or declaration, is refused by name.
+that was made for another layer, target or declaration, or whose tiles the machine cannot hold, is
+refused by name: an unreadable record of one's own never gives way to a shipped one in silence.
+
+Records stand in ``<folder>/<target>/<key>.json``. Two folders are looked into, in this order:
+
+1. one's own: ``$OPCOMPILE_RECORDS``, else ``opcompile/records`` under ``$XDG_DATA_HOME``
+   (``~/.local/share``), where `opcompile.tune` writes;
+2. the shipped ones, ``schedules/records`` of the installed package.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opcompile.errors import RecordError
 from opcompile.spec import ConvTranspose3d
@@ -22,40 +32,78 @@ from opcompile.target import Target
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
 
+# What a provenance always holds; more may stand beside it.
+PROVENANCE: dict[str, type] = {
+    "opcompile": str,
+    "tvm": str,
+    "tvm_ffi": str,
+    "llvm": str,
+    "numpy": str,
+    "device": str,
+    "date": str,
+    "seed": int,
+    "threads": int,
+}
+_WAY_OUT = "delete the file, or tune the layer again"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """The winning tiles for one layer on one target, and how they won.
 
-    ``samples`` holds every measured candidate: its tiles and its times in microseconds, or the
-    error that kept it from being measured. ``run_us`` is the median of the winner.
+    ``samples`` holds every measured candidate: its ``tiles``, their ``rank`` by arithmetic (0 is the
+    baseline), all its times ``times_us`` with their median ``run_us`` in microseconds, or the
+    ``error`` that kept it from being measured. ``finals`` holds the same for the few best and the
+    baseline, measured again in turns; they decide. ``run_us`` is the winner's median there.
+    ``path`` is the file it was read from.
     """
 
     spec: str
     target: str
     declaration: str
-    tiles: dict[str, Any]
+    tiles: dict[str, int | str]
     run_us: float
     samples: list[dict[str, Any]]
+    finals: list[dict[str, Any]]
     provenance: dict[str, Any]
     format: int = FORMAT
+    path: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:
         """The file name without its ending."""
         return key(self.spec)
 
+    @property
+    def baseline_us(self) -> float | None:
+        """The baseline's median in the finals; None where it could not be measured."""
+        return next((s["run_us"] for s in self.finals if s.get("rank") == 0), None)
+
     def why(self) -> tuple[str, ...]:
         """The argument in words, one line a fact."""
-        measured = [s for s in self.samples if s.get("run_us")]
-        return (
-            f"the fastest of {len(measured)} measured candidates: {self.run_us:.1f} us, median",
-            f"tuned on {self.provenance.get('device', 'an unnamed device')} on {self.provenance.get('date', '?')}",
-        )
+        measured = [s for s in self.samples if s.get("run_us") is not None]
+        lines = [f"the fastest of {len(measured)} measured candidates: {self.run_us:.1f} us, median"]
+        if self.baseline_us is not None:
+            lines.append(f"the baseline, measured in turns with it: {self.baseline_us:.1f} us")
+        lines.append(f"tuned on {self.provenance['device']}, {self.provenance['date']}")
+        return tuple(lines)
+
+    def require_declaration(self, declaration: str) -> None:
+        """Raise `RecordError` unless the record was tuned on the declaration with this structural hash."""
+        if declaration != self.declaration:
+            where = self.path or f"{self.key} for {self.spec}"
+            raise RecordError(
+                f"record {where} was tuned on declaration {self.declaration}, but this version declares "
+                f"{declaration}; tune the layer again, or compile with plan baseline"
+            )
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+# --- where they are ---
 
 
 def key(spec_text: str) -> str:
@@ -63,11 +111,22 @@ def key(spec_text: str) -> str:
     return hashlib.sha256(spec_text.encode()).hexdigest()[:16]
 
 
+def own_folder() -> Path:
+    """Where the user's own records are kept; it need not exist."""
+    if own := os.environ.get(FOLDER_VARIABLE):
+        return Path(own).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(data) / "opcompile" / "records"
+
+
+def shipped_folder() -> Path:
+    """The records that come with the package."""
+    return Path(str(resources.files("schedules"))) / "records"
+
+
 def folders() -> list[Path]:
-    """Where records are looked for: the directory in ``OPCOMPILE_RECORDS`` first, then the shipped ones."""
-    shipped = Path(str(resources.files("schedules"))) / "records"
-    own = os.environ.get(FOLDER_VARIABLE)
-    return [Path(own), shipped] if own else [shipped]
+    """Where records are looked for, the first one found counts."""
+    return [own_folder(), shipped_folder()]
 
 
 def path_of(folder: Path, spec: ConvTranspose3d, target: Target) -> Path:
@@ -79,25 +138,173 @@ def find_record(spec: ConvTranspose3d, target: Target) -> Record | None:
     """The record of ``spec`` on ``target``, or None where there is none. Raises `RecordError` for a bad one."""
     for folder in folders():
         path = path_of(folder, spec, target)
-        if path.is_file():
+        if path.exists():
             return read_record(path, spec, target)
     return None
 
 
-def read_record(path: Path, spec: ConvTranspose3d, target: Target) -> Record:
-    """Read one file and hold it against what it should be for. Raises `RecordError`."""
+# --- writing and reading ---
+
+
+def write_record(record: Record, folder: Path, spec: ConvTranspose3d, target: Target) -> Path:
+    """Write ``record`` to its place in ``folder`` and return the path.
+
+    Atomic: a reader, or a second writer, sees the old file or the new one, whole. Raises `RecordError`.
+    """
+    path = path_of(folder, spec, target)
+    write_atomically(path, record.to_json())
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, onto the disk, and rename. Raises `RecordError`."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        record = Record(**fields)
-        sound = record.tiles["vector"] in ("channels", "row") and all(
-            type(record.tiles[name]) is int and record.tiles[name] > 0
-            for name in ("lanes", "vectors", "scalars", "rows", "task")
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise RecordError(f"record {path} cannot be read: {error}; delete it, or tune again") from error
-    if not sound or len(record.tiles) != 6 or record.format != FORMAT:
-        raise RecordError(f"record {path} has tiles {record.tiles} of format {record.format}; delete it, or tune again")
-    for what, given, wanted in (("layer", record.spec, str(spec)), ("target", record.target, target.name)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written: {error.strerror}; choose a directory that can") from error
+
+
+def read_record(path: Path, spec: ConvTranspose3d, target: Target) -> Record:
+    """Read one file and hold it against what it should be for. Raises `RecordError`.
+
+    The declaration is the caller's to compare (`Record.require_declaration`): it takes a compiler to
+    make one.
+    """
+    content = _read_object(path)
+    _check_fields(path, content)
+    for what, given, wanted in (("layer", content["spec"], str(spec)), ("target", content["target"], target.name)):
         if given != wanted:
-            raise RecordError(f"record {path} is for {what} {given!r}, not {wanted!r}; delete it, or tune again")
-    return record
+            _refuse(path, f"it is for {what} {given!r}, not {wanted!r}")
+    if complaint := illegal(content["tiles"], spec, target):
+        _refuse(path, f"its tiles are not legal for this layer on {target.name}: {complaint}")
+    return Record(**content, path=path)
+
+
+def _refuse(path: Path, rule: str) -> NoReturn:
+    raise RecordError(f"record {path} cannot be used: {rule}; {_WAY_OUT}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        _refuse(path, f"reading it failed: {error.strerror}")
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
+        _refuse(path, f"it is not JSON: {error}")
+    if not isinstance(content, dict):
+        _refuse(path, f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "spec": str,
+    "target": str,
+    "declaration": str,
+    "tiles": dict,
+    "run_us": float,
+    "samples": list,
+    "finals": list,
+    "provenance": dict,
+}
+
+
+def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse what has not the fields of a `Record`, each of its type."""
+    if type(content.get("format")) is int and content["format"] != FORMAT:
+        _refuse(path, f"it is of format {content['format']}, and this version reads format {FORMAT}")
+    _check_types(path, "", content, _FIELDS)
+    if unknown := sorted(content.keys() - _FIELDS.keys()):
+        _refuse(path, f"it has an unknown field {unknown[0]!r}")
+    _check_types(path, "provenance.", content["provenance"], PROVENANCE)
+    if not _is_time(content["run_us"]):
+        _refuse(path, f"run_us is {content['run_us']!r}, but must be a time in microseconds above 0")
+    for name in ("samples", "finals"):
+        for i, sample in enumerate(content[name]):
+            if complaint := _unsound(sample):
+                _refuse(path, f"{name}[{i}] {complaint}")
+    if not any(sample["tiles"] == content["tiles"] for sample in content["finals"]):
+        _refuse(path, "its tiles are not among its finals")
+
+
+def _check_types(path: Path, prefix: str, content: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        if name not in content:
+            _refuse(path, f"field {prefix}{name} is missing")
+        given = content[name]
+        if not _is(given, kind):
+            _refuse(path, f"field {prefix}{name} is of type {type(given).__name__}, but must be {kind.__name__}")
+
+
+def _is(value: object, kind: type) -> bool:
+    # a bool is an int to `isinstance`, and a whole number of microseconds is an int to `json`
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _is_time(value: object) -> bool:
+    return _is(value, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _unsound(sample: object) -> str | None:
+    """What keeps ``sample`` from being a measurement or a failed one."""
+    if not isinstance(sample, dict) or not isinstance(sample.get("tiles"), dict):
+        return "is not an object with tiles"
+    if isinstance(sample.get("error"), str):
+        return None
+    times = sample.get("times_us")
+    if not isinstance(times, list) or not times or not all(map(_is_time, times)) or not _is_time(sample.get("run_us")):
+        return "has neither an error nor times_us and run_us, in microseconds above 0"
+    return None
+
+
+# --- what a machine can hold ---
+
+
+def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> str | None:
+    """Why these tiles cannot be scheduled for ``spec`` on ``target``, or None where they can.
+
+    The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow.
+    """
+    names = ("vector", "lanes", "vectors", "scalars", "rows", "task")
+    if sorted(tiles) != sorted(names):
+        return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
+    if tiles["vector"] not in ("channels", "row"):
+        return f"vector is {tiles['vector']!r}, but must be 'channels' or 'row'"
+    for name in names[1:]:
+        if type(tiles[name]) is not int or tiles[name] < 1:
+            return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
+    lanes, vectors, scalars, rows, task = (tiles[name] for name in names[1:])
+    machine = target.machine
+    itemsize = 8 if spec.sum_dtype == "float64" else 4
+    if lanes != machine.vector_bytes // itemsize:
+        return (
+            f"lanes is {lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
+            f"{machine.vector_bytes // itemsize} sums"
+        )
+    registers = vectors * scalars * rows + vectors + 1
+    if registers > machine.registers:
+        return f"the register tile takes {registers} registers, but {target.name} has {machine.registers}"
+    channels = vectors * lanes if tiles["vector"] == "channels" else scalars
+    if task % channels:
+        return f"task is {task}, but must be a multiple of the register tile's {channels} channels"
+    m = spec.channels_out // spec.groups
+    whole = -(-m // channels) * channels
+    if task > whole:
+        return f"task is {task}, but a group has {m} channels, {whole} with its last tile"
+    if spec.groups > 1 and task != whole and m % task:
+        return f"task is {task}, but must divide the {m} channels of a group, or cover them"
+    return None

@@ -1,476 +1,468 @@
-"""Outputs -> report, under an error bound that is derived and never chosen.
+"""An artifact -> a report: what was asked, what was answered, and what could not be asked and why.
 
-`bounds` gives every output element its own bound on ``|computed - oracle|``; `compare` judges an
-array by it, and is the only comparison in this project; `verify` asks an artifact and the engines
-beside it, and writes down what was asked, what was answered and what could not be asked.
-The derivation is in ``docs/numerics.md``; the comments here name its steps.
+First small integers, whose sums are exact in any order: a result that differs in one bit is wrong.
+Then real numbers, where every element must keep within its own bound. ONNX Runtime is asked the same,
+of the model that lies beside the kernel, and its answers are held against the oracle and against ours.
+Neither TVM nor ONNX is imported: the oracle, the kernel and the model share nothing but the spec.
 """
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import CallError, VerificationError
-from opcompile.reference import activate, linear
-from opcompile.spec import Activation, Axis, ConvTranspose3d
+from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at
+from opcompile.errors import CallError, EngineError, TargetError, VerificationError
+from opcompile.packing import Packing
+from opcompile.spec import ConvTranspose3d
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from opcompile.runtime import Artifact
+
+__all__ = ["NotAsked", "Report", "Row", "bounds", "compare", "verify"]
+
 Tensor = NDArray[Any]
 
+ENGINES = ("reference", "onnxruntime")
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A binary floating-point format, rounding to nearest. ``precision`` is in bits, hidden bit included."""
-
-    precision: int
-    smallest_exponent: int
-    largest_exponent: int
-    flushes: bool = True
-
-    @property
-    def unit(self) -> float:
-        """The unit roundoff u: a result in range is off by at most u times itself."""
-        return 2.0**-self.precision
-
-    @property
-    def floor(self) -> float:
-        """What a result below the normal range can lose: all of it where hardware flushes it to zero."""
-        return 2.0**self.smallest_exponent if self.flushes else 2.0 ** (self.smallest_exponent - self.precision)
-
-    @property
-    def limit(self) -> float:
-        """From here on magnitudes round to infinity (for float64: the largest number itself)."""
-        return min((2 - self.unit) * 2.0**self.largest_exponent, np.finfo(np.float64).max)
+# Above either of these a layer is asked two input sets, and otherwise all: the oracle takes seconds there.
+_LARGE_FLOPS = 2**28
+_LARGE_OUTPUTS = 2**21
 
 
-FORMATS = {
-    "float64": Format(53, -1022, 1023),
-    "float32": Format(24, -126, 127),
-    "bfloat16": Format(8, -126, 127),
-    # float16 is a storage type only, and no conversion to it flushes
-    "float16": Format(11, -14, 15, flushes=False),
-}
-
-
-def _gamma(roundings: float, unit: float) -> float:
-    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1)."""
-    return roundings * unit / (1 - roundings * unit)
-
-
-# --- the activation: how far it carries an error, and what it adds ---
-
-# An elementary function is granted 8u of its range (4 ulp; the worst that was measured is 5.2u, ONNX
-# Runtime's tanh), and the formula around it at most eight roundings.
-_ELEMENTARY = 16.0
-# A formula without elementary function: parameters rounded, then at most three operations.
-_RATIONAL = 6.0
-
-
-# Selections only: a sum that is exact stays exact.
-_EXACT_ACTIVATIONS = ("none", "relu", "relu6")
+# --- the report ---
 
 
 @dataclass(frozen=True, slots=True)
-class _Carries:
-    """How f treats an error: ``slope`` is the largest |f'|, and evaluating f at z costs at most
-    ``own + of_z*|z| + of_y*|f(z)|`` units of roundoff.
-    """  # noqa: D205
+class Row:
+    """One comparison: ``answer`` (of which engine, how it was called) held against another, on one input set.
 
-    slope: float
-    own: float = 0.0
-    of_z: float = 0.0
-    of_y: float = 0.0
-
-
-def _carries(activation: Activation) -> _Carries:
-    """Slopes given as numbers are the largest |f'|, rounded up; a test holds each against a grid."""
-    alpha, second, *_ = (*(abs(p) for p in activation.parameters), 0.0, 0.0)
-    match activation.name:
-        case "none" | "relu" | "relu6":
-            return _Carries(1.0)
-        case "leaky_relu":
-            return _Carries(max(1.0, alpha), of_y=_RATIONAL)
-        case "elu":
-            return _Carries(max(1.0, alpha), own=_ELEMENTARY * alpha)
-        case "selu":
-            return _Carries(second * max(1.0, alpha), own=_ELEMENTARY * alpha * second, of_y=_RATIONAL)
-        case "gelu" | "gelu_tanh":
-            return _Carries(1.13, of_z=_ELEMENTARY)
-        case "sigmoid":
-            return _Carries(0.25, own=_ELEMENTARY)
-        case "hard_sigmoid":
-            return _Carries(alpha, own=_RATIONAL * second, of_z=_RATIONAL * alpha)
-        case "silu":
-            return _Carries(1.1, of_z=_ELEMENTARY)
-        case "hard_silu":
-            return _Carries(1.5, of_z=_RATIONAL)
-        case "mish":
-            return _Carries(1.09, of_z=_ELEMENTARY)
-        case "softplus":
-            return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
-        case "softsign":
-            return _Carries(1.0, of_y=_RATIONAL)
-        case "tanh":
-            return _Carries(1.0, own=_ELEMENTARY)
-    raise ValueError(f"activation {activation.name} has no error constants in verify")
-
-
-def _through(activation: Activation, z: Array, y: Array, error: Array, sums: Format) -> Array:
-    """Bound |f^(z^) - f(z)|, where y = f(z), |z^ - z| <= error, and f^ is f evaluated in ``sums``."""
-    if activation.name in _EXACT_ACTIVATIONS:
-        return error
-    # f is evaluated at z^, where |z^| <= |z| + error and |f(z^)| <= |f(z)| + carried
-    if activation.name == "exponential":
-        # f' = f grows without limit, and reducing the argument costs u*|z|, relative to the result
-        carried = y * np.expm1(error)
-        own = _ELEMENTARY * (1 + np.abs(z) + error) * (y + carried)
-    else:
-        f = _carries(activation)
-        carried = f.slope * error
-        own = f.own + f.of_z * (np.abs(z) + error) + f.of_y * (np.abs(y) + carried)
-    return carried + sums.unit * own + sums.floor
-
-
-# --- the bound ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """One set of inputs, checked, with what the bound needs to know of all of it."""
-
-    spec: ConvTranspose3d
-    x: Tensor
-    w: Tensor
-    b: Tensor | None
-    largest: tuple[float, float, float]
-    integers: bool
-
-    @classmethod
-    def of(cls, spec: ConvTranspose3d, x: Any, w: Any, b: Any) -> _Inputs:
-        x, w, b = np.asarray(x), np.asarray(w), None if b is None or not spec.bias else np.asarray(b)
-        expected = {"x": (x, (x.shape[0] if spec.batch is None and x.ndim else spec.batch, *spec.x_shape[1:]))}
-        expected |= {"w": (w, spec.w_shape)} | ({} if b is None else {"b": (b, (spec.channels_out,))})
-        for name, (array, shape) in expected.items():
-            if array.shape != shape:
-                raise CallError(f"{name} has shape {array.shape}, but {spec} takes {shape}")
-            if array.dtype.name != spec.dtype and not np.array_equal(_rounded(spec.dtype, array), array):
-                raise CallError(
-                    f"{name} is {array.dtype.name} and holds values that {spec.dtype} cannot; "
-                    f"round it first, so that the oracle reads what the kernel reads"
-                )
-            if not np.isfinite(array).all():
-                raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
-        given = [array for array, _ in expected.values()]
-        largest = [float(max(array.max(), -array.min())) for array in given] + [0.0]
-        integers = all(bool((np.trunc(array) == array).all()) for array in given)
-        return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
-
-    @property
-    def batch(self) -> int:
-        return int(self.x.shape[0])
-
-    def sums_exactly(self, sums: Format) -> bool:
-        """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
-        x, w, b = self.largest
-        return self.integers and self.spec.terms * x * w + b < 2.0**sums.precision
-
-
-# 16 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
-_PART_ELEMENTS = 2**21
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A block of Y, and the layer that computes it from a block of X: cropping is what pads do."""
-
-    spec: ConvTranspose3d
-    x: tuple[slice, ...]
-    y: tuple[slice, ...]
-
-
-def _crop(axis: Axis, start: int, stop: int) -> tuple[Axis, slice]:
-    """Return the axis whose whole output is elements ``start`` to ``stop`` of this one, and the input it reads."""
-    low, high = start + axis.begin, stop + axis.begin
-    # input i lands on i*stride .. i*stride + reach; keep one input at least, and none beyond ``low``
-    reach = axis.dilation * (axis.kernel - 1)
-    first = min(max(0, -(-(low - reach) // axis.stride)), low // axis.stride, axis.size - 1)
-    last = max(first + 1, min(axis.size, -(-high // axis.stride)))
-    cropped = replace(axis, size=last - first, pad=(0, 0), output_pad=0)
-    begin = low - first * axis.stride
-    excess = cropped.full - begin - (stop - start)
-    # the spare elements of a crop that lies beyond ``full`` are zeros: output_pad
-    return replace(cropped, pad=(begin, max(0, excess)), output_pad=max(0, -excess)), slice(first, last)
-
-
-def _parts(spec: ConvTranspose3d, batch: int, elements: int = _PART_ELEMENTS) -> Iterator[_Part]:
-    """Cut Y into blocks of about ``elements``: by images, then by rows of D, of H, of W."""
-    sizes = [batch, *(axis.out for axis in spec.axes)]
-    inner = [spec.channels_out * math.prod(sizes[i + 1 :]) for i in range(4)]
-    steps = [max(1, min(size, elements // n)) for size, n in zip(sizes, inner, strict=True)]
-    starts = (range(0, size, step) for size, step in zip(sizes, steps, strict=True))
-    for at in itertools.product(*starts):
-        block = [slice(i, min(i + step, size)) for i, step, size in zip(at, steps, sizes, strict=True)]
-        crops = [_crop(axis, s.start, s.stop) for axis, s in zip(spec.axes, block[1:], strict=True)]
-        layer = replace(spec, batch=None, axes=(crops[0][0], crops[1][0], crops[2][0]))
-        every = slice(0, None)
-        x, y = [block[0], *(s for _, s in crops)], block
-        where = 4 if spec.layout == "NDHWC" else 1
-        yield _Part(layer, (*x[:where], every, *x[where:]), (*y[:where], every, *y[where:]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    """The oracle on one block: z the sum with bias, y = f(z), and the sum of magnitudes (None when all is exact)."""
-
-    spec: ConvTranspose3d
-    z: Array
-    y: Array
-    magnitude: Array | None
-    largest: tuple[float, float, float]
-
-    @classmethod
-    def of(cls, part: _Part, inputs: _Inputs, magnitudes: bool) -> _Truth:
-        spec, x, w = part.spec, inputs.x[part.x].astype(np.float64), inputs.w.astype(np.float64)
-        by_channel: Array | float = 0.0
-        if inputs.b is not None:
-            by_channel = inputs.b.astype(np.float64)[
-                (...,) if spec.layout == "NDHWC" else (slice(None), None, None, None)
-            ]
-        z = linear(spec, x, w)
-        z += by_channel
-        magnitude = None
-        if magnitudes:
-            magnitude = linear(spec, np.abs(x, out=x), np.abs(w, out=w))
-            magnitude += np.abs(by_channel)
-        return cls(spec, z, activate(spec.activation, z), magnitude, inputs.largest)
-
-    def bound(self, sums: Format, storage: Format, exact: bool) -> Array:
-        """Take the four steps of ``docs/numerics.md``: sum, activation, the oracle's own error, storage."""
-        spec, double = self.spec, FORMATS["float64"]
-        x, w, _ = self.largest
-        error, overflows = np.zeros_like(self.z), np.zeros((), bool)
-        if not exact:
-            if self.magnitude is None:
-                raise ValueError("a bound for sums that round needs the sum of magnitudes")
-            # t products and the bias: t roundings a product, one more where there is a bias,
-            # and two more where the engine first rounds the inputs to a narrower format
-            roundings = spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
-            relative = _gamma(roundings, sums.unit) + _gamma(spec.terms + 1, double.unit)
-            error = self.magnitude * (relative * (1 + _gamma(spec.terms + 1, double.unit)))
-            # a term, and either of its factors, can be lost below the normal range
-            error += spec.terms * sums.floor * (x + w + 2)
-            overflows = self.magnitude * (1 + relative) >= sums.limit
-        with np.errstate(over="ignore", invalid="ignore"):
-            error = _through(spec.activation, self.z, self.y, error, sums)
-            if spec.activation.name not in _EXACT_ACTIVATIONS:
-                error = error + _through(spec.activation, self.z, self.y, np.zeros(()), double)
-            if storage.precision < sums.precision:
-                error = error + (storage.unit * (np.abs(self.y) + error) + storage.floor)
-        error[np.isinf(self.y)] = 0.0
-        error[overflows] = np.inf
-        return error
-
-
-def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
-    name = computed_in or spec.sum_dtype
-    if name not in ("float32", "float64"):
-        raise ValueError(f"computed_in is {name!r}, but sums are known for float32 and float64 only")
-    return FORMATS[name]
-
-
-def bounds(spec: ConvTranspose3d, x: Any, w: Any, b: Any = None, *, computed_in: str | None = None) -> Array:
-    """Bound |computed - oracle| for every element of Y, whatever the order of the sums, fused or not.
-
-    ``computed_in`` names the format an engine sums in where that is not ``spec.sum_dtype``. The result has
-    Y's shape; it is infinite where a partial sum may overflow. Where |oracle| + bound reaches the largest
-    number of a format on the way, infinity is a right answer too (`compare` knows).
-    Integers that no partial sum can round have no summation error: there the bound is the activation's and
-    the storage's alone. Raises `CallError` for inputs that do not fit the spec.
-    """
-    inputs, sums = _Inputs.of(spec, x, w, b), _engine(spec, computed_in)
-    exact = inputs.sums_exactly(sums)
-    whole = next(_parts(spec, inputs.batch, elements=2**62))
-    return _Truth.of(whole, inputs, magnitudes=not exact).bound(sums, FORMATS[spec.dtype], exact)
-
-
-def _rounded(dtype: str, y: Tensor) -> Array:
-    """Round to the nearest number of a format, ties to even; float32 first where the format is bfloat16."""
-    with np.errstate(over="ignore"):
-        if dtype != "bfloat16":
-            return y.astype(dtype).astype(np.float64)
-        bits = y.astype(np.float32).view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).astype(np.float64)
-
-
-# --- the judgement ---
-
-_SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """How one array compares with another, element by element.
-
-    ``criterion``: ``bits`` (equal to the correctly rounded exact result), ``exact sums`` (the sum is exact,
-    the activation has a bound) or ``bound``. ``worst`` is the largest |error| / bound, found at ``index``
-    (with ``bits``: 0, or infinity for a difference). ``unjudged`` elements have sums that may overflow.
+    ``weights`` says whose: the ``caller``'s, or those ``compiled`` in.
     """
 
-    criterion: str
-    computed_in: str
-    elements: int
-    failures: int
-    unjudged: int
-    worst: float
-    index: tuple[int, ...]
-    actual: float
-    expected: float
-    bound: float
-    largest_error: float
+    inputs: str
+    weights: str
+    batch: int
+    answer: str
+    against: str
+    check: Check
+
+
+@dataclass(frozen=True, slots=True)
+class NotAsked:
+    """What could not be asked, and why."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All comparisons of one artifact, with the origin of every number.
+
+    ``engines`` are those that were to be asked, ``threads`` the thread counts of the calls, ``rule`` says
+    which input sets were chosen; ``date`` is in UTC.
+    """
+
+    spec: str
+    target: str
+    seed: int
+    date: str
+    machine: str
+    versions: dict[str, str]
+    engines: tuple[str, ...]
+    threads: tuple[int, ...]
+    rule: str
+    elapsed_s: float
+    rows: tuple[Row, ...]
+    not_asked: tuple[NotAsked, ...]
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The comparisons that failed."""
+        return tuple(row for row in self.rows if not row.check.passed)
 
     @property
     def passed(self) -> bool:
-        """Every element that could be judged is right, and some could."""
-        return self.failures == 0 and self.unjudged < self.elements
+        """Whether the artifact answered, and no comparison failed."""
+        return not self.failures and any(row.answer.startswith("opcompile") for row in self.rows)
 
-    def __str__(self) -> str:
-        """One line for a person."""
-        verdict = "pass" if self.passed else f"FAIL ({self.failures} of {self.elements} elements)"
-        return (
-            f"{verdict} by {self.criterion}: worst {self.worst:.3g} of the bound at {self.index}: "
-            f"{self.actual!r} for {self.expected!r} +- {self.bound:.3g}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields and the verdict as plain values."""
-        return {key: _plain(value) for key, value in asdict(self).items()} | {"passed": self.passed}
-
-    def require(self) -> Check:
-        """Return self. Raises `VerificationError` unless it passed."""
+    def require(self) -> Report:
+        """Return self. Raises `VerificationError`, with the first comparison that failed, unless all passed."""
+        if self.failures:
+            row = self.failures[0]
+            raise VerificationError(
+                f"{len(self.failures)} of {len(self.rows)} comparisons failed for {self.spec}; the first: {row.answer} "
+                f"against {row.against} on {row.inputs} (batch {row.batch}, {row.weights} weights): {row.check}"
+            )
         if not self.passed:
-            raise VerificationError(str(self))
+            raise VerificationError(f"nothing was verified: {'; '.join(n.reason for n in self.not_asked)}")
         return self
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dictionaries, lists, strings and numbers; the verdict is ``passed``."""
+        rows = [{**asdict(row), "check": row.check.to_json()} for row in self.rows]
+        fields = {**asdict(self), "rows": rows, "not_asked": [asdict(n) for n in self.not_asked]}
+        return {"passed": self.passed, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
-def _plain(value: Any) -> Any:
-    """Dictionaries, lists, strings and finite numbers; what is not finite becomes its name."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+    def table(self) -> Table:
+        """Return the comparisons as a table for a terminal, with what could not be asked below it."""
+        from rich.table import Table
 
-
-def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
-    """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.abs(actual - expected)
-        ratio = error / np.maximum(bound, _SMALLEST)
-    unjudged = np.isinf(bound)
-    if not np.isfinite(ratio).all():
-        overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
-        fine = unjudged | overflow | (actual == expected)
-        error[fine], ratio[fine] = 0.0, 0.0
-        error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf
-    if criterion == "bits":
-        ratio[ratio > 0] = np.inf
-    at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
-    return Check(
-        criterion=criterion,
-        computed_in=computed_in,
-        elements=actual.size,
-        failures=int((ratio > 1).sum()),
-        unjudged=int(unjudged.sum()),
-        worst=float(ratio[at]),
-        index=tuple(int(i) for i in at),
-        actual=float(actual[at]),
-        expected=float(expected[at]),
-        bound=float(bound[at]),
-        largest_error=float(error.max()),
-    )
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
+        notes = [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
+        notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
+        table = Table(title=f"{self.spec}\non {self.target}", caption="\n".join(notes), caption_justify="left")
+        for heading in ("inputs", "weights", "batch", "answer", "against", "criterion"):
+            table.add_column(heading)
+        for heading in ("largest error", "of the bound", ""):
+            table.add_column(heading, justify="right")
+        # calls of one engine that gave the same answer share a line
+        lines: dict[tuple[Any, ...], list[str]] = {}
+        for row in self.rows:
+            engine, _, call = row.answer.partition(", ")
+            line = (row.inputs, row.weights, str(row.batch), engine, row.against, row.check)
+            lines.setdefault(line, []).append(call)
+        for (*words, against, check), calls in lines.items():
+            numbers = (
+                ("0", "equal") if not check.largest_error else (f"{check.largest_error:.2e}", f"{check.worst:.1%}")
+            )
+            verdict = "[green]pass[/]" if check.passed else f"[red]FAIL ({check.failures} of {check.elements})[/]"
+            words[-1] = ": ".join(filter(None, [words[-1], ", ".join(calls)]))
+            table.add_row(*words, against, check.criterion, *numbers, verdict)
+        return table
 
 
-def _join(checks: Sequence[Check]) -> Check:
-    """One check for the whole from those of its blocks: the worst speaks, the counts add up."""
-    worst = max(checks, key=lambda c: c.worst)
-    return replace(
-        worst,
-        elements=sum(c.elements for c in checks),
-        failures=sum(c.failures for c in checks),
-        unjudged=sum(c.unjudged for c in checks),
-        largest_error=max(c.largest_error for c in checks),
-    )
+# --- the inputs ---
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """One engine's output, and the format it sums in (None: the spec's)."""
+class _Question:
+    """One input set: how to draw it, at which batch, and whether with the weights compiled in."""
 
-    y: Tensor
-    computed_in: str | None = None
+    name: str
+    draw: Callable[[ConvTranspose3d, np.random.Generator, int], tuple[Tensor, Tensor, Tensor]]
+    batch: int
+    compiled: bool = False
+    exact: bool = False
 
 
-def _compare_all(
-    inputs: _Inputs, answers: Mapping[str, _Answer], exact: bool, pairs: Sequence[tuple[str, str]] = ()
-) -> dict[tuple[str, str], Check]:
-    """Judge every answer against the oracle, computed once, and ``pairs`` of answers against each other.
+def _shapes(spec: ConvTranspose3d, batch: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return (batch, *(n or batch for n in spec.x_shape[1:])), spec.w_shape, (spec.channels_out,)
 
-    Keys are ``(answer, "oracle")`` and the pairs. Raises `VerificationError` for an answer of the wrong shape,
-    `CallError` where ``exact`` is asked for inputs whose sums may round.
+
+def _largest_integer(spec: ConvTranspose3d) -> int:
+    """Return the largest a such that terms * a^2 + a stays below 2^24: no float32 sum can round. At most 8."""
+    return next((a for a in range(8, 0, -1) if spec.terms * a * a + a < 2**24), 0)
+
+
+def _integers(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    most = _largest_integer(spec)
+    x, w, b = (rng.integers(-most, most + 1, shape, np.int8) for shape in _shapes(spec, batch))
+    return x, w, b
+
+
+def _ones(spec: ConvTranspose3d, _: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Y counts the products of each output: a product too many or too few shows where it is."""
+    x, w, b = (np.ones(shape, np.int8) for shape in _shapes(spec, batch))
+    return x, w, b
+
+
+def _normal(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sums of standard deviation 2, so that activations are asked where they bend."""
+    x, w, b = (rng.standard_normal(shape, np.float32) for shape in _shapes(spec, batch))
+    return x, w * np.float32(2 / math.sqrt(spec.terms)), b
+
+
+def _impulse(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Y is the kernel, once: what lands in the wrong place is seen at once."""
+    x, w, b = _normal(spec, rng, batch)
+    impulse = np.zeros_like(x)
+    impulse.reshape(-1)[rng.integers(x.size)] = 1
+    return impulse, w, b
+
+
+def _alternating(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbours cancel: sums far smaller than their terms, where the order of summation shows most."""
+    x, w, b = _normal(spec, rng, batch)
+    parity = np.zeros((), np.int64)
+    for size in x.shape:
+        parity = parity[..., None] + np.arange(size)
+    checkerboard: Tensor = 1 - 2 * (parity % 2)
+    return checkerboard, np.abs(w), b
+
+
+def _wide(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes over 2^-20 .. 2^20 (2^-6 .. 2^6 in float16, whose largest number is 65504)."""
+    x, w, b = _normal(spec, rng, batch)
+    most = 6 if spec.dtype == "float16" else 20
+    return np.ldexp(x, rng.integers(-most, most + 1, x.shape, np.int32)), w, b
+
+
+def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """X about the smallest normal number of the format: half of it is subnormal."""
+    x, w, b = _normal(spec, rng, batch)
+    smallest = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(spec.dtype, 2.0**-126)
+    return x * smallest if spec.dtype == "float64" else x * np.float32(smallest), w, b * 0
+
+
+def _questions(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[_Question]]:
+    """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
+    outputs = math.prod(n or 1 for n in spec.y_shape)
+    large = spec.flops > _LARGE_FLOPS or outputs > _LARGE_OUTPUTS
+    main, *others = [spec.batch] if spec.batch else [2, 1, 3]
+    integers = [("integers", _integers)] if _largest_integer(spec) else []
+    asked = [_Question(name, draw, main, exact=True) for name, draw in integers]
+    if large:
+        asked.append(_Question("normal", _normal, main, compiled))
+        rule = f"two input sets, because of more than {_LARGE_FLOPS:.0e} operations or {_LARGE_OUTPUTS:.0e} outputs"
+    else:
+        rule = "all input sets"
+        asked += [_Question("ones", _ones, main, exact=True)] if integers else []
+        reals = {"normal": _normal, "impulse": _impulse, "alternating": _alternating, "wide": _wide, "tiny": _tiny}
+        asked += [_Question(name, draw, main) for name, draw in reals.items()]
+        asked += [_Question(name, reals[name], main, True) for name in ("normal", "impulse") if compiled]
+    for batch in others:
+        asked += [_Question(name, draw, batch, exact=True) for name, draw in integers]
+        asked += [] if large else [_Question("normal", _normal, batch, compiled)]
+    return rule, asked
+
+
+def _stored(dtype: str, values: Tensor) -> Tensor:
+    """Round to the spec's dtype. Raises `EngineError` where NumPy does not know it."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes: {error}") from error
+    return values.astype(bfloat16)
+
+
+# --- those who are asked ---
+
+
+def _compiled_in(artifact: Artifact) -> tuple[Tensor | None, Tensor | None]:
+    """Return the canonical W and B that the artifact holds, each or None, out of its own packed file."""
+    spec = artifact.spec
+    if not artifact.manifest["weights"]:
+        return None, None
+    with np.load(io.BytesIO((artifact.directory / "weights.npz").read_bytes()), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    if spec.dtype == "bfloat16":
+        arrays = {name: bits.view(_stored("bfloat16", np.zeros(0)).dtype) for name, bits in arrays.items()}
+    w = _unpacked(artifact.packing, arrays["W"], spec.w_shape) if "W" in arrays else None
+    return w, arrays.get("B")
+
+
+def _unpacked(packing: Packing, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    view = packed.transpose(np.argsort(packing.order))
+    return np.ascontiguousarray(view.reshape(packing.padded)[tuple(slice(n) for n in shape)])
+
+
+class _OnnxRuntime:
+    """ONNX Runtime on the CPU, running one model. Raises `EngineError` with its own words where it cannot."""
+
+    # ONNX's numbers for the element types; bfloat16 goes in and out as its bits
+    _ELEMENT_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}  # noqa: RUF012
+
+    def __init__(self, model: Path, spec: ConvTranspose3d) -> None:
+        try:
+            import onnxruntime
+            from onnxruntime.capi import onnxruntime_pybind11_state as state
+        except ImportError as error:
+            raise EngineError(f"the package onnxruntime is not installed ({error})") from error
+        if not model.exists():
+            raise EngineError(f"the artifact has no {model.name}")
+        self.version: str = onnxruntime.__version__
+        names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
+        self._refusals = (*(getattr(state, name) for name in names), state.RuntimeException, RuntimeError, ValueError)
+        self._spec, self._value = spec, onnxruntime.OrtValue
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except self._refusals as error:
+            raise EngineError(_first_line(error)) from error
+        self.inputs = tuple(given.name for given in self._session.get_inputs())
+
+    def __call__(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        """Return Y in the spec's dtype."""
+        y = np.empty((x.shape[0], *(n or 0 for n in self._spec.y_shape[1:])), x.dtype)
+        binding = self._session.io_binding()
+        try:
+            for name, array in (("X", x), ("W", w), ("B", b)):
+                if name in self.inputs:
+                    binding.bind_ortvalue_input(name, self._wrapped(array))
+            binding.bind_ortvalue_output("Y", self._wrapped(y))
+            self._session.run_with_iobinding(binding)
+        except self._refusals as error:
+            raise EngineError(_first_line(error)) from error
+        return y
+
+    def _wrapped(self, array: Tensor | None) -> Any:
+        if array is None:
+            raise EngineError("its model asks for weights that were compiled in")
+        bits = array.view(np.uint16) if self._spec.dtype == "bfloat16" else array
+        return self._value.ortvalue_from_numpy_with_onnx_type(bits, self._ELEMENT_TYPES[self._spec.dtype])
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# --- the questions, one after the other ---
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ours(
+    artifact: Artifact, inputs: Inputs, passed: tuple[Tensor | None, Tensor | None], threads: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Call the artifact with each thread count, and once with weights that were packed before."""
+    w, b = passed
+    for count in threads:
+        yield f"opcompile, {count} thread{'s' if count > 1 else ''}", artifact(inputs.x, w, b, threads=count)
+    if w is not None:
+        yield "opcompile, packed weights", artifact(inputs.x, artifact.pack(w), b)
+
+
+def _distinct(answers: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Keep answers that differ; of each other one, its twin: what is equal to the bit need not be judged twice."""
+    kept: dict[str, Tensor] = {}
+    twins: dict[str, str] = {}
+    for name, y in answers:
+        equal = (other for other, kept_y in kept.items() if np.array_equal(y, kept_y))
+        twins[name] = next(equal, name)
+        if twins[name] == name:
+            kept[name] = y
+    return kept, twins
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What came of one question: rows, what was not asked, and whether ONNX Runtime goes on being asked."""
+
+    rows: tuple[Row, ...]
+    not_asked: tuple[NotAsked, ...]
+    runtime: _OnnxRuntime | None
+
+
+def _ask(
+    artifact: Artifact,
+    question: _Question,
+    own: tuple[Tensor | None, Tensor | None],
+    runtime: _OnnxRuntime | None,
+    rng: np.random.Generator,
+    threads: Sequence[int],
+) -> _Asked:
+    spec = artifact.spec
+    x, w, b = (_stored(spec.dtype, values) for values in question.draw(spec, rng, question.batch))
+    passed: tuple[Tensor | None, Tensor | None] = (w, b if spec.bias else None)
+    if question.compiled:
+        passed = (None, None if own[1] is not None else passed[1])
+        w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
+    inputs = Inputs.of(spec, x, w, b)
+    kept, twins = _distinct(_ours(artifact, inputs, passed, threads))
+    answers = {name: Answer(y) for name, y in kept.items()}
+    pairs = [(name, "reference") for name in twins]
+    not_asked: list[NotAsked] = []
+    if runtime is not None and not question.compiled and "W" not in runtime.inputs:
+        not_asked.append(NotAsked("onnxruntime with the caller's weights", "model.onnx holds the weights compiled in"))
+    elif runtime is not None:
+        try:
+            answers["onnxruntime"] = Answer(runtime(inputs.x, inputs.w, inputs.b), computed_in="float32")
+            pairs += [("onnxruntime", "reference"), *((name, "onnxruntime") for name in twins)]
+        except EngineError as error:
+            not_asked.append(NotAsked("onnxruntime", str(error)))
+            runtime = None
+    checks = compare_all(inputs, answers, question.exact, [(twins.get(one, one), other) for one, other in pairs])
+    weights = "compiled" if question.compiled else "caller"
+    rows = (
+        Row(question.name, weights, question.batch, one, other, checks[twins.get(one, one), other])
+        for one, other in pairs
+    )
+    return _Asked(tuple(rows), tuple(not_asked), runtime)
+
+
+def _ask_golden(artifact: Artifact, own: tuple[Tensor | None, Tensor | None]) -> tuple[Row, ...]:
+    """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
+    golden = artifact.golden()
+    w, b = (mine if given is None else given for mine, given in zip(own, (golden.w, golden.b), strict=True))
+    y = np.asarray(artifact(golden.x, golden.w, golden.b)).reshape(-1)[golden.indices]
+    inputs = Inputs.of(artifact.spec, golden.x, w, b)
+    weights, batch = "compiled" if golden.w is None else "caller", inputs.batch
+    ours, stored = compare_at(inputs, golden.indices, [y, golden.expected])
+    return (
+        Row("golden.npz", weights, batch, "opcompile", "reference", ours),
+        Row("golden.npz", weights, batch, "golden.npz", "reference", stored),
+    )
+
+
+def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
+    """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
+
+    Order: small integers, to the last bit (or, for activations that are no selection, without any error of
+    the sums); reals under the bound, drawn and structured; the test vector in the artifact. Every question goes to
+    the artifact with one thread and with several; with a dynamic batch, 1, 2 and 3 images are asked.
+    ``reference`` is the oracle; without it, answers are held only against each other.
+    Raises `CallError` for an engine it does not know; what cannot be asked is listed in the report.
     """
-    spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
-    shape = (inputs.batch, *spec.y_shape[1:])
-    engines = {name: answer.computed_in or spec.sum_dtype for name, answer in answers.items()}
-    exactly = {engine: inputs.sums_exactly(_engine(spec, engine)) for engine in engines.values()}
-    for name, answer in answers.items():
-        if answer.y.shape != shape:
-            raise VerificationError(f"{name} gave shape {answer.y.shape}, but {spec} has {shape}")
-        if exact and not exactly[engines[name]]:
-            raise CallError("exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums)")
-    bits = exact and spec.activation.name in _EXACT_ACTIVATIONS
-    criterion = "bits" if bits else "exact sums" if exact else "bound"
-    found: dict[tuple[str, str], list[Check]] = {}
-    for part in _parts(spec, inputs.batch):
-        truth = _Truth.of(part, inputs, magnitudes=not all(exactly.values()))
-        expected = _rounded(spec.dtype, truth.y) if bits else truth.y
-        bound = {
-            e: np.zeros_like(truth.y) if bits else truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly
-        }
-        values = {name: answer.y[part.y].astype(np.float64) for name, answer in answers.items()}
-
-        questions = [(name, "oracle", expected, bound[engine]) for name, engine in engines.items()]
-        questions += [(one, two, values[two], bound[engines[one]] + bound[engines[two]]) for one, two in pairs]
-        for name, other, right, allowed in questions:
-            limit = min(storage.limit, _engine(spec, engines[name]).limit)
-            check = _judge(criterion, engines[name], values[name], right, allowed, limit)
-            index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
-            found.setdefault((name, other), []).append(replace(check, index=index))
-    return {key: _join(checks) for key, checks in found.items()}
-
-
-def compare(
-    spec: ConvTranspose3d,
-    actual: Any,
-    x: Any,
-    w: Any,
-    b: Any = None,
-    *,
-    computed_in: str | None = None,
-    exact: bool = False,
-) -> Check:
-    """Judge ``actual`` (Y, any float dtype) by the oracle on the very inputs it was computed from.
-
-    With ``exact``, for inputs of small integers, the result must equal the correctly rounded oracle to the
-    last bit; activations that are not exact on integers keep the bound, without any error of the sums.
-    Raises `CallError` for inputs that do not fit the spec, `VerificationError` for an output that does not.
-    """
-    answers = {"actual": _Answer(np.asarray(actual), computed_in)}
-    return _compare_all(_Inputs.of(spec, x, w, b), answers, exact)["actual", "oracle"]
+    unknown = sorted(set(engines) - set(ENGINES))
+    if unknown or not engines:
+        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    started, spec = time.perf_counter(), artifact.spec
+    own = _compiled_in(artifact)
+    rule, questions = _questions(spec, own[0] is not None)
+    threads = (1, max(2, _cpus()))
+    rows: list[Row] = []
+    not_asked: list[NotAsked] = []
+    versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
+    runtime = None
+    if "onnxruntime" in engines:
+        try:
+            runtime = _OnnxRuntime(artifact.directory / "model.onnx", spec)
+            versions["onnxruntime"] = runtime.version
+        except EngineError as error:
+            not_asked.append(NotAsked("onnxruntime", str(error)))
+    if not _largest_integer(spec):
+        not_asked.append(NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32"))
+    try:
+        for number, question in enumerate(questions):
+            asked = _ask(artifact, question, own, runtime, np.random.default_rng([seed, number]), threads)
+            runtime = asked.runtime
+            rows += asked.rows
+            not_asked += [n for n in asked.not_asked if n not in not_asked]
+        rows += _ask_golden(artifact, own)
+    except (EngineError, TargetError) as error:
+        not_asked.append(NotAsked("opcompile", str(error)))
+    return Report(
+        spec=str(spec),
+        target=str(artifact.manifest["target"]["name"]),
+        seed=seed,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=f"{platform.machine()} {platform.system()}, {_cpus()} CPUs, Python {platform.python_version()}",
+        versions=versions,
+        engines=tuple(engines),
+        threads=threads,
+        rule=rule,
+        elapsed_s=round(time.perf_counter() - started, 3),
+        rows=tuple(row for row in rows if row.against != "reference" or "reference" in engines),
+        not_asked=tuple(not_asked),
+    )

@@ -111,8 +111,12 @@ def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
     return candidates(spec, machine)[0]
 
 
+def _itemsize(spec: ConvTranspose3d) -> int:
+    return 8 if spec.sum_dtype == "float64" else 4
+
+
 def _lanes(spec: ConvTranspose3d, machine: Machine) -> int:
-    return machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+    return machine.vector_bytes // _itemsize(spec)
 
 
 def _sensible(spec: ConvTranspose3d, machine: Machine) -> Iterator[Tiles]:
@@ -131,24 +135,25 @@ def _sensible(spec: ConvTranspose3d, machine: Machine) -> Iterator[Tiles]:
             continue
         if vector == "channels" and scalars > width:
             continue
-        for task in _tasks(spec, machine, channels, rows, columns):
-            yield Tiles(vector, lanes, vectors, scalars, rows, task)  # type: ignore[arg-type]
+        task = _tasks(spec, machine, channels, rows, columns)
+        yield Tiles(vector, lanes, vectors, scalars, rows, task)  # type: ignore[arg-type]
 
 
-def _tasks(spec: ConvTranspose3d, machine: Machine, channels: int, rows: int, columns: int) -> list[int]:
-    """Channels a task may cover: what its phases and weights leave in the second cache, at least one tile."""
+def _tasks(spec: ConvTranspose3d, machine: Machine, channels: int, rows: int, columns: int) -> int:
+    """Channels a task covers: as many tiles as leave its phases and weights in the second cache.
+
+    Whole tasks only, where the tiles divide the channels: a ragged last task costs a test for each
+    output element, and in a grouped layer it would straddle two groups, for which the packed
+    weight has no place.
+    """
     m = spec.channels_out // spec.groups
     tiles = -(-m // channels)
-    width = spec.axes[2].positions
-    itemsize = 8 if spec.sum_dtype == "float64" else 4
+    taps = math.prod(a.kernel for a in spec.axes)
     phases = math.prod(len(a.phases) for a in spec.axes)
-    a_channel = itemsize * (phases * rows * (width + columns) + math.prod(spec.w_shape) // spec.w_shape[1] // spec.groups)
-    fits = max(1, machine.l2_bytes // 2 // (a_channel * channels))
-    if spec.groups > 1 and tiles > 1:
-        # a block of channels that straddles two groups has no place in the packed weight
-        whole = [t for t in range(1, tiles + 1) if m % (t * channels) == 0] or [tiles]
-        return [max((t for t in whole if t <= fits), default=whole[0]) * channels]
-    return [min(fits, tiles) * channels]
+    width = _up(spec.axes[2].positions, columns)
+    a_tile = _itemsize(spec) * channels * (phases * rows * width + taps * spec.channels_in // spec.groups)
+    fits = max(1, machine.l2_bytes // 2 // a_tile)
+    return max(count for count in range(1, tiles + 1) if tiles % count == 0 and count <= fits) * channels
 
 
 def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
@@ -163,14 +168,24 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     taps = math.prod(sum(p.taps for p in a.phases) for a in spec.axes)
     phases = math.prod(len(a.phases) for a in spec.axes)
     accumulators = t.vectors * t.scalars * t.rows
-    # vectors of a row start anywhere and straddle two cache lines; weights are packed on whole ones
-    loads = t.vectors + t.scalars * t.rows if t.vector == "channels" else 2 * t.vectors * t.rows + t.scalars
-    step = max(accumulators, machine.fma_in_flight, loads) / 2
+    vector, line = machine.vector_bytes, 64
+    if t.vector == "channels":
+        loads = t.vectors + t.scalars * t.rows
+        stays = t.vectors * vector * c * taps // phases, t.vectors * vector  # the weights, while the row advances
+        passes = 0  # the row itself stays in the first cache
+    else:
+        # vectors of a row start anywhere: most of them straddle two cache lines
+        loads = 2 * t.vectors * t.rows + t.scalars
+        stays = t.rows * c * (t.vectors * vector + line), t.rows * (t.vectors * vector + line // 2)
+        passes = t.scalars * _itemsize(spec)
+    from_l2 = (stays[1] if stays[0] > machine.l1_bytes // 2 else 0) + passes
+    step = max(accumulators, machine.fma_in_flight, loads) / 2 + from_l2 / 80
     a_tile = 2 * accumulators + 12
     computing = tiles * (taps * c * step + phases * a_tile)
     outputs = math.prod(n or 1 for n in spec.y_shape)
     transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
-    storing = outputs * (1.2 if transposed else 0.35)
+    ragged = m % t.task or height % t.rows
+    storing = outputs * ((1.2 if transposed else 0.35) + (3 if ragged else 0))
     used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
     return Estimate(t, computing + storing, computing, storing, used, accumulators)
 

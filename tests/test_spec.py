@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import arrays, axes, illegal_spec_texts, specs
 
@@ -73,13 +73,33 @@ def test_an_illegal_text_names_its_field(spoiled: tuple[str, list[str]]) -> None
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@settings(max_examples=30)
 @given(st.text(max_size=60))
 def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
     with pytest.raises(SpecError):
         ConvTranspose3d.parse(text)
 
 
-@given(st.lists(st.sampled_from(["in=1x1x1x1x1", "co=1", "k=1", "k=", "=", "in=NxNxNxNxN", "p=:", "g=1", "act=:", "act=elu::1", "op=1", "s=1x"])))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "in=1x1x1x1x1",
+                "co=1",
+                "k=1",
+                "k=",
+                "=",
+                "in=NxNxNxNxN",
+                "p=:",
+                "g=1",
+                "act=:",
+                "act=elu::1",
+                "op=1",
+                "s=1x",
+            ]
+        )
+    )
+)
 def test_any_words_are_a_spec_or_a_spec_error(words: list[str]) -> None:
     try:
         spec = ConvTranspose3d.parse(" ".join(words))

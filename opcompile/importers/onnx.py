@@ -44,6 +44,7 @@ _DTYPES = {
 
 _ONNX_DOMAINS = ("", "ai.onnx")
 _AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+_ATTRIBUTE_TYPES = {"auto_pad": onnx.AttributeProto.STRING, "group": onnx.AttributeProto.INT}
 
 # Tensors above this many bytes tell shape inference nothing but their shape, and are kept away from it.
 _LARGEST_SHAPE_TENSOR = 1024
@@ -98,8 +99,8 @@ def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onn
     path = Path(source)
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', error)}; name an ONNX file") from error
     return _parse(data, str(path)), path.parent
 
 
@@ -322,8 +323,10 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
     x, (w, b) = scope.value(node.input[0]), _weights(node, scope)
     batch, channels_in, sizes = _x_sizes(x)
     channels, per_group, *kernel = _w_sizes(w)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = _attributes(node)
     groups = int(attributes.get("group", 1))
+    if groups < 1:
+        raise ModelError(f"group is {groups}, but must be at least 1")
     if channels_in != channels:
         raise ModelError(f"X has {channels_in} channels, but W {w.shape} takes {channels}; they must be equal")
     if b is not None and b.shape is not None and b.shape != (per_group * groups,):
@@ -337,6 +340,16 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
         bias=b is not None,
         dtype=_dtype([x, w] if b is None else [x, w, b]),
     )
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return the attributes by name, of the types that ONNX gives them (inlining a function can break that)."""
+    for a in node.attribute:
+        expected = _ATTRIBUTE_TYPES.get(a.name, onnx.AttributeProto.INTS)
+        if a.type != expected:
+            given, right = (onnx.AttributeProto.AttributeType.Name(t) for t in (a.type, expected))
+            raise ModelError(f"attribute {a.name} is of type {given}, but must be {right}; export the model again")
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
@@ -394,7 +407,7 @@ def _axes(attributes: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[
         raise ModelError(f"kernel_shape is {attributes['kernel_shape']}, but W has {list(kernel)}; they must be equal")
     strides, dilations = (_integers(attributes, name, [1] * 3) for name in ("strides", "dilations"))
     pads, output_pads = _integers(attributes, "pads", [0] * 6), _integers(attributes, "output_padding", [0] * 3)
-    outs = _integers(attributes, "output_shape", [0] * 3) if attributes.get("output_shape") else [None] * 3
+    outs = _integers(attributes, "output_shape", [0] * 3) if "output_shape" in attributes else [None] * 3
     axes = []
     for i, name in enumerate(AXIS_NAMES):
         pad = (pads[i], pads[i + 3]) if outs[i] is None else (0, 0)
@@ -407,7 +420,7 @@ def _axes(attributes: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[
 
 
 def _integers(attributes: Mapping[str, Any], name: str, default: Sequence[int]) -> list[int]:
-    values = list(attributes.get(name) or default)
+    values = list(attributes.get(name, default))
     if len(values) != len(default):
         raise ModelError(f"{name} has {len(values)} values, but a 5-D ConvTranspose takes {len(default)}")
     return values
@@ -437,22 +450,23 @@ def _fitted(axis: Axis, auto_pad: str, out: int | None) -> Axis:
 
 
 def _settle(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> bool:
-    """Spell out the paddings of nodes whose output shape inference got wrong; False when there were none.
+    """Spell out the paddings of the first node whose output shape inference got wrong; False without one.
 
-    Then all inferred shapes are forgotten, for those that follow from the wrong one are wrong too. A node is
-    spelled out at most once: inference agrees about explicit paddings.
+    Then all inferred shapes are forgotten, for those that follow from the wrong one are wrong too: that is
+    why only the first node is judged. None is judged twice, for inference agrees about explicit paddings.
     """
-    wrong = [(node, spec) for node, scope in _nodes(graph, _Scope.of(tensors)) if (spec := _disputed(node, scope))]
-    for node, spec in wrong:
-        kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
-        pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
-        kept.append(helper.make_attribute("pads", pads))
-        kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    if wrong:
-        _forget_shapes(graph)
-    return bool(wrong)
+    for node, scope in _nodes(graph, _Scope.of(tensors)):
+        spec = _disputed(node, scope)
+        if spec is not None:
+            kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
+            pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
+            kept.append(helper.make_attribute("pads", pads))
+            kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            _forget_shapes(graph)
+            return True
+    return False
 
 
 def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:

@@ -1,0 +1,92 @@
+"""What tuning has measured so far, on the disk: one line of JSON a measurement.
+
+The first line says what makes the times comparable; a journal of something else is refused. A line
+is on the disk before the next measurement starts. Whoever is killed while writing one leaves half a
+line at the end, which the next run drops: that measurement was not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opcompile.errors import RecordError
+
+_WAY_OUT = "give another work_dir, or delete this one to start afresh"
+
+
+@dataclass(slots=True)
+class Journal:
+    """The measurements of one run, in the order they were finished.
+
+    ``samples`` are candidates, failed ones included, as in `opcompile.record.Record`; ``finals`` is
+    the last round of finals, if there was one.
+    """
+
+    path: Path
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    finals: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+        """Read ``path``, or begin it. Raises `RecordError` for a journal of something else, or a corrupt one."""
+        whole = path.read_bytes() if path.exists() else b""
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept != whole:
+            os.truncate(path, len(kept))
+        lines = [_object(path, number, line) for number, line in enumerate(kept.splitlines(), 1)]
+        journal = cls(path)
+        if not lines:
+            journal._append({"header": dict(header)})
+            return journal
+        _require_same(path, lines[0].get("header"), header)
+        for number, line in enumerate(lines[1:], 2):
+            journal._take(number, line)
+        return journal
+
+    def _take(self, number: int, line: dict[str, Any]) -> None:
+        match line:
+            case {"sample": {"tiles": dict(), "rank": int()} as sample}:
+                self.samples.append(sample)
+            case {"finals": [*finals]}:
+                self.finals = finals
+            case _:
+                raise RecordError(f"{self.path}, line {number}: {str(line)[:80]!r} is no measurement; {_WAY_OUT}")
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Write down a candidate's measurement."""
+        self.samples.append(sample)
+        self._append({"sample": sample})
+
+    def add_finals(self, finals: list[dict[str, Any]]) -> None:
+        """Write down the finals."""
+        self.finals = finals
+        self._append({"finals": finals})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}, line {number} is not JSON: {error}; {_WAY_OUT}") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{path}, line {number} holds a {type(value).__name__}, not an object; {_WAY_OUT}")
+    return value
+
+
+def _require_same(path: Path, given: object, wanted: Mapping[str, Any]) -> None:
+    if not isinstance(given, dict):
+        raise RecordError(f"{path} is not a journal of measurements: its first line has no header; {_WAY_OUT}")
+    for name, value in wanted.items():
+        if given.get(name) != value:
+            raise RecordError(f"{path} holds measurements for {name} {given.get(name)!r}, not {value!r}; {_WAY_OUT}")

@@ -1,0 +1,519 @@
+"""A compiled layer as a directory that stands on its own: written whole, or not at all.
+
+=============================  ==================================================================
+``manifest.json``              spec, target, plan, packing, versions, sizes, SHA-256 of every file
+``conv_transpose3d-<hash>.so``  the kernel and its run-time half; the C library is all it needs
+``conv_transpose3d.h``         how to call it from C
+``model.onnx``                 the same layer for other systems, with the weights that are known
+``golden.npz``                 a test vector: some outputs of inputs that are a formula
+``weights.npz``                packed weight and bias, where they are known
+``report.json``                what verification found, once it was done
+=============================  ==================================================================
+
+The library's name holds its hash because loaders remember libraries by their path: another layer
+compiled into the same directory must not find the old one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import opcompile
+from opcompile.errors import ArtifactError, CallError
+from opcompile.link import link
+from opcompile.packing import Packing
+from opcompile.reference import reference
+from opcompile.runtime import (
+    B_AMPLITUDE,
+    B_SALT,
+    FORMAT,
+    GOLDEN,
+    HEADER,
+    MANIFEST,
+    MODEL,
+    MOST_THREADS,
+    REPORT,
+    STORAGE,
+    VERSION,
+    W_SALT,
+    WEIGHTS,
+    X_AMPLITUDE,
+    X_SALT,
+    digest,
+    golden_values,
+    parse_manifest,
+    w_amplitude,
+)
+from opcompile.spec import Axis, ConvTranspose3d
+
+if TYPE_CHECKING:
+    from opcompile.lower import Lowered
+
+_STEM = "conv_transpose3d"
+
+
+def write(
+    lowered: Lowered,
+    into: str | os.PathLike[str],
+    *,
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+) -> Path:
+    """Link ``lowered`` and write its artifact, replacing the one that is in ``into``; return the directory.
+
+    ``weight`` is canonical; it and ``bias`` are stored packed when given. A reader of ``into`` sees
+    the old artifact or the new one, and of two writers one comes last. Raises `ArtifactError` where
+    ``into`` holds anything but an artifact, `CallError` for weights that do not fit, `EngineError`
+    when the library cannot be linked.
+    """
+    from opcompile.graph import export_onnx  # on use: it brings onnx
+
+    spec, place = lowered.spec, Path(into).resolve()
+    weight = _checked("weight", weight, spec.w_shape, spec.dtype)
+    bias = _checked("bias", bias, (spec.channels_out,), spec.dtype)
+    if bias is not None and not spec.bias:
+        raise CallError("bias was given, but the layer has none (bias=0); leave it out")
+    _require_replaceable(place)
+    text = header(spec, lowered.packing)
+    library = link(lowered.object_code, text, lowered.target)
+    suffix = "dylib" if lowered.target.system == "darwin" else "so"
+    name = f"{_STEM}-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
+
+    beside = _new_beside(place)
+    try:
+        (beside / name).write_bytes(library)
+        (beside / HEADER).write_text(text)
+        (beside / GOLDEN).write_bytes(_archive(_golden(spec, weight, bias)))
+        stored = _packed(lowered.packing, weight, bias, spec.dtype)
+        if stored:
+            (beside / WEIGHTS).write_bytes(_archive(stored))
+        export_onnx(spec, beside / MODEL, weight=weight, bias=bias)
+        _write_manifest(beside, _manifest(lowered, name, sorted(stored)))
+        _put(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return place
+
+
+def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Store ``report`` as ``report.json`` of an artifact, in one step with the manifest.
+
+    Raises `ArtifactError` when ``directory`` is no artifact, or another took its place meanwhile.
+    """
+    place = Path(directory).resolve()
+    try:
+        before = (place / MANIFEST).read_bytes()
+        manifest = parse_manifest(before, place)
+        beside = _new_beside(place)
+    except OSError as error:
+        raise ArtifactError(f"{place} is not an artifact: {error}") from error
+    try:
+        for name in manifest["files"]:
+            if name != REPORT:
+                _link_or_copy(place / name, beside / name)
+        (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        _write_manifest(beside, manifest)
+        _put(beside, place)
+        # what was in the place is beside it now
+        if (beside / MANIFEST).read_bytes() != before:
+            _put(beside, place)
+            raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _checked(name: str, given: NDArray[Any] | None, shape: tuple[int, ...], dtype: str) -> NDArray[Any] | None:
+    if given is None:
+        return None
+    if given.shape != shape or given.dtype.name != dtype:
+        raise CallError(f"{name} is {given.dtype.name} {given.shape}, but the layer needs {dtype} {shape}")
+    return given
+
+
+# --- the directory ---
+
+
+def _new_beside(place: Path) -> Path:
+    """Make a directory on the same file system, with the permissions that the user's are made with."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    beside.mkdir()
+    return beside
+
+
+def _require_replaceable(place: Path) -> None:
+    """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise ArtifactError(f"{place} is a file, and an artifact is a directory; name another place")
+    present = {path.name for path in place.iterdir()}
+    if not present:
+        return
+    try:
+        manifest = json.loads((place / MANIFEST).read_bytes())
+        listed = set(manifest["files"]) if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    foreign = sorted(present - listed - {MANIFEST})
+    if not listed or foreign:
+        what = f"holds {', '.join(foreign[:3])}, which no artifact wrote" if foreign else "is not an artifact"
+        raise ArtifactError(f"{place} {what}; empty it, or name another directory")
+
+
+def _put(beside: Path, place: Path) -> None:
+    """Make ``beside`` the directory at ``place``; what was there lies at ``beside`` then.
+
+    Directories are exchanged in one step where the system can: nobody ever finds the place empty.
+    Elsewhere the old one is moved away first; then the place is empty for an instant, which
+    `runtime.load` waits out, and a writer that dies in it leaves the old one beside, whole.
+    """
+    while True:
+        try:
+            os.rename(beside, place)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _require_replaceable(place)
+        try:
+            if not _exchange(beside, place):
+                _exchange_in_steps(beside, place)
+            return
+        except FileNotFoundError:
+            if not beside.exists():
+                raise
+            # another writer was between its own two steps
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step; False where system or file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(one), os.fsencode(other)
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+    if hasattr(library, "renameat2"):
+        status = library.renameat2(here, paths[0], here, paths[1], swap)
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        status = library.renamex_np(*paths, swap)
+    else:
+        return False
+    if status == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _exchange_in_steps(beside: Path, place: Path) -> None:
+    aside = place.with_name(f"{beside.name}.old")
+    os.rename(place, aside)
+    try:
+        os.rename(beside, place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            os.rename(aside, place)
+            raise
+        # another writer filled the empty place: replace that one instead
+        shutil.rmtree(aside, ignore_errors=True)
+        _put(beside, place)
+        return
+    os.rename(aside, beside)
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    try:
+        os.link(source, destination)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, destination)
+
+
+# --- the files ---
+
+
+def _manifest(lowered: Lowered, library: str, weights: list[str]) -> dict[str, Any]:
+    spec, target = lowered.spec, lowered.target
+    itemsize = STORAGE[spec.dtype].itemsize
+    shapes = {
+        "x": spec.x_shape,
+        "w": lowered.packing.shape,
+        "b": (spec.channels_out if spec.bias else 0,),
+        "y": spec.y_shape,
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": str(spec),
+        "target": {
+            "name": target.name,
+            "triple": target.triple,
+            "architecture": target.architecture,
+            "system": target.system,
+            "features": list(target.features),
+        },
+        "plan": asdict(lowered.plan),
+        "packing": lowered.packing.to_json(),
+        "workspace_bytes": lowered.workspace_bytes,
+        # of one batch element where the batch is dynamic
+        "tensor_bytes": {name: itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
+        "library": library,
+        "weights": weights,
+        "versions": {
+            "opcompile": opcompile.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")},
+        },
+        "files": {},
+    }
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest``, completed by the files that are in ``directory``, and by its own hash."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if path.name != MANIFEST:
+            content = path.read_bytes()
+            files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = json.loads(json.dumps({**manifest, "files": files}))
+    manifest["sha256"] = digest(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _archive(arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _packed(
+    packing: Packing, weight: NDArray[Any] | None, bias: NDArray[Any] | None, dtype: str
+) -> dict[str, NDArray[Any]]:
+    """Return what is known of ``W`` (packed) and ``B``; bfloat16 as bits, which the file format lacks."""
+    known = {"W": None if weight is None else packing(weight), "B": bias}
+    return {
+        name: np.ascontiguousarray(array).view(STORAGE[dtype]) for name, array in known.items() if array is not None
+    }
+
+
+# --- the test vector ---
+
+_MOST_OUTPUTS = 4096
+
+
+def _golden(spec: ConvTranspose3d, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> dict[str, Any]:
+    """Compute outputs from the corners of the first and the last image by the oracle.
+
+    A corner needs only the inputs near it, so that this is quick for a layer of any size; a few
+    channels of each group stand for all.
+    """
+    batch, groups, m = spec.batch or 2, spec.groups, spec.channels_out // spec.groups
+    # of each group
+    picked = np.unique(np.linspace(0, m - 1, min(m, max(1, 8 // groups))).astype(int))
+    channels = (np.arange(groups)[:, None] * m + picked).ravel()
+    w, b = weight, bias
+    if w is None:
+        w = golden_values(np.arange(math.prod(spec.w_shape)), W_SALT, w_amplitude(spec)).reshape(spec.w_shape)
+    if b is None:
+        b = golden_values(np.arange(spec.channels_out), B_SALT, B_AMPLITUDE)
+    expected: dict[int, float] = {}
+    corners = itertools.product(*(_ends(axis) for axis in spec.axes))
+    for image, corner in itertools.product({0, batch - 1}, corners):
+        crops = [_crop(axis, outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
+        reads, (d, h, w_) = [inputs for inputs, _ in crops], (axis for _, axis in crops)
+        part = replace(spec, batch=1, channels_out=channels.size, axes=(d, h, w_), layout="NCDHW")
+        read = _elements(spec, spec.x_shape, image, np.arange(spec.channels_in), reads)
+        y = reference(part, golden_values(read, X_SALT, X_AMPLITUDE), w[:, picked], b[channels] if spec.bias else None)
+        written = _elements(spec, spec.y_shape, image, channels, corner)
+        expected.update(zip(written.ravel().tolist(), y.ravel().tolist(), strict=True))
+    indices = np.array(sorted(expected), np.int64)
+    if indices.size > _MOST_OUTPUTS:
+        indices = np.sort(np.random.default_rng(0).choice(indices, _MOST_OUTPUTS, replace=False))
+    values = np.array([expected[index] for index in indices.tolist()], np.float64)
+    return {"batch": np.int64(batch), "indices": indices, "expected": values}
+
+
+def _ends(axis: Axis) -> list[range]:
+    """Return the first and the last outputs of an axis: some of every phase, where the stride is below 8."""
+    length = min(axis.out, max(4, min(axis.stride + 1, 8)))
+    return [range(length), range(axis.out - length, axis.out)][: 1 if length == axis.out else 2]
+
+
+def _crop(axis: Axis, outputs: range) -> tuple[range, Axis]:
+    """Return the inputs that ``outputs`` depend on, and the axis that computes these from those."""
+    reach = axis.dilation * (axis.kernel - 1)
+    first = min(max((outputs.start + axis.begin - reach) // axis.stride, 0), axis.size - 1)
+    last = min((outputs.stop - 1 + axis.begin) // axis.stride, axis.size - 1)
+    cropped = replace(axis, size=max(last - first, 0) + 1, pad=(0, 0), output_pad=0)
+    begin = outputs.start + axis.begin - first * axis.stride
+    excess = cropped.full - begin - len(outputs)
+    return range(first, first + cropped.size), replace(cropped, pad=(begin, max(excess, 0)), output_pad=max(-excess, 0))
+
+
+def _elements(
+    spec: ConvTranspose3d, shape: Sequence[int | None], image: int, channels: NDArray[Any], ranges: Sequence[range]
+) -> NDArray[np.int64]:
+    """Return where the elements of a box of X or Y lie in memory, in the order ``(1, C, D, H, W)``."""
+    box = np.ix_(np.array([image]), channels, *(np.array(r) for r in ranges))
+    strides = [math.prod(n or 1 for n in shape[axis + 1 :]) for axis in range(5)]
+    if spec.layout == "NDHWC":
+        strides = [strides[0], strides[4], *strides[1:4]]
+    return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)
+
+
+# --- the C header ---
+
+_C_TYPES = {
+    "float32": ("float", 2, 32),
+    "float16": ("uint16_t /* the bits of an IEEE binary16 */", 2, 16),
+    "bfloat16": ("uint16_t /* the bits of a bfloat16 */", 4, 16),
+    "float64": ("double", 2, 64),
+}
+
+
+def header(spec: ConvTranspose3d, packing: Packing) -> str:
+    """Return the C header of a layer: what ``runtime.c`` is compiled with, and what a C host includes."""
+    c_type, code, bits = _C_TYPES[spec.dtype]
+    return _HEADER.format(
+        spec=spec,
+        x=_c_shape(spec.x_shape, comment=True),
+        y=_c_shape(spec.y_shape, comment=True),
+        w=_c_shape(packing.shape, comment=True),
+        w_canonical=_c_shape(spec.w_shape, comment=True),
+        padded=packing.padded,
+        view=packing.view,
+        order=packing.order,
+        layout=spec.layout,
+        b=f"({spec.channels_out},)" if spec.bias else "NULL: this layer has no bias",
+        batch="any, at least 1" if spec.batch is None else f"always {spec.batch}",
+        c_type=c_type,
+        code=code,
+        bits=bits,
+        x_shape=_c_shape(spec.x_shape),
+        w_shape=_c_shape(packing.shape),
+        b_shape=_c_shape((spec.channels_out,)),
+        y_shape=_c_shape(spec.y_shape),
+        has_bias=int(spec.bias),
+        useful_threads=_useful_threads(spec),
+        x_salt=X_SALT,
+        w_salt=W_SALT,
+        b_salt=B_SALT,
+        x_amplitude=X_AMPLITUDE,
+        w_amplitude=w_amplitude(spec),
+        b_amplitude=B_AMPLITUDE,
+    )
+
+
+def _c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
+    if comment:
+        return "(" + ", ".join("N" if n is None else str(n) for n in shape) + ")"
+    return "{" + ", ".join(str(n or 0) for n in shape) + "}"
+
+
+def _useful_threads(spec: ConvTranspose3d) -> int:
+    """Count a thread for each 25 us of work, for one batch element of a dynamic batch: waking one takes about 10.
+
+    The work is estimated at 20 GFLOP/s and 5 GB/s, which a core of any supported machine reaches.
+    """
+    work_us = spec.flops / 20e3 + spec.bytes() / 5e3
+    return max(1, min(MOST_THREADS, int(work_us / 25)))
+
+
+_HEADER = """\
+/* A transposed 3-D convolution, compiled:
+ *   {spec}
+ *
+ * The library beside this file needs the C library alone. Load it and call it so:
+ *
+ *   #include <dlfcn.h>
+ *   void *library = dlopen("./conv_transpose3d-....so", RTLD_NOW | RTLD_LOCAL);
+ *   opcompile_run_fn run = (opcompile_run_fn)dlsym(library, "opcompile_run");
+ *   opcompile_error_fn error = (opcompile_error_fn)dlsym(library, "opcompile_error");
+ *   if (run(0, batch, x, w, b, y)) fprintf(stderr, "%s\\n", error());
+ *
+ *   x  {x}, layout {layout}
+ *   w  {w}, packed from the canonical {w_canonical}
+ *   b  {b}
+ *   y  {y}, layout {layout}; shares no memory with the others
+ *
+ * All are contiguous arrays of opcompile_element, aligned as that type is. batch is N: {batch}.
+ * The packed w is the canonical one, filled up with zeros to {padded},
+ * seen as {view}, its axes put into the order {order};
+ * weights.npz, where it is there, holds it ready.
+ *
+ * threads is the most that the call may use, the caller among them: 1 to 1024, or 0 for the variable
+ * OPCOMPILE_NUM_THREADS (read when the library is loaded), and without that every CPU the process may
+ * run on. Calls may come from several threads at once; a child process may call after a fork.
+ * The result is 0, or something else, and then opcompile_error() says why, for the calling thread.
+ */
+#ifndef OPCOMPILE_CONV_TRANSPOSE3D_H
+#define OPCOMPILE_CONV_TRANSPOSE3D_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+typedef {c_type} opcompile_element;
+
+/* DLPack's description of the element type */
+#define OPCOMPILE_DTYPE_CODE {code}
+#define OPCOMPILE_DTYPE_BITS {bits}
+
+/* a 0 is a batch that the call gives */
+#define OPCOMPILE_X_SHAPE {x_shape}
+#define OPCOMPILE_W_SHAPE {w_shape}
+#define OPCOMPILE_B_SHAPE {b_shape}
+#define OPCOMPILE_Y_SHAPE {y_shape}
+#define OPCOMPILE_HAS_BIAS {has_bias}
+
+/* More threads than this, for each batch element where N is open, would cost more than they bring. */
+#define OPCOMPILE_USEFUL_THREADS {useful_threads}
+
+#define OPCOMPILE_API __attribute__((visibility("default")))
+OPCOMPILE_API int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y);
+OPCOMPILE_API const char *opcompile_error(void);
+typedef int (*opcompile_run_fn)(int, int64_t, const void *, const void *, const void *, void *);
+typedef const char *(*opcompile_error_fn)(void);
+
+/* The inputs of golden.npz: element i of x is opcompile_golden(i, {x_salt}, {x_amplitude}) / 64.0, of the canonical w
+ * opcompile_golden(i, {w_salt}, {w_amplitude}) / 64.0, of b opcompile_golden(i, {b_salt}, {b_amplitude}) / 64.0; where
+ * weights.npz holds w or b, those are used instead. */
+static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t amplitude) {{
+  uint32_t h = i + salt * 0x9E3779B9u;
+  h ^= h >> 16;
+  h *= 0x7FEB352Du;
+  h ^= h >> 15;
+  h *= 0x846CA68Bu;
+  h ^= h >> 16;
+  return (int32_t)(h % (2 * amplitude + 1)) - (int32_t)amplitude;
+}}
+
+#ifdef __cplusplus
+}}
+#endif
+#endif
+"""

@@ -1,0 +1,509 @@
+"""How far a right answer may be from the oracle: an error bound that is derived and never chosen.
+
+`bounds` gives every output element its own bound on ``|computed - oracle|``; `compare` judges an
+array by it, and is the only comparison in this project. NumPy only.
+The derivation is in ``docs/numerics.md``; the comments here name its steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.errors import CallError, VerificationError
+from opcompile.reference import activate, linear
+from opcompile.spec import Activation, Axis, ConvTranspose3d
+
+Array = NDArray[np.float64]
+Tensor = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A binary floating-point format, rounding to nearest. ``precision`` is in bits, hidden bit included."""
+
+    precision: int
+    smallest_exponent: int
+    largest_exponent: int
+    flushes: bool = True
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff u: a result in range is off by at most u times itself."""
+        return 2.0**-self.precision
+
+    @property
+    def floor(self) -> float:
+        """What a result below the normal range can lose: all of it where hardware flushes it to zero."""
+        return 2.0**self.smallest_exponent if self.flushes else 2.0 ** (self.smallest_exponent - self.precision)
+
+    @property
+    def limit(self) -> float:
+        """From here on magnitudes round to infinity (for float64: the largest number itself)."""
+        return min((2 - self.unit) * 2.0**self.largest_exponent, np.finfo(np.float64).max)
+
+
+FORMATS = {
+    "float64": Format(53, -1022, 1023),
+    "float32": Format(24, -126, 127),
+    "bfloat16": Format(8, -126, 127),
+    # float16 is a storage type only, and no conversion to it flushes
+    "float16": Format(11, -14, 15, flushes=False),
+}
+
+
+def _gamma(roundings: float, unit: float) -> float:
+    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1)."""
+    return roundings * unit / (1 - roundings * unit)
+
+
+# --- the activation: how far it carries an error, and what it adds ---
+
+# An elementary function is granted 8u of its range (4 ulp; the worst that was measured is 5.2u, ONNX
+# Runtime's tanh), and the formula around it at most eight roundings.
+_ELEMENTARY = 16.0
+# A formula without elementary function: parameters rounded, then at most three operations.
+_RATIONAL = 6.0
+
+
+# Selections only: a sum that is exact stays exact.
+EXACT_ACTIVATIONS = ("none", "relu", "relu6")
+
+
+@dataclass(frozen=True, slots=True)
+class _Carries:
+    """How f treats an error: ``slope`` is the largest |f'|, and evaluating f at z costs at most
+    ``own + of_z*|z| + of_y*|f(z)|`` units of roundoff.
+    """  # noqa: D205
+
+    slope: float
+    own: float = 0.0
+    of_z: float = 0.0
+    of_y: float = 0.0
+
+
+def _carries(activation: Activation) -> _Carries:
+    """Slopes given as numbers are the largest |f'|, rounded up; a test holds each against a grid."""
+    alpha, second, *_ = (*(abs(p) for p in activation.parameters), 0.0, 0.0)
+    match activation.name:
+        case "none" | "relu" | "relu6":
+            return _Carries(1.0)
+        case "leaky_relu":
+            return _Carries(max(1.0, alpha), of_y=_RATIONAL)
+        case "elu":
+            return _Carries(max(1.0, alpha), own=_ELEMENTARY * alpha)
+        case "selu":
+            return _Carries(second * max(1.0, alpha), own=_ELEMENTARY * alpha * second, of_y=_RATIONAL)
+        case "gelu" | "gelu_tanh":
+            return _Carries(1.13, of_z=_ELEMENTARY)
+        case "sigmoid":
+            return _Carries(0.25, own=_ELEMENTARY)
+        case "hard_sigmoid":
+            return _Carries(alpha, own=_RATIONAL * second, of_z=_RATIONAL * alpha)
+        case "silu":
+            return _Carries(1.1, of_z=_ELEMENTARY)
+        case "hard_silu":
+            return _Carries(1.5, of_z=_RATIONAL)
+        case "mish":
+            return _Carries(1.09, of_z=_ELEMENTARY)
+        case "softplus":
+            return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
+        case "softsign":
+            return _Carries(1.0, of_y=_RATIONAL)
+        case "tanh":
+            return _Carries(1.0, own=_ELEMENTARY)
+    raise ValueError(f"activation {activation.name} has no error constants in verify")
+
+
+def _through(activation: Activation, z: Array, y: Array, error: Array, sums: Format) -> Array:
+    """Bound |f^(z^) - f(z)|, where y = f(z), |z^ - z| <= error, and f^ is f evaluated in ``sums``."""
+    if activation.name in EXACT_ACTIVATIONS:
+        return error
+    # f is evaluated at z^, where |z^| <= |z| + error and |f(z^)| <= |f(z)| + carried
+    if activation.name == "exponential":
+        # f' = f grows without limit, and reducing the argument costs u*|z|, relative to the result
+        carried = y * np.expm1(error)
+        own = _ELEMENTARY * (1 + np.abs(z) + error) * (y + carried)
+    else:
+        f = _carries(activation)
+        carried = f.slope * error
+        own = f.own + f.of_z * (np.abs(z) + error) + f.of_y * (np.abs(y) + carried)
+    return carried + sums.unit * own + sums.floor
+
+
+# --- the bound ---
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One set of inputs, checked, with what the bound needs to know of all of it."""
+
+    spec: ConvTranspose3d
+    x: Tensor
+    w: Tensor
+    b: Tensor | None
+    largest: tuple[float, float, float]
+    integers: bool
+
+    @classmethod
+    def of(cls, spec: ConvTranspose3d, x: Any, w: Any, b: Any) -> Inputs:
+        """Check shapes, values and formats against the spec. Raises `CallError`."""
+        x, w, b = np.asarray(x), np.asarray(w), None if b is None or not spec.bias else np.asarray(b)
+        expected = {"x": (x, (x.shape[0] if spec.batch is None and x.ndim else spec.batch, *spec.x_shape[1:]))}
+        expected |= {"w": (w, spec.w_shape)} | ({} if b is None else {"b": (b, (spec.channels_out,))})
+        for name, (array, shape) in expected.items():
+            if array.shape != shape:
+                raise CallError(f"{name} has shape {array.shape}, but {spec} takes {shape}")
+            if array.dtype.name != spec.dtype and not np.array_equal(rounded(spec.dtype, array), array):
+                raise CallError(
+                    f"{name} is {array.dtype.name} and holds values that {spec.dtype} cannot; "
+                    f"round it first, so that the oracle reads what the kernel reads"
+                )
+            if not np.isfinite(array).all():
+                raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
+        given = [array for array, _ in expected.values()]
+        largest = [float(max(array.max(), -array.min())) for array in given] + [0.0]
+        integers = all(bool((np.trunc(array) == array).all()) for array in given)
+        return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
+
+    @property
+    def batch(self) -> int:
+        """How many images there are; what the spec says, unless its batch is dynamic."""
+        return int(self.x.shape[0])
+
+    def sums_exactly(self, sums: Format) -> bool:
+        """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
+        x, w, b = self.largest
+        return self.integers and self.spec.terms * x * w + b < 2.0**sums.precision
+
+
+# 16 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
+_PART_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A block of Y, and the layer that computes it from a block of X: cropping is what pads do."""
+
+    spec: ConvTranspose3d
+    x: tuple[slice, ...]
+    y: tuple[slice, ...]
+
+
+def _crop(axis: Axis, start: int, stop: int) -> tuple[Axis, slice]:
+    """Return the axis whose whole output is elements ``start`` to ``stop`` of this one, and the input it reads."""
+    low, high = start + axis.begin, stop + axis.begin
+    # input i lands on i*stride .. i*stride + reach; keep one input at least, and none beyond ``low``
+    reach = axis.dilation * (axis.kernel - 1)
+    first = min(max(0, -(-(low - reach) // axis.stride)), low // axis.stride, axis.size - 1)
+    last = max(first + 1, min(axis.size, -(-high // axis.stride)))
+    cropped = replace(axis, size=last - first, pad=(0, 0), output_pad=0)
+    begin = low - first * axis.stride
+    excess = cropped.full - begin - (stop - start)
+    # the spare elements of a crop that lies beyond ``full`` are zeros: output_pad
+    return replace(cropped, pad=(begin, max(0, excess)), output_pad=max(0, -excess)), slice(first, last)
+
+
+def _parts(spec: ConvTranspose3d, batch: int, elements: int = _PART_ELEMENTS) -> Iterator[_Part]:
+    """Cut Y into blocks of about ``elements``: by images, then by rows of D, of H, of W."""
+    sizes = [batch, *(axis.out for axis in spec.axes)]
+    inner = [spec.channels_out * math.prod(sizes[i + 1 :]) for i in range(4)]
+    steps = [max(1, min(size, elements // n)) for size, n in zip(sizes, inner, strict=True)]
+    starts = (range(0, size, step) for size, step in zip(sizes, steps, strict=True))
+    for at in itertools.product(*starts):
+        yield _part(spec, [slice(i, min(i + step, size)) for i, step, size in zip(at, steps, sizes, strict=True)])
+
+
+def _part(spec: ConvTranspose3d, block: Sequence[slice]) -> _Part:
+    """Return the part that holds outputs ``block``: images, and rows of D, H and W."""
+    crops = [_crop(axis, s.start, s.stop) for axis, s in zip(spec.axes, block[1:], strict=True)]
+    layer = replace(spec, batch=None, axes=(crops[0][0], crops[1][0], crops[2][0]))
+    x, y, channels = [block[0], *(s for _, s in crops)], list(block), slice(0, None)
+    where = 4 if spec.layout == "NDHWC" else 1
+    return _Part(layer, (*x[:where], channels, *x[where:]), (*y[:where], channels, *y[where:]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    """The oracle on one block: z the sum with bias, y = f(z), and the sum of magnitudes (None when all is exact)."""
+
+    spec: ConvTranspose3d
+    z: Array
+    y: Array
+    magnitude: Array | None
+    largest: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, part: _Part, inputs: Inputs, magnitudes: bool) -> _Truth:
+        spec, x, w = part.spec, inputs.x[part.x].astype(np.float64), inputs.w.astype(np.float64)
+        by_channel: Array | float = 0.0
+        if inputs.b is not None:
+            by_channel = inputs.b.astype(np.float64)[
+                (...,) if spec.layout == "NDHWC" else (slice(None), None, None, None)
+            ]
+        z = linear(spec, x, w)
+        z += by_channel
+        magnitude = None
+        if magnitudes:
+            magnitude = linear(spec, np.abs(x, out=x), np.abs(w, out=w))
+            magnitude += np.abs(by_channel)
+        return cls(spec, z, activate(spec.activation, z), magnitude, inputs.largest)
+
+    def bound(self, sums: Format, storage: Format, exact: bool) -> Array:
+        """Take the four steps of ``docs/numerics.md``: sum, activation, the oracle's own error, storage."""
+        spec, double = self.spec, FORMATS["float64"]
+        x, w, _ = self.largest
+        error, overflows = np.zeros_like(self.z), np.zeros((), bool)
+        if not exact:
+            if self.magnitude is None:
+                raise ValueError("a bound for sums that round needs the sum of magnitudes")
+            # t products and the bias: t roundings a product, one more where there is a bias,
+            # and two more where the engine first rounds the inputs to a narrower format
+            roundings = spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
+            relative = _gamma(roundings, sums.unit) + _gamma(spec.terms + 1, double.unit)
+            error = self.magnitude * (relative * (1 + _gamma(spec.terms + 1, double.unit)))
+            # a term, and either of its factors, can be lost below the normal range
+            error += spec.terms * sums.floor * (x + w + 2)
+            overflows = self.magnitude * (1 + relative) >= sums.limit
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = _through(spec.activation, self.z, self.y, error, sums)
+            if spec.activation.name not in EXACT_ACTIVATIONS:
+                error = error + _through(spec.activation, self.z, self.y, np.zeros(()), double)
+            if storage.precision < sums.precision:
+                error = error + (storage.unit * (np.abs(self.y) + error) + storage.floor)
+        error[np.isinf(self.y)] = 0.0
+        error[overflows] = np.inf
+        return error
+
+
+def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
+    name = computed_in or spec.sum_dtype
+    if name not in ("float32", "float64"):
+        raise ValueError(f"computed_in is {name!r}, but sums are known for float32 and float64 only")
+    return FORMATS[name]
+
+
+def bounds(spec: ConvTranspose3d, x: Any, w: Any, b: Any = None, *, computed_in: str | None = None) -> Array:
+    """Bound |computed - oracle| for every element of Y, whatever the order of the sums, fused or not.
+
+    ``computed_in`` names the format an engine sums in where that is not ``spec.sum_dtype``. The result has
+    Y's shape; it is infinite where a partial sum may overflow. Where |oracle| + bound reaches the largest
+    number of a format on the way, infinity is a right answer too (`compare` knows).
+    Integers that no partial sum can round have no summation error: there the bound is the activation's and
+    the storage's alone. Raises `CallError` for inputs that do not fit the spec.
+    """
+    inputs, sums = Inputs.of(spec, x, w, b), _engine(spec, computed_in)
+    exact = inputs.sums_exactly(sums)
+    whole = next(_parts(spec, inputs.batch, elements=2**62))
+    return _Truth.of(whole, inputs, magnitudes=not exact).bound(sums, FORMATS[spec.dtype], exact)
+
+
+def rounded(dtype: str, y: Tensor) -> Array:
+    """Round to the nearest number of a format, ties to even; float32 first where the format is bfloat16."""
+    with np.errstate(over="ignore"):
+        if dtype != "bfloat16":
+            return y.astype(dtype).astype(np.float64)
+        bits = y.astype(np.float32).view(np.uint32)
+        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return bits.view(np.float32).astype(np.float64)
+
+
+# --- the judgement ---
+
+_SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How one array compares with another, element by element.
+
+    ``criterion``: ``bits`` (equal to the correctly rounded exact result), ``exact sums`` (the sum is exact,
+    the activation has a bound) or ``bound``. ``worst`` is the largest |error| / bound, found at ``index``
+    (with ``bits``: 0, or infinity for a difference). ``unjudged`` elements have sums that may overflow.
+    """
+
+    criterion: str
+    computed_in: str
+    elements: int
+    failures: int
+    unjudged: int
+    worst: float
+    index: tuple[int, ...]
+    actual: float
+    expected: float
+    bound: float
+    largest_error: float
+
+    @property
+    def passed(self) -> bool:
+        """Every element that could be judged is right, and some could."""
+        return self.failures == 0 and self.unjudged < self.elements
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        verdict = "pass" if self.passed else f"FAIL ({self.failures} of {self.elements} elements)"
+        return (
+            f"{verdict} by {self.criterion}: worst {self.worst:.3g} of the bound at {self.index}: "
+            f"{self.actual!r} for {self.expected!r} +- {self.bound:.3g}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the verdict as plain values."""
+        return {key: _plain(value) for key, value in asdict(self).items()} | {"passed": self.passed}
+
+    def require(self) -> Check:
+        """Return self. Raises `VerificationError` unless it passed."""
+        if not self.passed:
+            raise VerificationError(str(self))
+        return self
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries, lists, strings and finite numbers; what is not finite becomes its name."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
+    """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(actual - expected)
+        ratio = error / np.maximum(bound, _SMALLEST)
+    unjudged = np.isinf(bound)
+    if not np.isfinite(ratio).all():
+        overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
+        fine = unjudged | overflow | (actual == expected)
+        error[fine], ratio[fine] = 0.0, 0.0
+        error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf
+    if criterion == "bits":
+        ratio[ratio > 0] = np.inf
+    at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    return Check(
+        criterion=criterion,
+        computed_in=computed_in,
+        elements=actual.size,
+        failures=int((ratio > 1).sum()),
+        unjudged=int(unjudged.sum()),
+        worst=float(ratio[at]),
+        index=tuple(int(i) for i in at),
+        actual=float(actual[at]),
+        expected=float(expected[at]),
+        bound=float(bound[at]),
+        largest_error=float(error.max()),
+    )
+
+
+def _join(checks: Sequence[Check]) -> Check:
+    """One check for the whole from those of its blocks: the worst speaks, the counts add up."""
+    worst = max(checks, key=lambda c: c.worst)
+    return replace(
+        worst,
+        elements=sum(c.elements for c in checks),
+        failures=sum(c.failures for c in checks),
+        unjudged=sum(c.unjudged for c in checks),
+        largest_error=max(c.largest_error for c in checks),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One engine's output, and the format it sums in (None: the spec's)."""
+
+    y: Tensor
+    computed_in: str | None = None
+
+
+def compare_all(
+    inputs: Inputs, answers: Mapping[str, Answer], exact: bool, pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Check]:
+    """Judge each of ``pairs``: an answer and the one it is held against, or ``reference``, computed once for all.
+
+    Two answers are held against each other under the sum of their bounds. Raises `VerificationError` for an
+    answer of the wrong shape, `CallError` where ``exact`` is asked for inputs whose sums may round.
+    """
+    spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
+    shape = (inputs.batch, *spec.y_shape[1:])
+    engines = {name: answer.computed_in or spec.sum_dtype for name, answer in answers.items()}
+    exactly = {engine: inputs.sums_exactly(_engine(spec, engine)) for engine in engines.values()}
+    for name, answer in answers.items():
+        if answer.y.shape != shape:
+            raise VerificationError(f"{name} gave shape {answer.y.shape}, but {spec} has {shape}")
+        if exact and not exactly[engines[name]]:
+            raise CallError("exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums)")
+    bits = exact and spec.activation.name in EXACT_ACTIVATIONS
+    criterion = "bits" if bits else "exact sums" if exact else "bound"
+    found: dict[tuple[str, str], list[Check]] = {}
+    for part in _parts(spec, inputs.batch):
+        truth = _Truth.of(part, inputs, magnitudes=not all(exactly.values()))
+        expected = rounded(spec.dtype, truth.y) if bits else truth.y
+        bound = {
+            e: np.zeros_like(truth.y) if bits else truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly
+        }
+        values = {name: answer.y[part.y].astype(np.float64) for name, answer in answers.items()}
+
+        for name, other in dict.fromkeys(pairs):
+            right = expected if other == "reference" else values[other]
+            allowed = bound[engines[name]] + (0.0 if other == "reference" else bound[engines[other]])
+            limit = min(storage.limit, _engine(spec, engines[name]).limit)
+            check = _judge(criterion, engines[name], values[name], right, allowed, limit)
+            index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
+            found.setdefault((name, other), []).append(replace(check, index=index))
+    return {key: _join(checks) for key, checks in found.items()}
+
+
+def compare(
+    spec: ConvTranspose3d,
+    actual: Any,
+    x: Any,
+    w: Any,
+    b: Any = None,
+    *,
+    computed_in: str | None = None,
+    exact: bool = False,
+) -> Check:
+    """Judge ``actual`` (Y, any float dtype) by the oracle on the very inputs it was computed from.
+
+    With ``exact``, for inputs of small integers, the result must equal the correctly rounded oracle to the
+    last bit; activations that are not exact on integers keep the bound, without any error of the sums.
+    Raises `CallError` for inputs that do not fit the spec, `VerificationError` for an output that does not.
+    """
+    answers = {"actual": Answer(np.asarray(actual), computed_in)}
+    pair = ("actual", "reference")
+    return compare_all(Inputs.of(spec, x, w, b), answers, exact, [pair])[pair]
+
+
+def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Tensor]) -> list[Check]:
+    """Judge answers that are known at some elements of Y only: ``indices``, flat. One check for each answer.
+
+    The oracle is asked for the boxes that hold the indices, one for each image and corner of Y.
+    """
+    spec, storage, sums = inputs.spec, FORMATS[inputs.spec.dtype], FORMATS[inputs.spec.sum_dtype]
+    shape = (inputs.batch, *(n or 0 for n in spec.y_shape[1:]))
+    channel = 4 if spec.layout == "NDHWC" else 1
+    exact = inputs.sums_exactly(sums)
+    places = np.stack(np.unravel_index(indices, shape), axis=1)
+    voxels = np.delete(places, channel, axis=1)
+    corners = np.concatenate([voxels[:, :1], 2 * voxels[:, 1:] // [axis.out for axis in spec.axes]], axis=1)
+    found: list[list[Check]] = [[] for _ in answers]
+    for corner in np.unique(corners, axis=0):
+        chosen = (corners == corner).all(axis=1)
+        low, high = voxels[chosen].min(axis=0), voxels[chosen].max(axis=0) + 1
+        part = _part(spec, [slice(int(i), int(j)) for i, j in zip(low, high, strict=True)])
+        truth = _Truth.of(part, inputs, magnitudes=not exact)
+        bound = truth.bound(sums, storage, exact)
+        inside = tuple((places[chosen] - [s.start or 0 for s in part.y]).T)
+        for checks, answer in zip(found, answers, strict=True):
+            values = np.asarray(answer)[chosen].astype(np.float64)
+            limit = min(storage.limit, sums.limit)
+            check = _judge("bound", spec.sum_dtype, values, truth.y[inside], bound[inside], limit)
+            checks.append(replace(check, index=tuple(int(i) for i in places[chosen][check.index[0]])))
+    return [_join(checks) for checks in found]

@@ -1,0 +1,634 @@
+"""Load a compiled layer and call it: NumPy, `apache-tvm-ffi` and the library itself, no compiler.
+
+An artifact is a directory with a manifest; `load` refuses one that does not match it or this
+machine, so that a call can only fail with a `CallError`. Tensors go to the kernel as they are:
+contiguous ones at any address are never copied, others are made contiguous first. NumPy arrays give
+their address directly; everything else (torch, JAX, ...) comes through DLPack, by ``tvm_ffi``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import json
+import math
+import operator
+import os
+import platform
+import sys
+import time
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, TargetError
+from opcompile.packing import Packing
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import processor_flags
+
+FORMAT = "opcompile-artifact"
+VERSION = 1
+MANIFEST = "manifest.json"
+HEADER = "conv_transpose3d.h"
+MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+WEIGHTS = "weights.npz"
+REPORT = "report.json"
+
+KERNEL = "__tvm_ffi_conv_transpose3d"
+EXPORTS = ("opcompile_run", "opcompile_error")
+MOST_THREADS = 1024
+
+# bfloat16 travels as its bits: NumPy has no such type of its own, and `ml_dtypes` is optional here.
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+    "float64": np.dtype(np.float64),
+}
+
+# DLPack's numbers for memory that a CPU can read: its own, and CUDA's and ROCm's pinned host memory.
+_HOST_MEMORY = (1, 3, 11)
+# What a DLPack producer may raise when it cannot export.
+_NOT_EXPORTED = (BufferError, RuntimeError, TypeError, ValueError)
+_LARGE = 8 << 20
+_ATTEMPTS = 8
+
+
+def host() -> tuple[str, str]:
+    """Architecture and system of this machine, as `Target` names them: ``("x86_64", "linux")``."""
+    machine = platform.machine().lower()
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine), platform.system().lower()
+
+
+# --- tensors ---
+
+
+# Memory of a contiguous tensor: its address, its shape, and the object that keeps it alive.
+_Borrowed = tuple[int, tuple[int, ...], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One argument of the kernel: what it must be. A None in ``shape`` stands for any batch of at least 1.
+
+    ``storage`` is NumPy's type for the memory, ``plain`` the same where arrays of ``dtype`` have it.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    storage: np.dtype[Any]
+    plain: np.dtype[Any] | None
+
+    def borrow(self, value: Any, *, to_write: bool = False) -> _Borrowed:
+        """Return the memory of ``value``, or of a contiguous copy; never a copy ``to_write``. Raises `CallError`."""
+        if type(value) is np.ndarray:
+            # most calls end here, and every microsecond of theirs counts
+            if value.shape == self.shape and value.dtype is self.plain and value.flags.carray:
+                return _tvm_ffi().from_dlpack(value).data_ptr(), value.shape, value
+            return self._borrow_numpy(value, to_write)
+        if isinstance(value, np.ndarray):
+            return self._borrow_numpy(value, to_write)
+        return self._borrow_dlpack(value, to_write)
+
+    def _borrow_numpy(self, value: NDArray[Any], to_write: bool) -> _Borrowed:
+        if value.dtype != self.plain:
+            self._require_dtype(value.dtype.name if value.dtype.isnative else f"byte-swapped {value.dtype.name}")
+        shape = value.shape
+        if shape != self.shape:
+            self._require_shape(shape)
+        flags = value.flags
+        if not (flags.c_contiguous and flags.aligned):
+            value = self._copy(value, to_write)
+        elif isinstance(value, np.ma.MaskedArray):
+            raise CallError(f"{self.name} is masked, and the kernel knows no mask; pass {self.name}.filled(...)")
+        if to_write and not flags.writeable:
+            raise CallError(f"{self.name} is read-only; pass a writable array")
+        return address_of(value), shape, value
+
+    def _borrow_dlpack(self, value: Any, to_write: bool) -> _Borrowed:
+        tensor = self._import(value)
+        self._require_dtype(str(tensor.dtype))
+        shape = tuple(tensor.shape)
+        self._require_shape(shape)
+        address = tensor.data_ptr()
+        if tensor.is_contiguous() and address % self.storage.itemsize == 0:
+            return address, shape, tensor
+        copy = self._copy(_as_numpy(tensor, self.storage), to_write)
+        return address_of(copy), shape, copy
+
+    def _import(self, value: Any) -> Any:
+        """``value`` as a `tvm_ffi.Tensor` that shares its memory."""
+        if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
+            raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
+        # exporting such a tensor would drop it from the graph without a word
+        if getattr(value, "requires_grad", False) is True:
+            raise CallError(f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()")
+        try:
+            device = value.__dlpack_device__()[0]
+            if device not in _HOST_MEMORY:
+                raise CallError(f"{self.name} is on DLPack device type {int(device)}, not the CPU; copy it there first")
+            return _tvm_ffi().from_dlpack(value)
+        except _NOT_EXPORTED as error:
+            if isinstance(error, CallError):
+                raise
+            raise CallError(f"{self.name} of type {_type_name(value)} cannot be exported by DLPack: {error}") from error
+
+    def _require_dtype(self, given: str) -> None:
+        if given != self.dtype:
+            raise CallError(f"{self.name} is {given}, but this layer computes in {self.dtype}; convert it first")
+
+    def _require_shape(self, given: tuple[int, ...]) -> None:
+        """Accept the shape itself, or with any batch of at least 1 where that is dynamic."""
+        if self.shape and self.shape[0] is None:
+            if len(given) == len(self.shape) and given[1:] == self.shape[1:] and given[0] >= 1:
+                return
+        elif given == self.shape:
+            return
+        raise CallError(f"{self.name} has shape {_sizes(given)}, but this layer needs {_sizes(self.shape)}")
+
+    def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
+        if to_write:
+            raise CallError(f"{self.name} is not contiguous in memory; pass a contiguous tensor")
+        return np.array(value, order="C", subok=False)
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return the address of a contiguous array's first element."""
+    # a fifth of the time of `array.ctypes.data`, but for plain and writable arrays only
+    if array.dtype.isbuiltin == 1 and array.flags.writeable:
+        return int(_tvm_ffi().from_dlpack(array).data_ptr())
+    return int(array.ctypes.data)
+
+
+@cache
+def _tvm_ffi() -> ModuleType:
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        raise EngineError(f"calling a layer needs the package apache-tvm-ffi: {error}") from error
+    module: ModuleType = tvm_ffi
+    return module
+
+
+def _as_numpy(tensor: Any, storage: np.dtype[Any]) -> NDArray[Any]:
+    """Return a strided view of a `tvm_ffi.Tensor`, which must outlive it; bfloat16, which NumPy refuses, as bits."""
+    strides = [stride * storage.itemsize for stride in tensor.strides]
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True) if stride > 0)
+    start = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True) if stride < 0)
+    memory = _memory(tensor.data_ptr() + start, reach - start + storage.itemsize)
+    return np.ndarray(tuple(tensor.shape), storage, memory, -start, strides)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an uninitialised array at a multiple of 64 bytes: some frameworks take no other without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _memory(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _sizes(shape: Iterable[int | None]) -> str:
+    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+
+
+def _framework(value: Any) -> ModuleType:
+    """Return the module that makes tensors of ``value``'s kind from DLPack. Raises `CallError`."""
+    if hasattr(value, "__array_namespace__"):
+        namespace: ModuleType = value.__array_namespace__()
+        return namespace
+    name = type(value).__module__
+    while name:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "from_dlpack"):
+            return module
+        name = name.rpartition(".")[0]
+    raise CallError(f"a result of type {_type_name(value)} cannot be made: no from_dlpack beside it; pass out=")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Weights in one kernel's own layout: what `Artifact.pack` returns and calls take, and nothing else is.
+
+    ``data`` is read-only and holds the bits where the dtype is bfloat16.
+    """
+
+    w_shape: tuple[int, ...]
+    dtype: str
+    packing: Packing
+    data: NDArray[Any]
+    address: int
+
+    @classmethod
+    def of(cls, w_shape: tuple[int, ...], dtype: str, packing: Packing, data: NDArray[Any]) -> Packed:
+        """Wrap ``data``, which must be contiguous and of ``packing.shape``; it becomes read-only."""
+        if data.shape != packing.shape or data.dtype != STORAGE[dtype] or not data.flags.c_contiguous:
+            raise ArtifactError(f"packed weights are {data.dtype} {data.shape}, not {dtype} {packing.shape}")
+        data.flags.writeable = False
+        return cls(w_shape, dtype, packing, data, int(data.ctypes.data))
+
+
+# --- the test vector ---
+
+# amplitudes are in 64ths
+X_SALT, W_SALT, B_SALT = 1, 2, 3
+X_AMPLITUDE = B_AMPLITUDE = 64
+
+
+def golden_values(index: NDArray[Any], salt: int, amplitude: int) -> NDArray[np.float64]:
+    """Return ``k / 64`` with whole ``-amplitude <= k <= amplitude`` for each element index.
+
+    ``k`` hashes the index by unsigned 32-bit arithmetic, which the C header repeats; with an
+    amplitude of at most 128 every dtype holds the values exactly.
+    """
+    h = (np.asarray(index) & 0xFFFFFFFF).astype(np.uint32) + np.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x7FEB352D)
+    h ^= h >> np.uint32(15)
+    h *= np.uint32(0x846CA68B)
+    h ^= h >> np.uint32(16)
+    return ((h % np.uint32(2 * amplitude + 1)).astype(np.int64) - amplitude) / 64
+
+
+def w_amplitude(spec: ConvTranspose3d) -> int:
+    """Return the amplitude of W that gives sums of about unit size, so that no activation saturates or overflows."""
+    return max(1, min(128, math.isqrt(192**2 // spec.terms)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Golden:
+    """A test vector: call with ``x, w, b``, compare the elements ``indices`` (flat, of Y) with ``expected``.
+
+    ``w`` and ``b`` are None where the artifact holds its own; ``expected`` is the oracle's, in float64.
+    """
+
+    x: NDArray[Any]
+    w: NDArray[Any] | None
+    b: NDArray[Any] | None
+    indices: NDArray[np.int64]
+    expected: NDArray[np.float64]
+
+
+# --- the artifact ---
+
+
+class Artifact:
+    """A loaded layer: call it as ``y = artifact(x, w, b)``. Safe to call from several threads at once."""
+
+    __slots__ = (
+        "_error",
+        "_image",
+        "_run",
+        "_slots",
+        "_weights",
+        "directory",
+        "manifest",
+        "packing",
+        "spec",
+        "threads",
+    )
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
+        """Prefer `load`, which checks what is taken for granted here."""
+        self.directory = directory
+        self.manifest = manifest
+        self.spec = spec = ConvTranspose3d.parse(manifest["spec"])
+        self.packing = Packing.from_json(manifest["packing"])
+        self.threads = threads
+        storage = STORAGE[spec.dtype]
+        shapes = {"x": spec.x_shape, "w": spec.w_shape, "b": (spec.channels_out,), "out": spec.y_shape}
+        plain = None if spec.dtype == "bfloat16" else storage
+        self._slots = {name: _Slot(name, shape, spec.dtype, storage, plain) for name, shape in shapes.items()}
+        self._image = spec.y_shape[1:]
+        self._run, self._error = library.opcompile_run, library.opcompile_error
+        self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
+        self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
+        self._weights: tuple[Packed | None, _Borrowed | None] = (None, None)
+        if manifest["weights"]:
+            self._weights = self._read_weights()
+
+    def __repr__(self) -> str:
+        """Name the layer, the target and the place."""
+        return f"<Artifact {self.spec} for {self.manifest['target']['name']} in {self.directory}>"
+
+    def __call__(self, x: Any, w: Any = None, b: Any = None, *, out: Any = None, threads: int | None = None) -> Any:
+        """Return Y for ``x``, as the kind of tensor that ``x`` is (or ``out``, filled, where that is given).
+
+        ``w`` is a canonical weight, packed anew in each call, or better what `pack` made of it; it and
+        ``b`` are left out where they were known at compile time. Tensors that are not contiguous are
+        copied first. ``threads`` is the most to use in this call. Raises `CallError`.
+        """
+        most = self.threads if threads is None else _checked_threads(threads, "threads")
+        given = self._slots["x"].borrow(x)
+        address, (batch, *_), _ = given
+        weight = self._weight(w)
+        bias = self._bias(b, own=w is None)
+        framework = None if out is not None or isinstance(x, np.ndarray) else _framework(x)
+        if out is None:
+            shape = (batch, *self._image)
+            y: Any = np.empty(shape, x.dtype) if framework is None else _aligned(shape, self._slots["out"].storage)
+            target = address_of(y)
+        else:
+            y = out
+            target = self._borrow_out(out, given, weight, bias)
+        if self._run(most, batch, address, weight.address, None if bias is None else bias[0], target):
+            raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
+        return y if framework is None else self._as_kind_of(x, y, framework)
+
+    def pack(self, w: Any) -> Packed:
+        """Lay a canonical weight ``(C, M/g, kD, kH, kW)`` out for this kernel, for many calls. Raises `CallError`."""
+        slot = self._slots["w"]
+        address, shape, owner = slot.borrow(w)
+        canonical = np.ndarray(shape, slot.storage, _memory(address, math.prod(shape) * slot.storage.itemsize))
+        packed = self.packing(canonical)
+        del owner  # it had to live until here
+        return Packed.of(shape, self.spec.dtype, self.packing, packed)
+
+    def golden(self) -> Golden:
+        """Return the test vector that was computed when the artifact was written.
+
+        Raises `ArtifactError` when its file has changed since.
+        """
+        spec, stored = self.spec, _arrays(_read(self.directory, self.manifest, GOLDEN), GOLDEN)
+        x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
+        weight, bias = self._weights
+        return Golden(
+            x=_golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
+            w=None if weight else _golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
+            b=_golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if spec.bias and not bias else None,
+            indices=stored["indices"],
+            expected=stored["expected"],
+        )
+
+    # --- arguments ---
+
+    def _weight(self, w: Any) -> Packed:
+        if isinstance(w, Packed):
+            if w.packing is not self.packing:
+                self._require_own(w)
+            return w
+        if w is not None:
+            return self.pack(w)
+        own = self._weights[0]
+        if own is None:
+            raise CallError(f"w is missing: this layer was compiled without weights; pass {_sizes(self.spec.w_shape)}")
+        return own
+
+    def _require_own(self, w: Packed) -> None:
+        spec = self.spec
+        if (w.w_shape, w.dtype, w.packing) != (spec.w_shape, spec.dtype, self.packing):
+            raise CallError(
+                f"w was packed for another layer: {w.dtype} {_sizes(w.w_shape)} as {w.packing.shape}, and this "
+                f"one needs {spec.dtype} {_sizes(spec.w_shape)} as {self.packing.shape}; use this artifact's pack"
+            )
+
+    def _bias(self, b: Any, *, own: bool) -> _Borrowed | None:
+        if b is not None:
+            if not self.spec.bias:
+                raise CallError("b was given, but this layer has no bias; leave it out")
+            return self._slots["b"].borrow(b)
+        bias = self._weights[1] if own else None
+        if bias is None and self.spec.bias:
+            raise CallError(f"b is missing: this layer has a bias; pass {self.spec.dtype} ({self.spec.channels_out})")
+        return bias
+
+    def _borrow_out(self, out: Any, x: _Borrowed, w: Packed, b: _Borrowed | None) -> int:
+        """Return the address of ``out``; raise `CallError` if it does not fit, or holds what is still to be read."""
+        address, shape, _ = self._slots["out"].borrow(out, to_write=True)
+        if shape[0] != x[1][0]:
+            raise CallError(f"out has batch {shape[0]}, but x has {x[1][0]}")
+        itemsize = self._slots["out"].storage.itemsize
+        stop = address + math.prod(shape) * itemsize
+        inputs = {"x": x[:2], "w": (w.address, w.data.shape), **({"b": b[:2]} if b else {})}
+        for name, (start, sizes) in inputs.items():
+            if start < stop and address < start + math.prod(sizes) * itemsize:
+                raise CallError(f"out shares memory with {name}; pass one of its own")
+        return address
+
+    def _as_kind_of(self, x: Any, y: NDArray[Any], framework: ModuleType) -> Any:
+        """``y`` as a tensor like ``x``, in the same memory."""
+        try:
+            if self.spec.dtype != "bfloat16":
+                return framework.from_dlpack(y)
+            return framework.from_dlpack(y.view(np.int16)).view(x.dtype)
+        except (AttributeError, *_NOT_EXPORTED) as error:
+            raise CallError(f"{framework.__name__} does not take the result: {error}; pass out=") from error
+
+    def _read_weights(self) -> tuple[Packed | None, _Borrowed | None]:
+        """Packed W and B that were known at compile time, each or none."""
+        stored, spec = _arrays(_read(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
+        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, stored["W"]) if "W" in stored else None
+        if "B" not in stored:
+            return weight, None
+        bias = stored["B"]
+        if bias.shape != (spec.channels_out,) or bias.dtype != STORAGE[spec.dtype]:
+            raise ArtifactError(f"{WEIGHTS} holds a bias {bias.dtype} {bias.shape}, which does not fit {spec}")
+        return weight, (int(bias.ctypes.data), bias.shape, bias)
+
+
+def _golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:
+    values = golden_values(np.arange(math.prod(shape)), salt, amplitude).reshape(shape)
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes: {error}") from error
+    return values.astype(bfloat16)
+
+
+def _checked_threads(threads: Any, name: str) -> int:
+    try:
+        count = operator.index(threads)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= MOST_THREADS:
+        raise CallError(f"{name} is {threads!r}, but must be a whole number from 1 to {MOST_THREADS}")
+    return count
+
+
+def _default_threads(threads: int | None) -> int:
+    """Return what was asked for, else ``OPCOMPILE_NUM_THREADS``, else 0: the CPUs that a call finds usable."""
+    if threads is not None:
+        return _checked_threads(threads, "threads")
+    text = os.environ.get("OPCOMPILE_NUM_THREADS", "")
+    if not text:
+        return 0
+    return _checked_threads(int(text) if text.isascii() and text.isdigit() else text, "OPCOMPILE_NUM_THREADS")
+
+
+# --- loading ---
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None, check: bool = True) -> Artifact:
+    """Load the artifact in directory ``path``.
+
+    ``threads`` is the most that a call uses, unless it says otherwise; by default
+    ``OPCOMPILE_NUM_THREADS``, or every usable CPU. ``check=False`` spares the hashes of the files that
+    are not used here: the model, the header and the report (SHA-256 takes one to three milliseconds a
+    MiB, which only a model with large weights makes felt). Raises `ArtifactError` for a directory that
+    does not match its manifest, `TargetError` for another kind of machine, `CallError` for a wrong
+    number of threads.
+    """
+    directory, most = Path(path).absolute(), _default_threads(threads)
+    for attempt in range(_ATTEMPTS):
+        text = _read_manifest(directory)
+        try:
+            return _load(directory, text, most, check)
+        except ArtifactError:
+            # a writer may have put another artifact in this place meanwhile: then begin again
+            if attempt == _ATTEMPTS - 1 or _read_manifest(directory) == text:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
+    manifest = parse_manifest(text, directory)
+    _require_machine(manifest["target"], directory)
+    path = directory / manifest["library"]
+    # `Artifact` reads the weights and checks them then: not twice
+    _check_files(directory, manifest, set(manifest["files"]) - {WEIGHTS} if check else {path.name})
+    _tvm_ffi()
+    try:
+        # the name holds the content's hash, so a library already loaded by this name is this one
+        return Artifact(directory, manifest, ctypes.CDLL(str(path)), threads)
+    except (OSError, AttributeError, SpecError) as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+
+
+def _read_manifest(directory: Path) -> bytes:
+    for _ in range(_ATTEMPTS):
+        try:
+            return (directory / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            # where directories cannot be exchanged, a writer leaves the place empty for an instant
+            if directory.exists() or not any(directory.parent.glob(f".{directory.name}.*")):
+                break
+            time.sleep(0.01)
+        except OSError as error:
+            raise ArtifactError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
+    what = "has no manifest.json, so it is not an artifact" if directory.exists() else "does not exist"
+    raise ArtifactError(f"{directory} {what}; name a directory that `opcompile compile` wrote")
+
+
+_FIELDS: dict[str, type] = {
+    "spec": str,
+    "target": dict,
+    "plan": dict,
+    "packing": dict,
+    "workspace_bytes": int,
+    "library": str,
+    "weights": list,
+    "files": dict,
+    "versions": dict,
+}
+_TARGET_FIELDS: dict[str, type] = {"name": str, "architecture": str, "system": str, "features": list}
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its field ``sha256``, so that an edited one is noticed too."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
+    """Read a manifest and check all that can be without the other files. Raises `ArtifactError`."""
+    where = directory / MANIFEST
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{where} is not the manifest of an artifact: its format is not {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise ArtifactError(
+            f"{where} has format version {manifest.get('version')!r}, and this program reads version {VERSION}; "
+            "compile the layer again, or load it with the program that wrote it"
+        )
+    if manifest.get("sha256") != digest(manifest):
+        raise ArtifactError(f"{where} was changed after it was written; compile the layer again")
+    for fields, values in ((_FIELDS, manifest), (_TARGET_FIELDS, manifest.get("target"))):
+        for name, kind in fields.items():
+            if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+                raise ArtifactError(f"{where} lacks {name}, which must be a {kind.__name__}")
+    for name, entry in manifest["files"].items():
+        if not name or name in (".", "..", MANIFEST) or "/" in name or "\\" in name:
+            raise ArtifactError(f"{where} lists {name!r}, which is not a file of the artifact")
+        if not (
+            isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
+        ):
+            raise ArtifactError(f"{where} lists {name} without its size and hash")
+    needed = [manifest["library"], GOLDEN, *([WEIGHTS] if manifest["weights"] else [])]
+    for name in needed:
+        if name not in manifest["files"]:
+            raise ArtifactError(f"{where} does not list {name}, which it needs")
+    return manifest
+
+
+def _require_machine(target: dict[str, Any], directory: Path) -> None:
+    """Raise `TargetError` where the library would not run: a wrong instruction ends the process."""
+    needed = (target["architecture"], target["system"])
+    if needed != host():
+        raise TargetError(
+            f"{directory} was compiled for {target['name']} ({' '.join(needed)}), and this is {' '.join(host())}; "
+            "compile it for this machine with --target"
+        )
+    # macOS lists no flags; there the architecture alone decides
+    present = processor_flags()
+    missing = [str(flag) for flag in target["features"] if flag not in present]
+    if present and missing:
+        raise TargetError(
+            f"{directory} was compiled for {target['name']}, and this processor lacks {', '.join(missing)}; "
+            "compile it for a smaller target, like llvm:x86-64-v2"
+        )
+
+
+def _check_files(directory: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    files = manifest["files"]
+    if sum(files[name]["bytes"] for name in names) < _LARGE:
+        for name in names:
+            _read(directory, manifest, name)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # hashing runs beside the interpreter
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(_read, directory, manifest, name) for name in names]:
+            done.result()
+
+
+def _read(directory: Path, manifest: dict[str, Any], name: str) -> bytes:
+    """Return the content of a listed file. Raises `ArtifactError` when it is not what the manifest says."""
+    entry = manifest["files"][name]
+    try:
+        content = (directory / name).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{directory / name} cannot be read: {error.strerror}; compile the layer again") from error
+    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise ArtifactError(f"{directory / name} was changed after it was written; compile the layer again")
+    return content
+
+
+def _arrays(content: bytes, name: str) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{name} is not an archive of arrays: {error}") from error

@@ -1,0 +1,427 @@
+"""The bound holds for every honest computation, and for nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import activations, arrays, specs
+
+from opcompile import bounds as module
+from opcompile.bounds import FORMATS, bounds, compare
+from opcompile.cases import Case, case, tagged
+from opcompile.errors import CallError, VerificationError
+from opcompile.reference import activate, linear, reference
+from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
+
+SMALL = [c for c in tagged("corner") if c.spec.flops < 1e7]
+by_name = {"ids": lambda c: c.name}
+
+
+def stored(spec: ConvTranspose3d, y: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return y.astype(np.dtype(spec.dtype))
+
+
+# --- honest computations stay within ---
+
+
+def in_float32(spec: ConvTranspose3d, x, w, b, order: str) -> np.ndarray:
+    """Sum products of float32 in float32, one at a time, in some order; fused, or rounding each product."""
+    rng = np.random.default_rng(0)
+    channels = spec.channels_in // spec.groups
+    taps = [(c, *t) for c in range(channels) for t in np.ndindex(*w.shape[2:])]
+    if order == "backwards":
+        taps.reverse()
+    elif order != "forwards":
+        rng.shuffle(taps)
+    w32, x32 = w.astype(np.float32), x.astype(np.float32)
+    partial = []
+    for c, *tap in taps:
+        alone = np.zeros_like(w32)
+        of_group = (slice(c, None, channels), slice(None), *tap)
+        alone[of_group] = w32[of_group]
+        partial.append(linear(spec, x32, alone))  # products of float32 are exact in float64
+    start = 0.0 if b is None else b.astype(np.float32)
+    start = start if b is None or spec.layout == "NDHWC" else start[:, None, None, None]
+    bias_first = order in ("backwards", "fused")
+    total = np.zeros(partial[0].shape, np.float32) + (start if bias_first else 0)
+    if order == "pairwise":
+        total = np.add.reduce([p.astype(np.float32) for p in partial], axis=0, dtype=np.float32)
+    else:
+        for p in partial:
+            total = (total + p if order == "fused" else total + p.astype(np.float32)).astype(np.float32)
+    return total if bias_first else (total + start).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "fused", "pairwise"])
+@pytest.mark.parametrize("name", ["k3-s2", "groups", "dilated-coprime", "channels-last-groups", "float16"])
+def test_every_order_of_summation_keeps_within(name: str, order: str) -> None:
+    spec = case(name).spec
+    x, w, b = arrays(spec)
+    y = in_float32(spec, x, w, b, order)
+    check = compare(spec, stored(spec, y), x, w, b)
+    assert check.passed
+    if spec.dtype == "float32":
+        # and the bound is no more than some ten times what really happens
+        assert check.worst > 0.02
+
+
+@settings(max_examples=60)
+@given(specs(dtypes=("float32", "float16", "bfloat16"), most_outputs=3000), st.sampled_from(["shuffled", "fused"]))
+def test_any_layer_in_float32_keeps_within(spec: ConvTranspose3d, order: str) -> None:
+    x, w, b = arrays(spec)
+    z = in_float32(spec, x, w, b, order)
+    y = stored(spec, naive(spec.activation, z))
+    assert compare(spec, y, x, w, b).passed
+    assert compare(spec, stored(spec, reference(spec, x, w, b)), x, w, b).passed
+
+
+def naive(activation: Activation, z: np.ndarray) -> np.ndarray:
+    """Activations as one writes them first, every step rounded to float32."""
+    one, p = np.float32(1), [np.float32(v) for v in activation.parameters]
+    erf = np.vectorize(lambda v: np.float32(__import__("math").erf(v)), otypes=[np.float32])
+    with np.errstate(over="ignore"):
+        sigmoid = one / (one + np.exp(-z))
+        softplus = np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0)
+        tanh_of = {"mish": softplus, "gelu_tanh": np.float32(0.7978846) * (z + np.float32(0.044715) * z * z * z)}
+        y = {
+            "none": lambda: z,
+            "relu": lambda: np.maximum(z, 0),
+            "relu6": lambda: np.clip(z, 0, 6),
+            "leaky_relu": lambda: np.where(z > 0, z, p[0] * z),
+            "elu": lambda: np.where(z > 0, z, p[0] * (np.exp(np.minimum(z, 0)) - one)),
+            "selu": lambda: p[1] * np.where(z > 0, z, p[0] * np.exp(np.minimum(z, 0)) - p[0]),
+            "gelu": lambda: z * np.float32(0.5) * (one + erf(z * np.float32(0.70710677))),
+            "gelu_tanh": lambda: z * np.float32(0.5) * (one + np.tanh(tanh_of["gelu_tanh"])),
+            "sigmoid": lambda: sigmoid,
+            "hard_sigmoid": lambda: np.clip(p[0] * z + p[1], 0, 1),
+            "silu": lambda: z * sigmoid,
+            "hard_silu": lambda: z * np.clip(z + np.float32(3), 0, 6) / np.float32(6),
+            "mish": lambda: z * np.tanh(tanh_of["mish"]),
+            "softplus": lambda: softplus,
+            "softsign": lambda: z / (one + np.abs(z)),
+            "tanh": lambda: one - np.float32(2) / (np.exp(z + z) + one),
+            "exponential": lambda: np.exp(z),
+        }[activation.name]()
+    assert y.dtype == np.float32
+    return y
+
+
+@settings(max_examples=300)
+@given(activations(), st.floats(-60, 60, width=32), st.integers(0, 2**31))
+def test_naive_activations_keep_within(activation: Activation, centre: float, seed: int) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x1x1x1x200 co=1 k=1 bias=0 act={activation}")
+    x = (centre + np.random.default_rng(seed).standard_normal(spec.x_shape)).astype(np.float32)
+    w = np.ones(spec.w_shape, np.float32)
+    assert compare(spec, naive(activation, x), x, w).passed
+
+
+# --- what the constants claim ---
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_slope_is_the_largest_derivative(name: str) -> None:
+    for activation in [Activation(name), *([Activation(name, (2.5,))] if ACTIVATIONS[name] else [])]:
+        if name == "exponential":
+            continue
+        z = np.linspace(-12, 12, 240_001)
+        steepest = np.abs(np.diff(activate(activation, z)) / np.diff(z)).max()
+        slope = module._carries(activation).slope
+        assert steepest <= slope * (1 + 1e-9)
+        assert slope <= steepest * 1.01
+
+
+@settings(max_examples=200)
+@given(activations(), st.floats(-40, 40), st.floats(0, 3))
+def test_errors_of_the_sum_are_carried_through(activation: Activation, z: float, error: float) -> None:
+    here, error_array = np.array([z]), np.array([error])
+    allowed = module._through(activation, here, activate(activation, here), error_array, FORMATS["float32"])
+    for moved in z + error * np.linspace(-0.999999, 0.999999, 9):  # the ends themselves would round
+        assert abs(activate(activation, np.array([moved])) - activate(activation, here))[0] <= allowed[0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_formats_are_those_of_numpy(dtype: str) -> None:
+    info, ours = np.finfo(dtype), FORMATS[dtype]
+    assert ours.unit == info.eps / 2
+    assert ours.floor == (info.smallest_normal if ours.flushes else info.smallest_subnormal / 2)
+    with np.errstate(over="ignore"):
+        assert dtype == "float64" or np.isinf(np.float64(ours.limit).astype(dtype))
+        assert np.nextafter(ours.limit, 0).astype(dtype) == info.max or dtype == "float64"
+
+
+def test_bfloat16_is_that_of_ml_dtypes() -> None:
+    info, ours = ml_dtypes.finfo(ml_dtypes.bfloat16), FORMATS["bfloat16"]
+    assert ours.unit == float(info.eps) / 2
+    assert ours.floor == float(info.smallest_normal)
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    ties = (np.arange(0x3F80, 0x4080, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    for v in (values, ties, values * np.float32(1e-39)):
+        np.testing.assert_array_equal(module.rounded("bfloat16", v), v.astype(ml_dtypes.bfloat16).astype(float))
+
+
+def test_gamma_by_hand() -> None:
+    # one product, no bias: one rounding; two: the sum rounds once more; the oracle's own error is 2^-29 of it
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0")
+    one = np.full((1, 1, 1, 1, 1), np.float32(1.1))
+    u = 2.0**-24
+    assert bounds(spec, one, one).item() == pytest.approx(float(one.item()) ** 2 * u, rel=1e-6)
+    spec = ConvTranspose3d.parse("in=1x2x1x1x1 co=1 k=1")
+    x, w = np.array([1.1, -1.1], np.float32).reshape(1, 2, 1, 1, 1), np.ones((2, 1, 1, 1, 1), np.float32)
+    expected = (2 * float(x[0, 0].item()) + 0.5) * 3 * u
+    assert bounds(spec, x, w, np.array([-0.5], np.float32)).item() == pytest.approx(expected, rel=1e-6)
+
+
+# --- and dishonest ones do not ---
+
+
+@pytest.mark.parametrize("c", SMALL, **by_name)
+def test_one_element_bent_by_two_bounds_is_seen(c: Case) -> None:
+    spec = c.spec
+    x, w, b = arrays(spec)
+    y, allowed = reference(spec, x, w, b), bounds(spec, x, w, b)
+    assert allowed.shape == y.shape
+    assert np.isfinite(allowed).all()
+    at = np.unravel_index(np.random.default_rng(5).integers(y.size), y.shape)
+    y[at] += 2 * allowed[at]
+    check = compare(spec, y, x, w, b)
+    assert not check.passed
+    assert check.failures == 1
+    assert check.index == tuple(at)
+    # in float64 the bend itself rounds
+    assert check.worst == pytest.approx(2, rel=0.02)
+    assert check.largest_error == pytest.approx(2 * allowed[at], rel=0.02)
+    with pytest.raises(VerificationError, match=r"FAIL \(1 of"):
+        check.require()
+    y[at] -= 1.5 * allowed[at]
+    assert compare(spec, y, x, w, b).passed
+
+
+@pytest.mark.parametrize("c", [c for c in SMALL if c.spec.dtype == "float32" and "activation" not in c.tags], **by_name)
+def test_the_bound_is_small(c: Case) -> None:
+    x, w, b = arrays(c.spec)
+    scale = np.abs(reference(c.spec, x, w, b)).max()
+    assert bounds(c.spec, x, w, b).max() < 1e-3 * scale
+
+
+WRONG = {
+    "a flipped kernel": lambda s, x, w, b: (s, x, w[:, :, ::-1, ::-1, ::-1], b),
+    "one tap wrong": lambda s, x, w, b: (s, x, w + (np.arange(w.size).reshape(w.shape) == w.size // 2), b),
+    "two taps swapped": lambda s, x, w, b: (s, x, np.concatenate([w[..., 1:2], w[..., :1], w[..., 2:]], axis=-1), b),
+    "no bias": lambda s, x, w, b: (s, x, w, None),
+    "bias of the next channel": lambda s, x, w, b: (s, x, w, np.roll(b, 1)),
+    "channels swapped": lambda s, x, w, b: (s, x[:, ::-1], w, b),
+    "crop off by one": lambda s, x, w, b: (
+        replace(s, axes=(*s.axes[:2], replace(s.axes[2], pad=(s.axes[2].pad[0] - 1, s.axes[2].pad[1] + 1)))),
+        x,
+        w,
+        b,
+    ),
+    "another dilation": lambda s, x, w, b: (
+        replace(s, axes=(replace(s.axes[0], dilation=2, pad=(2, 2)), *s.axes[1:])),
+        x,
+        w,
+        b,
+    ),
+    "no activation": lambda s, x, w, b: (replace(s, activation=Activation("leaky_relu")), x, w, b),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_wrong_operator_is_seen(wrong: str, exact: bool) -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=3 s=2 p=1 op=1 act=relu")
+    x, w, b = arrays(spec, integers=8 if exact else None)
+    assert compare(spec, stored(spec, reference(spec, x, w, b)), x, w, b, exact=exact).passed
+    other, *inputs = WRONG[wrong](spec, x, w, b)
+    assert not compare(spec, reference(other, *inputs), x, w, b, exact=exact).passed
+
+
+def test_exact_sees_the_last_bit() -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec, integers=8)
+    y = stored(spec, reference(spec, x, w, b))
+    assert compare(spec, y, x, w, b, exact=True).criterion == "bits"
+    y[0, 3, 2, 1, 4] = np.nextafter(y[0, 3, 2, 1, 4], np.float32(np.inf))
+    check = compare(spec, y, x, w, b, exact=True)
+    assert (check.failures, check.index, check.worst) == (1, (0, 3, 2, 1, 4), np.inf)
+
+
+def test_exact_sums_leave_the_activation_its_bound() -> None:
+    spec = replace(case("k3-s2").spec, activation=Activation("sigmoid"))
+    x, w, b = arrays(spec, integers=8)
+    y = reference(spec, x, w, b)
+    check = compare(spec, y.astype(np.float32), x, w, b, exact=True)
+    assert check.passed
+    assert check.criterion == "exact sums"
+    # 16 units of roundoff, the constant of an elementary function, and nothing for the sums
+    assert bounds(spec, x, w, b).max() < 17 * 2.0**-24
+    y[0, 0, 0, 0, 0] += 20 * 2.0**-24
+    assert not compare(spec, y, x, w, b, exact=True).passed
+
+
+@given(specs())
+def test_exact_holds_for_the_rounded_oracle_of_any_layer(spec: ConvTranspose3d) -> None:
+    x, w, b = arrays(spec, integers=4)
+    assert compare(spec, stored(spec, reference(spec, x, w, b)), x, w, b, exact=True).passed
+
+
+# --- formats: overflow, nothing to judge, engines of another precision ---
+
+
+def half(*values: float) -> tuple[ConvTranspose3d, np.ndarray, np.ndarray]:
+    spec = ConvTranspose3d.parse(f"in=1x1x1x1x{len(values)} co=1 k=1 bias=0 dtype=float16")
+    return spec, np.array(values, np.float16).reshape(spec.x_shape), np.full(spec.w_shape, 16, np.float16)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_overflow_is_infinity_and_nothing_else(exact: bool) -> None:
+    spec, x, w = half(5000, -5000, 1, 4095)  # times 16: 80000, -80000, 16, 65520 (a tie, which rounds to infinity)
+    right = np.array([np.inf, -np.inf, 16, np.inf], np.float16).reshape(x.shape)
+    assert compare(spec, right, x, w, exact=exact).passed
+    for at, value in [(0, 65504), (0, -np.inf), (1, np.inf), (0, np.nan), (2, np.inf), (2, np.nan), (1, -65504)]:
+        bent = right.copy()
+        bent[..., at] = value
+        assert compare(spec, bent, x, w, exact=exact).failures == 1, value
+
+
+def test_near_the_limit_both_are_right() -> None:
+    spec, x, w = half(4094.0, 4094.5)  # 65504, the largest; 65512, which rounds to it
+    x[..., 1] += np.float16(0.0)
+    assert compare(spec, np.full(x.shape, 65504, np.float16), x, w).passed
+
+
+def test_sums_that_may_overflow_are_not_judged() -> None:
+    spec = ConvTranspose3d.parse("in=1x2x1x1x2 co=1 k=1 bias=0")
+    x, w = np.ones((1, 2, 1, 1, 2), np.float32), np.ones((2, 1, 1, 1, 1), np.float32)
+    x[..., 0] = np.array([3e38, -3e38]).reshape(1, 2, 1, 1)
+    check = compare(spec, np.array([np.nan, 2], np.float32).reshape(1, 1, 1, 1, 2), x, w)
+    assert check.passed
+    assert check.unjudged == 1
+    alone = ConvTranspose3d.parse("in=1x2x1x1x1 co=1 k=1 bias=0")
+    assert not compare(alone, np.zeros((1, 1, 1, 1, 1)), x[..., :1], w).passed
+
+
+def test_exponential_overflows_where_the_oracle_does() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x3 co=1 k=1 bias=0 act=exponential")
+    x, w = np.array([1.5, 88.75, 1000.5], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
+    right = np.array([np.exp(1.5), np.inf, np.inf]).reshape(x.shape)
+    assert compare(spec, right, x, w).passed
+    for at, value in [(0, np.inf), (1, 1e38), (2, 3e38), (2, np.nan)]:
+        bent = right.copy()
+        bent[..., at] = value
+        assert compare(spec, bent, x, w).failures == 1
+
+
+def test_subnormals_may_be_flushed_where_hardware_does_so() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x2 co=1 k=1 bias=0")
+    x, w = np.array([1e-40, 1e-10], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
+    assert compare(spec, x, x, w).passed
+    assert compare(spec, np.array([0, 1e-10], np.float32).reshape(x.shape), x, w).passed
+    assert not compare(spec, np.array([0, 0], np.float32).reshape(x.shape), x, w).passed
+
+
+def test_an_engine_of_another_precision_is_judged_by_its_own() -> None:
+    spec = case("float64").spec
+    x, w, b = arrays(spec)
+    narrow = (a.astype(np.float32) for a in (x, w, b))
+    y = reference(spec, *narrow).astype(np.float32).astype(np.float64)
+    assert compare(spec, y, x, w, b, computed_in="float32").passed
+    assert not compare(spec, y, x, w, b).passed
+    with pytest.raises(ValueError, match="float16"):
+        compare(spec, y, x, w, b, computed_in="float16")
+
+
+# --- the questions themselves are checked ---
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, w, b: (x[:, :1], w, b), "x has shape"),
+        (lambda x, w, b: (x, w[:1], b), "w has shape"),
+        (lambda x, w, b: (x, w, b[:1]), "b has shape"),
+        (lambda x, w, b: (x.astype(np.float64) + 1e-12, w, b), "x is float64 and holds values that float32 cannot"),
+        (lambda x, w, b: (x, w * np.float32(np.inf), b), "w holds infinities or NaN"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, words: str) -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec)
+    with pytest.raises(CallError, match=words):
+        bounds(spec, *change(x, w, b))
+
+
+def test_exact_needs_integers() -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec)
+    with pytest.raises(CallError, match="integers"):
+        compare(spec, reference(spec, x, w, b), x, w, b, exact=True)
+
+
+def test_an_output_of_another_shape_is_no_output() -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec)
+    with pytest.raises(VerificationError, match="shape"):
+        compare(spec, reference(spec, x, w, b)[..., :-1], x, w, b)
+
+
+# --- large layers are judged in blocks ---
+
+
+@settings(max_examples=60)
+@given(specs(most_outputs=2000), st.integers(10, 300))
+def test_blocks_cover_the_output_once_and_compute_the_same(spec: ConvTranspose3d, elements: int) -> None:
+    x, w, _ = arrays(spec, integers=4)
+    whole = linear(spec, x, w)
+    seen = np.zeros(whole.shape, int)
+    for part in module._parts(spec, x.shape[0], elements):
+        np.testing.assert_array_equal(linear(part.spec, x[part.x], w), whole[part.y])
+        seen[part.y] += 1
+    assert (seen == 1).all()
+
+
+def test_blocks_find_the_same_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART_ELEMENTS", 100)
+    monkeypatch.setattr(module._parts, "__defaults__", (100,))
+    for name in ("k3-s2", "channels-last-groups", "batch-dynamic"):
+        spec = case(name).spec
+        x, w, b = arrays(spec)
+        y = reference(spec, x, w, b)
+        assert len(list(module._parts(spec, x.shape[0]))) > 3
+        assert compare(spec, y, x, w, b).elements == y.size
+        at = tuple(n - 1 for n in y.shape)
+        y[at] += 1
+        check = compare(spec, y, x, w, b)
+        assert (check.failures, check.index) == (1, at)
+
+
+def test_a_few_elements_can_be_judged_alone() -> None:
+    spec = case("channels-last-groups").spec
+    x, w, b = arrays(spec)
+    y = reference(spec, x, w, b)
+    indices = np.random.default_rng(0).choice(y.size, 50, replace=False)
+    inputs = module.Inputs.of(spec, x, w, b)
+    bent = y.ravel()[indices]
+    bent[17] += 1
+    right, wrong = module.compare_at(inputs, indices, [y.ravel()[indices], bent])
+    assert right.passed
+    assert right.elements == 50
+    assert (wrong.failures, wrong.index) == (1, tuple(np.unravel_index(indices[17], y.shape)))
+
+
+def test_a_check_is_plain_data() -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec, integers=2)
+    y = reference(spec, x, w, b)
+    y[0, 0, 0, 0, 0] += 1
+    found = compare(spec, y, x, w, b, exact=True).to_json()
+    assert found["passed"] is False
+    assert found["worst"] == "inf"
+    assert found["index"] == [0, 0, 0, 0, 0]
+    assert found["elements"] == y.size

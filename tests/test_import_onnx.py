@@ -1,0 +1,650 @@
+"""ONNX files read: which nodes, which layers, which weights; and as ONNX Runtime means them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, parser
+from onnx_engine import REFUSALS, integers, model_of, one_node, run_onnxruntime, value
+from strategies import arrays
+
+from opcompile.cases import Case, tagged
+from opcompile.errors import ModelError
+from opcompile.graph import export_onnx, graph
+from opcompile.importers.onnx import Found, find
+from opcompile.reference import reference
+from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.verify import compare
+
+MODELS = Path(__file__).parent / "models"
+
+
+def only(source: Any) -> Found:
+    (found,) = find(source)
+    return found
+
+
+def spec_of(source: Any) -> ConvTranspose3d:
+    found = only(source)
+    assert found.spec is not None, found.reason
+    return found.spec
+
+
+def reason_of(source: Any) -> str:
+    found = only(source)
+    assert found.spec is None
+    assert found.weight is None
+    assert found.bias is None
+    assert found.reason is not None
+    return found.reason
+
+
+# --- our own graphs come back ---
+
+
+@pytest.mark.parametrize("corner", [pytest.param(c, id=c.name) for c in tagged("corner")])
+def test_what_graph_wrote_is_read_back(corner: Case) -> None:
+    spec = corner.spec
+    found = only(graph(spec))
+    assert found.spec is not None
+    assert found.weight is None
+    # the node alone: activation, casts and transposes are other nodes
+    bare = replace(spec, activation=Activation(), dtype="float32", layout="NCDHW")
+    if all(a.output_pad < a.stride for a in spec.axes):
+        assert found.spec == bare
+    assert found.spec.y_shape == bare.y_shape
+
+
+@pytest.mark.parametrize("opset", [11, 14, 21, 22, 26])
+def test_at_every_opset(opset: int) -> None:
+    spec = ConvTranspose3d.parse("in=Nx4x3x4x5 co=6 k=3 s=2 p=1:0 op=1 d=2 g=2")
+    assert spec_of(graph(spec, opset=opset)) == spec
+
+
+@pytest.mark.parametrize("opset", [1, 6, 9, 10])
+def test_at_the_first_version_of_the_operator(opset: int) -> None:
+    model = one_node((1, 2, 3, 3, 3), (2, 1, 3, 3, 3), opset=opset, strides=[2, 2, 2], pads=[1] * 6)
+    assert str(spec_of(model)).startswith("in=1x2x3x3x3 co=1 k=3 s=2 p=1 op=0")
+
+
+def test_weights_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse("in=1x8x3x4x5 co=8 k=3 s=2")
+    _, w, b = arrays(spec)
+    path = export_onnx(spec, tmp_path / "layer.onnx", weight=w, bias=b)
+    for source in (path, str(path), path.read_bytes(), onnx.load(path)):
+        found = only(source)
+        assert found.spec == spec
+        assert found.weight is not None
+        assert found.bias is not None
+        assert found.weight.tobytes() == w.tobytes()
+        assert found.bias.tobytes() == b.tobytes()  # type: ignore[union-attr]
+
+
+def test_the_model_that_was_given_is_left_as_it_was() -> None:
+    model = one_node((1, 1, 3, 3, 3), (1, 1, 3, 3, 3), auto_pad="SAME_UPPER", strides=[2] * 3, output_padding=[1] * 3)
+    before = model.SerializeToString()
+    find(model)
+    assert model.SerializeToString() == before
+
+
+# --- real models ---
+
+_REAL = {
+    "dynunet": [
+        "in=1x32x4x4x4 co=24 k=1x2x2 s=1x2x2 bias=0",
+        "in=1x24x4x8x8 co=16 k=2 s=2 bias=0",
+        "in=1x16x8x16x16 co=8 k=2 s=2 bias=0",
+    ],
+    "dynunet_dynamic_batch": [
+        "in=Nx32x4x4x4 co=24 k=1x2x2 s=1x2x2 bias=0",
+        "in=Nx24x4x8x8 co=16 k=2 s=2 bias=0",
+        "in=Nx16x8x16x16 co=8 k=2 s=2 bias=0",
+    ],
+    "unet": [
+        "in=1x48x6x6x6 co=8 k=3 s=2 p=1 op=1",
+        "in=1x16x12x12x12 co=2 k=3 s=2 p=1 op=1",
+    ],
+    "vqvae": [
+        "in=1x16x6x6x6 co=16 k=4 s=2 p=1",
+        "in=1x16x12x12x12 co=1 k=4 s=2 p=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", _REAL)
+def test_real_models_hold_these_layers(name: str) -> None:
+    found = find(MODELS / f"{name}.onnx")
+    assert [f.spec for f in found] == [ConvTranspose3d.parse(text) for text in _REAL[name]]
+    for f in found:
+        assert f.spec is not None
+        assert f.weight is not None
+        assert f.weight.shape == f.spec.w_shape
+        assert (f.bias is not None) == f.spec.bias
+
+
+@pytest.mark.parametrize("name", _REAL)
+def test_layers_of_real_models_compute_what_the_model_computes(name: str) -> None:
+    model = onnx.load(MODELS / f"{name}.onnx")
+    nodes = [n for n in model.graph.node if n.op_type == "ConvTranspose"]
+    found = find(model)
+    for node in nodes:
+        model.graph.output.extend([value(node.input[0], None), value(node.output[0], None)])
+    x = model.graph.input[0]
+    shape = [d.dim_value or 2 for d in x.type.tensor_type.shape.dim]
+    ends = len(model.graph.output) - 2 * len(nodes)
+    seen = run_onnxruntime(model, {x.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)})[ends:]
+    for f, before, after in zip(found, seen[::2], seen[1::2], strict=True):
+        assert f.spec is not None
+        compare(f.spec, after, before, f.weight, f.bias).require()
+
+
+# --- where weights may be ---
+
+WEIGHT = integers((2, 3, 2, 2, 2))
+BIAS = integers((3,))
+
+
+def layer(*more: onnx.NodeProto, w: str = "W", b: str = "B", initializers: Any = ()) -> onnx.ModelProto:
+    node = helper.make_node("ConvTranspose", ["X", w, b], ["Y"], name="up")
+    x, y = value("X", (1, 2, 3, 3, 3)), value("Y", None)
+    return model_of([*more, node], [x], [y], initializers=list(initializers))
+
+
+def tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:
+    return numpy_helper.from_array(array, name)
+
+
+def test_weights_in_constant_nodes() -> None:
+    found = only(
+        layer(
+            helper.make_node("Constant", [], ["W"], value=tensor("", WEIGHT)),
+            helper.make_node("Constant", [], ["B"], value_floats=BIAS.tolist()),
+        )
+    )
+    np.testing.assert_array_equal(found.weight, WEIGHT)
+    np.testing.assert_array_equal(found.bias, BIAS)
+
+
+def test_weights_behind_identity_nodes() -> None:
+    found = only(
+        layer(
+            helper.make_node("Identity", ["shared"], ["W"]),
+            initializers=[tensor("shared", WEIGHT), tensor("B", BIAS)],
+        )
+    )
+    np.testing.assert_array_equal(found.weight, WEIGHT)
+
+
+def test_weights_computed_by_other_nodes_are_runtime_inputs() -> None:
+    found = only(
+        layer(
+            helper.make_node("Neg", ["minus"], ["W"]),
+            initializers=[tensor("minus", -WEIGHT), tensor("B", BIAS)],
+        )
+    )
+    assert found.weight is None
+    assert found.spec is not None
+    np.testing.assert_array_equal(found.bias, BIAS)
+
+
+def test_weights_that_arrive_at_run_time() -> None:
+    found = only(one_node((1, 2, 3, 3, 3), (2, 3, 2, 2, 2), bias=3))
+    assert found.spec == ConvTranspose3d.parse("in=1x2x3x3x3 co=3 k=2")
+    assert found.weight is None
+    assert found.bias is None
+
+
+def test_an_empty_third_input_is_no_bias() -> None:
+    assert not spec_of(layer(b="", initializers=[tensor("W", WEIGHT)])).bias
+
+
+def test_an_initializer_that_is_also_an_input_is_known() -> None:
+    model = layer(initializers=[tensor("W", WEIGHT), tensor("B", BIAS)])
+    model.graph.input.append(value("W", WEIGHT.shape))
+    np.testing.assert_array_equal(only(model).weight, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element_type"),
+    [
+        ("float32", TensorProto.FLOAT),
+        ("float16", TensorProto.FLOAT16),
+        ("bfloat16", TensorProto.BFLOAT16),
+        ("float64", TensorProto.DOUBLE),
+    ],
+)
+def test_every_dtype_in_every_place_of_a_tensor(dtype: str, element_type: int) -> None:
+    node = helper.make_node("ConvTranspose", ["X", "W"], ["Y"])
+    x, y = value("X", (1, 2, 3, 3, 3), element_type), value("Y", None, element_type)
+    for raw in (True, False):
+        array = WEIGHT.astype(helper.tensor_dtype_to_np_dtype(element_type))
+        w = helper.make_tensor("W", element_type, WEIGHT.shape, array.tobytes() if raw else WEIGHT.ravel(), raw=raw)
+        found = only(model_of([node], [x], [y], initializers=[w]))
+        assert found.spec is not None
+        assert found.weight is not None
+        assert found.spec.dtype == found.weight.dtype.name == dtype
+        np.testing.assert_array_equal(found.weight.astype(np.float32), WEIGHT)
+
+
+# --- external data ---
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    model = onnx.load(MODELS / "unet.onnx")
+    onnx.save(model, tmp_path / "unet.onnx", save_as_external_data=True, location="unet.weights", size_threshold=64)
+    return tmp_path / "unet.onnx"
+
+
+def test_external_data_are_read_beside_the_model(external: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    for f, inside in zip(find(external), find(MODELS / "unet.onnx"), strict=True):
+        assert f.spec == inside.spec
+        np.testing.assert_array_equal(f.weight, inside.weight)
+
+
+def test_missing_external_data_are_a_reason_that_names_the_file(external: Path) -> None:
+    (external.parent / "unet.weights").unlink()
+    found = find(external)
+    assert len(found) == 2
+    assert all(
+        f.reason is not None and "'unet.weights'" in f.reason and str(external.parent) in f.reason for f in found
+    )
+
+
+def test_short_external_data_are_a_reason(external: Path) -> None:
+    weights = external.parent / "unet.weights"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert all("unet.weights" in (f.reason or "") for f in find(external))
+
+
+def test_external_data_have_no_place_beside_bytes(external: Path) -> None:
+    assert all("pass the path of the model" in (f.reason or "") for f in find(external.read_bytes()))
+
+
+def test_external_data_outside_the_folder_are_refused(external: Path) -> None:
+    model = onnx.load(external, load_external_data=False)
+    inner = external.parent / "inner"
+    inner.mkdir()
+    for t in model.graph.initializer:
+        for entry in t.external_data:
+            if entry.key == "location":
+                entry.value = "../unet.weights"
+    (inner / "unet.onnx").write_bytes(model.SerializeToString())
+    assert all("../unet.weights" in (f.reason or "") for f in find(inner / "unet.onnx"))
+
+
+def test_external_data_of_a_constant_node(tmp_path: Path) -> None:
+    model = layer(helper.make_node("Constant", [], ["W"], value=tensor("far", WEIGHT)), b="")
+    far = model.graph.node[0].attribute[0].t
+    onnx.external_data_helper.set_external_data(far, "far.bin")
+    far.ClearField("raw_data")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"far is stored in 'far.bin', which cannot be read"):
+        find(path)
+    (tmp_path / "far.bin").write_bytes(WEIGHT.tobytes())
+    np.testing.assert_array_equal(only(path).weight, WEIGHT)
+
+
+# --- where nodes may be ---
+
+
+def test_other_ranks_are_left_out() -> None:
+    assert find(one_node((1, 2, 3, 3), (2, 3, 2, 2))) == []
+    assert find(one_node((1, 2, 3), (2, 3, 2))) == []
+    assert find(one_node(None, None, kernel_shape=[2, 2])) == []
+
+
+def test_a_rank_that_nobody_knows_is_listed() -> None:
+    assert "the shape of X (X) cannot be inferred" in reason_of(one_node(None, None))
+
+
+def test_names_are_unique() -> None:
+    model = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 20]>
+        g (float[1,1,2,2,2] X, float[1,1,2,2,2] W) => (float[N,C,D,H,E] Y, float[N,C,D,H,E] Z, float[N,C,D,H,E] V) {
+            Y = ConvTranspose(X, W)
+            Z = ConvTranspose(Y, W)
+            V = ConvTranspose(Z, W)
+        }"""
+    )
+    model.graph.node[0].name = model.graph.node[1].name = "up"
+    assert [f.name for f in find(model)] == ["up", "up_2", "V"]
+    model.graph.node[2].name = "up_2"
+    assert [f.name for f in find(model)] == ["up", "up_2", "up_2_2"]
+
+
+def test_a_node_that_cannot_be_compiled_does_not_stop_the_others() -> None:
+    model = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 20]>
+        g (float[1,1,d,2,2] X, float[1,1,2,2,2] W, float[1,1,2,2,2] K) => (float[N,C,D,H,E] Y, float[N,C,D,H,E] Z) {
+            Y = ConvTranspose(X, W)
+            Z = ConvTranspose(K, W)
+        }"""
+    )
+    first, second = find(model)
+    assert first.reason is not None
+    assert "dynamic spatial sizes (D=d)" in first.reason
+    assert "fix them" in first.reason
+    assert second.spec == ConvTranspose3d.parse("in=1x1x2x2x2 co=1 k=2 bias=0")
+
+
+def test_both_branches_of_an_if() -> None:
+    down = helper.make_graph(
+        [helper.make_node("Relu", ["X"], ["r"]), helper.make_node("ConvTranspose", ["r", "V"], ["z"])],
+        "then",
+        [],
+        [value("z", None)],
+        initializer=[tensor("V", WEIGHT)],
+    )
+    up = helper.make_graph([helper.make_node("ConvTranspose", ["X", "W"], ["y"])], "else", [], [value("y", None)])
+    model = model_of(
+        [helper.make_node("If", ["c"], ["Y"], then_branch=down, else_branch=up)],
+        [value("X", (1, 2, 3, 3, 3)), value("c", (), TensorProto.BOOL)],
+        [value("Y", None)],
+        initializers=[tensor("W", WEIGHT[:, :1])],
+    )
+    found = {f.name: f for f in find(model)}
+    np.testing.assert_array_equal(found["z"].weight, WEIGHT)
+    np.testing.assert_array_equal(found["y"].weight, WEIGHT[:, :1])
+    assert {f.spec.channels_out for f in found.values() if f.spec} == {1, 3}
+
+
+def test_the_body_of_a_loop() -> None:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("ConvTranspose", ["state", "W"], ["next"])],
+        "body",
+        [value("i", (), TensorProto.INT64), value("go", (), TensorProto.BOOL), value("state", (1, 1, 3, 3, 3))],
+        [value("on", (), TensorProto.BOOL), value("next", None)],
+    )
+    model = model_of(
+        [helper.make_node("Loop", ["trips", "", "X"], ["Y"], body=body)],
+        [value("X", (1, 1, 3, 3, 3))],
+        [value("Y", None)],
+        initializers=[tensor("W", WEIGHT[:1, :1]), tensor("trips", np.array(2))],
+    )
+    assert spec_of(model) == ConvTranspose3d.parse("in=1x1x3x3x3 co=1 k=2 bias=0")
+
+
+_FUNCTION = """<ir_version: 9, opset_import: ["": 20, "local": 1]>
+    g (float[1,1,3,3,3] X) => (float[N,C,D,H,E] Y) <float[1,1,2,2,2] W = {1,2,3,4,5,6,7,8}> {
+        T = local.up <s: ints = [2, 2, 2]> (X, W)
+        Y = local.up <s: ints = [1, 1, 1]> (T, W)
+    }
+    <domain: "local", opset_import: ["": OPSET]>
+    up <s> (a, b) => (c) { c = ConvTranspose <strides: ints = @s> (a, b) }"""
+
+
+def test_functions_are_read_where_they_are_called() -> None:
+    first, second = find(parser.parse_model(_FUNCTION.replace("OPSET", "20")))
+    assert first.spec == ConvTranspose3d.parse("in=1x1x3x3x3 co=1 k=2 s=2 bias=0")
+    assert second.spec == ConvTranspose3d.parse("in=1x1x6x6x6 co=1 k=2 s=1 bias=0")
+    np.testing.assert_array_equal(second.weight, np.arange(1, 9, dtype=np.float32).reshape(1, 1, 2, 2, 2))
+
+
+def test_functions_of_another_opset_are_listed() -> None:
+    assert "function local.up, whose opset" in reason_of(parser.parse_model(_FUNCTION.replace("OPSET", "18")))
+
+
+# --- shapes ---
+
+
+def test_a_dynamic_batch_has_many_spellings() -> None:
+    for batch in ("N", "batch_size", None):
+        assert spec_of(one_node((batch, 2, 3, 3, 3), (2, 1, 2, 2, 2))).batch is None
+    assert spec_of(one_node((4, 2, 3, 3, 3), (2, 1, 2, 2, 2))).batch == 4
+
+
+def test_shapes_are_found_through_computed_ones() -> None:
+    model = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 20]>
+        g (float[2,54] X, float[2,1,2,2,2] W) => (float[N,C,D,H,E] Y) <int64[4] rest = {2, 3, 3, 3}, int64 zero = {0}> {
+            shape = Shape(X)
+            n = Gather(shape, zero)
+            axis = Constant<value_ints: ints = [0]>()
+            batch = Unsqueeze(n, axis)
+            to = Concat<axis: int = 0>(batch, rest)
+            V = Reshape(X, to)
+            Y = ConvTranspose(V, W)
+        }"""
+    )
+    assert spec_of(model) == ConvTranspose3d.parse("in=2x2x3x3x3 co=1 k=2 bias=0")
+
+
+def test_channels_may_be_known_from_the_weight_alone() -> None:
+    assert "X has C channels" in reason_of(one_node((1, "C", 3, 3, 3), (2, 1, 2, 2, 2)))
+
+
+# inference says 7, ONNX Runtime computes 6
+_UP = {"auto_pad": "SAME_UPPER", "strides": [2] * 3, "output_padding": [1] * 3}
+# inference says nothing of the spatial sizes where an output is smaller than its input
+_CROP = {"output_shape": [2] * 3}
+
+
+def chain(*layers: dict[str, Any], opset: int) -> onnx.ModelProto:
+    """Layers of kernel 3 with one weight, a Relu between each two."""
+    nodes = []
+    for i, attributes in enumerate(layers):
+        nodes.append(helper.make_node("ConvTranspose", [f"x{i}", "W"], [f"y{i}"], **attributes))
+        nodes.append(helper.make_node("Relu", [f"y{i}"], [f"x{i + 1}"]))
+    inputs = [value("x0", (1, 1, 3, 3, 3)), value("W", (1, 1, 3, 3, 3))]
+    return model_of(nodes, inputs, [value(f"x{len(layers)}", None)], opset=opset)
+
+
+@pytest.mark.parametrize("opset", [6, 11, 22])
+def test_shapes_behind_a_disputed_layer_are_those_onnxruntime_computes(opset: int) -> None:
+    model = chain(_UP, _UP, {"strides": [2] * 3}, opset=opset)
+    # as an exporter would have stored it, wrong shapes included
+    specs = [f.spec for f in find(onnx.shape_inference.infer_shapes(model))]
+    x, w = integers((1, 1, 3, 3, 3)), integers((1, 1, 3, 3, 3), seed=1)
+    y: Any = x
+    for spec in specs:
+        assert spec is not None
+        y = np.maximum(reference(spec, y, w), 0)
+    assert y.shape == (1, 1, 25, 25, 25)
+    np.testing.assert_array_equal(run_onnxruntime(model, {"x0": x, "W": w})[0], y)
+
+
+def test_a_dispute_is_settled_before_what_follows_from_it() -> None:
+    # output_shape crops 6 to 2; from the 7 that inference finds first, it would have cropped one more
+    specs = [f.spec for f in find(chain(_UP, _CROP, _UP, opset=22))]
+    assert [s.axes[0].size if s else None for s in specs] == [3, 6, 2]
+    assert [s.axes[0].pad if s else None for s in specs] == [(1, 1), (3, 3), (1, 1)]
+
+
+# --- disputes: case by case as ONNX Runtime 1.31 computes it, with the size and the low-side crop ---
+
+_DISPUTES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "A-same-upper": ({"k": 3, "s": 2, "auto_pad": "SAME_UPPER"}, 6, 0),
+    "A-same-upper-opset-1": ({"k": 3, "s": 2, "auto_pad": "SAME_UPPER", "opset": 1}, 6, 0),
+    "B-same-lower": ({"k": 3, "s": 2, "auto_pad": "SAME_LOWER"}, 6, 1),
+    "C-same-upper-output-padding": ({"k": 3, "s": 2, "auto_pad": "SAME_UPPER", "op": 1}, 6, 1),
+    "D-same-upper-k1-s2": ({"k": 1, "s": 2, "auto_pad": "SAME_UPPER"}, 5, 0),
+    "D2-same-upper-k2-s3": ({"k": 2, "s": 3, "auto_pad": "SAME_UPPER"}, 8, 0),
+    "E-output-shape": ({"k": 3, "s": 2, "output_shape": 6}, 6, 1),
+    "E2-output-shape-even": ({"k": 3, "s": 3, "output_shape": 7}, 7, 1),
+    "F-output-shape-same-upper": ({"k": 3, "s": 2, "output_shape": 6, "auto_pad": "SAME_UPPER"}, 6, 0),
+    "G-output-shape-beyond-full": ({"k": 3, "s": 2, "output_shape": 8}, 8, 0),
+    "H-output-shape-output-padding": ({"k": 3, "s": 3, "output_shape": 9, "op": 2}, 9, 1),
+    "I-output-shape-and-pads": ({"k": 3, "s": 2, "output_shape": 6, "pads": [0, 0, 0, 1, 1, 1]}, 6, 1),
+    "I2-output-shape-below-the-input": ({"k": 3, "s": 1, "output_shape": 2}, 2, 2),
+    "L-group-2": ({"k": 3, "s": 2, "group": 2, "c": 4, "m": 2, "bias": True}, 7, 0),
+    "M-group-2-of-6": ({"k": 3, "s": 2, "group": 2, "c": 4, "m": 3}, 7, 0),
+    "N-depthwise-bias": ({"k": 3, "s": 2, "group": 4, "c": 4, "m": 1, "bias": True}, 7, 0),
+    "R-pads-beyond-the-kernel": ({"k": 3, "s": 2, "pads": [4, 4, 4, 0, 0, 0]}, 3, 4),
+}
+
+
+def disputed(
+    *, k: int, s: int, op: int = 0, output_shape: int = 0, c: int = 1, m: int = 1, bias: bool = False, **more: Any
+) -> onnx.ModelProto:
+    attributes = {"strides": [s] * 3} | more
+    if op:
+        attributes["output_padding"] = [op] * 3
+    if output_shape:
+        attributes["output_shape"] = [output_shape] * 3
+    groups = more.get("group", 1)
+    return one_node((1, c, 3, 3, 3), (c, m, k, k, k), bias=m * groups if bias else None, **attributes)
+
+
+@pytest.mark.parametrize("name", _DISPUTES)
+def test_dispute(name: str) -> None:
+    words, out, begin = _DISPUTES[name]
+    model = disputed(**words)
+    spec = spec_of(model)
+    assert [(a.out, a.begin) for a in spec.axes] == [(out, begin)] * 3
+    x, w, b = arrays(spec, integers=3)
+    feeds = {"X": x, "W": w} | ({} if b is None else {"B": b})
+    np.testing.assert_array_equal(reference(spec, x, w, b), run_onnxruntime(model, feeds)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "reason"),
+    [
+        ("G2", {"k": 3, "s": 2, "output_shape": 9}, "axis D: output_shape is 9, but .* = 7, .* less than stride 2"),
+        ("I3", {"k": 3, "s": 2, "output_shape": None}, "output_shape has 5 values, but a 5-D ConvTranspose takes 3"),
+    ],
+)
+def test_dispute_that_onnxruntime_refuses(name: str, words: dict[str, Any], reason: str) -> None:
+    if words["output_shape"] is None:
+        model = one_node((1, 1, 3, 3, 3), (1, 1, 3, 3, 3), strides=[2] * 3, output_shape=[1, 1, 7, 7, 7])
+    else:
+        model = disputed(**words)
+    with pytest.raises(REFUSALS):
+        run_onnxruntime(model, {"X": integers((1, 1, 3, 3, 3)), "W": integers((1, 1, 3, 3, 3))})
+    assert re.search(reason, reason_of(model))
+
+
+def test_dispute_p_output_padding_from_stride_on_is_compiled_though_onnxruntime_refuses() -> None:
+    model = disputed(k=3, s=1, op=1, dilations=[2] * 3)
+    x, w = integers((1, 1, 3, 3, 3)), integers((1, 1, 3, 3, 3), seed=1)
+    with pytest.raises(REFUSALS, match="output_padding"):
+        run_onnxruntime(model, {"X": x, "W": w})
+    spec = spec_of(model)
+    assert spec == ConvTranspose3d.parse("in=1x1x3x3x3 co=1 k=3 d=2 op=1 bias=0")
+    np.testing.assert_array_equal(run_onnxruntime(graph(spec), {"X": x, "W": w})[0], reference(spec, x, w))
+
+
+def test_dispute_spatial_zero_is_refused() -> None:
+    assert "axis D: size is 0" in reason_of(one_node((1, 1, 0, 3, 3), (1, 1, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
+def test_dtypes_that_onnxruntime_refuses_are_compiled(dtype: int) -> None:
+    model = one_node((1, 1, 3, 3, 3), (1, 1, 3, 3, 3), dtype=dtype)
+    numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
+    with pytest.raises(REFUSALS):
+        run_onnxruntime(model, {"X": np.ones((1, 1, 3, 3, 3), numpy_type), "W": np.ones((1, 1, 3, 3, 3), numpy_type)})
+    assert spec_of(model).dtype == numpy_type.name
+
+
+# --- reasons: attribute, rule, way out ---
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"strides": [2, 2]}, "strides has 2 values, but a 5-D ConvTranspose takes 3"),
+        ({"strides": [0, 1, 1]}, "axis D: stride is 0, but must be at least 1"),
+        ({"dilations": [1, 1, -1]}, "axis W: dilation is -1"),
+        ({"pads": [0, 0, 0]}, "pads has 3 values, but a 5-D ConvTranspose takes 6"),
+        ({"pads": [0, -1, 0, 0, 0, 0]}, "axis H: pad begin is -1"),
+        ({"pads": [9, 0, 0, 0, 0, 0]}, "axis D: the output size is -5"),
+        ({"output_padding": [0, -1, 0]}, "axis H: output_pad is -1"),
+        ({"output_shape": [4, 0, 4]}, "axis H: output_shape is 0, but must be at least 1"),
+        ({"output_shape": [4, -4, 4]}, "axis H: output_shape is -4"),
+        ({"kernel_shape": [2, 2, 3]}, "kernel_shape is [2, 2, 3], but W has [2, 2, 2]"),
+        ({"group": 0}, "group is 0"),
+        ({"group": 3}, "groups g=3 does not divide"),
+        ({"auto_pad": "SAME"}, "auto_pad is 'SAME', but must be one of NOTSET, VALID"),
+        ({"auto_pad": "VALID", "pads": [0] * 6}, "pads are given beside auto_pad=VALID"),
+        ({"auto_pad": "SAME_LOWER", "pads": [0] * 6}, "pads are given beside auto_pad=SAME_LOWER"),
+        ({"strides": [2**62, 1, 1]}, "larger than"),
+    ],
+)
+@pytest.mark.parametrize("opset", [1, 11, 22])
+def test_what_no_layer_can_be_is_a_reason(attributes: dict[str, Any], words: str, opset: int) -> None:
+    model = one_node((1, 2, 3, 3, 3), (2, 1, 2, 2, 2), opset=opset, **attributes)
+    assert words in reason_of(model)
+    with pytest.raises(REFUSALS):
+        run_onnxruntime(model, {"X": integers((1, 2, 3, 3, 3)), "W": integers((2, 1, 2, 2, 2))})
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (one_node((1, 3, 3, 3, 3), (2, 1, 2, 2, 2)), "X has 3 channels, but W (2, 1, 2, 2, 2) takes 2"),
+        (one_node((1, 2, 3, 3), (2, 1, 2, 2, 2)), "X (X) has 4 axes, but W has 5"),
+        (one_node((1, 2, 3, 3, 3), (2, 1, 2, 2)), "W (W) has 4 axes, but X has 5"),
+        (one_node(None, (2, 1, 2, 2, 2)), "the shape of X (X) cannot be inferred"),
+        (one_node((1, 2, 3, 3, 3), None), "W (W) has the shape unknown"),
+        (one_node((1, 2, 3, 3, 3), (2, 1, "k", 2, 2)), "it must be known"),
+        (one_node((1, 2, 3, "h", None), (2, 1, 2, 2, 2)), "dynamic spatial sizes (H=h, W=?)"),
+        (one_node((1, 2, 3, 3, 3), (2, 1, 2, 2, 2), bias=2), "B has shape (2,)"),
+        (one_node((1, 2, 3, 3, 3), (2, 1, 0, 2, 2)), "axis D: kernel is 0"),
+        (one_node((0, 2, 3, 3, 3), (2, 1, 2, 2, 2)), "batch is 0"),
+        (one_node((1, 0, 3, 3, 3), (0, 1, 2, 2, 2)), "channels in (C) is 0"),
+        (one_node((1, 2, 3, 3, 3), (2, 1, 2, 2, 2), dtype=TensorProto.INT64), "dtype 'int64' is not supported"),
+    ],
+)
+def test_shapes_and_types_that_do_not_fit_are_a_reason(model: onnx.ModelProto, words: str) -> None:
+    assert words in reason_of(model)
+
+
+def test_different_dtypes_are_a_reason() -> None:
+    model = one_node((1, 2, 3, 3, 3), (2, 1, 2, 2, 2))
+    model.graph.input[1].type.tensor_type.elem_type = TensorProto.FLOAT16
+    assert "the dtypes float16, float32, but must have one" in reason_of(model)
+
+
+# --- what is no model ---
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot read .*none.onnx: No such file"):
+        find(tmp_path / "none.onnx")
+    with pytest.raises(ModelError, match="Is a directory"):
+        find(tmp_path)
+    with pytest.raises(ModelError, match="null byte"):
+        find("a\0b.onnx")
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 not a model", b"\x08\x09", b"\x00" * 64, b"<html></html>"])
+def test_bytes_that_are_no_model(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"bad.onnx cannot be read as an ONNX model"):
+        find(path)
+    with pytest.raises(ModelError, match="these bytes cannot be read"):
+        find(data)
+
+
+def test_a_truncated_model() -> None:
+    with pytest.raises(ModelError, match="cannot be read as an ONNX model"):
+        find((MODELS / "unet.onnx").read_bytes()[:-1000])
+
+
+def test_a_model_that_onnx_does_not_accept() -> None:
+    model = one_node((1, 2, 3, 3, 3), (2, 1, 2, 2, 2))
+    model.graph.node[0].input[0] = "nowhere"
+    with pytest.raises(ModelError, match=r"not valid ONNX: .*nowhere"):
+        find(model)
+
+
+def test_a_function_that_calls_itself() -> None:
+    text = _FUNCTION.replace("OPSET", "20").replace(
+        "c = ConvTranspose <strides: ints = @s>", "c = local.up <s: ints = @s>"
+    )
+    text = text.replace(
+        '<domain: "local", opset_import: ["": 20]>', '<domain: "local", opset_import: ["": 20, "local": 1]>'
+    )
+    with pytest.raises(ModelError, match="not valid ONNX"):
+        find(parser.parse_model(text))

@@ -1,0 +1,151 @@
+"""The two walls and the arrows, read from the import statements, those inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import opcompile
+import schedules
+
+PACKAGES = [Path(opcompile.__file__).parent, Path(schedules.__file__).parent]
+MODULES = {
+    ".".join([package.name, *path.relative_to(package).with_suffix("").parts]): path
+    for package in PACKAGES
+    for path in sorted(package.rglob("*.py"))
+}
+
+# What a module of ours may import of ours, where design says so: everything below it, and no more.
+BELOW = {
+    "opcompile.errors": set(),
+    "opcompile.spec": {"opcompile.errors"},
+    "opcompile.cases": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.reference": {"opcompile.spec"},
+    "opcompile.bounds": {"opcompile.errors", "opcompile.spec", "opcompile.reference"},
+    "opcompile.packing": {"opcompile.errors"},
+    "opcompile.target": {"opcompile.errors"},
+    "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
+}
+# Nobody below the command line knows of it.
+TOP = "opcompile.cli"
+
+
+class _Imports(ast.NodeVisitor):
+    """Collect imported modules; what stands under ``if TYPE_CHECKING`` is never imported at run time."""
+
+    def __init__(self, package: str, *, types_too: bool) -> None:
+        self.package, self.types_too, self.found = package, types_too, set()
+
+    def visit_If(self, node: ast.If) -> None:
+        if "TYPE_CHECKING" in ast.unparse(node.test) and not self.types_too:
+            nodes = node.orelse
+        else:
+            nodes = [*node.body, *node.orelse]
+        for child in nodes:
+            self.visit(child)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = node.module or ""
+        if node.level:
+            base = ".".join([*self.package.split(".")[: len(self.package.split(".")) - node.level + 1], base]).strip(
+                "."
+            )
+        # `from opcompile import artifact` imports a module, `from opcompile.spec import Axis` a name
+        self.found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = ast.unparse(node.func)
+        if called.endswith(("import_module", "__import__")) and node.args and isinstance(node.args[0], ast.Constant):
+            self.found.add(str(node.args[0].value))
+        self.generic_visit(node)
+
+
+def imports(module: str, source: str, *, types_too: bool = False) -> set[str]:
+    visitor = _Imports(module.rpartition(".")[0], types_too=types_too)
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+def roots(found: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_both_tvm_and_onnx(module: str) -> None:
+    found = roots(imports(module, MODULES[module].read_text(), types_too=True))
+    assert not ("tvm" in found and found & {"onnx", "onnxruntime"})
+
+
+@pytest.mark.parametrize("module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors"])
+def test_these_import_neither(module: str) -> None:
+    found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text(), types_too=True))
+    assert not found & {"tvm", "onnx"}
+
+
+@pytest.mark.parametrize("module", ["reference", "bounds", "spec", "cases", "errors", "packing"])
+def test_these_need_numpy_at_most(module: str) -> None:
+    import sys
+
+    found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text()))
+    assert found <= {*sys.stdlib_module_names, "numpy", "opcompile"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("schedules")])
+def test_schedules_know_the_spec_as_a_type_only(module: str) -> None:
+    assert "opcompile" not in roots(imports(module, MODULES[module].read_text()))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("schedules") or "importers" in m])
+def test_these_do_not_reach_across(module: str) -> None:
+    found = roots(imports(module, MODULES[module].read_text(), types_too=True))
+    assert not found & ({"onnx", "onnxruntime"} if module.startswith("schedules") else {"tvm", "schedules"})
+
+
+@pytest.mark.parametrize("module", BELOW)
+def test_arrows_point_down(module: str) -> None:
+    found = {
+        name for name in imports(module, MODULES[module].read_text()) if name.startswith(("opcompile", "schedules"))
+    }
+    assert found <= BELOW[module]
+
+
+def test_nothing_imports_the_command_line() -> None:
+    importers = [m for m, path in MODULES.items() if TOP in imports(m, path.read_text()) and not m.endswith("__main__")]
+    assert importers == []
+
+
+def test_run_time_imports_have_no_cycle() -> None:
+    """At the top of modules, that is; an import inside a function may point anywhere that the walls allow."""
+    edges = {}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found = imports(module, ast.unparse(tree)) - {module}
+        edges[module.removesuffix(".__init__")] = {name for name in found if name in MODULES}
+    done: set[str] = set()
+    while len(done) < len(edges):
+        ready = {m for m in edges if m not in done and edges[m] <= done}
+        assert ready, {m: edges[m] - done for m in edges if m not in done}
+        done |= ready
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import tvm.ir as i", {"tvm.ir"}),
+        ("def f():\n    from onnx import helper", {"onnx"}),
+        ("from opcompile import reference", {"opcompile.reference"}),
+        ("from .spec import Axis", {"opcompile.spec"}),
+        ("from . import spec", {"opcompile.spec"}),
+        ("import importlib\nimportlib.import_module('tvm')", {"importlib", "tvm"}),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tvm", {"typing"}),
+    ],
+)
+def test_the_reader_of_imports_sees_them(source: str, found: set[str]) -> None:
+    assert imports("opcompile.example", source) == found

@@ -1,0 +1,315 @@
+"""The report: what it asks, what it says of a right artifact, and that every kind of wrong one is caught."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from strategies import arrays
+
+from opcompile import verify as verify_function
+from opcompile.cases import CASES, case, tagged
+from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.graph import export_onnx
+from opcompile.packing import Packing
+from opcompile.reference import reference
+from opcompile.runtime import Golden
+from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.verify import Report, verify
+
+module: Any = sys.modules["opcompile.verify"]
+
+
+class Fake:
+    """An artifact that asks the oracle instead of a kernel, and can be bent: ``bend(call, y) -> y``."""
+
+    def __init__(self, spec: ConvTranspose3d, directory: Path, *, weight=None, bias=None, model=None) -> None:
+        self.spec, self.directory = spec, directory
+        self.packing = Packing.identity(spec.w_shape)
+        self.weight, self.bias, self.calls = weight, bias, []
+        known = {"W": weight, "B": bias}
+        self.manifest: dict[str, Any] = {
+            "weights": [name for name, array in known.items() if array is not None],
+            "versions": {"opcompile": "0"},
+            "target": {"name": "fake"},
+        }
+        self.bend = lambda call, y: y
+        if self.manifest["weights"]:
+            np.savez(directory / "weights.npz", **{k: v for k, v in known.items() if v is not None})
+        export_onnx(model or spec, directory / "model.onnx", weight=weight, bias=bias)
+        x, w, b = arrays(spec, seed=9)
+        y = reference(spec, x, w if weight is None else weight, b if bias is None else bias)
+        indices = np.arange(0, y.size, 7)
+        self.vector = Golden(x, w if weight is None else None, b if bias is None else None, indices, y.ravel()[indices])
+
+    def golden(self) -> Golden:
+        return self.vector
+
+    def pack(self, w):
+        return ("packed", w)
+
+    def __call__(self, x, w=None, b=None, *, threads=None):
+        call = {"threads": threads, "packed": isinstance(w, tuple), "own": w is None, "batch": x.shape[0], "x": x}
+        self.calls.append(call)
+        w = self.weight if w is None else w[1] if isinstance(w, tuple) else w
+        y = reference(self.spec, x, w, self.bias if b is None and call["own"] else b)
+        with np.errstate(over="ignore"):
+            return self.bend(call, y.astype(np.dtype(self.spec.dtype)))
+
+
+SPEC = case("k3-s2").spec
+
+
+def report_on(spec: ConvTranspose3d, directory: Path, bend=None, compiled: bool = False, **kinds) -> Report:
+    known = dict(zip(("weight", "bias"), arrays(spec, seed=4)[1:], strict=True)) if compiled else {}
+    fake = Fake(spec, directory, **known)
+    fake.bend = bend or fake.bend
+    return verify(fake, **kinds)
+
+
+def off_by_one(y: np.ndarray) -> np.ndarray:
+    y[tuple(n // 2 for n in y.shape)] += 1
+    return y
+
+
+# --- a right artifact ---
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["caller's weights", "compiled weights"])
+@pytest.mark.parametrize(
+    "name", ["k3-s2", "batch-dynamic-groups", "float16-channels-last", "bfloat16", "float64", "output-pad-opinfo"]
+)
+def test_a_right_artifact_passes_with_onnx_runtime_beside_it(name: str, compiled: bool, tmp_path: Path) -> None:
+    report = report_on(case(name).spec, tmp_path, compiled=compiled)
+    assert report.passed, report.failures
+    assert report.require() is report
+    pairs = {(row.answer.split(",")[0], row.against) for row in report.rows}
+    assert pairs >= {("opcompile", "reference"), ("onnxruntime", "reference"), ("opcompile", "onnxruntime")}
+    assert {row.inputs for row in report.rows} >= {"integers", "ones", "normal", "wide", "tiny", "golden.npz"}
+    assert {row.weights for row in report.rows} == ({"caller", "compiled"} if compiled else {"caller"})
+    reasons = {n.what: n.reason for n in report.not_asked}
+    assert list(reasons) == (["onnxruntime with the caller's weights"] if compiled else [])
+
+
+@pytest.mark.parametrize("c", tagged("activation"), ids=lambda c: c.name)
+def test_every_activation_agrees_with_onnx_runtime(c, tmp_path: Path) -> None:
+    report = report_on(c.spec, tmp_path)
+    assert report.passed, report.failures
+    exact = {row.check.criterion for row in report.rows if row.inputs == "integers"}
+    assert exact == {"bits" if c.spec.activation.name in ("relu", "relu6") else "exact sums"}
+
+
+def test_every_call_is_made(tmp_path: Path) -> None:
+    fake = Fake(case("batch-dynamic").spec, tmp_path)
+    report = verify(fake)
+    assert {call["batch"] for call in fake.calls} == {1, 2, 3}
+    assert {call["threads"] for call in fake.calls} == {*report.threads, None}
+    assert len(report.threads) == 2
+    assert any(call["packed"] for call in fake.calls)
+    assert {row.batch for row in report.rows if row.inputs == "integers"} == {1, 2, 3}
+
+
+def test_compiled_weights_are_asked_by_leaving_them_out(tmp_path: Path) -> None:
+    w, b = arrays(SPEC, seed=4)[1:]
+    fake = Fake(SPEC, tmp_path, weight=w, bias=b)
+    assert verify(fake).passed
+    assert {call["own"] for call in fake.calls} == {True, False}
+
+
+def test_weights_alone_may_be_known(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path, weight=arrays(SPEC, seed=4)[1])
+    assert verify(fake).passed
+
+
+# --- wrong ones ---
+
+
+BENDS = {
+    "always": lambda call, y: off_by_one(y),
+    "with several threads": lambda call, y: off_by_one(y) if (call["threads"] or 1) > 1 else y,
+    "with packed weights": lambda call, y: off_by_one(y) if call["packed"] else y,
+    "on subnormals": lambda call, y: y * 0 + 1 if 0 < np.abs(call["x"]).max() < 1e-30 else y,
+    "on an impulse": lambda call, y: np.roll(y, 1, axis=-1) if (call["x"] != 0).sum() == 1 else y,
+    "one element missing": lambda call, y: np.where(np.arange(y.size).reshape(y.shape) == 5, 0, y).astype(y.dtype),
+    "NaN": lambda call, y: np.where(np.arange(y.size).reshape(y.shape) == 5, np.nan, y).astype(y.dtype),
+}
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_a_wrong_answer_is_caught(bend: str, tmp_path: Path) -> None:
+    report = report_on(SPEC, tmp_path, BENDS[bend])
+    assert not report.passed
+    assert all(row.answer.startswith("opcompile") for row in report.failures)
+    with pytest.raises(VerificationError, match=r"opcompile.* against .* on "):
+        report.require()
+
+
+def test_a_wrong_answer_to_the_test_vector_alone_is_caught(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    fake.bend = lambda call, y: y + 1 if np.array_equal(call["x"], fake.vector.x) else y
+    assert [(row.inputs, row.answer) for row in verify(fake).failures] == [("golden.npz", "opcompile")]
+
+
+def test_wrong_compiled_weights_are_caught(tmp_path: Path) -> None:
+    report = report_on(SPEC, tmp_path, lambda call, y: off_by_one(y) if call["own"] else y, compiled=True)
+    assert {row.weights for row in report.failures} == {"compiled"}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_batch_that_is_wrong_is_caught(batch: int, tmp_path: Path) -> None:
+    bend = lambda call, y: off_by_one(y) if call["batch"] == batch else y  # noqa: E731
+    assert {row.batch for row in report_on(case("batch-dynamic").spec, tmp_path, bend).failures} == {batch}
+
+
+def test_a_wrong_test_vector_is_caught(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    fake.vector.expected[3] += 1
+    assert [(row.inputs, row.answer) for row in verify(fake).failures] == [("golden.npz", "golden.npz")]
+
+
+def test_a_wrong_model_is_caught(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path, model=replace(SPEC, activation=Activation("leaky_relu")))
+    pairs = {(row.answer.split(",")[0], row.against) for row in verify(fake).failures}
+    assert pairs == {("onnxruntime", "reference"), ("opcompile", "onnxruntime")}
+
+
+def test_a_wrong_shape_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="shape"):
+        report_on(SPEC, tmp_path, lambda call, y: y[..., :-1])
+
+
+# --- those who cannot be asked ---
+
+
+def test_a_missing_onnx_runtime_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(SPEC, tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    report = verify(fake)
+    assert report.passed
+    assert [n.what for n in report.not_asked] == ["onnxruntime"]
+    assert "not installed" in report.not_asked[0].reason
+    assert {row.against for row in report.rows} == {"reference"}
+
+
+def test_a_refusal_is_listed_in_the_engine_s_words(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    report = verify(fake)
+    assert report.passed
+    assert report.not_asked[0].what == "onnxruntime"
+    assert "InvalidProtobuf" in report.not_asked[0].reason
+    (tmp_path / "model.onnx").unlink()
+    assert "no model.onnx" in verify(fake).not_asked[0].reason
+
+
+def test_a_model_of_another_shape_refuses_when_run(tmp_path: Path) -> None:
+    report = verify(Fake(SPEC, tmp_path, model=case("k2-s2").spec))
+    assert report.not_asked[0].what == "onnxruntime"
+    assert "invalid dimensions for input: W" in report.not_asked[0].reason
+    assert {row.against for row in report.rows} == {"reference"}
+
+
+def test_an_artifact_that_cannot_run_here_is_not_verified(tmp_path: Path) -> None:
+    def bend(call, y):
+        raise EngineError("there is no such device here")
+
+    report = report_on(SPEC, tmp_path, bend)
+    assert not report.passed
+    assert report.not_asked[-1].reason == "there is no such device here"
+    with pytest.raises(VerificationError, match=r"nothing was verified.*no such device"):
+        report.require()
+
+
+def test_engines_are_chosen_by_name(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    assert {row.against for row in verify(fake, engines=("reference",)).rows} == {"reference"}
+    assert {row.against for row in verify(fake, engines=("onnxruntime",)).rows} == {"onnxruntime"}
+    with pytest.raises(CallError, match=r"torch.*reference, onnxruntime"):
+        verify(fake, engines=("torch",))
+
+
+def test_more_products_than_integers_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_largest_integer", lambda spec: 0)
+    report = report_on(SPEC, tmp_path)
+    assert report.passed
+    assert [n.what for n in report.not_asked] == ["integers"]
+    assert "integers" not in {row.inputs for row in report.rows}
+
+
+# --- which questions are asked ---
+
+
+@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+def test_integers_are_exact_in_every_case(c) -> None:
+    most = module._largest_integer(c.spec)
+    assert most >= 1
+    assert c.spec.terms * most**2 + most < 2**24
+
+
+def test_large_layers_are_asked_twice() -> None:
+    for c in CASES:
+        rule, questions = module._questions(c.spec, False)
+        large = rule.startswith("two input sets")
+        assert large == (len({q.name for q in questions}) == 2), c.name
+        assert large or "large" not in c.tags
+        assert {q.exact for q in questions} == {True, False}
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    first, again, other = verify(fake), verify(fake), verify(fake, seed=1)
+    assert first.rows == again.rows
+    assert first.rows != other.rows
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2**31))
+def test_unpacking_undoes_packing(c: int, m: int, k: int, lanes: int, seed: int) -> None:
+    padded = (c, -(-m // lanes) * lanes, k, 1, k)
+    packing = Packing(padded, (c, padded[1] // lanes, lanes, *padded[2:]), (1, 3, 4, 5, 0, 2))
+    w = np.random.default_rng(seed).standard_normal((c, m, k, 1, k))
+    np.testing.assert_array_equal(module._unpacked(packing, packing(w), w.shape), w)
+
+
+# --- the report itself ---
+
+
+def test_the_report_is_plain_data_with_its_origin(tmp_path: Path) -> None:
+    report = report_on(SPEC, tmp_path, BENDS["NaN"])
+    found = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert found["passed"] is False
+    assert found["spec"] == str(SPEC)
+    assert found["seed"] == 0
+    assert found["versions"].keys() >= {"numpy", "onnxruntime", "opcompile"}
+    assert found["date"].endswith("+00:00")
+    assert len(found["rows"]) == len(report.rows)
+    assert found["rows"][0]["check"].keys() >= {"criterion", "worst", "bound", "index", "computed_in", "passed"}
+
+
+def test_the_table_tells_all(tmp_path: Path) -> None:
+    report = report_on(SPEC, tmp_path, BENDS["with packed weights"], compiled=True)
+    text = io.StringIO()
+    Console(file=text, width=200).print(report.table())
+    for words in (
+        "FAIL (1 of 2880)",
+        "pass",
+        "packed weights",
+        "1 thread",
+        "not asked",
+        "seed 0",
+        "bits",
+        str(SPEC)[:30],
+    ):
+        assert words in text.getvalue()
+
+
+def test_the_package_offers_it() -> None:
+    assert verify_function is verify
