@@ -16,6 +16,7 @@ from typing import Any
 
 from opcompile.errors import RecordError
 
+_FIRST = b'{"header": '
 _WAY_OUT = "give another work_dir, or delete this one to start afresh"
 
 
@@ -36,16 +37,16 @@ class Journal:
         """Read ``path``, or begin it. Raises `RecordError` for a journal of something else, or a corrupt one."""
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            os.truncate(path, len(kept))
         lines = [_object(path, number, line) for number, line in enumerate(kept.splitlines(), 1)]
+        if lines or not whole.startswith(_FIRST[: len(whole)]):
+            _require_same(path, lines[0].get("header") if lines else None, header)
         journal = cls(path)
-        if not lines:
-            journal._append({"header": dict(header)})
-            return journal
-        _require_same(path, lines[0].get("header"), header)
         for number, line in enumerate(lines[1:], 2):
             journal._take(number, line)
+        if kept != whole:
+            os.truncate(path, len(kept))
+        if not lines:
+            journal._append({"header": dict(header)})
         return journal
 
     def _take(self, number: int, line: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def _uploaded(session: Any, path: str, number: int) -> Any:
 
 
 def _remote_device(session: Any) -> str:
-    """What a server says of itself; a server that has TVM's runtime alone cannot name its processor."""
+    """Ask a server for its processor, which one that has TVM's runtime alone cannot name."""
     try:
         return str(session.get_function("target.llvm_get_system_cpu")())
     except AttributeError:
@@ -113,7 +113,7 @@ def _alive(session: Any) -> bool:
 
 
 def _in_turns(job: dict[str, Any], libraries: list[Any], device: Any) -> list[list[float]]:
-    """Samples of each library in microseconds, each the mean over calls that fill ``sample_ms``."""
+    """Take samples of each library in microseconds, each the mean over calls that fill ``sample_ms``."""
     tensors: dict[str, Any] = {}
     timed = []
     for library, arguments in zip(libraries, job["arguments"], strict=True):
@@ -133,7 +133,7 @@ def _in_turns(job: dict[str, Any], libraries: list[Any], device: Any) -> list[li
 
 
 def _tensor(argument: list[Any], device: Any) -> Any:
-    """A tensor for ``[name, dtype, shape]``, of small numbers around zero: their sums stay ordinary numbers."""
+    """Make a tensor for ``[name, dtype, shape]``, of small numbers around zero: their sums stay ordinary numbers."""
     import numpy as np
     import tvm
 

@@ -183,8 +183,8 @@ class Inputs:
         return self.integers and self.spec.terms * x * w + b < 2.0**sums.precision
 
 
-# 16 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
-_PART_ELEMENTS = 2**21
+# 8 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
+_PART_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +316,6 @@ def rounded(dtype: str, y: Tensor) -> Array:
 
 # --- the judgement ---
 
-_SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -375,24 +373,25 @@ def _plain(value: Any) -> Any:
 
 def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
     """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.abs(actual - expected)
-        ratio = error / np.maximum(bound, _SMALLEST)
-    unjudged = np.isinf(bound)
-    if not np.isfinite(ratio).all():
+    unjudged = 0
+    with np.errstate(all="ignore"):
+        error = np.subtract(actual, expected)
+        ratio = np.abs(error, out=error) / bound
+    # the largest is NaN where any is: then, and only then, look at every element for its reason
+    if not np.isfinite(ratio.max()) or not np.isfinite(bound.max()):
+        no_bound = np.isinf(bound)
         overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
-        fine = unjudged | overflow | (actual == expected)
+        fine = no_bound | overflow | (actual == expected)
         error[fine], ratio[fine] = 0.0, 0.0
         error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf
-    if criterion == "bits":
-        ratio[ratio > 0] = np.inf
+        unjudged = int(no_bound.sum())
     at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     return Check(
         criterion=criterion,
         computed_in=computed_in,
         elements=actual.size,
-        failures=int((ratio > 1).sum()),
-        unjudged=int(unjudged.sum()),
+        failures=int((ratio > 1).sum()) if ratio[at] > 1 else 0,
+        unjudged=unjudged,
         worst=float(ratio[at]),
         index=tuple(int(i) for i in at),
         actual=float(actual[at]),

@@ -1,21 +1,31 @@
-"""One call from a spec to an artifact on disk, verified and loaded."""
+"""One call from a spec to an artifact on disk, or from a model to one for each of its nodes."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile import artifact
-from opcompile.errors import VerificationError
-from opcompile.lower import PlanName, lower
-from opcompile.runtime import Artifact, load
+from opcompile.errors import EngineError, ModelError, OpcompileError, TargetError, VerificationError
+from opcompile.index import directory_names, require_place, write_index
+from opcompile.lower import Lowered, PlanName, lower
+from opcompile.runtime import MANIFEST, Artifact, load, parse_manifest
+from opcompile.source import Layer, Source, read
 from opcompile.spec import ConvTranspose3d
+from opcompile.target import Target
 from opcompile.target import target as named
+from opcompile.verify import Report
 from opcompile.verify import verify as check
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Directories of artifacts that were given no place; each is removed when the process ends.
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def compile(
@@ -33,11 +43,16 @@ def compile(
     ``weight`` (canonical, ``(C, M/g, kD, kH, kW)``) and ``bias`` (``(M,)``), when known, are packed
     into the artifact. Without ``into`` the directory is a temporary one that lives as long as the
     process. With ``verify`` the outputs are checked first: `VerificationError` when they are wrong,
-    and then the directory is left for inspection. Raises `SpecError`, `TargetError`, `EngineError`.
+    and then the directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target
+    whose code does not run here: `write` makes its directory), `EngineError`.
     """
     machine = named(target)
-    folder = Path(into) if into is not None else Path(tempfile.mkdtemp(prefix="opcompile-"))
-    written = artifact.write(lower(spec, machine, plan), folder, weight=weight, bias=bias)
+    if not machine.native:
+        raise TargetError(
+            f"code for {target} does not run on this machine, so that its artifact cannot be loaded here; "
+            "opcompile.build.write writes the directory alone, as does the command line"
+        )
+    written = write(spec, target, plan, into if into is not None else _scratch(), weight=weight, bias=bias)
     loaded = load(written)
     if verify:
         report = check(loaded)
@@ -45,3 +60,171 @@ def compile(
         if not report.passed:
             raise VerificationError(f"{written}: outputs lie beyond the error bound; report.json has the details")
     return loaded
+
+
+def write(
+    spec: ConvTranspose3d,
+    target: str,
+    plan: PlanName,
+    into: str | Path,
+    *,
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+) -> Path:
+    """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
+    return artifact.write(lower(spec, named(target), plan), into, weight=weight, bias=bias)
+
+
+def _scratch() -> Path:
+    _SCRATCH.append(tempfile.TemporaryDirectory(prefix="opcompile-"))
+    return Path(_SCRATCH[-1].name) / "artifact"
+
+
+# --- a whole source ---
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far `compile_all` is: ``step`` (``compile``, ``verify``, ``done``) of layer ``name``, ``done`` of ``total``."""
+
+    done: int
+    total: int
+    name: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Built:
+    """What became of one layer: an artifact in ``directory``, its verification, or the ``reason`` why not."""
+
+    name: str
+    spec: ConvTranspose3d | None
+    directory: Path | None = None
+    manifest: dict[str, Any] | None = None
+    report: Report | None = None
+    reason: str | None = None
+
+    @property
+    def status(self) -> str:
+        """``verified``, ``wrong``, ``not verified`` (``reason`` says why) or ``not compiled``."""
+        if self.directory is None:
+            return "not compiled"
+        if self.report is None:
+            return "not verified"
+        return "verified" if self.report.passed else "wrong"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the artifact, the manifest aside."""
+        return sum(int(f["bytes"]) for f in self.manifest["files"].values()) if self.manifest else 0
+
+    def worst(self, against: str) -> float | None:
+        """Return our largest error as a share of its bound against ``reference`` or ``onnxruntime``; None: not asked."""
+        rows = self.report.rows if self.report else ()
+        shares = [r.check.worst for r in rows if r.answer.startswith("opcompile") and r.against == against]
+        return max(shares, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; ``directory`` is the name inside the index's own."""
+        plan = self.manifest["plan"] if self.manifest else {}
+        shares = {name: self.worst(name) for name in ("reference", "onnxruntime")}
+        return {
+            "name": self.name,
+            "spec": str(self.spec) if self.spec else None,
+            "status": self.status,
+            "reason": self.reason,
+            "directory": self.directory.name if self.directory else None,
+            "bytes": self.size,
+            "plan": plan.get("name"),
+            "schedule": plan.get("schedule"),
+            "worst_share_of_bound": {k: v if v is None or v < float("inf") else "inf" for k, v in shares.items()},
+            "verified": self.report.date if self.report else None,
+        }
+
+
+def compile_all(
+    source: str | Path,
+    into: str | Path,
+    target: str = "llvm",
+    plan: PlanName = "best",
+    *,
+    nodes: Sequence[str] = (),
+    verify: bool = True,
+    progress: Callable[[Step], None] | None = None,
+) -> list[Built]:
+    """Compile everything that ``source`` stands for (see `opcompile.source`), and verify it.
+
+    A model's nodes go into subdirectories of ``into``, one each, with an ``index.json`` beside them, even
+    where there is only one; weights that the file holds are packed into the artifacts. A node that
+    cannot be compiled comes back with its reason and the others go on. ``nodes`` chooses some by name.
+    A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
+    Outputs beyond the bound are no exception here: see `Built.status`.
+    """
+    given, machine, place = read(source, nodes), named(target), Path(into)
+    alone = given.kind != "model"
+    names = directory_names(layer.name for layer in given.layers)
+    if not alone:
+        require_place(place, names)
+    lowered: dict[ConvTranspose3d, Lowered] = {}
+    built: list[Built] = []
+    for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):
+
+        def report(step: str, number: int = number, layer: Layer = layer) -> None:
+            if progress:
+                progress(Step(number + (step == "done"), len(given.layers), layer.name, step))
+
+        one = _Job(layer, place if alone else place / name, machine, plan, verify, report)
+        try:
+            built.append(one.run(lowered))
+        except (EngineError, TargetError):
+            raise  # of this machine, and so of every node
+        except OpcompileError as error:
+            if alone:
+                raise
+            built.append(Built(layer.name, layer.spec, reason=str(error)))
+        report("done")
+    if not alone:
+        place.mkdir(parents=True, exist_ok=True)
+        write_index(place, _origin(given, machine, plan), [b.to_json() for b in built])
+    return built
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """One layer on its way."""
+
+    layer: Layer
+    place: Path
+    machine: Target
+    plan: PlanName
+    verify: bool
+    report: Callable[[str], None]
+
+    def run(self, lowered: dict[ConvTranspose3d, Lowered]) -> Built:
+        """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before."""
+        layer, spec = self.layer, self.layer.spec
+        if spec is None:
+            return Built(layer.name, None, reason=layer.reason)
+        self.report("compile")
+        if spec not in lowered:
+            lowered[spec] = lower(spec, self.machine, self.plan)
+        place = artifact.write(lowered[spec], self.place, weight=layer.weight, bias=layer.bias)
+        found, reason = None, "it was not asked for"
+        if self.verify and self.machine.native:
+            self.report("verify")
+            found, reason = check(load(place)), ""
+            artifact.add_report(place, found.to_json())
+        elif self.verify:
+            reason = f"code for {self.machine.name} does not run on this machine"
+        manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
+        return Built(layer.name, spec, place, manifest, found, reason or None)
+
+
+def _origin(given: Source, machine: Target, plan: str) -> dict[str, Any]:
+    """Name the model by its file name and content: the directory may travel without it."""
+    path = Path(given.text)
+    try:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read again: {error.strerror}") from error
+    return {"source": path.name, "sha256": content, "target": machine.name, "plan": plan}

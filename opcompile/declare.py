@@ -58,30 +58,6 @@ def round_up(size: int, grain: int) -> int:
     return -(-size // grain) * grain
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """The part of one input axis that the phases read: ``extent`` elements from ``start`` on."""
-
-    start: int
-    extent: int
-    positions: int
-
-    @classmethod
-    def of(cls, axis: Axis, grain: int, as_axes: bool) -> _Window:
-        positions = round_up(axis.positions, grain)
-        reads = [offset for phase in axis.phases for offset in phase.offsets()] or [0]
-        low, high = min(reads), max(reads)
-        if as_axes:  # every phase is given the same number of taps, the surplus ones with zero weights
-            most = _taps(axis)
-            low = min(p.first_offset - (most - 1) * p.offset_step for p in axis.phases)
-            high = max(p.first_offset for p in axis.phases)
-        return cls(low, high - low + positions, positions)
-
-
-def _taps(axis: Axis) -> int:
-    return max(1, *(phase.taps for phase in axis.phases), 0)
-
-
 def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int, int]:
     """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, zero-padded to the grain and to whole taps."""
     c, m, *kernel = spec.w_shape
@@ -95,144 +71,210 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:  # 
     """Return the unscheduled function ``main(X, W[, B], Y)``.
 
     X and Y have the spec's shapes and layout, W has the shape `packed_from` gives. Indices are
-    32-bit where every tensor has fewer than 2^31 elements, 64-bit otherwise and for a dynamic batch.
+    32-bit where every tensor has fewer than 2^30 elements, 64-bit otherwise and for a dynamic batch.
     The tensors may lie at any address that suits their element type.
     """
-    as_axes = phases_as_axes(spec)
-    windows = [_Window.of(a, g, as_axes) for a, g in zip(spec.axes, grain.positions, strict=True)]
-    c_in, (c_total, m_rounded, *kernel) = spec.channels_in // spec.groups, packed_from(spec, grain)
-    index = _index_dtype(spec, windows, m_rounded)
+    scope = _Scope.of(spec, grain)
+    x = te.placeholder(scope.batched(*spec.x_shape[1:]), spec.dtype, name="X")
+    w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
+    b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
+    pad = scope.pad(x)
+    picked = _pick_axes(scope, pad, w) if phases_as_axes(spec) else _pick_blocks(scope, pad, w)
 
-    def sized(*sizes: Any) -> list[Any]:
-        return [tirx.IntImm(index, n) if isinstance(n, int) else n for n in sizes]
-
-    batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
-    x_shape, y_shape = ([batch, *sized(*shape[1:])] for shape in (spec.x_shape, spec.y_shape))
-    x = te.placeholder(x_shape, spec.dtype, name="X")
-    w = te.placeholder(sized(c_total, m_rounded, *kernel), spec.dtype, name="W")
-    b = te.placeholder(sized(spec.channels_out), spec.dtype, name="B")
-
-    padded = te.compute(
-        [batch, *sized(spec.groups, c_in, *(window.extent for window in windows))],
-        lambda n, g, c, *at: _inside(spec, x, n, g * c_in + c, [i + win.start for i, win in zip(at, windows)]),
-        name="pad",
-    )
-    c = te.reduce_axis((tirx.IntImm(index, 0), tirx.IntImm(index, c_in)), "c")
-
-    def contract(starts: Sequence[Any], firsts: Sequence[Any], taps: Sequence[Any], n: Any, g: Any, m: Any) -> Any:
-        window = [q - t * a.offset_step for q, t, a in zip(starts, taps, spec.axes, strict=True)]
-        tap = [k + t * a.tap_step for k, t, a in zip(firsts, taps, spec.axes, strict=True)]
-        products = _sum_type(spec, padded(n, g, c, *window)) * _sum_type(spec, w(g * c_in + c, m, *tap))
-        return te.sum(products, axis=[*taps, c])
-
-    def reduced_over(counts: Sequence[int]) -> list[Any]:
-        zero = tirx.IntImm(index, 0)
-        return [te.reduce_axis((zero, tirx.IntImm(index, k)), f"t{a}") for k, a in zip(counts, "dhw", strict=True)]
-
-    positions = [window.positions for window in windows]
-    blocks: dict[tuple[int, ...], Any] = {}
-
-    def one_phase(phases: Sequence[Phase]) -> Any:
-        """The block of one phase on each axis, reduced over exactly its taps."""
-        taps = reduced_over([p.taps for p in phases])
-
-        def at_position(n: Any, g: Any, m: Any, *at: Any) -> Any:
-            starts = [q + p.first_offset - win.start for q, p, win in zip(at, phases, windows, strict=True)]
-            return contract(starts, [p.first_tap for p in phases], taps, n, g, m)
-
-        name = "phase_" + "_".join(str(p.index) for p in phases)
-        return te.compute([batch, *sized(spec.groups, m_rounded, *positions)], at_position, name=name)
-
-    def every_phase() -> Any:
-        """One block with the phases as axes, each reduced over the largest number of taps."""
-        taps = reduced_over([_taps(a) for a in spec.axes])
-
-        def at_position(n: Any, g: Any, m: Any, *at: Any) -> Any:
-            found = [_first(a, f) for a, f in zip(spec.axes, at[:3], strict=True)]
-            starts = [q + off - win.start for q, (_, off), win in zip(at[3:], found, windows, strict=True)]
-            return contract(starts, [tap for tap, _ in found], taps, n, g, m)
-
-        strides = [len(a.phases) for a in spec.axes]
-        return te.compute([batch, *sized(spec.groups, m_rounded, *strides, *positions)], at_position, name="phase")
-
-    if as_axes:
-        whole = every_phase()
-    else:
-        for phases in product(*(axis.phases for axis in spec.axes)):
-            if all(phase.taps for phase in phases):
-                blocks[tuple(phase.index for phase in phases)] = one_phase(phases)
-
-    m_out = spec.channels_out // spec.groups
-    zero = tirx.const(0, spec.sum_dtype)
-
-    def pick(n: Any, m: Any, *o: Any) -> Any:
-        q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
-        f = [tirx.floormod(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
-        at = [n, tirx.floordiv(m, m_out), tirx.floormod(m, m_out)]
-        if as_axes:
-            return _where_taps(spec, f, whole(*at, *f, *q), zero)
-        value: Any = None if len(blocks) == math.prod(len(a.phases) for a in spec.axes) else zero
-        for indices, block in reversed(blocks.items()):
-            here = block(*at, *q)
-            meets = [fi == i for fi, i, a in zip(f, indices, spec.axes, strict=True) if len(a.phases) > 1]
-            value = here if value is None or not meets else tirx.Select(tirx.all(*meets), here, value)
-        return value
-
-    def finish(n: Any, m: Any, *o: Any) -> Any:
-        z = pick(n, m, *o)
-        if spec.bias:
-            z = z + _sum_type(spec, b(m))
+    def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:
+        z = picked(n, m, o) + _sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
         return activate(spec.activation, z).astype(spec.dtype)
 
-    def output(n: Any, *at: Any) -> Any:
-        return finish(n, *at) if spec.layout == "NCDHW" else finish(n, at[-1], *at[:-1])
-
-    y = te.compute(y_shape, output, name="output")
+    y = te.compute(
+        scope.batched(*spec.y_shape[1:]),
+        lambda n, *at: finish(n, at[0], at[1:]) if spec.layout == "NCDHW" else finish(n, at[-1], at[:-1]),
+        name="output",
+    )
     func = te.create_prim_func([x, w, b, y] if spec.bias else [x, w, y])
-    return _unaligned(func, {"X": spec.dtype, "W": spec.dtype, "B": spec.dtype, "output": spec.dtype})
+    return _unaligned(func, {name: spec.dtype for name in ("X", "W", "B", "output")})
 
 
-def _index_dtype(spec: ConvTranspose3d, windows: Sequence[_Window], m_rounded: int) -> str:
+Picker = Callable[[Any, Any, Sequence[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The part of one input axis that the phases read: ``extent`` elements from ``start`` on."""
+
+    start: int
+    extent: int
+    positions: int
+
+    @classmethod
+    def of(cls, axis: Axis, grain: int) -> _Window:
+        positions = round_up(axis.positions, grain)
+        reads = [offset for phase in axis.phases for offset in phase.offsets()] or [0]
+        return cls(min(reads), max(reads) - min(reads) + positions, positions)
+
+    @classmethod
+    def with_all_taps(cls, axis: Axis, grain: int) -> _Window:
+        """The same when every phase is given the same number of taps, the surplus ones with zero weights."""
+        positions = round_up(axis.positions, grain)
+        firsts = [_first(axis, phase.index)[1] for phase in axis.phases]
+        low = min(firsts) - (_taps(axis) - 1) * axis.offset_step
+        return cls(low, max(firsts) - low + positions, positions)
+
+
+def _taps(axis: Axis) -> int:
+    return max(1, *(phase.taps for phase in axis.phases), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What the blocks of one declaration share: rounded sizes, and the type and unknowns of their indices."""
+
+    spec: ConvTranspose3d
+    windows: tuple[_Window, ...]
+    channels: int
+    index: str
+    batch: Any
+
+    @classmethod
+    def of(cls, spec: ConvTranspose3d, grain: Grain) -> _Scope:
+        window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
+        windows = tuple(window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True))
+        channels = round_up(spec.channels_out // spec.groups, grain.channels)
+        index = _index_dtype(spec, windows, grain)
+        batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
+        return cls(spec, windows, channels, index, batch)
+
+    def sizes(self, *sizes: int | None) -> list[Any]:
+        return [tirx.IntImm(self.index, n) for n in sizes]
+
+    def batched(self, *sizes: int | None) -> list[Any]:
+        return [self.batch, *self.sizes(*sizes)]
+
+    def reduced(self, counts: Sequence[int]) -> list[Any]:
+        """Reduction axes over taps."""
+        return [
+            te.reduce_axis((tirx.IntImm(self.index, 0), n), f"t{a}")
+            for n, a in zip(self.sizes(*counts), "dhw", strict=True)
+        ]
+
+    def pad(self, x: Any) -> Any:
+        """The part of X that is read, zero where X has no element."""
+        spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
+
+        def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
+            where = [i + win.start for i, win in zip(at, self.windows, strict=True)]
+            tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
+            channel = g * c_in + c
+            value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
+            return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, spec.dtype))
+
+        shape = self.batched(spec.groups, c_in, *(win.extent for win in self.windows))
+        return te.compute(shape, element, name="pad")
+
+    def contract(self, pad: Any, w: Any, lead: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any, Any]]) -> Any:
+        """Sum over taps and channels; ``firsts`` holds (position, first tap, first offset) of each axis."""
+        spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
+        n, g, m = lead
+        c = te.reduce_axis((tirx.IntImm(self.index, 0), tirx.IntImm(self.index, c_in)), "c")
+        reads, kernel = [], []
+        for (q, tap, offset), t, axis, win in zip(firsts, taps, spec.axes, self.windows, strict=True):
+            reads.append(q + (offset - win.start) - t * axis.offset_step)
+            kernel.append(tap + t * axis.tap_step)
+        product = _sum_type(spec, pad(n, g, c, *reads)) * _sum_type(spec, w(g * c_in + c, m, *kernel))
+        return te.sum(product, axis=[*taps, c])
+
+
+def _index_dtype(spec: ConvTranspose3d, windows: Sequence[_Window], grain: Grain) -> str:
     if spec.batch is None:
         return "int64"
-    padded = spec.channels_in * math.prod(win.extent for win in windows)
-    phase = spec.groups * m_rounded * math.prod(win.positions for win in windows)
+    x, y, w = (math.prod(n or 1 for n in s) for s in (spec.x_shape, spec.y_shape, packed_from(spec, grain)))
+    pad = spec.batch * spec.channels_in * math.prod(win.extent for win in windows)
+    phase = spec.batch * (w // spec.w_shape[2]) * math.prod(win.positions for win in windows)
     if phases_as_axes(spec):
         phase *= math.prod(len(a.phases) for a in spec.axes)
-    x, y = (math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape))
-    # element numbers must fit, and so must byte addresses' worth of rounding: leave a factor of two
-    largest = max(x, y, spec.batch * padded, spec.batch * phase, math.prod(packed_from(spec, Grain(m_rounded))))
-    return "int64" if largest >= 2**30 else "int32"
+    # rounding up and fusing loops may double a range: leave a factor of two below 2^31
+    return "int64" if max(x, y, w, pad, phase) >= 2**30 else "int32"
 
 
 def _sum_type(spec: ConvTranspose3d, value: Any) -> Any:
     return value if spec.dtype == spec.sum_dtype else value.astype(spec.sum_dtype)
 
 
-def _inside(spec: ConvTranspose3d, x: Any, n: Any, c: Any, at: Sequence[Any]) -> Any:
-    """Element of X where there is one, else zero."""
-    element = x(n, c, *at) if spec.layout == "NCDHW" else x(n, *at, c)
-    tests = [test for i, a in zip(at, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
-    return tirx.if_then_else(tirx.all(*tests), element, tirx.const(0, spec.dtype))
+def _grouped(spec: ConvTranspose3d, m: Any) -> tuple[Any, Any]:
+    """The group of output channel ``m``, and its place there."""
+    m_out = spec.channels_out // spec.groups
+    return tirx.floordiv(m, m_out), tirx.floormod(m, m_out)
+
+
+def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Positions and phases of an output element."""
+    strides = [a.stride for a in spec.axes]
+    quotients = [tirx.floordiv(i, s) for i, s in zip(o, strides, strict=True)]
+    return quotients, [tirx.floormod(i, s) for i, s in zip(o, strides, strict=True)]
+
+
+def _pick_blocks(scope: _Scope, pad: Any, w: Any) -> Picker:
+    """One block a phase, each reduced over exactly its taps; a phase without taps is zero and has no block."""
+    spec = scope.spec
+
+    def block(phases: Sequence[Phase]) -> Any:
+        taps = scope.reduced([p.taps for p in phases])
+        return te.compute(
+            scope.batched(spec.groups, scope.channels, *(win.positions for win in scope.windows)),
+            lambda n, g, m, *q: scope.contract(
+                pad, w, (n, g, m), taps, [(i, p.first_tap, p.first_offset) for i, p in zip(q, phases, strict=True)]
+            ),
+            name="phase_" + "_".join(str(p.index) for p in phases),
+        )
+
+    every = list(product(*(axis.phases for axis in spec.axes)))
+    blocks = [(phases, block(phases)) for phases in every if all(p.taps for p in phases)]
+
+    def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
+        q, f = _split(spec, o)
+        value = None if len(blocks) == len(every) else tirx.const(0, spec.sum_dtype)
+        for phases, computed in reversed(blocks):
+            here = computed(n, *_grouped(spec, m), *q)
+            tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
+            value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
+        return value
+
+    return pick
+
+
+def _pick_axes(scope: _Scope, pad: Any, w: Any) -> Picker:
+    """One block with the phases as axes, each reduced over the largest number of taps of any."""
+    spec = scope.spec
+    taps = scope.reduced([_taps(a) for a in spec.axes])
+
+    def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
+        firsts = [(q, *_first(a, f)) for a, f, q in zip(spec.axes, fq[:3], fq[3:], strict=True)]
+        return scope.contract(pad, w, (n, g, m), taps, firsts)
+
+    phases = [len(a.phases) for a in spec.axes]
+    positions = [win.positions for win in scope.windows]
+    block = te.compute(scope.batched(spec.groups, scope.channels, *phases, *positions), at, name="phase")
+
+    def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
+        q, f = _split(spec, o)
+        value = block(n, *_grouped(spec, m), *f, *q)
+        gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
+        tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
+        return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value
+
+    return pick
 
 
 def _first(axis: Axis, f: Any) -> tuple[Any, Any]:
-    """First tap and input offset of phase ``f``, as expressions: `Axis.phase` solved for ``t``.
+    """First tap and input offset of phase ``f``, an int or an expression: `Axis.phase` solved for ``t``.
 
     ``(f + begin - t*d) % s == 0`` with ``g = gcd(s, d)`` has the solution
     ``t = (f + begin)/g * (d/g)^-1 mod s/g`` when g divides ``f + begin``, and none otherwise: the
-    value is then meaningless, and `_where_taps` discards it.
+    values are then those of a neighbour, and `_pick_axes` discards the sum.
     """
     g = math.gcd(axis.stride, axis.dilation)
     inverse = pow(axis.dilation // g, -1, axis.tap_step) if axis.tap_step > 1 else 0
-    tap = tirx.floormod(tirx.floordiv(f + axis.begin, g) * inverse, axis.tap_step)
-    return tap, tirx.floordiv(f + axis.begin - tap * axis.dilation, axis.stride)
-
-
-def _where_taps(spec: ConvTranspose3d, f: Sequence[Any], value: Any, zero: Any) -> Any:
-    gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
-    tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
-    return tirx.Select(tirx.all(*tests), value, zero) if tests else value
+    tap = (f + axis.begin) // g * inverse % axis.tap_step
+    return tap, (f + axis.begin - tap * axis.dilation) // axis.stride
 
 
 def _unaligned(func: tirx.PrimFunc, params: dict[str, str]) -> tirx.PrimFunc:

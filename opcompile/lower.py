@@ -119,10 +119,8 @@ def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
 def packing(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Packing:
     """How a canonical weight becomes the kernel's W."""
     padded = packed_from(spec, grain(tiles))
-    _, order = llvm.packed_axes(spec, tiles)
-    c, m, *kernel = padded
-    c_in = c // spec.groups
-    return Packing(padded, (spec.groups, c_in, m // tiles.block, tiles.block, *kernel), order)
+    view, order = llvm.packed(spec, tiles, padded)
+    return Packing(padded, view, order)
 
 
 def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:

@@ -61,7 +61,7 @@ class Record:
     spec: str
     target: str
     declaration: str
-    tiles: dict[str, int | str]
+    tiles: dict[str, Any]
     run_us: float
     samples: list[dict[str, Any]]
     finals: list[dict[str, Any]]
@@ -80,7 +80,7 @@ class Record:
         return next((s["run_us"] for s in self.finals if s.get("rank") == 0), None)
 
     def why(self) -> tuple[str, ...]:
-        """The argument in words, one line a fact."""
+        """Give the argument in words, one line a fact."""
         measured = [s for s in self.samples if s.get("run_us") is not None]
         lines = [f"the fastest of {len(measured)} measured candidates: {self.run_us:.1f} us, median"]
         if self.baseline_us is not None:
@@ -98,7 +98,7 @@ class Record:
             )
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
         return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -107,12 +107,12 @@ class Record:
 
 
 def key(spec_text: str) -> str:
-    """The name a layer's record goes by: the start of the SHA-256 of its text form."""
+    """Return the name a layer's record goes by: the start of the SHA-256 of its text form."""
     return hashlib.sha256(spec_text.encode()).hexdigest()[:16]
 
 
 def own_folder() -> Path:
-    """Where the user's own records are kept; it need not exist."""
+    """Return where the user's own records are kept; it need not exist."""
     if own := os.environ.get(FOLDER_VARIABLE):
         return Path(own).expanduser()
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
@@ -120,22 +120,22 @@ def own_folder() -> Path:
 
 
 def shipped_folder() -> Path:
-    """The records that come with the package."""
+    """Return where the records are that come with the package."""
     return Path(str(resources.files("schedules"))) / "records"
 
 
 def folders() -> list[Path]:
-    """Where records are looked for, the first one found counts."""
+    """List where records are looked for; the first one found counts."""
     return [own_folder(), shipped_folder()]
 
 
 def path_of(folder: Path, spec: ConvTranspose3d, target: Target) -> Path:
-    """Where the record of ``spec`` on ``target`` stands in ``folder``."""
+    """Return where the record of ``spec`` on ``target`` stands in ``folder``."""
     return folder / target.name.replace(":", "-") / f"{key(str(spec))}.json"
 
 
 def find_record(spec: ConvTranspose3d, target: Target) -> Record | None:
-    """The record of ``spec`` on ``target``, or None where there is none. Raises `RecordError` for a bad one."""
+    """Return the record of ``spec`` on ``target``, None where there is none. Raises `RecordError` for a bad one."""
     for folder in folders():
         path = path_of(folder, spec, target)
         if path.exists():
@@ -260,7 +260,7 @@ def _is_time(value: object) -> bool:
 
 
 def _unsound(sample: object) -> str | None:
-    """What keeps ``sample`` from being a measurement or a failed one."""
+    """Say what keeps ``sample`` from being a measurement or a failed one."""
     if not isinstance(sample, dict) or not isinstance(sample.get("tiles"), dict):
         return "is not an object with tiles"
     if isinstance(sample.get("error"), str):
@@ -275,7 +275,7 @@ def _unsound(sample: object) -> str | None:
 
 
 def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> str | None:
-    """Why these tiles cannot be scheduled for ``spec`` on ``target``, or None where they can.
+    """Say why these tiles cannot be scheduled for ``spec`` on ``target``; None where they can.
 
     The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow.
     """

@@ -317,7 +317,7 @@ class Artifact:
         shapes = {"x": spec.x_shape, "w": spec.w_shape, "b": (spec.channels_out,), "out": spec.y_shape}
         plain = None if spec.dtype == "bfloat16" else storage
         self._slots = {name: _Slot(name, shape, spec.dtype, storage, plain) for name, shape in shapes.items()}
-        self._image = spec.y_shape[1:]
+        self._image = tuple(size for size in spec.y_shape[1:] if size is not None)
         self._run, self._error = library.opcompile_run, library.opcompile_error
         self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p

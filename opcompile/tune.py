@@ -1,9 +1,9 @@
 """(spec, target, budget) -> record: measure schedules, keep the fastest, say how it was found.
 
 TVM's MetaSchedule is the engine. A candidate comes out of one of its spaces (`space`: a `ScheduleFn`
-that samples one decision, which tiles), its `LocalBuilder` compiles it in a process of its own, TVM's
-time evaluator measures it, on this machine or on the servers of a TVM RPC tracker. What is done here
-instead of there, and why:
+that samples one decision, which tiles), TVM's process pool compiles it, and TVM's time evaluator
+measures it, on this machine or on the servers of a TVM RPC tracker. What MetaSchedule could do as
+well and is done here instead, and why:
 
 * *The order.* The space of one layer is a few hundred tiles, enumerated, and each is another
   declaration (`opcompile.lower.grain`). So they are walked without repetition (`walk`), where
@@ -27,42 +27,45 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import random
 import shutil
 import signal
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from opcompile._journal import Journal
+from opcompile._measure import ask_tracker
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
-from opcompile.record import Record, own_folder, write_atomically, write_record
+from opcompile.record import Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores
 from opcompile.target import target as named
 
 if TYPE_CHECKING:
-    from schedules.llvm import Estimate, Tiles
+    from tvm.s_tir import Schedule
 
-# A candidate that takes longer to compile, or to measure, counts as failed. Seconds.
+    from schedules.llvm import Tiles
+
+# A compiling process is replaced after so many candidates: TVM keeps some memory of each.
+_BUILDS_A_PROCESS = 32
+# Seconds after which a candidate counts as failed: in compiling, and in being measured.
 BUILD_S = 120
 MEASURE_S = 120
-# Starting Python and TVM comes on top of a measurement.
-_START_S = 30
+# Starting Python, loading TVM and filling tensors comes on top of a measurement.
+_START_S = 60
 # A sample is the mean over as many calls as fill this time, so that the clock's grain is nothing.
 _SAMPLE_MS = 20
 _SAMPLES = 8
@@ -71,24 +74,23 @@ _FINALISTS = 3
 _FINAL_SAMPLES = 16
 # Medians this close are a tie, which the better rank wins.
 _TIE = 0.01
-# A measurement whose connection broke is tried on up to this many servers.
+# A measurement whose connection broke is tried this many times.
 _ATTEMPTS = 3
-# How long a tracker may take to answer; how long to wait for one of its servers to become free. Seconds.
+# How long a tracker may take to answer; how long one request may wait in its queue before it is asked
+# whether there is any server left; how long to wait for a server in all. Seconds.
 _ANSWER_S = 10
-_FREE_S = 600
-# How long one request may stand in the tracker's queue before it is asked whether any server is left.
 _QUEUE_S = 20
+_FREE_S = 600
 
-_JOURNAL = "journal.jsonl"
-_JOURNAL_FORMAT = 1
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far tuning is: ``done`` of ``total`` candidates, ``failures`` of them without a time.
 
-    ``best_us`` is the best median so far in microseconds, None before there is one. ``step`` says
-    what is going on: ``build``, ``measure`` or ``finals``.
+    ``best_us`` is the best median so far in microseconds, None before there is one. ``step`` is what
+    comes next: ``build``, ``measure``, ``finals`` or ``done``.
     """
 
     done: int
@@ -99,29 +101,6 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """Where candidates are measured: on this machine, or on the servers that ``tracker`` has for ``key``."""
-
-    tracker: tuple[str, int] | None
-    key: str | None
-    threads: int
-
-    @property
-    def name(self) -> str:
-        return f"RPC servers of key {self.key}" if self.tracker else _this_device()
-
-
-@dataclass(frozen=True, slots=True)
-class _Built:
-    """A candidate and the library made of it, or the error that kept it from being made."""
-
-    estimate: Estimate
-    rank: int
-    library: str | None
-    error: str | None = None
 
 
 def tune(
@@ -142,40 +121,45 @@ def tune(
     which order, depends on ``spec``, ``target`` and ``seed`` alone. Each is measured with one thread
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
     longer than `BUILD_S` to compile or `MEASURE_S` to measure, is recorded as failed. The few best
-    are then measured again in turns with the baseline, and the median decides.
+    are then measured again in turns with the baseline, and their medians decide. A dynamic batch is
+    measured with one element.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
     key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
     continues where it was, and a larger budget adds to it. By default it is a directory in the user's
     cache, one for everything that makes times comparable. The record goes to ``into``, by default
-    `opcompile.record.own_folder`, where ``plan="best"`` finds it.
+    `opcompile.record.own_folder`, where the plans ``best`` and ``tuned`` find it.
 
-    Raises `EngineError` (a package of the extra ``tune`` is missing), `TargetError` (this machine
-    cannot run the target, the tracker does not answer, has no server, or nothing could be measured),
-    `RecordError` (``work_dir`` holds measurements of something else, or is in use).
+    Raises `SpecError` (a budget below one), `EngineError` (a package of the extra ``tune`` is missing,
+    or a C compiler), `TargetError` (this machine cannot run the target; the tracker does not answer or
+    has no server; nothing could be measured) and `RecordError` (``work_dir`` holds measurements of
+    something else or is in use; a directory cannot be written).
     """
     machine = named(target)
     if type(trials) is not int or trials < 1:
-        raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1: candidates to measure")
+        raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
+    _require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
-    folder = Path(into) if into is not None else own_folder()
     from opcompile.lower import declaration_hash
     from schedules import llvm
 
     estimates = llvm.candidates(spec, machine.machine)
-    header = _header(spec, machine, site, seed, estimates[0].tiles)
-    home = Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)
-    with _locked(home), tempfile.TemporaryDirectory(dir=home, prefix="build-") as builds:
-        journal = _Journal.open(home / _JOURNAL, header)
+    header = _header(spec, machine, site, seed, [e.tiles for e in estimates])
+    with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
+        journal = Journal.open(home / "journal.jsonl", header)
         report = partial(_report, progress, journal, min(trials, len(estimates)))
-        bench = _Bench(spec, machine, site, estimates, Path(builds))
-        chosen = [rank for rank in walk(len(estimates), seed)][:trials]
-        todo = [rank for rank in chosen if estimates[rank].tiles not in journal.measured()]
-        report("build")
-        for sample in bench.measure(todo, report):
-            journal.add(sample)
-            report("measure")
-        finals = _finals(bench, journal, report)
+        folder = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
+        with closing(_Bench(spec, machine, site, [e.tiles for e in estimates], folder)) as bench:
+            measured = {sample["rank"] for sample in journal.samples}
+            todo = [rank for rank in walk(len(estimates), seed)[:trials] if rank not in measured]
+            for batch in _batches(todo, 8 * cores()):
+                report("build")
+                built = bench.build(batch)
+                report("measure")
+                for sample in bench.measure(built):
+                    journal.add(sample)
+                    report("measure")
+            finals = _finals(bench, journal, report)
     winner = _winner(finals)
     record = Record(
         spec=str(spec),
@@ -185,6 +169,483 @@ def tune(
         run_us=winner["run_us"],
         samples=journal.samples,
         finals=finals,
-        provenance=_provenance(site, seed, finals),
+        provenance=_provenance(spec, site, seed, finals),
     )
-    return replace(record, path=write_record(record, folder, spec, machine))
+    written = write_record(record, Path(into) if into is not None else own_folder(), spec, machine)
+    report("done")
+    return replace(record, path=written)
+
+
+# --- which candidates, in which order ---
+
+
+def walk(count: int, seed: int) -> list[int]:
+    """Return the order in which ``count`` ranked candidates are measured, each exactly once.
+
+    In turns the next best by arithmetic and the next of a seeded shuffle: arithmetic is mostly right,
+    and where it is wrong it is wrong for a whole family. The baseline, rank 0, comes first. The order
+    does not depend on the budget, so that a larger one continues a smaller one.
+    """
+    shuffled = random.Random(seed).sample(range(count), count)  # noqa: S311 (an order, not a secret)
+    in_turns = [rank for pair in zip(range(count), shuffled, strict=True) for rank in pair]
+    return list(dict.fromkeys(in_turns))
+
+
+def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
+    """Return the function of a MetaSchedule `ScheduleFn`: sample one of ``choices``, then make its moves.
+
+    All ``choices`` must agree on the declaration (`opcompile.lower.grain`). ``decision`` fixes the
+    sample. The moves depend on what was sampled, so the space is for strategies that call the function
+    (``replay-func``), not for those that change a decision in a finished trace.
+    """
+    from opcompile.lower import KERNEL
+    from schedules import llvm
+
+    def sample(sch: Schedule) -> None:
+        sch.work_on(KERNEL)
+        index = sch.sample_categorical(list(range(len(choices))), [1 / len(choices)] * len(choices), decision)
+        llvm.schedule(sch, spec, choices[int(sch.get(index))])
+
+    return sample
+
+
+def decided(sch: Schedule, choices: Sequence[Tiles]) -> Tiles:
+    """Read from its trace which tiles a schedule out of `space` was made with."""
+    (decision,) = sch.trace.decisions.values()
+    return choices[int(decision)]
+
+
+def _batches(ranks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(ranks), size):
+        yield ranks[start : start + size]
+
+
+# --- building and measuring ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where candidates are measured: on this machine, or on the servers that ``tracker`` has for ``key``."""
+
+    tracker: tuple[str, int] | None
+    key: str | None
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"RPC servers of key {self.key}" if self.tracker else _this_device()
+
+
+def _site(machine: Target, tracker: str | None, key: str | None) -> _Site:
+    threads = os.environ.get("TVM_NUM_THREADS", "1")
+    if not threads.isdecimal() or int(threads) < 1:
+        raise TargetError(f"TVM_NUM_THREADS is {threads!r}, but must be a number of threads; unset it for one")
+    if tracker is None and key is None:
+        if not machine.native:
+            raise TargetError(
+                f"this machine cannot run code for {machine.name}, so it cannot measure it; "
+                "give the tracker and the key of machines that can"
+            )
+        return _Site(None, None, int(threads))
+    if tracker is None or key is None:
+        raise TargetError("a tracker and a key go together: HOST:PORT of a TVM RPC tracker, and the key of its servers")
+    host, colon, port = tracker.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise TargetError(f"tracker {tracker!r} is not of the form HOST:PORT, like 192.168.1.2:9190")
+    site = _Site((host.strip("[]"), int(port)), key, int(threads))
+    _servers(site)
+    return site
+
+
+def _servers(site: _Site) -> int:
+    """Count the servers that the tracker has for the key. Raises `TargetError` where there is none, or no answer."""
+    from tvm.rpc.base import TrackerCode
+
+    host, port = site.tracker or ("", 0)
+    try:
+        summary = ask_tracker((host, port), [TrackerCode.SUMMARY], _ANSWER_S, _ANSWER_S)
+        keys = [str(server["key"]).removeprefix("server:") for server in summary["server_info"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"the RPC tracker {host}:{port} does not answer ({error}); start one with "
+            f"`python -m tvm.exec.rpc_tracker --host {host} --port {port}`"
+        ) from error
+    if site.key not in keys:
+        others = f"it has servers for: {', '.join(sorted(set(keys)))}" if keys else "it has no server at all"
+        raise TargetError(
+            f"the RPC tracker {host}:{port} has no server for key {site.key!r}; {others}; start one with "
+            f"`python -m tvm.exec.rpc_server --tracker {host}:{port} --key {site.key}`"
+        )
+    return keys.count(str(site.key))
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A candidate, and the library made of it or the error that kept it from being made."""
+
+    rank: int
+    library: str
+    error: str
+
+
+class _Bench:
+    """Builds and measures candidates, which are ranks into ``choices``; libraries go to ``folder``."""
+
+    def __init__(
+        self, spec: ConvTranspose3d, machine: Target, site: _Site, choices: Sequence[Tiles], folder: Path
+    ) -> None:
+        self.spec, self.machine, self.site, self.choices, self.folder = spec, machine, site, choices, folder
+        self._built: dict[int, _Built] = {}
+
+    def build(self, ranks: Sequence[int]) -> list[_Built]:
+        """Schedule the candidates and compile them, on every core in a process of its own; each one once."""
+        from tvm.support.popen_pool import StatusKind
+
+        modules: dict[int, Any] = {}
+        for rank in (r for r in ranks if r not in self._built):
+            try:
+                modules[rank] = self._schedule(rank).mod
+            except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
+                self._built[rank] = _Built(rank, "", _last_line(str(error)))
+        compile_one = partial(_compile, self.machine.tvm(), str(self.folder), _linker(self.machine))
+        for rank, made in zip(modules, self._pool.map_with_error_catching(compile_one, modules.values()), strict=True):
+            if made.status == StatusKind.COMPLETE:
+                self._built[rank] = _Built(rank, made.value, "")
+            else:
+                late = made.status == StatusKind.TIMEOUT
+                error = f"compiling took longer than {BUILD_S} s" if late else _last_line(str(made.value))
+                self._built[rank] = _Built(rank, "", error)
+        return [self._built[rank] for rank in ranks]
+
+    @cached_property
+    def _pool(self) -> Any:
+        """TVM's process pool. MetaSchedule's `LocalBuilder` starts another one for each batch."""
+        from tvm.support.popen_pool import PopenPoolExecutor
+
+        return PopenPoolExecutor(
+            max_workers=cores(), timeout=BUILD_S, initializer=_importable(), maximum_process_uses=_BUILDS_A_PROCESS
+        )
+
+    def close(self) -> None:
+        """End the pool's processes and remove the libraries."""
+        if "_pool" in self.__dict__:
+            self._pool.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _schedule(self, rank: int) -> Schedule:
+        """Let MetaSchedule make the candidate: one decision in the space of its declaration."""
+        import tvm
+        from tvm.s_tir.meta_schedule.space_generator import ScheduleFn
+
+        from opcompile.lower import KERNEL, declared, grain
+
+        tiles = self.choices[rank]
+        alike = [t for t in self.choices if grain(t) == grain(tiles)]
+        function = space(self.spec, alike, alike.index(tiles))
+        generator = ScheduleFn(function, sch_rules=[], postprocs=[], mutator_probs={})
+        (sch,) = generator.generate_design_space(tvm.IRModule({KERNEL: declared(self.spec, tiles)}))
+        return sch
+
+    def measure(self, built: Sequence[_Built]) -> Iterator[Sample]:
+        """Yield each candidate's sample as soon as it is there: one at a time here, on all servers remotely."""
+        for failed in (b for b in built if b.error):
+            yield self.sample(failed.rank, error=failed.error)
+        whole = [b for b in built if not b.error]
+        if self.site.tracker is None:
+            yield from map(self._measure_one, whole)
+        elif whole:
+            yield from self._farm_out(whole)
+
+    def _farm_out(self, built: Sequence[_Built]) -> Iterator[Sample]:
+        lost: TargetError | None = None
+        with ThreadPoolExecutor(_servers(self.site)) as pool:
+            running = [pool.submit(self._measure_one, b) for b in built]
+            for future in as_completed(running):
+                try:
+                    if not future.cancelled():
+                        yield future.result()
+                except TargetError as error:
+                    # what is running on other servers is still worth waiting for
+                    lost = error
+                    pool.shutdown(wait=False, cancel_futures=True)
+        if lost is not None:
+            raise lost
+
+    def _measure_one(self, built: _Built) -> Sample:
+        try:
+            (times_us,), device = self.in_turns([built], _SAMPLES)
+        except _CandidateFailed as failure:
+            return self.sample(built.rank, error=str(failure))
+        return self.sample(built.rank, times_us=times_us, device=device)
+
+    def in_turns(self, built: Sequence[_Built], samples: int) -> tuple[list[list[float]], str]:
+        """Measure candidates in turns in one process on one device; return their times in us and its name.
+
+        Raises `_CandidateFailed`, and `TargetError` when there is no server left to measure on.
+        """
+        job = {
+            "libraries": [b.library for b in built],
+            "arguments": [_arguments(self.spec, self.choices[b.rank]) for b in built],
+            "samples": samples,
+            "sample_ms": _SAMPLE_MS,
+            "threads": self.site.threads,
+            "session_s": MEASURE_S * len(built),
+            "queue_s": _QUEUE_S,
+            "limit_s": MEASURE_S * len(built) + _START_S + _QUEUE_S,
+            "tracker": [*self.site.tracker, self.site.key] if self.site.tracker else None,
+        }
+        answer = _run(job)
+        broken, waited_s = 1, 0
+        while answer.get("failed") in ("queue", "connection"):
+            if answer["failed"] == "queue":
+                servers, waited_s = _servers(self.site), waited_s + _QUEUE_S
+                if waited_s >= _FREE_S:
+                    raise TargetError(
+                        f"none of the {servers} servers for key {self.site.key!r} was free in {_FREE_S} s"
+                    )
+            elif broken < _ATTEMPTS:
+                broken += 1
+            else:
+                raise _CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
+            answer = _run(job)
+        if "failed" in answer:
+            raise _CandidateFailed(answer["error"])
+        device = _this_device() if self.site.tracker is None else f"{answer['device']}, by RPC, key {self.site.key}"
+        return answer["times_us"], device
+
+    def sample(self, rank: int, **outcome: Any) -> Sample:
+        if "times_us" in outcome:
+            outcome["run_us"] = statistics.median(outcome["times_us"])
+        return {"tiles": asdict(self.choices[rank]), "rank": rank, **outcome}
+
+
+class _CandidateFailed(Exception):
+    """Why a candidate has no time."""
+
+
+def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, module: Any) -> str:
+    """Compile in a process of the pool; return the path of a shared library, or of objects for the server to link."""
+    import tvm
+    from tvm.support.tar import tar
+
+    with tvm.target.Target(target) as tvm_target:
+        executable = tvm.compile(module, target=tvm_target)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    if linker is None:
+        executable.export_library(str(own / "kernel.tar"), fcompile=tar)
+        return str(own / "kernel.tar")
+    executable.mod.write_to_file(str(own / "kernel.o"), "o")
+    command = [*linker, "-shared", "-o", str(own / "kernel.so"), str(own / "kernel.o"), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the linker ended with status {done.returncode}: {done.stderr.strip()}")
+    return str(own / "kernel.so")
+
+
+def _linker(machine: Target) -> list[str] | None:
+    """Return the command that links for ``machine``; None where only its own kind can. Raises `EngineError`."""
+    from opcompile.link import _linker as command
+    from opcompile.runtime import host
+
+    foreign = (machine.architecture, machine.system) != host()
+    return None if foreign and importlib.util.find_spec("ziglang") is None else command(machine)
+
+
+def _importable() -> Callable[[], None]:
+    """Return the pool's initializer: a worker finds what this process finds, wherever it was started."""
+    paths = list(sys.path)
+
+    def initialise() -> None:
+        import sys
+
+        sys.path[:] = paths
+
+    return initialise
+
+
+def _arguments(spec: ConvTranspose3d, tiles: Tiles) -> list[list[Any]]:
+    """Names, dtypes and shapes of what the kernel takes, a dynamic batch being one."""
+    from opcompile.lower import packing
+
+    one = spec.with_batch(spec.batch or 1)
+    shapes: dict[str, Sequence[int | None]] = {"X": one.x_shape, "W": packing(spec, tiles).shape}
+    if spec.bias:
+        shapes["B"] = (spec.channels_out,)
+    shapes["Y"] = one.y_shape
+    return [[name, spec.dtype, list(shape)] for name, shape in shapes.items()]
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure one job in a process of its own; see `opcompile._measure`. A process that ends badly failed."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
+        "TVM_NUM_THREADS": str(job["threads"]),
+        "TVM_USE_RUNTIME_LIB": "1",
+    }
+    command = [sys.executable, "-m", "opcompile._measure"]
+    kind = "connection" if job["tracker"] else "candidate"
+    limit_s = job["limit_s"]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job),
+            env=environment,
+            timeout=limit_s,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": kind, "error": f"the measurement took longer than {limit_s} s and was stopped"}
+    if done.returncode:
+        how = f"signal {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"status {done.returncode}"
+        return {"failed": kind, "error": f"the measuring process ended with {how}. {_last_line(done.stderr)}".strip()}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _last_line(text: str) -> str:
+    """Return the line of a traceback that says what happened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+# --- who wins ---
+
+
+def _finals(bench: _Bench, journal: Journal, report: Callable[[str], None]) -> list[Sample]:
+    """Measure the few best again, in turns with the baseline; what the journal holds is not repeated."""
+    timed = sorted((s for s in journal.samples if "run_us" in s), key=lambda s: (s["run_us"], s["rank"]))
+    if not timed:
+        first = journal.samples[0]["error"]
+        raise TargetError(f"none of the {len(journal.samples)} candidates could be measured; the first one: {first}")
+    ranks = [s["rank"] for s in timed[:_FINALISTS]]
+    if 0 not in ranks and any(s["rank"] == 0 for s in timed):
+        ranks.append(0)
+    if [s["rank"] for s in journal.finals] == ranks:
+        return journal.finals
+    report("finals")
+    built = bench.build(ranks)
+    try:
+        if failed := next((b for b in built if b.error), None):
+            raise _CandidateFailed(failed.error)
+        times_us, device = bench.in_turns(built, _FINAL_SAMPLES)
+    except _CandidateFailed as failure:
+        raise TargetError(
+            f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
+        ) from failure
+    finals = [bench.sample(rank, times_us=t, device=device) for rank, t in zip(ranks, times_us, strict=True)]
+    journal.add_finals(finals)
+    return finals
+
+
+def _winner(finals: Sequence[Sample]) -> Sample:
+    """Return the best-ranked one among the fastest and those that tie with it."""
+    fastest: float = min(s["run_us"] for s in finals)
+    return min((s for s in finals if s["run_us"] <= fastest * (1 + _TIE)), key=lambda s: int(s["rank"]))
+
+
+def _report(callback: ProgressCallback | None, journal: Journal, total: int, step: str) -> None:
+    if callback is not None:
+        times = [s["run_us"] for s in journal.samples if "run_us" in s]
+        done = len(journal.samples)
+        callback(Progress(done, max(done, total), done - len(times), min(times, default=None), step))
+
+
+# --- where from, and with what ---
+
+
+def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choices: Sequence[Tiles]) -> dict[str, Any]:
+    """All that must be the same for two times to be comparable, and for a rank to mean the same tiles."""
+    import tvm_ffi
+
+    from opcompile.lower import declaration_hash, scheduled
+
+    listed = json.dumps([asdict(tiles) for tiles in choices])
+    return {
+        "format": 1,
+        "spec": str(spec),
+        "target": machine.name,
+        "declaration": declaration_hash(spec, choices[0]),
+        "schedule": f"{tvm_ffi.structural_hash(scheduled(spec, choices[0])) & (2**64 - 1):016x}",
+        "space": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        "site": site.name,
+        "threads": site.threads,
+        "seed": seed,
+        **_versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import numpy as np
+    import tvm
+
+    import opcompile
+
+    return {
+        "opcompile": opcompile.__version__,
+        "tvm": tvm.__version__,
+        "tvm_ffi": version("apache-tvm-ffi"),
+        "llvm": str(tvm.get_global_func("target.llvm_version_major")()),
+        "numpy": np.__version__,
+    }
+
+
+def _provenance(spec: ConvTranspose3d, site: _Site, seed: int, finals: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        **_versions(),
+        "device": finals[0]["device"],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": seed,
+        "threads": site.threads,
+        "batch": spec.batch or 1,
+        "sample_ms": _SAMPLE_MS,
+    }
+
+
+def _this_device() -> str:
+    """Name this machine: processor, instruction set, cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    fields = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.exists() else []
+    processor = next((value.strip() for name, _, value in fields if name.strip() == "model name"), "")
+    if platform.system() == "Darwin":
+        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        processor = told.stdout.strip()
+    processor = processor or platform.processor() or platform.machine()
+    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {cores()} cores"
+
+
+_EXTRA = ("psutil", "cloudpickle")
+
+
+def _require_extra(*, remote: bool) -> None:
+    for package in (*_EXTRA, "tornado") if remote else _EXTRA:
+        if importlib.util.find_spec(package) is None:
+            raise EngineError(f"tuning needs the package {package}, which is missing: pip install 'opcompile[tune]'")
+
+
+_BUILDS = "opcompile-build-"
+
+
+def _default_work_dir(machine: Target, header: dict[str, Any]) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache) / "opcompile" / "tuning" / machine.name.replace(":", "-") / name
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[Path]:
+    """Make ``home`` and hold it against other runs; the lock goes with the process, whatever ends it."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "lock").open("w")
+    except OSError as error:
+        raise RecordError(f"work_dir {home} cannot be written: {error.strerror}; give another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecordError(f"work_dir {home} is in use by another run; wait for it, or give another") from error
+        for left_over in home.glob(f"{_BUILDS}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        yield home

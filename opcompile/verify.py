@@ -40,7 +40,7 @@ ENGINES = ("reference", "onnxruntime")
 
 # Above either of these a layer is asked two input sets, and otherwise all: the oracle takes seconds there.
 _LARGE_FLOPS = 2**28
-_LARGE_OUTPUTS = 2**21
+_LARGE_BYTES = 2**22
 
 
 # --- the report ---
@@ -221,14 +221,14 @@ def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
 
 def _questions(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[_Question]]:
     """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
-    outputs = math.prod(n or 1 for n in spec.y_shape)
-    large = spec.flops > _LARGE_FLOPS or outputs > _LARGE_OUTPUTS
+    large = spec.flops > _LARGE_FLOPS or spec.bytes() > _LARGE_BYTES
     main, *others = [spec.batch] if spec.batch else [2, 1, 3]
     integers = [("integers", _integers)] if _largest_integer(spec) else []
     asked = [_Question(name, draw, main, exact=True) for name, draw in integers]
     if large:
         asked.append(_Question("normal", _normal, main, compiled))
-        rule = f"two input sets, because of more than {_LARGE_FLOPS:.0e} operations or {_LARGE_OUTPUTS:.0e} outputs"
+        size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
+        rule = f"two input sets, because the layer is larger than {size}"
     else:
         rule = "all input sets"
         asked += [_Question("ones", _ones, main, exact=True)] if integers else []
@@ -335,12 +335,14 @@ def _cpus() -> int:
 def _ours(
     artifact: Artifact, inputs: Inputs, passed: tuple[Tensor | None, Tensor | None], threads: Sequence[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Call the artifact with each thread count, and once with weights that were packed before."""
+    """Call the artifact with one thread, and with several; there with weights that were packed before."""
     w, b = passed
     for count in threads:
-        yield f"opcompile, {count} thread{'s' if count > 1 else ''}", artifact(inputs.x, w, b, threads=count)
-    if w is not None:
-        yield "opcompile, packed weights", artifact(inputs.x, artifact.pack(w), b)
+        call = "1 thread" if count == 1 else f"{count} threads"
+        if w is None or count == 1:
+            yield f"opcompile, {call}", artifact(inputs.x, w, b, threads=count)
+        else:
+            yield f"opcompile, {call}, packed weights", artifact(inputs.x, artifact.pack(w), b, threads=count)
 
 
 def _distinct(answers: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:

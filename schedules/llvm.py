@@ -184,8 +184,7 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     computing = tiles * (taps * c * step + phases * a_tile)
     outputs = math.prod(n or 1 for n in spec.y_shape)
     transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
-    ragged = m % t.task or height % t.rows
-    storing = outputs * ((1.2 if transposed else 0.35) + (3 if ragged else 0))
+    storing = outputs * (1.2 if transposed else 0.35)
     used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
     return Estimate(t, computing + storing, computing, storing, used, accumulators)
 
@@ -197,23 +196,29 @@ def _up(size: int, multiple: int) -> int:
 # --- the moves ---
 
 
-def packed_axes(spec: ConvTranspose3d, tiles: Tiles) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """How the declared W is laid out for these tiles: its axes split, then permuted.
+def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How the declared W of ``shape`` is laid out for these tiles: a view of it, and an order of the view's axes.
 
-    W ``(C, M/g, kD, kH, kW)`` is viewed as ``(g, C/g, M/block, block, kD, kH, kW)`` (None: whatever
-    is left) and transposed to ``(g, M/block, kD, kH, kW, C/g, block)``.
+    W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD, kH, kW)``, becomes
+    ``(g, M/block, kD, kH, kW, C/g, block)``. A layer whose taps all fall beyond the output reads no
+    weight: W stays as it is.
     """
-    return (spec.groups, spec.channels_in // spec.groups, None, tiles.block, None, None, None), (0, 2, 4, 5, 6, 1, 3)
+    if not spec.terms:
+        return shape, tuple(range(5))
+    c, m, *kernel = shape
+    view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *kernel)
+    return view, (0, 2, 4, 5, 6, 1, 3)
 
 
 def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
     phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith("phase")]
-    pad, output = sch.get_sblock("pad"), sch.get_sblock("output")
+    output = sch.get_sblock("output")
     as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
 
     # --- layouts ---
-    _lay_out(sch, spec, tiles, pad, phases, as_axes)
+    if phases:  # there are none, and no padded copy, where every tap falls beyond the output
+        _lay_out(sch, spec, tiles, sch.get_sblock("pad"), phases, as_axes)
 
     # --- tasks: rows of positions, with their phases inside ---
     axes = sch.get_loops(output)
@@ -239,16 +244,15 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     if not as_axes:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
-    n, g, c, d, h, w = sch.get_loops(pad)
-    sch.reorder(n, g, d, h, c, w)
-    sch.parallel(sch.fuse(n, g, d))
+    if phases:
+        n, g, c, d, h, w = sch.get_loops(sch.get_sblock("pad"))
+        sch.reorder(n, g, d, h, c, w)
+        sch.parallel(sch.fuse(n, g, d))
 
 
 def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: list[Any], as_axes: bool) -> None:
     c_in = spec.channels_in // spec.groups
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
-    if not phases:
-        return
     reads = [r.source.name for r in sch.get(phases[0]).reads]
     sch.transform_layout(
         phases[0],
@@ -271,36 +275,31 @@ def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: l
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
-    *outer, d, h, w, t_d, t_h, t_w, c = loops
-    n, g, m, *of_phases = outer
+    n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
     if t.vector == "channels":
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
-        order, last = [m, h, w], w
-        tile = [h_in, w_in, m_in]
+        tiles, tile = [m, h, w], [h_in, w_in, m_in]
     else:
         m, m_in = sch.split(m, [None, t.scalars])
         w, w_in, lane = sch.split(w, [None, t.vectors, t.lanes])
-        order, last = [h, w, m], m
-        tile = [h_in, m_in, w_in]
-    sch.reorder(n, g, *of_phases, d, *order, t_d, t_h, t_w, c, *tile, lane)
-    sums = sch.cache_write(phase, 0, "local")
-    sch.reverse_compute_at(sums, last, preserve_unit_loops=True)
+        tiles, tile = [h, w, m], [h_in, m_in, w_in]
+    sch.reorder(n, g, *of_phases, d, *tiles, t_d, t_h, t_w, c, *tile, lane)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)
+
+    # the sums live in registers, and leave them once
+    leave = sch.cache_write(phase, 0, "local")
+    sch.reverse_compute_at(leave, tiles[-1], preserve_unit_loops=True)
     if t.vector == "channels":
-        *_, m_out, _, h_out, w_out, lane_out = [x for x in sch.get_loops(sums) if x not in of_phases]
-        *_, m_out = sch.get_loops(sums)[: -4 - len(of_phases)]
-        write = [m_out, h_out, w_out]
+        *_, h, w, lane = own = sch.get_loops(leave)[-7 - len(of_phases) :]
     else:
-        m_out = sch.get_loops(sums)[-4 - len(of_phases)]
-        h_out, w_out = sch.get_loops(sums)[-2:]
-        w_out, lane_out = sch.split(w_out, [None, t.lanes])
-        write = [m_out, h_out, w_out]
-    sch.vectorize(lane_out)
-    for loop in write:
+        *_, h, w = own = sch.get_loops(leave)[-6 - len(of_phases) :]
+        w, lane = sch.split(w, [None, t.lanes])
+    sch.vectorize(lane)
+    for loop in (own[2], h, w):
         sch.unroll(loop)
 
 
@@ -316,7 +315,10 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     index = n.ty.dtype
     m_out = spec.channels_out // spec.groups
     q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
-    first_m = tirx.floordiv(tirx.floormod(m, m_out), t.task) * t.task
+    if t.task >= m_out:
+        first_m = tirx.const(0, index)
+    else:  # without groups the remainder is m itself, which a ragged last task needs to see
+        first_m = tirx.floordiv(m if spec.groups == 1 else tirx.floormod(m, m_out), t.task) * t.task
     first_h = tirx.floordiv(q[1], t.rows) * t.rows
 
     def one(start: Any) -> Span:

@@ -66,7 +66,7 @@ def single_nodes(draw: st.DrawFn) -> tuple[onnx.ModelProto, list[int], list[int]
         "output_padding": triples(few),
         "output_shape": triples(st.integers(1, 14)),
         "kernel_shape": often([kernel], [1, 2, 3]),
-        "auto_pad": often(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER", ""], "same"),
+        "auto_pad": often(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"], "same"),
         "group": often([1, 2], 0),
     }
     for name in draw(st.lists(st.sampled_from(list(optional)), unique=True, max_size=5)):

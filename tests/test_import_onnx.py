@@ -546,6 +546,11 @@ def test_dtypes_that_onnxruntime_refuses_are_compiled(dtype: int) -> None:
     assert spec_of(model).dtype == numpy_type.name
 
 
+def test_an_empty_auto_pad_says_nothing() -> None:
+    words = {"auto_pad": "", "pads": [1] * 6}
+    assert spec_of(one_node((1, 1, 3, 3, 3), (1, 1, 3, 3, 3), **words)).axes[0].pad == (1, 1)
+
+
 # --- reasons: attribute, rule, way out ---
 
 
@@ -556,7 +561,8 @@ def test_dtypes_that_onnxruntime_refuses_are_compiled(dtype: int) -> None:
         ({"strides": [0, 1, 1]}, "axis D: stride is 0, but must be at least 1"),
         ({"dilations": [1, 1, -1]}, "axis W: dilation is -1"),
         ({"pads": [0, 0, 0]}, "pads has 3 values, but a 5-D ConvTranspose takes 6"),
-        ({"pads": [0, -1, 0, 0, 0, 0]}, "axis H: pad begin is -1"),
+        ({"pads": [0, -1, 0, 0, 0, 0]}, "pads are [0, -1, 0, 0, 0, 0], but none may be negative"),
+        ({"pads": [0, -1, 0, 0, 0, 0], "output_shape": [4, 4, 4]}, "even where output_shape overrides them"),
         ({"pads": [9, 0, 0, 0, 0, 0]}, "axis D: the output size is -5"),
         ({"output_padding": [0, -1, 0]}, "axis H: output_pad is -1"),
         ({"output_shape": [4, 0, 4]}, "axis H: output_shape is 0, but must be at least 1"),

@@ -61,7 +61,6 @@ def whole_numbers(spec: ConvTranspose3d, batch: int = 3, seed: int = 0) -> tuple
     random, dtype = np.random.default_rng(seed), DTYPES[spec.dtype]
     shapes = [tuple(n or batch for n in spec.x_shape), spec.w_shape, (spec.channels_out,)]
     x, w, b = (random.integers(-2, 3, shape).astype(dtype) for shape in shapes)
-    # as few ones as keep bfloat16 sums below 256
     return x, w, b if spec.bias else None
 
 
@@ -276,7 +275,6 @@ WRONG = {
     "out of another shape": (bad("out", np.zeros((1, 6, 6, 8, 9), np.float32)), "out has shape"),
     "out of another dtype": (bad("out", np.zeros((1, 6, 6, 8, 10))), "out is float64"),
     "out strided": (bad("out", np.zeros((1, 6, 6, 8, 20), np.float32)[..., ::2]), "out is not contiguous"),
-    "out read-only": (bad("out", np.broadcast_to(np.float32(0), (1, 6, 6, 8, 10)).copy().view()), None),
     "threads zero": (bad("threads", 0), "threads is 0"),
     "threads many": (bad("threads", 1025), "threads is 1025"),
     "threads text": (bad("threads", "two"), "threads is 'two'"),
@@ -284,7 +282,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, (_, message) in WRONG.items() if message])
+@pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_argument_is_named(layers: dict[str, Artifact], name: str) -> None:
     call, message = WRONG[name]
     with pytest.raises(CallError, match=message):

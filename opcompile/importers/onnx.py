@@ -407,6 +407,8 @@ def _axes(attributes: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[
         raise ModelError(f"kernel_shape is {attributes['kernel_shape']}, but W has {list(kernel)}; they must be equal")
     strides, dilations = (_integers(attributes, name, [1] * 3) for name in ("strides", "dilations"))
     pads, output_pads = _integers(attributes, "pads", [0] * 6), _integers(attributes, "output_padding", [0] * 3)
+    if min(pads) < 0:
+        raise ModelError(f"pads are {pads}, but none may be negative, even where output_shape overrides them")
     outs = _integers(attributes, "output_shape", [0] * 3) if "output_shape" in attributes else [None] * 3
     axes = []
     for i, name in enumerate(AXIS_NAMES):

@@ -1,0 +1,439 @@
+"""Our kernel and other engines side by side: one process, the same processors, taking turns.
+
+A machine is never the same twice, so nothing is compared with a number from another run. Each *round*
+times every engine once, in an order that moves on by one each time; what is judged is the ratio
+within a round, and of all rounds the median with its 95 % interval by order statistics, which assumes
+nothing about how times are distributed. The rule:
+
+* *faster* or *slower*: the interval lies wholly above or below 1;
+* *no difference seen*: the interval holds 1;
+* *too noisy*: the interval is wider than a fifth of the ratio; then nothing is concluded.
+
+What is timed is the layer with constant weights, as a network runs it: ours packed at compile time, an
+initializer for ONNX Runtime; X and Y are made once (PyTorch allocates its Y, it has no other way).
+Every engine's output is checked first: small integers, to the last bit where the activation allows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.bounds import Answer, Inputs, compare_all
+from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.machine import processor, system
+from opcompile.source import brief
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import cores
+from opcompile.units import duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from opcompile.lower import PlanName
+    from opcompile.runtime import Artifact
+
+Tensor = NDArray[Any]
+Run = Callable[[], None]
+
+OURS = "opcompile"
+PEERS = ("onnxruntime", "torch")
+
+_FEWEST_ROUNDS = 11
+_MOST_ROUNDS = 500
+# A sample is the mean over as many calls as fill this time: the clock is read every 0.1 us or so.
+_SAMPLE_US = 500.0
+# An interval wider than this share of its ratio says that the machine was busy with something else.
+_NOISY = 0.2
+
+
+# --- the report ---
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """All samples of one engine in microseconds, in the order of the rounds; each is a mean over ``calls``."""
+
+    engine: str
+    version: str
+    calls: int
+    samples_us: tuple[float, ...]
+
+    @property
+    def min_us(self) -> float:
+        """The fastest sample."""
+        return min(self.samples_us)
+
+    @property
+    def median_us(self) -> float:
+        """The middle sample."""
+        return statistics.median(self.samples_us)
+
+    @property
+    def p95_us(self) -> float:
+        """The sample that 95 % do not exceed."""
+        return sorted(self.samples_us)[math.ceil(0.95 * len(self.samples_us)) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast as ``peer`` we are: the median over rounds, and its 95 % interval."""
+
+    peer: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """``faster``, ``slower``, ``no difference seen`` or ``too noisy``."""
+        if self.high - self.low > _NOISY * self.ratio:
+            return "too noisy"
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference seen"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """The timings of one layer, with the origin of every number; ``timings[0]`` is ours.
+
+    ``pinned`` names the processors that the process was kept on, or is empty where the system cannot.
+    """
+
+    spec: str
+    target: str
+    plan: str
+    threads: int
+    pinned: tuple[int, ...]
+    seed: int
+    date: str
+    machine: str
+    versions: dict[str, str]
+    flop: int
+    bytes: int
+    timings: tuple[Timing, ...]
+    not_asked: dict[str, str]
+
+    @property
+    def ratios(self) -> tuple[Ratio, ...]:
+        """One for each peer that was timed."""
+        ours, *peers = self.timings
+        return tuple(_ratio(ours, peer) for peer in peers)
+
+    @property
+    def best(self) -> Ratio | None:
+        """The ratio to the fastest peer, by its median; None where no peer was timed."""
+        peers = {t.engine: t.median_us for t in self.timings[1:]}
+        return min(self.ratios, key=lambda r: peers[r.peer], default=None)
+
+    def slower_than(self, ratio: float) -> bool:
+        """Whether we are surely less than ``ratio`` times as fast as the fastest peer: its whole interval is below."""
+        return self.best is not None and self.best.verdict != "too noisy" and self.best.high < ratio
+
+    def gflops(self, timing: Timing) -> float:
+        """10^9 floating-point operations a second, at the median."""
+        return self.flop / timing.median_us / 1e3
+
+    def gbytes(self, timing: Timing) -> float:
+        """10^9 bytes a second of X, W, B and Y, each counted once, at the median."""
+        return self.bytes / timing.median_us / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, all samples included."""
+        timings = [
+            {
+                **asdict(t),
+                "min_us": t.min_us,
+                "median_us": t.median_us,
+                "p95_us": t.p95_us,
+                "gflops": round(self.gflops(t), 3),
+                "gbytes": round(self.gbytes(t), 3),
+            }
+            for t in self.timings
+        ]
+        ratios = [{**asdict(r), "verdict": r.verdict} for r in self.ratios]
+        best = self.best.peer if self.best else None
+        return {**asdict(self), "timings": timings, "ratios": ratios, "fastest_peer": best}
+
+    def table(self) -> Table:
+        """Return the timings as a table for a terminal, with the verdict below it."""
+        from rich import box
+        from rich.table import Table
+
+        words = [f"{r.ratio:.2f} times as fast as {r.peer} ({r.low:.2f} to {r.high:.2f}): {r.verdict}" for r in self.ratios]
+        words += [f"not asked: {name}: {reason}" for name, reason in self.not_asked.items()]
+        where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        where += f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned"
+        words.append(f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}")
+        words.append(self.machine)
+        table = Table(
+            title=brief(ConvTranspose3d.parse(self.spec)),
+            title_justify="left",
+            caption="\n".join(words),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("engine")
+        for heading in ("min", "median", "p95", "GFLOP/s", "GB/s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for t in self.timings:
+            times = (duration(t.min_us), duration(t.median_us), duration(t.p95_us))
+            table.add_row(f"{t.engine} {t.version}", *times, f"{self.gflops(t):.1f}", f"{self.gbytes(t):.2f}")
+        return table
+
+
+def _ratio(ours: Timing, peer: Timing) -> Ratio:
+    ratios = sorted(p / o for o, p in zip(ours.samples_us, peer.samples_us, strict=True))
+    low, high = median_interval(len(ratios))
+    return Ratio(peer.engine, statistics.median(ratios), ratios[low], ratios[high])
+
+
+def median_interval(n: int) -> tuple[int, int]:
+    """Return the positions in ``n`` sorted samples between which the median lies with 95 % probability.
+
+    How many samples fall below the median is binomial: the outermost ones are dropped while at most
+    2.5 % is lost on each side. Up to five samples cannot be so sure, and then it is the whole range.
+    """
+    lost, below = 0.0, 0
+    while True:
+        lost += math.comb(n, below) / 2**n
+        if lost > 0.025:
+            return max(below - 1, 0), n - 1 - max(below - 1, 0)
+        below += 1
+
+
+# --- measuring ---
+
+
+def bench(
+    spec: ConvTranspose3d,
+    *,
+    against: Sequence[str] = ("onnxruntime",),
+    threads: int = 1,
+    target: str = "llvm",
+    plan: PlanName = "best",
+    seconds: float = 2.0,
+    seed: int = 0,
+) -> BenchReport:
+    """Time ``spec`` on this machine, in turns with the engines of ``against``, for about ``seconds`` each.
+
+    A dynamic batch is timed with one image. A peer that is not installed, or cannot say the layer, is
+    listed with its reason. Raises `CallError` for an unknown engine or more ``threads`` than there are
+    processors, `VerificationError` where outputs differ: a wrong result is never timed.
+    """
+    unknown = sorted(set(against) - set(PEERS))
+    if unknown:
+        raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")
+    if type(threads) is not int or not 1 <= threads <= cores():
+        raise CallError(f"threads is {threads!r}, but must be from 1 to {cores()}, the processors this process may use")
+    from opcompile.build import compile  # on use: it brings the compiler
+
+    inputs, exact = _inputs(spec, np.random.default_rng(seed))
+    artifact = compile(spec, target, plan, weight=inputs.w, bias=inputs.b)
+    not_asked: dict[str, str] = {}
+    with _pinned(threads) as pinned:
+        engines = {OURS: _ours(artifact, inputs, threads)}
+        for name in dict.fromkeys(against):
+            try:
+                engines[name] = _MAKERS[name](artifact, inputs, threads)
+            except EngineError as error:
+                not_asked[name] = str(error)
+        _require_equal(inputs, engines, exact)
+        timings = _take_turns(engines, seconds)
+    return BenchReport(
+        spec=str(spec),
+        target=str(artifact.manifest["target"]["name"]),
+        plan=f"{artifact.manifest['plan']['name']}, {artifact.manifest['plan']['schedule']}",
+        threads=threads,
+        pinned=pinned,
+        seed=seed,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=f"{processor()}; {system()}",
+        versions={k: str(v) for k, v in artifact.manifest["versions"].items()},
+        flop=spec.flops,
+        bytes=spec.bytes(),
+        timings=timings,
+        not_asked=not_asked,
+    )
+
+
+@contextmanager
+def _pinned(threads: int) -> Iterator[tuple[int, ...]]:
+    """Keep this thread, and those it starts, on as many processors; afterwards as before."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield ()
+        return
+    before = os.sched_getaffinity(0)
+    chosen = sorted(before)[:threads]
+    os.sched_setaffinity(0, chosen)
+    try:
+        yield tuple(chosen)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bool]:
+    """Draw integers so small that every sum is exact, where there are such; else normal numbers."""
+    largest = min(3, math.isqrt((2**24 - 1) // (spec.terms + 1)))
+    shapes = (tuple(n or 1 for n in spec.x_shape), spec.w_shape, (spec.channels_out,))
+    if largest:
+        drawn = [rng.integers(-largest, largest + 1, shape).astype(np.float32) for shape in shapes]
+    else:
+        drawn = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    x, w, b = (_stored(spec.dtype, values) for values in drawn)
+    return Inputs.of(spec, x, w, b if spec.bias else None), largest > 0
+
+
+def _stored(dtype: str, values: Tensor) -> Tensor:
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes (pip install ml_dtypes): {error}") from error
+    return values.astype(bfloat16)
+
+
+def _take_turns(engines: dict[str, _Engine], seconds: float) -> tuple[Timing, ...]:
+    """Warm up, find out how many calls fill a sample, then time round after round."""
+    calls = {name: _calls(engine.run) for name, engine in engines.items()}
+    round_us = sum(count * us for count, us in calls.values())
+    rounds = int(seconds * 1e6 * len(engines) / round_us)
+    rounds = min(max(rounds, _FEWEST_ROUNDS), _MOST_ROUNDS)
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    order = list(engines)
+    for _ in range(rounds):
+        for name in order:
+            count, us = calls[name]
+            if us < _SAMPLE_US:
+                engines[name].run()  # what fits into the caches is brought back into them
+            samples[name].append(_time(engines[name].run, count))
+        order.append(order.pop(0))
+    return tuple(Timing(name, e.version, calls[name][0], tuple(samples[name])) for name, e in engines.items())
+
+
+def _calls(run: Run) -> tuple[int, float]:
+    """Return how many calls make a sample, and the time of one in microseconds."""
+    run()
+    us = min(_time(run, 1) for _ in range(3))
+    return max(1, math.ceil(_SAMPLE_US / us)), us
+
+
+def _time(run: Run, calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter_ns() - start) / 1e3 / calls
+
+
+# --- the engines ---
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Engine:
+    """Something that fills ``y()`` when it is ``run``; ``computed_in`` is the type it sums in."""
+
+    version: str
+    run: Run
+    y: Callable[[], Tensor]
+    computed_in: str
+
+
+def _require_equal(inputs: Inputs, engines: dict[str, _Engine], exact: bool) -> None:
+    answers = {}
+    for name, engine in engines.items():
+        engine.run()
+        answers[name] = Answer(engine.y(), engine.computed_in)
+    pairs = [(name, "reference") for name in answers]
+    for (name, _), check in compare_all(inputs, answers, exact, pairs).items():
+        if not check.passed:
+            raise VerificationError(f"{name} is wrong on {inputs.spec}, so nothing was timed: {check}")
+
+
+def _ours(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
+    spec = artifact.spec
+    y = np.empty((inputs.batch, *(n or 1 for n in spec.y_shape[1:])), inputs.x.dtype)
+
+    def run() -> None:
+        artifact(inputs.x, out=y, threads=threads)
+
+    return _Engine(str(artifact.manifest["versions"]["opcompile"]), run, lambda: y, spec.sum_dtype)
+
+
+def _onnxruntime(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
+    """The model beside the kernel; other dtypes and layouts go through the nodes that make it run them."""
+    if artifact.spec.dtype == "bfloat16":
+        raise EngineError("its Python side takes no bfloat16 arrays")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(f"the package onnxruntime is not installed ({error}); pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # its waiting threads may spin during a call, but not into the turns of others
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    model = str(artifact.directory / "model.onnx")
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 (its exceptions share no base, and each means that it cannot)
+        raise EngineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    y = np.empty((inputs.batch, *(n or 1 for n in artifact.spec.y_shape[1:])), inputs.x.dtype)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("X", onnxruntime.OrtValue.ortvalue_from_numpy(inputs.x))
+    out = onnxruntime.OrtValue.ortvalue_from_numpy(y)
+    binding.bind_ortvalue_output("Y", out)
+    return _Engine(onnxruntime.__version__, lambda: session.run_with_iobinding(binding), out.numpy, "float32")
+
+
+def _torch(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
+    spec = artifact.spec
+    _require_torch_can(spec)
+    try:
+        import torch
+    except ImportError as error:
+        raise EngineError(f"the package torch is not installed ({error}); pip install 'opcompile[peers]'") from error
+    torch.set_num_threads(threads)
+    x, w = torch.from_numpy(inputs.x), torch.from_numpy(inputs.w)
+    b = None if inputs.b is None else torch.from_numpy(inputs.b)
+    geometry = {
+        "stride": tuple(a.stride for a in spec.axes),
+        "padding": tuple(a.pad[0] for a in spec.axes),
+        "output_padding": tuple(a.output_pad for a in spec.axes),
+        "dilation": tuple(a.dilation for a in spec.axes),
+    }
+    last: list[Any] = [None]
+
+    def run() -> None:
+        with torch.inference_mode():
+            last[0] = torch.nn.functional.conv_transpose3d(x, w, b, groups=spec.groups, **geometry)
+
+    return _Engine(str(torch.__version__), run, lambda: last[0].numpy(), spec.sum_dtype)
+
+
+def _require_torch_can(spec: ConvTranspose3d) -> None:
+    """Raise `EngineError` for what PyTorch's one call does not say."""
+    if spec.dtype not in ("float32", "float64"):
+        raise EngineError(f"its sums in {spec.dtype} are rounded on the way, which the derived bound does not cover")
+    if spec.layout != "NCDHW":
+        raise EngineError("it is asked for contiguous NCDHW only")
+    if spec.activation.name != "none":
+        raise EngineError(f"it does not fuse the activation {spec.activation}")
+    for axis in spec.axes:
+        if axis.pad[0] != axis.pad[1]:
+            raise EngineError(f"it has no asymmetric padding {axis.pad[0]}:{axis.pad[1]}")
+        if axis.output_pad >= max(axis.stride, axis.dilation):
+            raise EngineError(f"it refuses output_padding {axis.output_pad}, not below stride and dilation")
+
+
+_MAKERS: dict[str, Callable[[Artifact, Inputs, int], _Engine]] = {"onnxruntime": _onnxruntime, "torch": _torch}

@@ -1,0 +1,616 @@
+"""The command line: one command parses, makes one library call, and prints.
+
+stdout carries the result (with ``--json`` nothing else), stderr messages and progress. Exit codes:
+
+====  ====================================================================================
+0     fine
+1     verification failed, or slower than asked
+2     bad input: the message names what was given, the rule, and the way out
+3     a target, package or program that is needed is not available
+70    a mistake of ours; OPCOMPILE_DEBUG=1 shows where
+130   interrupted
+141   whoever read the output has gone
+====  ====================================================================================
+
+Whatever is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from opcompile import __version__
+from opcompile.errors import ArtifactError, CallError, OpcompileError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from opcompile.build import Built
+    from opcompile.record import Record
+    from opcompile.verify import Report
+
+BUG, INTERRUPTED, GONE = 70, 130, 141
+
+# The width of a table that goes into a file or a pipe, unless COLUMNS says otherwise.
+_PIPED_WIDTH = 160
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# --- the door: every way out has its code, and no mistake of the user shows a traceback ---
+
+
+class _Door(click.Group):
+    """A group that turns exceptions into exit codes; commands return theirs, None for 0."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        sys.exit(self._code(*args, **extra))
+
+    def _code(self, *args: Any, **extra: Any) -> int:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            return _complain("interrupted", INTERRUPTED)
+        except OpcompileError as error:
+            return _complain(str(error), error.exit_code)
+        except BrokenPipeError:
+            # Python flushes stdout once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return GONE
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _complain(f"{where}{error.strerror or error}", 2)
+        except MemoryError as error:
+            return _complain(f"out of memory: {error}", 3)
+        except Exception as error:  # noqa: BLE001 (the border: what arrives here is a bug, and is called one)
+            if os.environ.get("OPCOMPILE_DEBUG"):
+                raise
+            kind = type(error).__name__
+            return _complain(f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where", BUG)
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"opcompile: {message}", err=True)
+    return code
+
+
+# --- words that several commands share ---
+
+_source = click.argument("source", metavar="SOURCE")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_target = click.option(
+    "--target", default="llvm", show_default=True, metavar="T", help="Machine to compile for; `doctor` shows this one."
+)
+_plan = click.option(
+    "--plan",
+    type=click.Choice(["best", "baseline", "tuned"]),
+    default="best",
+    show_default=True,
+    help="baseline: tiles by arithmetic; tuned: by a record; best: tuned where there is a record.",
+)
+_nodes = click.option("--node", "nodes", multiple=True, metavar="NAME", help="Only this node of a model (repeatable).")
+_threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
+
+
+@click.group(cls=_Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="opcompile", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compile 3-D transposed convolutions ahead of time, and prove them equal to ONNX Runtime.
+
+    SOURCE is an ONNX file (all its 5-D ConvTranspose nodes), a layer as text, like
+    "in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1", or the name of a case (`opcompile cases`).
+    """
+
+
+# --- commands ---
+
+
+@cli.command("compile")
+@_source
+@click.option("-o", "--output", "into", required=True, metavar="DIR", help="Directory to write.")
+@_target
+@_plan
+@_nodes
+@click.option("--no-verify", is_flag=True, help="Write the artifacts unchecked.")
+@_json
+def compile_(
+    source: str, into: str, target: str, plan: Any, nodes: tuple[str, ...], no_verify: bool, as_json: bool
+) -> int:
+    """Compile SOURCE into DIR, and verify it.
+
+    A layer becomes the artifact DIR; a model becomes one artifact a node, DIR/<node>, and DIR/index.json.
+    A node that cannot be compiled is listed with its reason. Exit code 1: an output is wrong;
+    2: nothing could be compiled.
+    """
+    from opcompile.build import compile_all
+
+    with _progress("compiling") as show:
+        built = compile_all(
+            source,
+            into,
+            target,
+            plan,
+            nodes=nodes,
+            verify=not no_verify,
+            progress=lambda s: show(s.done, s.total, f"{s.step} {s.name}" if s.step != "done" else None),
+        )
+    _emit(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: _built_table(built, into))
+    if any(b.status == "wrong" for b in built):
+        return 1
+    return 0 if any(b.directory for b in built) else 2
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR")
+@_json
+def verify(directory: str, as_json: bool) -> int:
+    """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
+
+    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong.
+    """
+    from opcompile.index import artifacts
+    from opcompile.runtime import load
+    from opcompile.verify import verify as check
+
+    places = artifacts(directory)
+    reports: dict[str, Report] = {}
+    with _progress("verifying") as show:
+        for number, (name, place) in enumerate(places.items()):
+            show(number, len(places), f"verify {name}")
+            reports[name] = check(load(place))
+            _store(place, reports[name])
+        show(len(places), len(places), None)
+    passed = all(report.passed for report in reports.values())
+    content = {"passed": passed, "artifacts": {name: report.to_json() for name, report in reports.items()}}
+    _emit(as_json, content, lambda: _report_tables(reports))
+    return 0 if passed else 1
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR")
+@click.option("--x", "x_path", required=True, metavar="X.npy", help="Input, in the layer's layout.")
+@click.option("--w", "w_path", metavar="W.npy", help="Weight (C, M/g, kD, kH, kW), unless compiled in.")
+@click.option("--b", "b_path", metavar="B.npy", help="Bias (M,), unless compiled in.")
+@click.option("-o", "--output", "y_path", required=True, metavar="Y.npy", help="Where to write the output.")
+@_threads
+@_json
+def run(
+    directory: str,
+    x_path: str,
+    w_path: str | None,
+    b_path: str | None,
+    y_path: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Run the artifact in DIR on arrays in NumPy files. No compiler is needed."""
+    from opcompile.runtime import load
+
+    artifact = load(_one_artifact(directory), threads=threads)
+    arrays = [_read_array(path, artifact.spec.dtype) if path else None for path in (x_path, w_path, b_path)]
+    y = artifact(*arrays)
+    _write_array(y_path, y)
+    content = {"output": y_path, "shape": y.shape, "dtype": y.dtype.name}
+    _emit(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])
+
+
+@cli.command()
+@_source
+@_target
+@click.option("--trials", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Candidates to measure.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Decides which candidates, in which order.")
+@click.option("--tracker", metavar="HOST:PORT", help="Measure on the servers of this TVM RPC tracker.")
+@click.option("--key", metavar="K", help="The key that those servers have at the tracker.")
+@click.option("--work-dir", metavar="D", help="Where to keep journals, one directory a layer, to resume from.")
+@_nodes
+@_json
+def tune(
+    source: str,
+    target: str,
+    trials: int,
+    seed: int,
+    tracker: str | None,
+    key: str | None,
+    work_dir: str | None,
+    nodes: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
+
+    The record goes into your own records, where --plan best finds it. An interrupted run resumes.
+    """
+    from opcompile import record
+    from opcompile import tune as tune_one
+    from opcompile.source import brief, read
+
+    specs = list(dict.fromkeys(layer.spec for layer in read(source, nodes).layers if layer.spec is not None))
+    if not specs:
+        raise OpcompileError(f"no node of {source} can be compiled; `opcompile inspect` says why")
+    records: list[Record] = []
+    with _progress("tuning") as show:
+        for number, spec in enumerate(specs, 1):
+            of = f" ({number} of {len(specs)})" if len(specs) > 1 else ""
+            home = Path(work_dir) / record.key(str(spec)) if work_dir else None
+            show(0, trials, f"{brief(spec)}{of}")
+            records.append(
+                tune_one(
+                    spec,
+                    target,
+                    trials,
+                    seed=seed,
+                    tracker=tracker,
+                    key=key,
+                    work_dir=home,
+                    progress=lambda p: show(p.done, p.total, None),
+                )
+            )
+    content = [{**json.loads(r.to_json()), "path": str(r.path)} for r in records]
+    _emit(as_json, {"records": content}, lambda: [_records_table(records)])
+
+
+@cli.command()
+@_source
+@click.option("--against", default="onnxruntime", show_default=True, metavar="E,E", help="Engines: onnxruntime, torch.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
+@click.option("--at-least", type=float, metavar="R", help="Exit code 1 if less than R times as fast as the fastest.")
+@click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
+@_target
+@_plan
+@_nodes
+@_json
+def bench(
+    source: str,
+    against: str,
+    threads: int,
+    seconds: float,
+    at_least: float | None,
+    save: str | None,
+    target: str,
+    plan: Any,
+    nodes: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Time SOURCE side by side with other engines, in one process, taking turns.
+
+    Outputs are compared first: a wrong one is not timed. A ratio comes with its 95 % interval.
+    """
+    from opcompile.bench import bench as bench_one
+    from opcompile.source import read
+
+    layers = [layer for layer in read(source, nodes).layers if layer.spec is not None]
+    if not layers:
+        raise OpcompileError(f"no node of {source} can be compiled; `opcompile inspect` says why")
+    engines = [name.strip() for name in against.split(",") if name.strip()]
+    reports = {}
+    with _progress("timing") as show:
+        for number, layer in enumerate(layers):
+            show(number, len(layers), f"time {layer.name}")
+            assert layer.spec is not None
+            reports[layer.name] = bench_one(
+                layer.spec, against=engines, threads=threads, seconds=seconds, target=target, plan=plan
+            )
+        show(len(layers), len(layers), None)
+    content = {"layers": {name: report.to_json() for name, report in reports.items()}}
+    if save:
+        Path(save).write_text(json.dumps(content, indent=1) + "\n")
+    _emit(as_json, content, lambda: [report.table() for report in reports.values()])
+    return int(at_least is not None and any(report.slower_than(at_least) for report in reports.values()))
+
+
+@cli.command()
+@_source
+@click.option("-o", "--output", "path", required=True, metavar="F.onnx", help="File to write.")
+@click.option("--opset", type=int, metavar="N", help="ONNX opset of the file; by default one that ONNX Runtime reads widely.")
+@_nodes
+@_json
+def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as_json: bool) -> None:
+    """Write one layer as an ONNX model that ONNX Runtime runs, with its weights where they are known."""
+    from opcompile.graph import DEFAULT_OPSET, export_onnx
+    from opcompile.source import read
+
+    layer, spec = read(source, nodes).only()
+    written = export_onnx(spec, path, opset=opset or DEFAULT_OPSET, weight=layer.weight, bias=layer.bias)
+    content = {"output": str(written), "spec": str(spec), "opset": opset or DEFAULT_OPSET}
+    _emit(as_json, content, lambda: [f"{written}: {spec}"])
+
+
+@cli.command()
+@click.argument("source", metavar="SOURCE|DIR")
+@_target
+@_plan
+@_nodes
+@_json
+def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json: bool) -> int:
+    """Show what a layer is and how it would be compiled, or what an artifact holds.
+
+    Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
+    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file was changed.
+    """
+    from opcompile.describe import contents, describe
+    from opcompile.index import artifacts
+    from opcompile.source import read
+
+    if os.path.isdir(source):
+        held = {name: contents(place) for name, place in artifacts(source).items()}
+        _emit(as_json, {n: c.to_json() for n, c in held.items()}, lambda: [r for c in held.values() for r in c.renderables()])
+        return 0 if all(c.whole for c in held.values()) else 2
+    layers = read(source, nodes).layers
+    described = {layer.name: describe(layer.spec, target, plan) for layer in layers if layer.spec is not None}
+    reasons = {layer.name: str(layer.reason) for layer in layers if layer.spec is None}
+    content: dict[str, Any] = {name: d.to_json() for name, d in described.items()}
+    content |= {name: {"reason": reason} for name, reason in reasons.items()}
+
+    def shown() -> Iterator[RenderableType]:
+        for name, description in described.items():
+            if len(layers) > 1:
+                yield _title(name)
+            yield from description.renderables()
+        yield from (_plain(f"{name}: not compiled: {reason}") for name, reason in reasons.items())
+
+    _emit(as_json, {"layers": content}, shown)
+    return 0 if described else 2
+
+
+@cli.command()
+@click.option("--tag", "tags", multiple=True, metavar="T", help="Only cases with this tag (repeatable: with all).")
+@_json
+def cases(tags: tuple[str, ...], as_json: bool) -> None:
+    """List the named layers: real ones with their origin, and corners of the operator."""
+    from opcompile.cases import CASES, tagged
+    from opcompile.errors import SpecError
+
+    found = tagged(*tags)
+    if not found:
+        known = ", ".join(sorted({tag for c in CASES for tag in c.tags}))
+        raise SpecError(f"no case has the tags {', '.join(tags)}; the tags are {known}")
+    content = [{"name": c.name, "spec": str(c.spec), "tags": sorted(c.tags), "origin": c.origin} for c in found]
+    _emit(as_json, {"cases": content}, lambda: [_cases_table(found)])
+
+
+@cli.command()
+@_json
+def doctor(as_json: bool) -> int:
+    """Check packages, machine and linker, and compile a small layer. Exit code 3: something needed is missing."""
+    from dataclasses import asdict
+
+    from opcompile.doctor import doctor as examine
+    from opcompile.doctor import table
+
+    with _progress("examining") as show:
+        show(0, 1, "compile a small layer")
+        findings = examine()
+    healthy = all(f.state != "missing" for f in findings)
+    _emit(as_json, {"healthy": healthy, "findings": [asdict(f) for f in findings]}, lambda: [table(findings)])
+    return 0 if healthy else 3
+
+
+# --- arrays and directories that a user names ---
+
+
+def _one_artifact(directory: str) -> Path:
+    from opcompile.index import INDEX, artifacts
+
+    if not (Path(directory) / INDEX).is_file():
+        return Path(directory)
+    names = ", ".join(str(place) for place in artifacts(directory).values())
+    raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them: {names}")
+
+
+def _read_array(path: str, dtype: str) -> NDArray[Any]:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CallError(f"{path} is not a NumPy array file (.npy): {error}") from error
+    except OSError as error:
+        raise CallError(f"cannot read {path}: {error.strerror or error}; name a .npy file") from error
+    if not isinstance(array, np.ndarray):
+        raise CallError(f"{path} is an archive of several arrays; save the one with numpy.save")
+    return _as_bfloat16(array) if dtype == "bfloat16" and array.dtype == np.dtype("V2") else array
+
+
+def _as_bfloat16(array: NDArray[np.void]) -> NDArray[Any]:
+    """``numpy.save`` keeps the bits of a bfloat16 array, and forgets what they are."""
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise CallError(f"bfloat16 arrays need the package ml_dtypes (pip install ml_dtypes): {error}") from error
+    return array.view(bfloat16)
+
+
+def _write_array(path: str, array: NDArray[Any]) -> None:
+    import numpy as np
+
+    try:
+        with open(path, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+    except OSError as error:
+        raise CallError(f"cannot write {path}: {error.strerror}; name a file in a directory that is yours") from error
+
+
+def _store(place: Path, report: Report) -> None:
+    from opcompile.artifact import add_report
+
+    try:
+        add_report(place, report.to_json())
+    except (PermissionError, ArtifactError) as error:
+        click.echo(f"opcompile: the report was not stored: {error}", err=True)
+    except OSError as error:
+        if not _read_only(error):
+            raise
+        click.echo(f"opcompile: the report was not stored: {error}", err=True)
+
+
+def _read_only(error: OSError) -> bool:
+    import errno
+
+    return error.errno == errno.EROFS
+
+
+# --- printing ---
+
+
+def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[RenderableType]]) -> None:
+    """Print JSON, or what a person reads."""
+    if as_json:
+        click.echo(json.dumps(content, indent=1, allow_nan=False))
+        return
+    console = _console()
+    for renderable in renderables():
+        console.print(renderable)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
+    return Console(width=_PIPED_WIDTH if piped else None, highlight=False, emoji=False, file=sys.stdout)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str | None], None]]:
+    """Show how far long work is: a bar on a terminal, otherwise a line for each thing that begins."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total, name: click.echo(name, err=True) if name else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int, name: str | None) -> None:
+            bar.update(task, completed=done, total=total, **({"description": name} if name else {}))
+
+        yield show
+
+
+def _plain(text: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _title(text: str) -> RenderableType:
+    from rich.rule import Rule
+    from rich.text import Text
+
+    return Rule(Text(text), align="left")
+
+
+def _table(*headings: str, right: Sequence[str] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in headings:
+        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
+    return table
+
+
+def _share(worst: float | None) -> str:
+    return "-" if worst is None else "equal" if worst == 0 else f"{worst:.1%}" if worst < 10 else "beyond"
+
+
+_COLOURS = {"verified": "green", "wrong": "red", "not verified": "yellow", "not compiled": "yellow"}
+
+
+def _built_table(built: Sequence[Built], into: str) -> Iterator[RenderableType]:
+    from rich.markup import escape
+
+    from opcompile.source import brief
+    from opcompile.units import binary
+
+    table = _table("node", "plan", "size", "oracle", "ONNX RT", "verdict", right=("size", "oracle", "ONNX RT"))
+    for b in built:
+        name = escape(b.name) + (f"\n[dim]{brief(b.spec)}[/]" if b.spec else "")
+        verdict = f"[{_COLOURS[b.status]}]{b.status}[/]"
+        if b.manifest is None:
+            table.add_row(name, "-", "-", "-", "-", verdict)
+            continue
+        plan = f"{b.manifest['plan']['name']}\n{b.manifest['plan']['schedule']}"
+        table.add_row(name, plan, binary(b.size), _share(b.worst("reference")), _share(b.worst("onnxruntime")), verdict)
+    yield table
+    for b in built:
+        if b.reason:
+            yield _plain(f"{b.name} {'is' if b.directory else 'was'} {b.status}: {b.reason}")
+        elif b.report:
+            yield from (_plain(f"{b.name}: {n.what} was not asked: {n.reason}") for n in b.report.not_asked)
+    yield _plain(
+        f"{into}: {sum(b.directory is not None for b in built)} of {len(built)} compiled, "
+        f"{sum(b.status == 'verified' for b in built)} verified. "
+        "Errors are shares of the derived bound, the largest of each node."
+    )
+
+
+def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
+    """Show every comparison of one artifact; of several, one line each and the tables of those that failed."""
+    for report in reports.values():
+        if len(reports) == 1 or not report.passed:
+            yield report.table()
+    if len(reports) > 1:
+        table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
+        for name, report in reports.items():
+            worst = max((row.check.worst for row in report.rows), default=None)
+            verdict = "[green]verified[/]" if report.passed else "[red]wrong[/]"
+            table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
+        yield table
+
+
+def _records_table(records: Sequence[Record]) -> Table:
+    from opcompile.source import brief
+    from opcompile.spec import ConvTranspose3d
+    from opcompile.units import duration
+
+    table = _table("layer", "measured", "baseline", "tuned", "gain", "record", right=("measured", "baseline", "tuned", "gain"))
+    for r in records:
+        baseline = r.baseline_us
+        table.add_row(
+            brief(ConvTranspose3d.parse(r.spec)),
+            str(len(r.samples)),
+            duration(baseline) if baseline else "-",
+            duration(r.run_us),
+            f"{baseline / r.run_us:.2f}x" if baseline else "-",
+            _plain(str(r.path)),
+        )
+    return table
+
+
+def _cases_table(found: Sequence[Any]) -> Table:
+    from opcompile.source import brief
+
+    table = _table("case", "layer", "tags", "origin")
+    for c in found:
+        table.add_row(c.name, brief(c.spec), " ".join(sorted(c.tags)), c.origin)
+    return table
+
+
+def main() -> NoReturn:
+    """Run the command line; the entry point of the package."""
+    cli.main(prog_name="opcompile")
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What a layer is and how it would be compiled, or what an artifact holds: facts to read, nothing is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opcompile.errors import ArtifactError
+from opcompile.runtime import MANIFEST, REPORT, parse_manifest
+from opcompile.source import brief
+from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
+from opcompile.target import target as named
+from opcompile.units import binary, scaled
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from opcompile.lower import Plan, PlanName
+
+# An axis has as many phases as its stride: this many are shown, all of them are in the JSON.
+_MOST_PHASES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A layer, the tiles that ``plan`` chose for ``target`` and the workspace they need, in bytes."""
+
+    spec: ConvTranspose3d
+    target: str
+    plan: Plan
+    workspace_bytes: int
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations for each byte that must move."""
+        return self.spec.flops / self.spec.bytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, every phase included."""
+        spec = self.spec
+        return {
+            "spec": str(spec),
+            "x": spec.x_shape,
+            "w": spec.w_shape,
+            "y": spec.y_shape,
+            "axes": {name: _axis_json(axis) for name, axis in zip(AXIS_NAMES, spec.axes, strict=True)},
+            "flop": spec.flops,
+            "bytes": spec.bytes(),
+            "flop_per_byte": round(self.intensity, 3),
+            "workspace_bytes": self.workspace_bytes,
+            "target": self.target,
+            "plan": asdict(self.plan),
+        }
+
+    def renderables(self) -> Iterator[RenderableType]:
+        """Yield what a terminal shows."""
+        spec = self.spec
+        yield f"[bold]{brief(spec)}[/]"
+        yield _axes_table(spec)
+        yield _facts(
+            {
+                "X, W -> Y": f"{_shape(spec.x_shape)}, {_shape(spec.w_shape)} -> {_shape(spec.y_shape)}",
+                "work": f"{scaled(spec.flops, 'FLOP')}, {binary(spec.bytes())} of X, W, B and Y: "
+                f"{self.intensity:.3g} FLOP/byte",
+                "sums": f"up to {spec.terms} products each, in {spec.sum_dtype}",
+                "workspace": binary(self.workspace_bytes) + ("" if spec.batch else " for one batch element"),
+                "target": self.target,
+                "plan": _plan_text(asdict(self.plan)),
+            }
+        )
+
+
+def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best") -> Description:
+    """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
+    from opcompile.lower import choose, workspace_bytes  # on use: it brings the compiler
+
+    machine = named(target)
+    tiles, chosen = choose(spec, machine, plan)
+    return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles))
+
+
+def _axis_json(axis: Axis) -> dict[str, Any]:
+    phases = [
+        {
+            "phase": phase.index,
+            "taps": [phase.first_tap + i * phase.tap_step for i in range(phase.taps)],
+            "reads": list(phase.offsets()),
+        }
+        for phase in axis.phases
+    ]
+    return {**asdict(axis), "full": axis.full, "out": axis.out, "phases": phases}
+
+
+def _axes_table(spec: ConvTranspose3d) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("axis", "in", "out", "k", "s", "d", "pad", "op"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("phase: taps @ input offsets", overflow="fold")
+    for name, axis in zip(AXIS_NAMES, spec.axes, strict=True):
+        sizes = (axis.size, axis.out, axis.kernel, axis.stride, axis.dilation, f"{axis.pad[0]}:{axis.pad[1]}")
+        table.add_row(name, *map(str, sizes), str(axis.output_pad), "\n".join(_phase_lines(axis)))
+    return table
+
+
+def _phase_lines(axis: Axis) -> Iterator[str]:
+    for phase in axis.phases[:_MOST_PHASES]:
+        taps = ",".join(str(phase.first_tap + i * phase.tap_step) for i in range(phase.taps))
+        reads = ",".join(f"{offset:+d}" if offset else "0" for offset in phase.offsets())
+        yield f"{phase.index}: {taps} @ {reads}" if phase.taps else f"{phase.index}: none, the output is the bias alone"
+    if len(axis.phases) > _MOST_PHASES:
+        yield f"... {len(axis.phases)} phases in all (--json has them)"
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("N" if n is None else str(n) for n in shape) + ")"
+
+
+def _facts(facts: dict[str, str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    tiles = " ".join(f"{k}={v}" for k, v in plan["tiles"].items())
+    record = [f"record {plan['record']}"] if plan.get("record") else []
+    return "\n".join([f"{plan['name']}, {plan['schedule']}: {tiles}", *(f"- {line}" for line in plan["why"]), *record])
+
+
+# --- an artifact ---
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """An artifact as it lies there: manifest, the state of each file (``ok``, ``changed``, ``missing``), report."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    states: dict[str, str]
+    report: dict[str, Any] | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every file is what the manifest says."""
+        return all(state == "ok" for state in self.states.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "directory": str(self.directory),
+            "whole": self.whole,
+            "states": self.states,
+            "manifest": self.manifest,
+            "report": self.report,
+        }
+
+    def renderables(self) -> Iterator[RenderableType]:
+        """Yield what a terminal shows."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        m = self.manifest
+        yield f"[bold]{escape(str(self.directory))}[/]"
+        yield _facts(
+            {
+                "layer": brief(ConvTranspose3d.parse(m["spec"])),
+                "target": f"{m['target']['name']} ({m['target']['architecture']} {m['target']['system']})",
+                "plan": _plan_text(m["plan"]),
+                "weights": " and ".join(m["weights"]) + " compiled in" if m["weights"] else "given in each call",
+                "workspace": binary(m["workspace_bytes"]),
+                "made with": ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
+                "verified": _verdict(self.report),
+            }
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("file")
+        table.add_column("size", justify="right", no_wrap=True)
+        table.add_column("")
+        for name, entry in m["files"].items():
+            state = self.states[name]
+            table.add_row(escape(name), binary(entry["bytes"]), state if state == "ok" else f"[red]{state}[/]")
+        yield table
+
+
+def contents(directory: str | os.PathLike[str]) -> Contents:
+    """Read the artifact in ``directory``, for whatever machine it was made. Raises `ArtifactError`."""
+    place = Path(directory)
+    try:
+        manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
+    except OSError as error:
+        what = "is not an artifact: it has no manifest.json" if place.is_dir() else "is not there"
+        raise ArtifactError(f"{place} {what}; name a directory that `opcompile compile` wrote") from error
+    states = {name: _state(place / name, entry["sha256"]) for name, entry in manifest["files"].items()}
+    report = json.loads((place / REPORT).read_bytes()) if states.get(REPORT) == "ok" else None
+    return Contents(place, manifest, states, report)
+
+
+def _state(path: Path, digest: str) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return "missing"
+    return "ok" if hashlib.sha256(content).hexdigest() == digest else "changed"
+
+
+def _verdict(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "not yet: `opcompile verify` does it"
+    word = "passed" if report["passed"] else "FAILED"
+    against = sorted({row["against"] for row in report["rows"]})
+    return f"{word}, {len(report['rows'])} comparisons against {', '.join(against)}, {report['date']}"

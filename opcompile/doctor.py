@@ -1,0 +1,133 @@
+"""Is everything here that compiling, calling and comparing need? One line each, with the way out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import opcompile
+from opcompile.errors import OpcompileError
+from opcompile.machine import processor
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import cores, target
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# distribution -> (what for, how to get it); the extras are those of pyproject.toml
+_REQUIRED = {
+    "apache-tvm": ("compiles", "pip install 'apache-tvm>=0.27,<0.28'"),
+    "apache-tvm-ffi": ("calls", "pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"),
+    "numpy": ("arrays and the oracle", "pip install numpy"),
+    "onnx": ("reads and writes models", "pip install onnx"),
+    "onnxruntime": ("the second opinion", "pip install onnxruntime"),
+}
+_OPTIONAL = {
+    "ml_dtypes": ("bfloat16 arrays in NumPy", "pip install ml_dtypes"),
+    "ziglang": ("links for other machines", "pip install 'opcompile[cross]'"),
+    "torch": ("a peer for bench", "pip install 'opcompile[peers]'"),
+    "psutil": ("tuning", "pip install 'opcompile[tune]'"),
+    "cloudpickle": ("tuning", "pip install 'opcompile[tune]'"),
+    "tornado": ("tuning over a tracker", "pip install 'opcompile[tune]'"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked for. ``state`` is ``ok``, ``missing`` or ``optional`` (missing, and not needed)."""
+
+    what: str
+    state: str
+    found: str
+    way_out: str = ""
+
+
+def doctor(*, build: bool = True) -> list[Finding]:
+    """Look at packages, machine and linker; with ``build``, also compile a small layer and check its answer."""
+    findings = [
+        Finding("opcompile", "ok", f"{opcompile.__version__}, Python {platform.python_version()} ({sys.executable})"),
+        *(_package(name, what, way, "missing") for name, (what, way) in _REQUIRED.items()),
+        *(_package(name, what, way, "optional") for name, (what, way) in _OPTIONAL.items()),
+        *_machine(),
+        _linker(),
+        _records(),
+    ]
+    return [*findings, _small_layer()] if build else findings
+
+
+def table(findings: list[Finding]) -> Table:
+    """Return the findings as a table for a terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(2):
+        shown.add_column(no_wrap=True, style="bold" if column else "")
+    shown.add_column(overflow="fold")
+    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "optional": "[yellow]absent[/]"}
+    for f in findings:
+        words = f.found + (f"\n-> {f.way_out}" if f.way_out else "")
+        shown.add_row(marks[f.state], escape(f.what), escape(words))
+    return shown
+
+
+def _package(name: str, what: str, way_out: str, otherwise: str) -> Finding:
+    try:
+        return Finding(name, "ok", f"{metadata.version(name)}, {what}")
+    except metadata.PackageNotFoundError:
+        return Finding(name, otherwise, what, way_out)
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("processor", "ok", processor())
+    try:
+        here = target("llvm")
+        m = here.machine
+        yield Finding(
+            "target llvm",
+            "ok",
+            f"{here.name}: {', '.join(here.features) or 'no flags listed'}; {8 * m.vector_bytes}-bit vectors, "
+            f"{m.registers} registers, L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB",
+        )
+    except OpcompileError as error:
+        yield Finding("target llvm", "missing", str(error), "name the machine to compile for with --target")
+    asked = os.environ.get("OPCOMPILE_NUM_THREADS")
+    yield Finding("threads", "ok", f"{cores()} CPUs usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else ""))
+
+
+def _linker() -> Finding:
+    found = os.environ.get("CC", "").strip() or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found:
+        return Finding("linker", "ok", found + (", from CC" if os.environ.get("CC", "").strip() else ""))
+    if importlib.util.find_spec("ziglang"):
+        return Finding("linker", "ok", "the package ziglang")
+    way_out = "install a C compiler (apt install gcc), or pip install 'opcompile[cross]'"
+    return Finding("linker", "missing", "no cc, gcc or clang on PATH, CC is not set, and no package ziglang", way_out)
+
+
+def _records() -> Finding:
+    from opcompile.record import own_folder, shipped_folder
+
+    own, shipped = (len(list(folder.glob("*/*.json"))) for folder in (own_folder(), shipped_folder()))
+    return Finding("tuned records", "ok", f"{own} of your own in {own_folder()}, {shipped} shipped")
+
+
+def _small_layer() -> Finding:
+    """Compile, link, load and verify a layer: the only proof that the parts fit together."""
+    spec, way_out = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2"), "see the lines above; run with OPCOMPILE_DEBUG=1"
+    try:
+        from opcompile.build import compile
+        from opcompile.verify import verify
+
+        report = verify(compile(spec, plan="baseline")).require()
+    except (OpcompileError, ImportError, OSError) as error:
+        return Finding("a small layer", "missing", f"{type(error).__name__}: {error}", way_out)
+    unasked = "".join(f"; {n.what} not asked: {n.reason}" for n in report.not_asked)
+    return Finding("a small layer", "ok", f"compiled, linked, loaded, and right in {len(report.rows)} comparisons{unasked}")

@@ -1,0 +1,93 @@
+"""A model's artifacts in one directory: one subdirectory a node, and ``index.json`` that lists them.
+
+Neither TVM nor ONNX is needed here, so that a machine without a compiler reads an index too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opcompile.errors import ArtifactError
+
+INDEX = "index.json"
+FORMAT = "opcompile-index"
+VERSION = 1
+_LONGEST = 80
+
+
+def directory_names(nodes: Iterable[str]) -> list[str]:
+    """Return a safe and unique directory name for each node.
+
+    Letters, digits, ``.``, ``-`` and ``_`` stay, other characters become ``_``; names that would
+    be equal, or differ in case only, are numbered.
+    """
+    taken = {INDEX}
+    names = []
+    for node in nodes:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", node).strip("._-")[:_LONGEST] or "node"
+        name, number = stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def require_place(directory: Path, names: Iterable[str]) -> None:
+    """Raise `ArtifactError` where ``directory`` holds anything but an older index and directories of ``names``.
+
+    So nothing is ever deleted, and no artifact of another model stays among these.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is a file; a model is compiled into a directory, so name another place")
+    foreign = sorted({path.name for path in directory.iterdir()} - {INDEX, *names})
+    if foreign:
+        raise ArtifactError(
+            f"{directory} holds {', '.join(foreign[:3])}, which is not of this model; empty it, or name another place"
+        )
+
+
+def write_index(directory: Path, fields: dict[str, Any], layers: Sequence[dict[str, Any]]) -> Path:
+    """Write ``index.json`` as a whole, or not at all, and return its path."""
+    path = directory / INDEX
+    beside = path.with_name(f".{INDEX}.{uuid.uuid4().hex}")
+    content = {"format": FORMAT, "version": VERSION, **fields, "layers": list(layers)}
+    try:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the artifacts in ``directory`` by name: those its index lists, or else itself.
+
+    Whether they are artifacts is for `opcompile.load` to say. Raises `ArtifactError` for a corrupt index.
+    """
+    place = Path(directory)
+    path = place / INDEX
+    if not path.is_file():
+        return {place.name or str(place): place}
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise ArtifactError(f"{path} is of format {content['format']!r} {content['version']!r}, not {FORMAT!r} 1")
+        listed = {str(each["name"]): str(each["directory"]) for each in content["layers"] if each["directory"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; compile the model again") from error
+    for name in listed.values():
+        if Path(name).name != name:
+            raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")
+    if not listed:
+        raise ArtifactError(f"{path} lists no artifact: no node of that model could be compiled")
+    return {name: place / folder for name, folder in listed.items()}

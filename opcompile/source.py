@@ -1,0 +1,97 @@
+"""What a person may call a layer -> layers: an ONNX file, a text, or the name of a case.
+
+In this order: a file that exists is a model, and stands for its 5-D ConvTranspose nodes; a text with
+``=`` is a layer's text form; the rest is looked up among the cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from opcompile.cases import CASES, case
+from opcompile.errors import ModelError, SpecError
+from opcompile.spec import ConvTranspose3d
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer that was asked for: a ``spec``, or the ``reason`` why the node has none.
+
+    ``weight (C, M/g, kD, kH, kW)`` and ``bias (M,)`` are None where they are known at run time only.
+    """
+
+    name: str
+    spec: ConvTranspose3d | None
+    weight: NDArray[Any] | None = None
+    bias: NDArray[Any] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Where the layers came from: ``kind`` is ``model``, ``text`` or ``case``."""
+
+    text: str
+    kind: str
+    layers: tuple[Layer, ...]
+
+    def only(self) -> tuple[Layer, ConvTranspose3d]:
+        """Return the one layer, with its spec. Raises `ModelError` where there are several, or it has none."""
+        if len(self.layers) != 1:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise ModelError(f"{self.text} has {len(self.layers)} such nodes ({names}); choose one with --node")
+        layer = self.layers[0]
+        if layer.spec is None:
+            raise ModelError(f"{self.text}: node {layer.name} cannot be compiled: {layer.reason}")
+        return layer, layer.spec
+
+
+def read(source: str | os.PathLike[str], nodes: Sequence[str] = ()) -> Source:
+    """Return the layers that ``source`` stands for; of a model, those of ``nodes`` where any are named.
+
+    Raises `ModelError` for a file that is not a model with such nodes, `SpecError` for other words.
+    """
+    text = os.fspath(source)
+    if os.path.isfile(text):
+        return Source(text, "model", _of_model(text, nodes))
+    if nodes:
+        raise ModelError(f"a node was chosen, but {text!r} is not a model file; leave it out, or name an ONNX file")
+    if os.path.isdir(text) and text not in {c.name for c in CASES}:
+        raise ModelError(f"{text} is a directory; name an ONNX file, a layer's text form or a case")
+    if text.endswith(".onnx") or (os.sep in text and "=" not in text):
+        raise ModelError(f"there is no file {text}; name an ONNX file, a layer's text form or a case")
+    if "=" in text:
+        return Source(text, "text", (Layer("layer", ConvTranspose3d.parse(text)),))
+    try:
+        return Source(text, "case", (Layer(text, case(text).spec),))
+    except SpecError as error:
+        raise SpecError(f"{text!r} is neither a file nor a layer's text form ({_EXAMPLE}), and {error}") from None
+
+
+_EXAMPLE = "like in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"
+
+
+def _of_model(path: str, nodes: Sequence[str]) -> tuple[Layer, ...]:
+    from opcompile.importers.onnx import find  # on use: it brings onnx
+
+    found = [Layer(f.name, f.spec, f.weight, f.bias, f.reason) for f in find(path)]
+    if not found:
+        raise ModelError(f"{path} has no ConvTranspose node on 5-D tensors; there is nothing to compile in it")
+    unknown = sorted(set(nodes) - {layer.name for layer in found})
+    if unknown:
+        names = ", ".join(layer.name for layer in found)
+        raise ModelError(f"{path} has no 5-D ConvTranspose node {unknown[0]!r}; it has: {names}")
+    return tuple(layer for layer in found if not nodes or layer.name in nodes)
+
+
+def brief(spec: ConvTranspose3d) -> str:
+    """Return the shortest text that reads back as ``spec``: fields at their defaults are left out."""
+    words = str(spec).split()
+    smallest = str(ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1")).split()
+    kept = [w for w, default in zip(words, smallest, strict=True) if w.startswith(("in=", "co=", "k=")) or w != default]
+    return " ".join(kept)

@@ -1,0 +1,64 @@
+"""Compiled kernels as the tests call them: in this process, unlinked, on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from opcompile import lower
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
+from schedules.llvm import Tiles
+
+Kernel = Callable[..., NDArray[Any]]
+HERE = target("llvm")
+
+
+def dtype_of(spec: ConvTranspose3d) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype)
+
+
+def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None) -> Kernel:
+    """Compile ``spec`` for this machine and return ``y = call(x, w, b)``; Y starts out as garbage."""
+    tiles = tiles or lower.choose(spec, HERE, "baseline")[0]
+    with tvm.target.Target(HERE.tvm()) as tvm_target:
+        function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
+    pack = lower.packing(spec, tiles)
+    dtype = dtype_of(spec)
+
+    def call(x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None) -> NDArray[Any]:
+        y = np.full((x.shape[0], *spec.y_shape[1:]), np.nan, dtype)
+        given = [x, pack(w), *([b] if spec.bias else []), y]
+        tensors = [_tensor(np.ascontiguousarray(a, dtype), spec.dtype) for a in given if a is not None]
+        function(*tensors)
+        result = tensors[-1].numpy()
+        return result.view(dtype) if spec.dtype == "bfloat16" else result
+
+    return call
+
+
+def _tensor(array: NDArray[Any], dtype: str) -> Any:
+    tensor = tvm.runtime.empty(array.shape, dtype)
+    tensor.copyfrom(array)
+    return tensor
+
+
+def integers(spec: ConvTranspose3d, seed: int = 0, batch: int = 2) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Small integers whose sums every type holds exactly; ``batch`` is used where the spec leaves it open."""
+    return _draw(spec, batch, lambda rng, shape: rng.integers(-2, 3, shape), seed)
+
+
+def reals(spec: ConvTranspose3d, seed: int = 0, batch: int = 2) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    return _draw(spec, batch, lambda rng, shape: rng.standard_normal(shape), seed)
+
+
+def _draw(spec: ConvTranspose3d, batch: int, make: Any, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    x_shape = spec.with_batch(spec.batch or batch).x_shape
+    x, w, b = (make(rng, shape).astype(dtype_of(spec)) for shape in (x_shape, spec.w_shape, (spec.channels_out,)))
+    return x, w, b

@@ -1,0 +1,566 @@
+"""An artifact is written whole or not at all, and a directory that is not one any more is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import opcompile
+from opcompile import artifact
+from opcompile.artifact import add_report, write
+from opcompile.cases import tagged
+from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, TargetError
+from opcompile.link import link
+from opcompile.lower import Lowered, lower
+from opcompile.packing import Packing
+from opcompile.reference import reference
+from opcompile.runtime import MANIFEST, REPORT, Artifact, digest, golden_values, load
+from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.target import target
+
+ONE = ConvTranspose3d.parse("in=1x3x2x3x4 co=4 k=2 s=2")
+# the same shapes, another result
+OTHER = ConvTranspose3d.parse("in=1x3x2x3x4 co=4 k=2 s=2 act=relu")
+
+
+@pytest.fixture(scope="module")
+def lowered() -> dict[ConvTranspose3d, Lowered]:
+    return {spec: lower(spec, target("llvm"), "baseline") for spec in (ONE, OTHER)}
+
+
+@pytest.fixture(scope="module")
+def original(lowered: dict[ConvTranspose3d, Lowered], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = ONE
+    w = golden_values(np.arange(96), 5, 64).reshape(spec.w_shape).astype(np.float32)
+    folder = tmp_path_factory.mktemp("original") / "it"
+    write(lowered[spec], folder, weight=w, bias=np.arange(4, dtype=np.float32))
+    add_report(folder, {"passed": True})
+    return folder
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def holds(layer: Artifact) -> bool:
+    """Whether the kernel computes the layer that the manifest says."""
+    golden = layer.golden()
+    y = layer(golden.x, golden.w, golden.b)
+    return bool(np.abs(y.ravel()[golden.indices] - golden.expected).max() < 1e-4)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, honest: bool = True) -> None:
+    """Change the manifest; an ``honest`` one gets the hash that belongs to it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    if honest:
+        manifest["sha256"] = digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def siblings(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.parent.iterdir())
+
+
+# --- what is in it ---
+
+
+def test_the_directory_holds_what_the_design_says(original: Path, lowered: dict[ConvTranspose3d, Lowered]) -> None:
+    manifest = load(original).manifest
+    names = {manifest["library"], "conv_transpose3d.h", "golden.npz", "model.onnx", "report.json", "weights.npz"}
+    assert set(manifest["files"]) == names
+    assert {path.name for path in original.iterdir()} == names | {MANIFEST}
+    assert re.fullmatch(r"conv_transpose3d-[0-9a-f]{16}\.(so|dylib)", manifest["library"])
+    assert manifest["spec"] == str(ONE)
+    assert manifest["plan"]["name"] == "baseline"
+    assert manifest["weights"] == ["B", "W"]
+    assert Packing.from_json(manifest["packing"]) == lowered[ONE].packing
+    assert manifest["workspace_bytes"] == lowered[ONE].workspace_bytes
+    assert manifest["tensor_bytes"] == {
+        "x": 4 * 72,
+        "w": 4 * int(np.prod(lowered[ONE].packing.shape)),
+        "b": 16,
+        "y": 4 * 768,
+    }
+    assert set(manifest["versions"]) == {"opcompile", "python", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx"}
+    assert holds(load(original))
+
+
+def test_the_model_beside_is_the_layer_with_its_weights(original: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = load(original), np.arange(72, dtype=np.float32).reshape(1, 3, 2, 3, 4)
+    session = onnxruntime.InferenceSession(str(original / "model.onnx"))
+    (name,) = [i.name for i in session.get_inputs()]
+    assert np.allclose(session.run(None, {name: x})[0], layer(x))
+
+
+def test_equal_input_gives_equal_files(lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path) -> None:
+    one, two = write(lowered[ONE], tmp_path / "one"), write(lowered[ONE], tmp_path / "two")
+    assert (one / MANIFEST).read_bytes() == (two / MANIFEST).read_bytes()
+    library = one / load(one).manifest["library"]
+    assert str(tmp_path).encode() not in library.read_bytes()
+
+
+@pytest.mark.parametrize("case", [c for c in tagged("corner") if "activation" not in c.tags], ids=lambda c: c.name)
+def test_golden_values_are_the_oracles(case: Any) -> None:
+    spec = case.spec
+    stored = artifact._golden(spec, None, None)
+    batch = int(stored["batch"])
+    x = golden_values(np.arange(batch * int(np.prod(spec.x_shape[1:]))), 1, 64).reshape(batch, *spec.x_shape[1:])
+    w = golden_values(np.arange(int(np.prod(spec.w_shape))), 2, artifact.w_amplitude(spec)).reshape(spec.w_shape)
+    full = reference(spec, x, w, golden_values(np.arange(spec.channels_out), 3, 64)).ravel()
+    assert np.array_equal(full[stored["indices"]], stored["expected"])
+    assert stored["indices"].size == min(4096, np.unique(stored["indices"]).size)
+    assert stored["indices"].size >= min(full.size, 250)
+
+
+def test_golden_values_of_a_huge_layer_are_quick_and_ordinary() -> None:
+    for case in tagged("large"):
+        stored = artifact._golden(case.spec, None, None)
+        assert 0.1 < np.abs(stored["expected"]).max() < 20, case.name
+
+
+# --- from C ---
+
+HOST = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "conv_transpose3d.h"
+
+#define COUNT(...) count((const int64_t[])__VA_ARGS__, sizeof((const int64_t[])__VA_ARGS__) / 8)
+static size_t count(const int64_t *shape, size_t axes) {
+  size_t n = 1;
+  for (size_t i = 0; i < axes; i++) n *= (size_t)shape[i];
+  return n;
+}
+
+/* usage: host library packed.bin: prints the elements of y, then an error on purpose */
+int main(int argc, char **argv) {
+  void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+  if (!library) return fprintf(stderr, "%s\n", dlerror()), 1;
+  opcompile_run_fn run = (opcompile_run_fn)dlsym(library, "opcompile_run");
+  opcompile_error_fn error = (opcompile_error_fn)dlsym(library, "opcompile_error");
+  size_t xs = COUNT(OPCOMPILE_X_SHAPE), ws = COUNT(OPCOMPILE_W_SHAPE);
+  size_t bs = COUNT(OPCOMPILE_B_SHAPE), ys = COUNT(OPCOMPILE_Y_SHAPE);
+  opcompile_element *x = malloc(xs * sizeof *x), *w = malloc(ws * sizeof *w);
+  opcompile_element *b = malloc(bs * sizeof *b), *y = malloc(ys * sizeof *y);
+  for (size_t i = 0; i < xs; i++) x[i] = opcompile_golden((uint32_t)i, 1, 64) / 64.f;
+  for (size_t i = 0; i < bs; i++) b[i] = opcompile_golden((uint32_t)i, 3, 64) / 64.f;
+  FILE *file = fopen(argv[2], "rb");
+  if (!file || fread(w, sizeof *w, ws, file) != ws) return 1;
+  if (run(2, 1, x, w, b, y)) return fprintf(stderr, "%s\n", error()), 1;
+  for (size_t i = 0; i < ys; i++) printf("%.9g\n", y[i]);
+  if (!run(2, 2, x, w, b, y) || !run(2, 1, x, w, NULL, y)) return 1;
+  printf("%s\n", error());
+  return argc - 3;
+}
+"""
+
+
+def test_a_c_program_needs_the_header_and_the_library_alone(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path
+) -> None:
+    layer = load(write(lowered[ONE], tmp_path / "it"))
+    golden = layer.golden()
+    (tmp_path / "packed.bin").write_bytes(layer.pack(golden.w).data.tobytes())
+    (tmp_path / "host.c").write_text(HOST)
+    command = [
+        "cc",
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-O1",
+        f"-I{layer.directory}",
+        "host.c",
+        "-o",
+        "host",
+        "-ldl",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = layer.directory / layer.manifest["library"]
+    done = subprocess.run(
+        [tmp_path / "host", library, tmp_path / "packed.bin"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *values, message = done.stdout.splitlines()
+    y = layer(golden.x, golden.w, golden.b)
+    assert np.array_equal(np.array(values, np.float32), y.ravel())
+    assert "b must be null exactly when" in message
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("suffix", [".so", ".h", ".npz", ".onnx", ".json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_named(copy: Path, suffix: str, damage: str) -> None:
+    for path in [p for p in copy.iterdir() if p.suffix == suffix and p.name != MANIFEST]:
+        content = path.read_bytes()
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(
+                content[:-1] if damage == "cut" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+            )
+        with pytest.raises(ArtifactError, match=path.name):
+            load(copy)
+        path.write_bytes(content)
+    assert holds(load(copy))
+
+
+def test_without_checks_what_is_loaded_is_checked_still(copy: Path) -> None:
+    (copy / "model.onnx").write_bytes(b"")
+    assert holds(load(copy, check=False))
+    for name in ("weights.npz", load(copy, check=False).manifest["library"]):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content + b" ")
+        with pytest.raises(ArtifactError, match=name):
+            load(copy, check=False)
+        (copy / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "format version 2"),
+        (lambda m: m.update(format="another"), "format"),
+        (lambda m: m.pop("spec"), "lacks spec"),
+        (lambda m: m.update(spec="in=1"), "cannot be loaded"),
+        (lambda m: m.update(packing={}), "packing"),
+        (lambda m: m.update(target=3), "lacks target"),
+        (lambda m: m["target"].pop("features"), "lacks features"),
+        (lambda m: m.update(files={}), "does not list"),
+        (lambda m: m["files"].update({"../secret": {}}), "secret"),
+        (lambda m: m["files"].update({"new": {"sha256": "0"}}), "without its size"),
+        (lambda m: m["files"].update({"new": {"sha256": "0", "bytes": 1}}), "new cannot be read"),
+        (lambda m: m.update(library="model.onnx"), "cannot be loaded"),
+        (lambda m: m.update(spec=m["spec"].replace("co=4", "co=5")), "packed weights|bias"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense(copy: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit(copy, change)
+    with pytest.raises(ArtifactError, match=message):
+        load(copy)
+
+
+def test_an_edited_manifest(copy: Path) -> None:
+    edit(copy, lambda m: m.update(spec=str(OTHER)), honest=False)
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        load(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "opcompile-artifact"}', "[" * 100_000])
+def test_a_manifest_that_is_none(copy: Path, text: str) -> None:
+    (copy / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match="manifest"):
+        load(copy)
+
+
+def test_any_single_changed_byte_of_a_manifest_is_noticed_or_harmless(copy: Path) -> None:
+    original = (copy / MANIFEST).read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(original)
+        broken[random.integers(len(broken))] ^= 1 << random.integers(7)
+        (copy / MANIFEST).write_bytes(broken)
+        try:
+            layer = load(copy)
+        except ArtifactError:
+            continue
+        assert layer.manifest == json.loads(original)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("architecture", "riscv64", "riscv64"),
+        ("system", "plan9", "plan9"),
+        ("features", ["fpu", "warp_drive"], "lacks warp_drive"),
+    ],
+)
+def test_another_machine(copy: Path, field: str, value: object, message: str) -> None:
+    if field == "features" and platform.system() != "Linux":
+        pytest.skip("only Linux lists the flags of a processor")
+    edit(copy, lambda m: m["target"].update({field: value}))
+    with pytest.raises(TargetError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", np.zeros((3, 4, 2, 2, 3), np.float32)),
+        ("weight", np.zeros((3, 4, 2, 2, 2))),
+        ("bias", np.zeros(3, np.float32)),
+        ("bias", np.zeros((4, 1), np.float32)),
+    ],
+)
+def test_weights_that_do_not_fit(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, name: str, value: np.ndarray
+) -> None:
+    with pytest.raises(CallError, match=f"{name} is"):
+        write(lowered[ONE], tmp_path / "it", **{name: value})
+    with pytest.raises(CallError, match="bias was given, but the layer has none"):
+        write(replace(lowered[ONE], spec=replace(ONE, bias=False)), tmp_path / "it", bias=np.zeros(4, np.float32))
+    assert siblings(tmp_path / "it") == []
+
+
+# --- one in the place of another ---
+
+
+def test_another_layer_in_the_same_directory_is_that_layer(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path
+) -> None:
+    x = -np.ones(ONE.x_shape, np.float32)
+    w, b = np.ones(ONE.w_shape, np.float32), np.zeros(4, np.float32)
+    first = load(write(lowered[ONE], tmp_path / "it"))
+    assert first(x, w, b).max() < 0
+    second = load(write(lowered[OTHER], tmp_path / "it"))
+    assert (second.spec, second(x, w, b).max()) == (OTHER, 0)
+    assert first(x, w, b).max() < 0
+    third = load(write(lowered[ONE], tmp_path / "it"))
+    assert third(x, w, b).max() < 0
+    assert siblings(tmp_path / "it") == ["it"]
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["exchanged", "in steps"])
+def test_what_is_no_artifact_is_not_replaced(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+    place = tmp_path / "thesis"
+    place.mkdir()
+    write(lowered[ONE], place)  # an empty directory is welcome
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt, which no artifact wrote"):
+        write(lowered[OTHER], place)
+    (place / "notes.txt").unlink()
+    write(lowered[OTHER], place)
+    (place / MANIFEST).write_text("{}")
+    with pytest.raises(ArtifactError, match=r"empty it, or name another"):
+        write(lowered[ONE], place)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ArtifactError, match="is a file"):
+        write(lowered[ONE], file)
+    assert siblings(place) == ["file", "thesis"]
+
+
+def test_a_damaged_artifact_is_replaced(lowered: dict[ConvTranspose3d, Lowered], copy: Path) -> None:
+    (copy / "model.onnx").unlink()
+    edit(copy, lambda m: m.update(spec="?"), honest=False)
+    assert holds(load(write(lowered[OTHER], copy)))
+
+
+def test_a_failed_write_leaves_everything_as_it_was(
+    lowered: dict[ConvTranspose3d, Lowered], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / MANIFEST).read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(artifact, "_write_manifest", fail)
+    with pytest.raises(OSError, match="no space"):
+        write(lowered[OTHER], copy)
+    assert (copy / MANIFEST).read_bytes() == before
+    assert siblings(copy) == ["copy"]
+
+
+def test_a_link_to_a_directory_stays_one(lowered: dict[ConvTranspose3d, Lowered], copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copy)
+    write(lowered[OTHER], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load(tmp_path / "link").spec == load(copy).spec == OTHER
+
+
+WRITER = """
+import pickle, sys
+from opcompile import artifact
+lowered, library = pickle.load(open(sys.argv[1], "rb"))
+artifact.link = lambda *_: library   # the part that takes long, and no part of what is tested
+if sys.argv[4] == "in steps":
+    artifact._exchange = lambda *_: False
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(int(sys.argv[3])):
+    artifact.write(lowered, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("how", ["exchanged", "in steps"])
+def test_two_processes_write_and_a_third_reads(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, how: str
+) -> None:
+    place = tmp_path / "it"
+    writers = []
+    for index, each in enumerate(lowered.values()):
+        library = link(each.object_code, artifact.header(each.spec, each.packing), each.target)
+        # any dataclass is a plan; this one spares the writers the import of TVM
+        light = SimpleNamespace(**{f.name: getattr(each, f.name) for f in fields(each)} | {"plan": Activation()})
+        (tmp_path / f"{index}.pickle").write_bytes(pickle.dumps((light, library)))
+        arguments = [sys.executable, "-c", WRITER, tmp_path / f"{index}.pickle", place, "12", how]
+        root = str(Path(opcompile.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": root}
+        writers.append(
+            subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+    write(lowered[ONE], place)
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdin is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        print("go", file=writer.stdin, flush=True)
+    seen = []
+    while any(writer.poll() is None for writer in writers):
+        layer = load(place)
+        try:
+            seen.append((layer.spec, holds(layer)))
+        except ArtifactError:  # replaced between the two: its test vector is gone, and no other was taken for it
+            seen.append((layer.spec, True))
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert {spec for spec, _ in seen} == {ONE, OTHER}
+    assert all(right for _, right in seen)
+    assert holds(load(place))
+    assert [name for name in siblings(place) if "pickle" not in name] == ["it"]
+
+
+# --- reports ---
+
+
+def test_a_report_belongs_to_the_artifact(lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path) -> None:
+    place = write(lowered[ONE], tmp_path / "it")
+    assert REPORT not in load(place).manifest["files"]
+    for report in ({"passed": True}, {"passed": False, "rows": [1.5, "x", None]}):
+        add_report(place, report)
+        assert json.loads((place / REPORT).read_text()) == report
+        assert REPORT in load(place).manifest["files"]
+    (place / REPORT).write_text('{"passed": true}')
+    with pytest.raises(ArtifactError, match=r"report\.json was changed"):
+        load(place)
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        add_report(tmp_path / "nowhere", {})
+    assert siblings(place) == ["it"]
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["exchanged", "in steps"])
+def test_a_report_never_brings_an_old_artifact_back(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+    place = write(lowered[ONE], tmp_path / "it")
+    complete = artifact._write_manifest
+
+    def interrupted(directory: Path, manifest: dict[str, Any]) -> None:
+        complete(directory, manifest)
+        monkeypatch.setattr(artifact, "_write_manifest", complete)
+        write(lowered[OTHER], place)
+
+    monkeypatch.setattr(artifact, "_write_manifest", interrupted)
+    with pytest.raises(ArtifactError, match="was replaced while"):
+        add_report(place, {})
+    assert load(place).spec == OTHER
+    assert siblings(place) == ["it"]
+
+
+def test_reports_from_many_threads(copy: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def report(number: int) -> bool:
+        barrier.wait()
+        try:
+            add_report(copy, {"number": number})
+        except ArtifactError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert any(pool.map(report, range(4)))
+    assert holds(load(copy))
+    assert siblings(copy) == ["copy"]
+
+
+# --- linking ---
+
+
+def test_a_linker_that_fails_is_quoted(lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path) -> None:
+    broken = replace(lowered[ONE], object_code=b"not an object")
+    with pytest.raises(EngineError, match=r"(?s)linking for llvm.* ended with status.*kernel\.o"):
+        write(broken, tmp_path / "it")
+
+
+def test_the_compiler_of_the_environment_is_used(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "/nowhere/cc --special")
+    with pytest.raises(EngineError, match=r"/nowhere/cc.*set CC"):
+        write(lowered[ONE], tmp_path / "it")
+    monkeypatch.setenv("CC", "cc -g0")
+    assert holds(load(write(lowered[ONE], tmp_path / "it")))
+
+
+def without_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ziglang" else real(name))
+
+
+def test_no_linker_at_all(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ziglang(monkeypatch)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match=r"no C compiler .* on PATH and CC is not set; install the package ziglang"):
+        write(lowered[ONE], tmp_path / "it")
+
+
+def test_another_machine_needs_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ziglang(monkeypatch)
+    away = target("llvm:cortex-a72" if platform.machine() == "x86_64" else "llvm:x86-64-v3")
+    with pytest.raises(EngineError, match=rf"cannot link for {away.name} .*ziglang"):
+        link(b"", artifact.header(ONE, Packing.identity(ONE.w_shape)), away)
+
+
+@pytest.mark.parametrize("name", ["llvm:cortex-a72", "llvm:apple-m1", "llvm:x86-64-v3"])
+def test_ziglang_links_for_every_machine(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ziglang")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    machine = target(name)
+    folder = write(lower(ONE, machine, "baseline"), tmp_path / "it")
+    magic = next(folder.glob("conv_transpose3d-*.*")).read_bytes()[:4]
+    assert magic == (b"\xcf\xfa\xed\xfe" if machine.system == "darwin" else b"\x7fELF")
+    if machine.native:
+        assert holds(load(folder))
+    else:
+        with pytest.raises(TargetError, match="compile it for this machine"):
+            load(folder)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    assert all(issubclass(e, OpcompileError) for e in (ArtifactError, CallError, EngineError, TargetError))

@@ -1,0 +1,132 @@
+"""The compiled operator equals the oracle, on every case and on layers nobody thought of."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from kernels import HERE, integers, kernel, reals
+from strategies import specs
+
+from opcompile import lower
+from opcompile.bounds import compare
+from opcompile.cases import Case, case, tagged
+from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
+from opcompile.spec import ConvTranspose3d
+from schedules import llvm
+
+
+@pytest.mark.parametrize("example", tagged("corner"), ids=lambda c: c.name)
+def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
+    spec = example.spec
+    run = kernel(spec)
+    x, w, b = integers(spec)
+    compare(spec, run(x, w, b), x, w, b, exact=True).require()
+    x, w, b = reals(spec)
+    compare(spec, run(x, w, b), x, w, b).require()
+
+
+@given(spec=specs())
+@settings(max_examples=25)
+def test_any_legal_layer_compiles_and_equals_the_oracle(spec: ConvTranspose3d) -> None:
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("vector", ["channels", "row"])
+@pytest.mark.parametrize("name", ["prime-sizes", "groups-wide", "k-below-s-mixed", "huge-stride-k", "channels-last-groups"])
+def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
+    spec = case(name).spec
+    m = spec.channels_out // spec.groups
+    channels = 32 if vector == "channels" else 3
+    task = channels * -(-m // channels) if spec.groups > 1 else channels
+    tiles = llvm.Tiles(vector, 16, 2, 3, 2, task)
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, tiles)(x, w, b), x, w, b, exact=True).require()
+
+
+def test_a_dynamic_batch_is_one_kernel_for_every_batch() -> None:
+    spec = case("batch-dynamic").spec
+    run = kernel(spec)
+    for batch in (1, 2, 5):
+        x, w, b = integers(spec, batch=batch)
+        compare(spec, run(x, w, b), x, w, b, exact=True).require()
+
+
+def test_all_candidates_of_a_layer_agree() -> None:
+    spec = ConvTranspose3d.parse("in=1x5x3x5x18 co=20 k=3 s=2 p=1 op=1")
+    candidates = llvm.candidates(spec, HERE.machine)
+    assert len({(c.tiles.vector, c.tiles.rows) for c in candidates}) >= 6
+    x, w, b = integers(spec)
+    chosen = candidates[:: len(candidates) // 8]
+    first, *others = [kernel(spec, c.tiles)(x, w, b) for c in chosen]
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+# --- no zero-stuffing ---
+
+
+@pytest.mark.parametrize("name", ["k2-s2", "k3-s2", "k4-s2", "k5-s3", "dilated-gcd2", "k-below-s"])
+def test_every_multiplication_is_by_a_tap(name: str) -> None:
+    """The phase blocks together reduce over exactly the taps of the kernel, once each."""
+    spec = case(name).spec
+    text = declare(spec).script()
+    reduced = [
+        np.prod([int(n) for n in re.findall(r"T\.axis\.reduce\((\d+)", block)] or [0])
+        for block in text.split('with T.sblock("')[1:]
+        if block.startswith("phase_")
+    ]
+    remapped = sum(p.taps * q.taps * r.taps for p in spec.axes[0].phases for q in spec.axes[1].phases for r in spec.axes[2].phases)
+    grids = re.findall(r"for ([\w, ]+) in T\.grid\(([\d, ]+)\):\s+with T\.sblock\(\"phase_", text)
+    assert grids
+    taps = 0
+    for names, sizes in grids:
+        size = dict(zip(names.split(", "), map(int, sizes.split(", ")), strict=True))
+        taps += size["td"] * size["th"] * size["tw"]
+    assert taps == remapped
+    assert reduced
+
+
+def test_hundreds_of_phases_are_axes_of_one_block() -> None:
+    spec = case("huge-stride-k").spec
+    assert phases_as_axes(spec)
+    assert declare(spec).script().count('T.sblock("phase') == 1
+    assert not phases_as_axes(case("k5-s3").spec)
+    assert MOST_PHASE_BLOCKS == 27
+
+
+@pytest.mark.parametrize("text", ["in=1x8x3x3x3 co=8 k=3 s=9", "in=1x8x4x4x4 co=16 k=7 s=4 d=3", "in=1x4x3x3x3 co=4 k=16 s=8"])
+def test_code_stays_small_however_many_phases(text: str) -> None:
+    assert len(lower.lower(ConvTranspose3d.parse(text), HERE, "baseline").object_code) < 300_000
+
+
+# --- indices ---
+
+
+def test_tensors_beyond_2_31_elements_are_indexed_with_64_bits() -> None:
+    small = ConvTranspose3d.parse("in=1x4x8x8x8 co=4 k=2 s=2")
+    large = ConvTranspose3d.parse("in=1x64x400x400x400 co=32 k=2 s=2")
+    assert large.y_shape == (1, 32, 800, 800, 800)
+    assert "int64" not in declare(small).script()
+    assert "T.int64" in declare(large).script()
+
+
+def test_an_element_beyond_2_31_is_read() -> None:
+    """X of 4.4 GB, of which one element is non-zero and one output is wanted: untouched pages cost nothing."""
+    spec = ConvTranspose3d.parse("in=1x1x1291x1300x1300 co=1 k=1 p=1290:0x1299:0x1299:0 bias=0 dtype=float16")
+    assert spec.y_shape == (1, 1, 1, 1, 1)
+    assert 1291 * 1300 * 1300 > 2**31
+    tiles = lower.choose(spec, HERE, "baseline")[0]
+    with tvm.target.Target(HERE.tvm()) as tvm_target:
+        function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
+    x = np.zeros(spec.x_shape, np.float16)
+    x[..., -1] = 3
+    w = lower.packing(spec, tiles)(np.full(spec.w_shape, 2, np.float16))
+    y = tvm.runtime.empty((1, 1, 1, 1, 1), "float16")
+    function(tvm.runtime.from_dlpack(x), tvm.runtime.tensor(w), y)
+    assert y.numpy().item() == 6
