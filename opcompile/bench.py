@@ -168,17 +168,22 @@ class BenchReport:
         """Return the timings as a table for a terminal, with the verdict below it."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        words = [f"{r.ratio:.2f} times as fast as {r.peer} ({r.low:.2f} to {r.high:.2f}): {r.verdict}" for r in self.ratios]
+        words = [
+            f"{r.ratio:.2f} times as fast as {r.peer} ({r.low:.2f} to {r.high:.2f}): {r.verdict}" for r in self.ratios
+        ]
         words += [f"not asked: {name}: {reason}" for name, reason in self.not_asked.items()]
         where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         where += f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned"
-        words.append(f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}")
+        words.append(
+            f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
+        )
         words.append(self.machine)
         table = Table(
             title=brief(ConvTranspose3d.parse(self.spec)),
             title_justify="left",
-            caption="\n".join(words),
+            caption=Text("\n".join(words)),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
@@ -274,7 +279,7 @@ def _pinned(threads: int) -> Iterator[tuple[int, ...]]:
         yield ()
         return
     before = os.sched_getaffinity(0)
-    chosen = sorted(before)[:threads]
+    chosen = sorted(before)[-threads:]  # the first one serves most interrupts
     os.sched_setaffinity(0, chosen)
     try:
         yield tuple(chosen)
@@ -300,7 +305,9 @@ def _stored(dtype: str, values: Tensor) -> Tensor:
     try:
         from ml_dtypes import bfloat16
     except ImportError as error:
-        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes (pip install ml_dtypes): {error}") from error
+        raise EngineError(
+            f"bfloat16 arrays in NumPy need the package ml_dtypes (pip install ml_dtypes): {error}"
+        ) from error
     return values.astype(bfloat16)
 
 
@@ -371,7 +378,7 @@ def _ours(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
 
 
 def _onnxruntime(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
-    """The model beside the kernel; other dtypes and layouts go through the nodes that make it run them."""
+    """Run the model beside the kernel; other dtypes and layouts go through the nodes that make it run them."""
     if artifact.spec.dtype == "bfloat16":
         raise EngineError("its Python side takes no bfloat16 arrays")
     try:
@@ -386,7 +393,7 @@ def _onnxruntime(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
     model = str(artifact.directory / "model.onnx")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 (its exceptions share no base, and each means that it cannot)
+    except Exception as error:  # they share no base, and each means that it cannot
         raise EngineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     y = np.empty((inputs.batch, *(n or 1 for n in artifact.spec.y_shape[1:])), inputs.x.dtype)
     binding = session.io_binding()
@@ -412,13 +419,13 @@ def _torch(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
         "output_padding": tuple(a.output_pad for a in spec.axes),
         "dilation": tuple(a.dilation for a in spec.axes),
     }
-    last: list[Any] = [None]
+    last: dict[str, Any] = {}
 
     def run() -> None:
         with torch.inference_mode():
-            last[0] = torch.nn.functional.conv_transpose3d(x, w, b, groups=spec.groups, **geometry)
+            last["y"] = torch.nn.functional.conv_transpose3d(x, w, b, groups=spec.groups, **geometry)
 
-    return _Engine(str(torch.__version__), run, lambda: last[0].numpy(), spec.sum_dtype)
+    return _Engine(str(torch.__version__), run, lambda: np.asarray(last["y"]), spec.sum_dtype)
 
 
 def _require_torch_can(spec: ConvTranspose3d) -> None:

@@ -371,6 +371,30 @@ def _plain(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
+    """Judge one block by equality."""
+    wrong = actual != expected
+    failures = int(np.count_nonzero(wrong))
+    at = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    largest = 0.0
+    if failures:
+        with np.errstate(invalid="ignore"):
+            largest = float(np.nan_to_num(np.abs(actual[wrong] - expected[wrong]), nan=np.inf, posinf=np.inf).max())
+    return Check(
+        criterion="bits",
+        computed_in=computed_in,
+        elements=actual.size,
+        failures=failures,
+        unjudged=0,
+        worst=math.inf if failures else 0.0,
+        index=tuple(int(i) for i in at),
+        actual=float(actual[at]),
+        expected=float(expected[at]),
+        bound=0.0,
+        largest_error=largest,
+    )
+
+
 def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
     """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
     unjudged = 0
@@ -444,16 +468,17 @@ def compare_all(
     for part in _parts(spec, inputs.batch):
         truth = _Truth.of(part, inputs, magnitudes=not all(exactly.values()))
         expected = rounded(spec.dtype, truth.y) if bits else truth.y
-        bound = {
-            e: np.zeros_like(truth.y) if bits else truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly
-        }
+        bound = {} if bits else {e: truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly}
         values = {name: answer.y[part.y].astype(np.float64) for name, answer in answers.items()}
 
         for name, other in dict.fromkeys(pairs):
             right = expected if other == "reference" else values[other]
-            allowed = bound[engines[name]] + (0.0 if other == "reference" else bound[engines[other]])
-            limit = min(storage.limit, _engine(spec, engines[name]).limit)
-            check = _judge(criterion, engines[name], values[name], right, allowed, limit)
+            if bits:
+                check = _judge_bits(engines[name], values[name], right)
+            else:
+                both = bound[engines[name]] if other == "reference" else bound[engines[name]] + bound[engines[other]]
+                limit = min(storage.limit, _engine(spec, engines[name]).limit)
+                check = _judge(criterion, engines[name], values[name], right, both, limit)
             index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
             found.setdefault((name, other), []).append(replace(check, index=index))
     return {key: _join(checks) for key, checks in found.items()}

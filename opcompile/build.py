@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile import artifact
-from opcompile.errors import EngineError, ModelError, OpcompileError, TargetError, VerificationError
+from opcompile.errors import ArtifactError, EngineError, ModelError, OpcompileError, TargetError, VerificationError
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.runtime import MANIFEST, Artifact, load, parse_manifest
@@ -72,7 +72,16 @@ def write(
     bias: NDArray[Any] | None = None,
 ) -> Path:
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
-    return artifact.write(lower(spec, named(target), plan), into, weight=weight, bias=bias)
+    return _written(lower(spec, named(target), plan), Path(into), weight, bias)
+
+
+def _written(lowered: Lowered, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
+    try:
+        return artifact.write(lowered, into, weight=weight, bias=bias)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {into}: {error.strerror or error}; name a directory that is yours, on a disk with space"
+        ) from error
 
 
 def _scratch() -> Path:
@@ -85,7 +94,7 @@ def _scratch() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How far `compile_all` is: ``step`` (``compile``, ``verify``, ``done``) of layer ``name``, ``done`` of ``total``."""
+    """How far `compile_all` is: ``step`` is ``compile``, ``verify`` or ``done``, of layer ``name``."""
 
     done: int
     total: int
@@ -119,7 +128,7 @@ class Built:
         return sum(int(f["bytes"]) for f in self.manifest["files"].values()) if self.manifest else 0
 
     def worst(self, against: str) -> float | None:
-        """Return our largest error as a share of its bound against ``reference`` or ``onnxruntime``; None: not asked."""
+        """Return our largest error, as a share of its bound, against an engine; None where it was not asked."""
         rows = self.report.rows if self.report else ()
         shares = [r.check.worst for r in rows if r.answer.startswith("opcompile") and r.against == against]
         return max(shares, default=None)
@@ -184,7 +193,6 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
-        place.mkdir(parents=True, exist_ok=True)
         write_index(place, _origin(given, machine, plan), [b.to_json() for b in built])
     return built
 
@@ -208,7 +216,7 @@ class _Job:
         self.report("compile")
         if spec not in lowered:
             lowered[spec] = lower(spec, self.machine, self.plan)
-        place = artifact.write(lowered[spec], self.place, weight=layer.weight, bias=layer.bias)
+        place = _written(lowered[spec], self.place, layer.weight, layer.bias)
         found, reason = None, "it was not asked for"
         if self.verify and self.machine.native:
             self.report("verify")

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from opcompile.build import Built
+    from opcompile.cases import Case
     from opcompile.record import Record
+    from opcompile.source import Source
     from opcompile.verify import Report
 
 BUG, INTERRUPTED, GONE = 70, 130, 141
@@ -54,37 +56,51 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Door(click.Group):
     """A group that turns exceptions into exit codes; commands return theirs, None for 0."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
-        sys.exit(self._code(*args, **extra))
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command and end the process with its exit code, or return its result outside of standalone mode."""
 
-    def _code(self, *args: Any, **extra: Any) -> int:
-        try:
-            code = super().main(*args, standalone_mode=False, **extra)
-            sys.stdout.flush()
-            return code if isinstance(code, int) else 0
-        except click.ClickException as error:
-            error.show()
-            return error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            return _complain("interrupted", INTERRUPTED)
-        except OpcompileError as error:
-            return _complain(str(error), error.exit_code)
-        except BrokenPipeError:
-            # Python flushes stdout once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return GONE
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return _complain(f"{where}{error.strerror or error}", 2)
-        except MemoryError as error:
-            return _complain(f"out of memory: {error}", 3)
-        except Exception as error:  # noqa: BLE001 (the border: what arrives here is a bug, and is called one)
-            if os.environ.get("OPCOMPILE_DEBUG"):
-                raise
-            kind = type(error).__name__
-            return _complain(f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where", BUG)
+        def command() -> Any:
+            return super(_Door, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
+
+        if not standalone_mode:
+            return command()
+        sys.exit(_exit_code(command))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    """Run ``command`` and turn what comes out of it into an exit code and a message."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", INTERRUPTED)
+    except OpcompileError as error:
+        return _complain(str(error), error.exit_code)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return GONE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", 2)
+    except MemoryError as error:
+        return _complain(f"out of memory: {error}", 3)
+    except Exception as error:  # the border: what arrives here is a bug, and is called one
+        if os.environ.get("OPCOMPILE_DEBUG"):
+            raise
+        kind = type(error).__name__
+        return _complain(f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where", BUG)
 
 
 def _complain(message: str, code: int) -> int:
@@ -215,8 +231,12 @@ def run(
 @cli.command()
 @_source
 @_target
-@click.option("--trials", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Candidates to measure.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Decides which candidates, in which order.")
+@click.option(
+    "--trials", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Candidates to measure."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="S", help="Decides which candidates, in which order."
+)
 @click.option("--tracker", metavar="HOST:PORT", help="Measure on the servers of this TVM RPC tracker.")
 @click.option("--key", metavar="K", help="The key that those servers have at the tracker.")
 @click.option("--work-dir", metavar="D", help="Where to keep journals, one directory a layer, to resume from.")
@@ -241,9 +261,9 @@ def tune(
     from opcompile import tune as tune_one
     from opcompile.source import brief, read
 
-    specs = list(dict.fromkeys(layer.spec for layer in read(source, nodes).layers if layer.spec is not None))
-    if not specs:
-        raise OpcompileError(f"no node of {source} can be compiled; `opcompile inspect` says why")
+    given = read(source, nodes)
+    specs = list(dict.fromkeys(spec for _, spec in given.compilable))
+    _mention(given)
     records: list[Record] = []
     with _progress("tuning") as show:
         for number, spec in enumerate(specs, 1):
@@ -270,7 +290,9 @@ def tune(
 @_source
 @click.option("--against", default="onnxruntime", show_default=True, metavar="E,E", help="Engines: onnxruntime, torch.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, metavar="S", help="For each engine."
+)
 @click.option("--at-least", type=float, metavar="R", help="Exit code 1 if less than R times as fast as the fastest.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
 @_target
@@ -296,17 +318,16 @@ def bench(
     from opcompile.bench import bench as bench_one
     from opcompile.source import read
 
-    layers = [layer for layer in read(source, nodes).layers if layer.spec is not None]
-    if not layers:
-        raise OpcompileError(f"no node of {source} can be compiled; `opcompile inspect` says why")
+    given = read(source, nodes)
+    layers = given.compilable
+    _mention(given)
     engines = [name.strip() for name in against.split(",") if name.strip()]
     reports = {}
     with _progress("timing") as show:
-        for number, layer in enumerate(layers):
+        for number, (layer, spec) in enumerate(layers):
             show(number, len(layers), f"time {layer.name}")
-            assert layer.spec is not None
             reports[layer.name] = bench_one(
-                layer.spec, against=engines, threads=threads, seconds=seconds, target=target, plan=plan
+                spec, against=engines, threads=threads, seconds=seconds, target=target, plan=plan
             )
         show(len(layers), len(layers), None)
     content = {"layers": {name: report.to_json() for name, report in reports.items()}}
@@ -319,7 +340,9 @@ def bench(
 @cli.command()
 @_source
 @click.option("-o", "--output", "path", required=True, metavar="F.onnx", help="File to write.")
-@click.option("--opset", type=int, metavar="N", help="ONNX opset of the file; by default one that ONNX Runtime reads widely.")
+@click.option(
+    "--opset", type=int, metavar="N", help="ONNX opset of the file; by default one that ONNX Runtime reads widely."
+)
 @_nodes
 @_json
 def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as_json: bool) -> None:
@@ -351,23 +374,26 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
 
     if os.path.isdir(source):
         held = {name: contents(place) for name, place in artifacts(source).items()}
-        _emit(as_json, {n: c.to_json() for n, c in held.items()}, lambda: [r for c in held.values() for r in c.renderables()])
+        _emit(
+            as_json,
+            {n: c.to_json() for n, c in held.items()},
+            lambda: [r for c in held.values() for r in c.renderables()],
+        )
         return 0 if all(c.whole for c in held.values()) else 2
-    layers = read(source, nodes).layers
-    described = {layer.name: describe(layer.spec, target, plan) for layer in layers if layer.spec is not None}
-    reasons = {layer.name: str(layer.reason) for layer in layers if layer.spec is None}
+    given = read(source, nodes)
+    described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
+    _mention(given)
     content: dict[str, Any] = {name: d.to_json() for name, d in described.items()}
-    content |= {name: {"reason": reason} for name, reason in reasons.items()}
+    content |= {layer.name: {"reason": layer.reason} for layer in given.refused}
 
     def shown() -> Iterator[RenderableType]:
         for name, description in described.items():
-            if len(layers) > 1:
+            if len(given.layers) > 1:
                 yield _title(name)
             yield from description.renderables()
-        yield from (_plain(f"{name}: not compiled: {reason}") for name, reason in reasons.items())
 
     _emit(as_json, {"layers": content}, shown)
-    return 0 if described else 2
+    return 0
 
 
 @cli.command()
@@ -470,6 +496,12 @@ def _read_only(error: OSError) -> bool:
 # --- printing ---
 
 
+def _mention(source: Source) -> None:
+    """Name the nodes that a command passes over, each with its reason."""
+    for layer in source.refused:
+        click.echo(f"opcompile: {layer.name} cannot be compiled: {layer.reason}", err=True)
+
+
 def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[RenderableType]]) -> None:
     """Print JSON, or what a person reads."""
     if as_json:
@@ -501,7 +533,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str | None], None]]:
         task = bar.add_task(what, total=None)
 
         def show(done: int, total: int, name: str | None) -> None:
-            bar.update(task, completed=done, total=total, **({"description": name} if name else {}))
+            bar.update(task, completed=done, total=total, description=name or bar.tasks[0].description)
 
         yield show
 
@@ -552,16 +584,24 @@ def _built_table(built: Sequence[Built], into: str) -> Iterator[RenderableType]:
         plan = f"{b.manifest['plan']['name']}\n{b.manifest['plan']['schedule']}"
         table.add_row(name, plan, binary(b.size), _share(b.worst("reference")), _share(b.worst("onnxruntime")), verdict)
     yield table
-    for b in built:
-        if b.reason:
-            yield _plain(f"{b.name} {'is' if b.directory else 'was'} {b.status}: {b.reason}")
-        elif b.report:
-            yield from (_plain(f"{b.name}: {n.what} was not asked: {n.reason}") for n in b.report.not_asked)
+    for words, names in _grouped(built).items():
+        yield _plain(f"{', '.join(names)}: {words}")
     yield _plain(
         f"{into}: {sum(b.directory is not None for b in built)} of {len(built)} compiled, "
         f"{sum(b.status == 'verified' for b in built)} verified. "
         "Errors are shares of the derived bound, the largest of each node."
     )
+
+
+def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
+    """Say once what holds for several nodes: the reason of a verdict, and whom nobody could ask."""
+    said: dict[str, list[str]] = {}
+    for b in built:
+        words = [f"{b.status}: {b.reason}"] if b.reason else []
+        words += [f"not asked: {n.what}: {n.reason}" for n in (b.report.not_asked if b.report else ())]
+        for word in words:
+            said.setdefault(word, []).append(b.name)
+    return said
 
 
 def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
@@ -583,7 +623,9 @@ def _records_table(records: Sequence[Record]) -> Table:
     from opcompile.spec import ConvTranspose3d
     from opcompile.units import duration
 
-    table = _table("layer", "measured", "baseline", "tuned", "gain", "record", right=("measured", "baseline", "tuned", "gain"))
+    table = _table(
+        "layer", "measured", "baseline", "tuned", "gain", "record", right=("measured", "baseline", "tuned", "gain")
+    )
     for r in records:
         baseline = r.baseline_us
         table.add_row(
@@ -597,12 +639,12 @@ def _records_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def _cases_table(found: Sequence[Any]) -> Table:
+def _cases_table(found: Sequence[Case]) -> Table:
     from opcompile.source import brief
 
-    table = _table("case", "layer", "tags", "origin")
+    table = _table("case", "layer, origin, tags")
     for c in found:
-        table.add_row(c.name, brief(c.spec), " ".join(sorted(c.tags)), c.origin)
+        table.add_row(c.name, f"{brief(c.spec)}\n[dim]{c.origin} ({', '.join(sorted(c.tags))})[/]")
     return table
 
 

@@ -78,11 +78,11 @@ class Description:
 
 def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best") -> Description:
     """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
-    from opcompile.lower import choose, workspace_bytes  # on use: it brings the compiler
+    from opcompile.lower import choose, scheduled, workspace_bytes  # on use: it brings the compiler
 
     machine = named(target)
     tiles, chosen = choose(spec, machine, plan)
-    return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles))
+    return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles, scheduled(spec, tiles)))
 
 
 def _axis_json(axis: Axis) -> dict[str, Any]:
@@ -113,9 +113,13 @@ def _axes_table(spec: ConvTranspose3d) -> Table:
 
 def _phase_lines(axis: Axis) -> Iterator[str]:
     for phase in axis.phases[:_MOST_PHASES]:
-        taps = ",".join(str(phase.first_tap + i * phase.tap_step) for i in range(phase.taps))
-        reads = ",".join(f"{offset:+d}" if offset else "0" for offset in phase.offsets())
-        yield f"{phase.index}: {taps} @ {reads}" if phase.taps else f"{phase.index}: none, the output is the bias alone"
+        if phase.taps:
+            taps = ",".join(str(phase.first_tap + i * phase.tap_step) for i in range(phase.taps))
+            reads = ",".join(f"{offset:+d}" if offset else "0" for offset in phase.offsets())
+            yield f"{phase.index}: {taps} @ {reads}"
+    empty = [str(phase.index) for phase in axis.phases[:_MOST_PHASES] if not phase.taps]
+    if empty:
+        yield f"{','.join(empty)}: no taps, the bias alone"
     if len(axis.phases) > _MOST_PHASES:
         yield f"... {len(axis.phases)} phases in all (--json has them)"
 

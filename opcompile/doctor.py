@@ -121,7 +121,10 @@ def _records() -> Finding:
 
 def _small_layer() -> Finding:
     """Compile, link, load and verify a layer: the only proof that the parts fit together."""
-    spec, way_out = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2"), "see the lines above; run with OPCOMPILE_DEBUG=1"
+    spec, way_out = (
+        ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2"),
+        "see the lines above; run with OPCOMPILE_DEBUG=1",
+    )
     try:
         from opcompile.build import compile
         from opcompile.verify import verify
@@ -130,4 +133,6 @@ def _small_layer() -> Finding:
     except (OpcompileError, ImportError, OSError) as error:
         return Finding("a small layer", "missing", f"{type(error).__name__}: {error}", way_out)
     unasked = "".join(f"; {n.what} not asked: {n.reason}" for n in report.not_asked)
-    return Finding("a small layer", "ok", f"compiled, linked, loaded, and right in {len(report.rows)} comparisons{unasked}")
+    return Finding(
+        "a small layer", "ok", f"compiled, linked, loaded, and right in {len(report.rows)} comparisons{unasked}"
+    )

@@ -62,10 +62,12 @@ def write_index(directory: Path, fields: dict[str, Any], layers: Sequence[dict[s
     beside = path.with_name(f".{INDEX}.{uuid.uuid4().hex}")
     content = {"format": FORMAT, "version": VERSION, **fields, "layers": list(layers)}
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(beside, path)
-    finally:
+    except OSError as error:
         beside.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; name a directory that is yours") from error
     return path
 
 

@@ -69,7 +69,7 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best") -> Low
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
         code = path.read_bytes()
-    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles))
+    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
@@ -128,12 +128,13 @@ def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
     return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
 
 
-def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles) -> int:
-    """Bytes that one call allocates with one thread: the padded X and one task's phases.
+def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles, module: tvm.IRModule) -> int:
+    """Bytes that one call of ``module`` allocates with one thread: the padded X and one task's phases.
 
     For a dynamic batch: with one batch element.
     """
-    module = scheduled(spec.with_batch(spec.batch or 1), tiles)
+    if spec.batch is None:
+        module = scheduled(spec.with_batch(1), tiles)
     for step in (
         transform.PlanAndUpdateBufferAllocationLocation(),
         transform.ConvertBlocksToOpaque(),

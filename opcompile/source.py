@@ -40,15 +40,26 @@ class Source:
     kind: str
     layers: tuple[Layer, ...]
 
+    @property
+    def compilable(self) -> tuple[tuple[Layer, ConvTranspose3d], ...]:
+        """The layers that have a spec. Raises `ModelError`, with the reasons, where none has."""
+        found = tuple((layer, layer.spec) for layer in self.layers if layer.spec is not None)
+        if not found:
+            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in self.layers)
+            raise ModelError(f"no node of {self.text} can be compiled: {reasons}")
+        return found
+
+    @property
+    def refused(self) -> tuple[Layer, ...]:
+        """The nodes that have none, each with its reason."""
+        return tuple(layer for layer in self.layers if layer.spec is None)
+
     def only(self) -> tuple[Layer, ConvTranspose3d]:
         """Return the one layer, with its spec. Raises `ModelError` where there are several, or it has none."""
         if len(self.layers) != 1:
             names = ", ".join(layer.name for layer in self.layers)
             raise ModelError(f"{self.text} has {len(self.layers)} such nodes ({names}); choose one with --node")
-        layer = self.layers[0]
-        if layer.spec is None:
-            raise ModelError(f"{self.text}: node {layer.name} cannot be compiled: {layer.reason}")
-        return layer, layer.spec
+        return self.compilable[0]
 
 
 def read(source: str | os.PathLike[str], nodes: Sequence[str] = ()) -> Source:

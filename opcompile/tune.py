@@ -313,8 +313,8 @@ class _Bench:
                 self._built[rank] = _Built(rank, made.value, "")
             else:
                 late = made.status == StatusKind.TIMEOUT
-                error = f"compiling took longer than {BUILD_S} s" if late else _last_line(str(made.value))
-                self._built[rank] = _Built(rank, "", error)
+                why = f"compiling took longer than {BUILD_S} s" if late else _last_line(str(made.value))
+                self._built[rank] = _Built(rank, "", why)
         return [self._built[rank] for rank in ranks]
 
     @cached_property

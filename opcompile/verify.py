@@ -119,30 +119,54 @@ class Report:
         return {"passed": self.passed, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
     def table(self) -> Table:
-        """Return the comparisons as a table for a terminal, with what could not be asked below it."""
-        from rich.table import Table
+        """Return the comparisons as a table for a terminal, with what could not be asked below it.
 
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
-        notes = [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
-        notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
-        table = Table(title=f"{self.spec}\non {self.target}", caption="\n".join(notes), caption_justify="left")
-        for heading in ("inputs", "weights", "batch", "answer", "against", "criterion"):
-            table.add_column(heading)
-        for heading in ("largest error", "of the bound", ""):
-            table.add_column(heading, justify="right")
-        # calls of one engine that gave the same answer share a line
-        lines: dict[tuple[Any, ...], list[str]] = {}
+        Answers of ours that are equal to the bit share a line; how they were called is said once, where
+        it is the same for every input set.
+        """
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        lines: dict[tuple[str, ...], list[str]] = {}
+        checks: dict[tuple[str, ...], Check] = {}
         for row in self.rows:
             engine, _, call = row.answer.partition(", ")
-            line = (row.inputs, row.weights, str(row.batch), engine, row.against, row.check)
+            line = (row.inputs, row.weights, str(row.batch), engine, row.against, repr(row.check))
             lines.setdefault(line, []).append(call)
-        for (*words, against, check), calls in lines.items():
-            numbers = (
-                ("0", "equal") if not check.largest_error else (f"{check.largest_error:.2e}", f"{check.worst:.1%}")
-            )
+            checks[line] = row.check
+        calls = [", ".join(filter(None, found)) for found in lines.values()]
+        usual = max(filter(None, calls), key=calls.count, default="")
+        several = len({row.batch for row in self.rows}) > 1
+
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
+        notes = (
+            [f"opcompile was called with {usual}: the same to the bit, unless a line says otherwise"] if usual else []
+        )
+        notes += [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
+        notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
+        table = Table(
+            title=Text(f"{self.spec}\non {self.target}"),
+            title_justify="left",
+            caption=Text("\n".join(notes)),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for heading in ("inputs", "weights", *(["batch"] if several else []), "answer", "against"):
+            table.add_column(heading)
+        table.add_column("error", justify="right", no_wrap=True)
+        table.add_column("of what is allowed", justify="right", max_width=12)
+        table.add_column("")
+        for (line, check), called in zip(checks.items(), calls, strict=True):
+            inputs, weights, batch, engine, against, _ = line
+            answer = f"{engine}: {called}" if called and called != usual else engine
+            allowed = {"bits": "not a bit", "exact sums": "(sums exact) "}.get(check.criterion, "")
+            allowed += "" if check.criterion == "bits" else f"{check.worst:.1%}"
             verdict = "[green]pass[/]" if check.passed else f"[red]FAIL ({check.failures} of {check.elements})[/]"
-            words[-1] = ": ".join(filter(None, [words[-1], ", ".join(calls)]))
-            table.add_row(*words, against, check.criterion, *numbers, verdict)
+            error = f"{check.largest_error:.2e}" if check.largest_error else "0"
+            table.add_row(inputs, weights, *([batch] if several else []), answer, against, error, allowed, verdict)
         return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_all_candidates_of_a_layer_agree() -> None:
     candidates = llvm.candidates(spec, HERE.machine)
     assert len({(c.tiles.vector, c.tiles.rows) for c in candidates}) >= 6
     x, w, b = integers(spec)
-    chosen = candidates[:: len(candidates) // 8]
+    chosen = candidates[:: len(candidates) // 5]
     first, *others = [kernel(spec, c.tiles)(x, w, b) for c in chosen]
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -124,8 +125,8 @@ def test_an_element_beyond_2_31_is_read() -> None:
     tiles = lower.choose(spec, HERE, "baseline")[0]
     with tvm.target.Target(HERE.tvm()) as tvm_target:
         function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
-    x = np.zeros(spec.x_shape, np.float16)
-    x[..., -1] = 3
+    x = np.frombuffer(mmap.mmap(-1, 2 * 1291 * 1300 * 1300), np.float16).reshape(1, 1, 1291, 1300, 1300)
+    x[0, 0, -1, -1, -1] = 3
     w = lower.packing(spec, tiles)(np.full(spec.w_shape, 2, np.float16))
     y = tvm.runtime.empty((1, 1, 1, 1, 1), "float16")
     function(tvm.runtime.from_dlpack(x), tvm.runtime.tensor(w), y)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ def farm() -> Iterator[Farm]:
 
     tracker = Tracker("127.0.0.1", port=19190, port_end=19990, silent=True)
     at = ("127.0.0.1", tracker.port)
-    servers = [Server("127.0.0.1", 20190, 20990, tracker_addr=at, key=KEY, silent=True) for _ in range(2)]
+    with ThreadPoolExecutor() as both:
+        starting = [
+            both.submit(Server, "127.0.0.1", port, port + 800, tracker_addr=at, key=KEY, silent=True)
+            for port in (20190, 21190)
+        ]
+    servers = [server.result() for server in starting]
     yield Farm(tracker, servers)
     for process in (*servers, tracker):
         process.terminate()
