@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opcompile.errors import RecordError
+from opcompile.record import unsound
 
 _FIRST = b'{"header": '
 _WAY_OUT = "give another work_dir, or delete this one to start afresh"
@@ -24,23 +25,24 @@ _WAY_OUT = "give another work_dir, or delete this one to start afresh"
 class Journal:
     """The measurements of one run, in the order they were finished.
 
-    ``samples`` are candidates, failed ones included, as in `opcompile.record.Record`; ``finals`` is
-    the last round of finals, if there was one.
+    ``choices`` are the tiles of each rank. ``samples`` are candidates, failed ones included, as in
+    `opcompile.record.Record`; ``finals`` is the last round of finals, if there was one.
     """
 
     path: Path
+    choices: Sequence[dict[str, Any]]
     samples: list[dict[str, Any]] = field(default_factory=list)
     finals: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+    def open(cls, path: Path, header: Mapping[str, Any], choices: Sequence[dict[str, Any]]) -> Journal:
         """Read ``path``, or begin it. Raises `RecordError` for a journal of something else, or a corrupt one."""
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
         lines = [_object(path, number, line) for number, line in enumerate(kept.splitlines(), 1)]
         if lines or not whole.startswith(_FIRST[: len(whole)]):
             _require_same(path, lines[0].get("header") if lines else None, header)
-        journal = cls(path)
+        journal = cls(path, choices)
         for number, line in enumerate(lines[1:], 2):
             journal._take(number, line)
         if kept != whole:
@@ -50,13 +52,19 @@ class Journal:
         return journal
 
     def _take(self, number: int, line: dict[str, Any]) -> None:
-        match line:
-            case {"sample": {"tiles": dict(), "rank": int()} as sample}:
-                self.samples.append(sample)
-            case {"finals": [*finals]}:
-                self.finals = finals
-            case _:
-                raise RecordError(f"{self.path}, line {number}: {str(line)[:80]!r} is no measurement; {_WAY_OUT}")
+        taken = line.get("finals", [line.get("sample")])
+        if len(line) != 1 or not isinstance(taken, list) or not all(self._is_sample(sample) for sample in taken):
+            raise RecordError(f"{self.path}, line {number}: {str(line)[:80]!r} is no measurement; {_WAY_OUT}")
+        if "finals" in line:
+            self.finals = taken
+        else:
+            self.samples += taken
+
+    def _is_sample(self, sample: Any) -> bool:
+        ranks = range(len(self.choices))
+        return (
+            unsound(sample) is None and sample.get("rank") in ranks and sample["tiles"] == self.choices[sample["rank"]]
+        )
 
     def add(self, sample: dict[str, Any]) -> None:
         """Write down a candidate's measurement."""

@@ -1,4 +1,4 @@
-"""The measuring process: ``python -m opcompile._measure`` reads one job, measures it, answers, ends.
+"""The measuring process: `main` reads one job, measures it, answers, ends; `opcompile.tune` starts it.
 
 A job and its answer are JSON on the standard streams. The process measures one library, or several
 in turns: a sample of each, then the next sample of each, so that a busy machine is busy for all. It
@@ -141,7 +141,3 @@ def _tensor(argument: list[Any], device: Any) -> Any:
     values = np.random.default_rng(0).random(shape, dtype=np.float32) - np.float32(0.5)
     stored = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(dtype)
     return tvm.runtime.empty(tuple(shape), dtype, device).copyfrom(stored)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -73,12 +73,24 @@ class _Door(click.Group):
             return command()
         sys.exit(_exit_code(command))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a closed pipe keeps its own name, for click would end with 1."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError as error:
+            raise _Gone from error
+
+
+class _Gone(Exception):
+    """Whoever read the output has gone."""
+
 
 def _exit_code(command: Callable[[], Any]) -> int:
     """Run ``command`` and turn what comes out of it into an exit code and a message."""
     try:
         code = command()
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
@@ -87,9 +99,10 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return _complain("interrupted", INTERRUPTED)
     except OpcompileError as error:
         return _complain(str(error), error.exit_code)
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _Gone:
+        with suppress(OSError):  # a stdout that is no file
+            # Python flushes it once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GONE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -574,7 +587,7 @@ def _built_table(built: Sequence[Built], into: str) -> Iterator[RenderableType]:
     from opcompile.source import brief
     from opcompile.units import binary
 
-    table = _table("node", "plan", "size", "oracle", "ONNX RT", "verdict", right=("size", "oracle", "ONNX RT"))
+    table = _table("layer", "plan", "size", "oracle", "ONNX RT", "verdict", right=("size", "oracle", "ONNX RT"))
     for b in built:
         name = escape(b.name) + (f"\n[dim]{brief(b.spec)}[/]" if b.spec else "")
         verdict = f"[{_COLOURS[b.status]}]{b.status}[/]"

@@ -235,7 +235,7 @@ def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
         _refuse(path, f"run_us is {content['run_us']!r}, but must be a time in microseconds above 0")
     for name in ("samples", "finals"):
         for i, sample in enumerate(content[name]):
-            if complaint := _unsound(sample):
+            if complaint := unsound(sample):
                 _refuse(path, f"{name}[{i}] {complaint}")
     if not any(sample["tiles"] == content["tiles"] for sample in content["finals"]):
         _refuse(path, "its tiles are not among its finals")
@@ -259,8 +259,8 @@ def _is_time(value: object) -> bool:
     return _is(value, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
-def _unsound(sample: object) -> str | None:
-    """Say what keeps ``sample`` from being a measurement or a failed one."""
+def unsound(sample: object) -> str | None:
+    """Say what keeps ``sample`` from being a measurement or a failed one; None where nothing does."""
     if not isinstance(sample, dict) or not isinstance(sample.get("tiles"), dict):
         return "is not an object with tiles"
     if isinstance(sample.get("error"), str):

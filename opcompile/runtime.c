@@ -28,7 +28,6 @@
 static __thread struct {
   int threads;          /* most threads for the running call; 0: none was given */
   int in_run;           /* inside opcompile_run */
-  int in_task;          /* inside a parallel task: a nested loop runs serially */
   int is_worker;
   struct block *blocks; /* workspaces this thread has in use, newest first */
   char kind[32], text[1024];
@@ -102,10 +101,6 @@ static struct block *new_block(size_t bytes) {
 
 static void *allocate(int device, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
   (void)device, (void)device_id, (void)dtype_code, (void)dtype_bits;
-  if (bytes > SIZE_MAX / 2) {
-    fail("MemoryError", "a workspace larger than the address space is needed");
-    return NULL;
-  }
   pthread_mutex_lock(&cache_lock);
   struct block *block = take_kept((size_t)bytes);
   if (!block) {
@@ -165,8 +160,8 @@ static void release_all(void) {
 
 /* --- parallel loops: a pool of sleeping workers that grows on demand ---
  *
- * One loop at a time has the pool. A caller that finds it taken runs its own tasks one after the
- * other: it would only wait for the cores otherwise. */
+ * One loop at a time has the pool. A caller that finds it taken (another thread has it, or this loop
+ * is inside a task) runs its own tasks one after the other: it would only wait for the cores otherwise. */
 
 struct environment {
   void *sync_handle;
@@ -209,7 +204,7 @@ static void run_tasks(struct job *job) {
 
 static void *work(void *unused) {
   (void)unused;
-  self.is_worker = self.in_task = 1;
+  self.is_worker = 1;
   pthread_mutex_lock(&pool.lock);
   for (;;) {
     struct job *job = pool.job;
@@ -276,16 +271,14 @@ static int default_threads(void) {
 
 static int run_serially(task_fn run, void *closure, int tasks) {
   struct environment environment = {NULL, tasks};
-  int was_in_task = self.in_task, status = 0;
-  self.in_task = 1;
+  int status = 0;
   for (int task = 0; task < tasks && !status; task++) status = run(task, &environment, closure);
-  self.in_task = was_in_task;
   return status;
 }
 
 /* Runs `requested` tasks, or as many as there are threads when 0 is requested. */
 static int launch(task_fn run, void *closure, int requested) {
-  int threads = self.in_task ? 1 : self.threads ? self.threads : default_threads();
+  int threads = self.threads ? self.threads : default_threads();
   if (threads == 0) return -1;
   int tasks = requested > 0 ? requested : threads;
   if (threads == 1 || tasks == 1) return run_serially(run, closure, tasks);
@@ -300,9 +293,7 @@ static int launch(task_fn run, void *closure, int requested) {
   grow(helpers);
   pool.job = &job;
   for (int i = 0; i < helpers; i++) pthread_cond_signal(&pool.work);
-  self.in_task = 1;
   run_tasks(&job);
-  self.in_task = 0;
   while (job.running) pthread_cond_wait(&pool.done, &pool.lock);
   pool.job = NULL;
   pthread_mutex_unlock(&pool.lock);

@@ -270,7 +270,7 @@ def golden_values(index: NDArray[Any], salt: int, amplitude: int) -> NDArray[np.
 
 def w_amplitude(spec: ConvTranspose3d) -> int:
     """Return the amplitude of W that gives sums of about unit size, so that no activation saturates or overflows."""
-    return max(1, min(128, math.isqrt(192**2 // spec.terms)))
+    return max(1, min(128, math.isqrt(192**2 // max(1, spec.terms))))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -120,9 +120,9 @@ def tune(
     The baseline is always among them; there are fewer when the space is smaller. Which ones, and in
     which order, depends on ``spec``, ``target`` and ``seed`` alone. Each is measured with one thread
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
-    longer than `BUILD_S` to compile or `MEASURE_S` to measure, is recorded as failed. The few best
-    are then measured again in turns with the baseline, and their medians decide. A dynamic batch is
-    measured with one element.
+    longer than `BUILD_S` to compile or `MEASURE_S` to measure (starting up comes on top), is recorded
+    as failed. The few best are then measured again in turns with the baseline, and their medians
+    decide. A dynamic batch is measured with one element.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
     key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
@@ -143,15 +143,15 @@ def tune(
     from opcompile.lower import declaration_hash
     from schedules import llvm
 
-    estimates = llvm.candidates(spec, machine.machine)
-    header = _header(spec, machine, site, seed, [e.tiles for e in estimates])
+    choices = [estimate.tiles for estimate in llvm.candidates(spec, machine.machine)]
+    header = _header(spec, machine, site, seed, choices)
     with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
-        journal = Journal.open(home / "journal.jsonl", header)
-        report = partial(_report, progress, journal, min(trials, len(estimates)))
+        journal = Journal.open(home / "journal.jsonl", header, [asdict(tiles) for tiles in choices])
+        report = partial(_report, progress, journal, min(trials, len(choices)))
         folder = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
-        with closing(_Bench(spec, machine, site, [e.tiles for e in estimates], folder)) as bench:
+        with closing(_Bench(spec, machine, site, choices, folder)) as bench:
             measured = {sample["rank"] for sample in journal.samples}
-            todo = [rank for rank in walk(len(estimates), seed)[:trials] if rank not in measured]
+            todo = [rank for rank in walk(len(choices), seed)[:trials] if rank not in measured]
             for batch in _batches(todo, 8 * cores()):
                 report("build")
                 built = bench.build(batch)
@@ -391,7 +391,7 @@ class _Bench:
             "threads": self.site.threads,
             "session_s": MEASURE_S * len(built),
             "queue_s": _QUEUE_S,
-            "limit_s": MEASURE_S * len(built) + _START_S + _QUEUE_S,
+            "limit_s": MEASURE_S * len(built) + _START_S + (_QUEUE_S if self.site.tracker else 0),
             "tracker": [*self.site.tracker, self.site.key] if self.site.tracker else None,
         }
         answer = _run(job)
@@ -482,7 +482,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "TVM_NUM_THREADS": str(job["threads"]),
         "TVM_USE_RUNTIME_LIB": "1",
     }
-    command = [sys.executable, "-m", "opcompile._measure"]
+    command = [sys.executable, "-c", "from opcompile._measure import main; main()"]
     kind = "connection" if job["tracker"] else "candidate"
     limit_s = job["limit_s"]
     try:

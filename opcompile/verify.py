@@ -13,9 +13,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,21 +130,22 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        lines: dict[tuple[str, ...], list[str]] = {}
-        checks: dict[tuple[str, ...], Check] = {}
+        lines: dict[tuple[str, str, str, str, str, str], list[str]] = {}
+        checks: dict[tuple[str, str, str, str, str, str], Check] = {}
         for row in self.rows:
             engine, _, call = row.answer.partition(", ")
             line = (row.inputs, row.weights, str(row.batch), engine, row.against, repr(row.check))
             lines.setdefault(line, []).append(call)
             checks[line] = row.check
         calls = [", ".join(filter(None, found)) for found in lines.values()]
-        usual = max(filter(None, calls), key=calls.count, default="")
-        several = len({row.batch for row in self.rows}) > 1
-
+        usual = {kind: _most_frequent(lines, calls, kind) for kind in _WEIGHTS}
+        batches, weights = ({getattr(row, name) for row in self.rows} for name in ("batch", "weights"))
         versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
-        notes = (
-            [f"opcompile was called with {usual}: the same to the bit, unless a line says otherwise"] if usual else []
-        )
+        notes = [f"{w} weights, each line: {c}; answers equal to the bit" for w, c in usual.items() if c]
+        if any(row.check.criterion == "exact sums" for row in self.rows):
+            notes.append("* these sums are exact, and the activation alone may err")
+        if any(row.check.criterion == "bits" for row in self.rows):
+            notes.append("bits: the answers must be equal to the last bit, and no bound is granted")
         notes += [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
         notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
         table = Table(
@@ -154,20 +157,31 @@ class Report:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
-        for heading in ("inputs", "weights", *(["batch"] if several else []), "answer", "against"):
+        # what is the same on every line needs no column
+        shown = (True, len(weights) > 1, len(batches) > 1, True, True)
+        for heading in compress(("inputs", "weights", "batch", "answer", "against"), shown):
             table.add_column(heading)
         table.add_column("error", justify="right", no_wrap=True)
-        table.add_column("of what is allowed", justify="right", max_width=12)
+        table.add_column("of bound", justify="right")
         table.add_column("")
-        for (line, check), called in zip(checks.items(), calls, strict=True):
-            inputs, weights, batch, engine, against, _ = line
-            answer = f"{engine}: {called}" if called and called != usual else engine
-            allowed = {"bits": "not a bit", "exact sums": "(sums exact) "}.get(check.criterion, "")
-            allowed += "" if check.criterion == "bits" else f"{check.worst:.1%}"
+        for (words, check), called in zip(checks.items(), calls, strict=True):
+            inputs, kind, batch, engine, against, _ = words
+            answer = f"{engine}: {called}" if called and called != usual[kind] else engine
+            criterion = "bits" if check.criterion == "bits" else f"{check.worst:.1%}"
+            criterion += "*" if check.criterion == "exact sums" else ""
             verdict = "[green]pass[/]" if check.passed else f"[red]FAIL ({check.failures} of {check.elements})[/]"
             error = f"{check.largest_error:.2e}" if check.largest_error else "0"
-            table.add_row(inputs, weights, *([batch] if several else []), answer, against, error, allowed, verdict)
+            table.add_row(*compress((inputs, kind, batch, answer, against), shown), error, criterion, verdict)
         return table
+
+
+_WEIGHTS = ("caller", "compiled")
+
+
+def _most_frequent(lines: Iterable[tuple[str, ...]], calls: Iterable[str], kind: str) -> str:
+    """Return how most lines with weights of ``kind`` were called; those of other engines are empty."""
+    found = Counter(call for line, call in zip(lines, calls, strict=True) if line[1] == kind and call)
+    return next((call for call, _ in found.most_common(1)), "")
 
 
 # --- the inputs ---

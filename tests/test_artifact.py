@@ -132,6 +132,12 @@ def test_golden_values_are_the_oracles(case: Any) -> None:
     assert stored["indices"].size >= min(full.size, 250)
 
 
+def test_golden_values_where_no_weight_reaches_the_output() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x2x2x2 co=1 k=1 s=2 p=1")
+    assert spec.terms == 0
+    assert artifact._golden(spec, None, None)["expected"].size == 1
+
+
 def test_golden_values_of_a_huge_layer_are_quick_and_ordinary() -> None:
     for case in tagged("large"):
         stored = artifact._golden(case.spec, None, None)

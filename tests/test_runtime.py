@@ -603,6 +603,9 @@ def test_workspaces_do_not_pile_up(stub: Stub) -> None:
         stub.addresses(size << 20, 64)
         assert stub(5, 3) == -1  # forgets a workspace in each task
     assert resident_mib() - before < 16
+    for size in range(65, 81):  # none of these fits where another was
+        stub.addresses(size << 20)
+    assert resident_mib() - before < 64
 
 
 def test_a_workspace_beyond_all_memory(stub: Stub) -> None:

@@ -1,0 +1,65 @@
+# Everything happens in .venv, which `make clean` removes. Needs Python >= 3.10 and a C compiler.
+#
+#   make demo        compile, verify and time the layers of a real ONNX file
+#   make test        the test suite
+#   make test-peers  the same operator in PyTorch (make test-peers TORCH=torch==2.13.0 for one version)
+#   make lint types  what must hold of the code
+#   make bench       every real layer against ONNX Runtime
+#
+# PYTHON=python3.12 chooses the interpreter, ARGS="-k spec -x" goes on to pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+DEMO ?= tests/models/dynunet.onnx
+ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-peers lint types bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
+	$(BIN)/opcompile verify demo-artifacts
+	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
+
+test: $(VENV)/.installed-test
+	$(RUN) pytest -m "not peers" $(ARGS)
+
+test-peers: $(VENV)/.installed-test
+	$(INSTALL) "$(TORCH)"
+	$(RUN) pytest -m peers $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(RUN) mypy
+
+bench: $(VENV)/.installed
+	for layer in $$($(BIN)/opcompile cases --tag real --json | $(BIN)/python -c \
+	  'import json, sys; print(*(c["name"] for c in json.load(sys.stdin)["cases"]))'); do \
+	  $(BIN)/opcompile bench "$$layer" || exit; \
+	done
+
+clean:
+	rm -rf $(VENV) demo-artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The package is installed in place, so that these need repeating only when pyproject.toml changes.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[test]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[dev]"
+	touch $@ $(VENV)/.installed-test $(VENV)/.installed

@@ -1,0 +1,241 @@
+"""Timings side by side: what is timed is right, taken in turns, pinned, and judged by a stated rule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
+from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.spec import ConvTranspose3d
+
+SPEC = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2")
+
+
+def report_of(samples: dict[str, list[float]]) -> BenchReport:
+    """A report on made-up samples in microseconds; ours first."""
+    timings = tuple(Timing(engine, "1.0", 1, tuple(times)) for engine, times in samples.items())
+    return BenchReport(
+        spec=str(SPEC),
+        target="llvm:x86-64-v3",
+        plan="baseline, row-vectors",
+        threads=1,
+        pinned=(1,),
+        seed=0,
+        date="2026-01-01T00:00:00+00:00",
+        machine="an example",
+        versions={},
+        flop=SPEC.flops,
+        bytes=SPEC.bytes(),
+        timings=timings,
+        not_asked={"torch": "pip install 'opcompile[peers]'"},
+    )
+
+
+@pytest.fixture(scope="module")
+def measured() -> BenchReport:
+    return bench(SPEC, against=("onnxruntime", "torch"), plan="baseline", seconds=0.05, seed=3)
+
+
+# --- a real run ---
+
+
+def test_every_number_carries_its_origin(measured: BenchReport) -> None:
+    content = json.loads(json.dumps(measured.to_json()))
+    assert content["spec"] == str(SPEC)
+    assert content["seed"] == 3
+    assert content["threads"] == 1
+    assert content["plan"].startswith("baseline")
+    assert {"opcompile", "apache-tvm", "numpy", "onnx"} <= content["versions"].keys()
+    assert "Python" in content["machine"]
+    engines = {timing["engine"]: timing for timing in content["timings"]}
+    assert list(engines)[:2] == ["opcompile", "onnxruntime"]
+    assert "torch" in {**engines, **content["not_asked"]}
+    for timing in engines.values():
+        samples = timing["samples_us"]
+        assert len(samples) >= 11
+        assert 0 < timing["min_us"] <= timing["median_us"] <= timing["p95_us"] <= max(samples)
+        assert timing["calls"] * timing["median_us"] > 50
+        assert timing["gflops"] == pytest.approx(SPEC.flops / timing["median_us"] / 1e3, abs=1e-3)
+
+
+def test_a_round_holds_one_sample_of_each(measured: BenchReport) -> None:
+    assert len({len(timing.samples_us) for timing in measured.timings}) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_the_process_is_pinned_while_timing_and_not_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    import opcompile.bench as module
+
+    seen = []
+
+    def looking(engines: dict[str, Any], seconds: float) -> tuple[Timing, ...]:
+        seen.append(os.sched_getaffinity(0))
+        raise EngineError("far enough")
+
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(module, "_take_turns", looking)
+    with pytest.raises(EngineError):
+        bench(SPEC, against=(), plan="baseline")
+    assert [len(cpus) for cpus in seen] == [1]
+    assert os.sched_getaffinity(0) == before
+
+
+def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import opcompile.bench as module
+
+    calls: list[str] = []
+    engines = {
+        name: module._Engine("1", lambda name=name: calls.append(name), np.empty, "float32") for name in ("a", "b", "c")
+    }
+    monkeypatch.setattr(module, "_calls", lambda _: (1, 1e6))
+    timings = module._take_turns(engines, 0.01)
+    assert [len(timing.samples_us) for timing in timings] == [11, 11, 11]
+    assert "".join(calls[:9]) == "abcbcacab"
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import opcompile.bench as module
+
+    def bent(*args: Any) -> Any:
+        engine = honest(*args)
+        return replace(engine, y=lambda: engine.y() + np.float32([0, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
+
+    honest = module._onnxruntime
+    monkeypatch.setitem(module._MAKERS, "onnxruntime", bent)
+    monkeypatch.setattr(module, "_take_turns", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(VerificationError, match="onnxruntime is wrong .* nothing was timed"):
+        bench(SPEC, plan="baseline")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=Nx2x2x3x4 co=3 k=3 s=2 act=relu",
+        "in=1x2x2x3x4 co=3 k=2 s=2 dtype=float64 layout=NDHWC",
+        "in=1x2x2x3x4 co=3 k=2 s=2 dtype=float16 bias=0",
+        "in=1x2x2x3x4 co=3 k=2 s=2 op=2 act=tanh",
+    ],
+)
+def test_every_kind_of_layer_is_timed(text: str) -> None:
+    report = bench(ConvTranspose3d.parse(text), plan="baseline", seconds=0.01)
+    assert [timing.engine for timing in report.timings] == ["opcompile", "onnxruntime"]
+    assert report.not_asked == {}
+
+
+def test_bfloat16_is_timed_alone() -> None:
+    report = bench(ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=1 dtype=bfloat16"), plan="baseline", seconds=0.01)
+    assert [timing.engine for timing in report.timings] == ["opcompile"]
+    assert "bfloat16" in report.not_asked["onnxruntime"]
+    assert report.best is None
+    assert not report.slower_than(1e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("in=1x1x2x2x2 co=1 k=1 dtype=float16", "float16"),
+        ("in=1x1x2x2x2 co=1 k=1 layout=NDHWC", "NCDHW"),
+        ("in=1x1x2x2x2 co=1 k=1 act=relu", "relu"),
+        ("in=1x1x2x2x2 co=1 k=3 p=1:0", "asymmetric padding 1:0"),
+        ("in=1x1x2x2x2 co=1 k=3 s=2 op=2", "output_padding 2"),
+    ],
+)
+def test_what_torch_cannot_say_is_said(text: str, reason: str) -> None:
+    from opcompile.bench import _require_torch_can
+
+    with pytest.raises(EngineError, match=reason):
+        _require_torch_can(ConvTranspose3d.parse(text))
+
+
+@pytest.mark.peers
+def test_torch_is_timed() -> None:
+    pytest.importorskip("torch")
+    spec = ConvTranspose3d.parse("in=2x4x3x4x5 co=6 k=3x2x3 s=3x2x1 d=2x1x1 p=1x0x1 op=2x1x0 g=2")
+    report = bench(spec, against=("torch",), plan="baseline", seconds=0.02)
+    assert [timing.engine for timing in report.timings] == ["opcompile", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"against": ("abacus",)}, "abacus"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 10**6}, "threads is 1000000"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(CallError, match=words):
+        bench(SPEC, **options)
+
+
+# --- the judgement ---
+
+
+@pytest.mark.parametrize(
+    ("n", "position"),
+    # tables of the sign test give these (David and Nagaraja 2003, 7.1), counted from 0
+    [(1, 0), (5, 0), (6, 0), (9, 1), (11, 1), (12, 2), (20, 5), (25, 7), (50, 17)],
+)
+def test_the_interval_of_a_median(n: int, position: int) -> None:
+    assert median_interval(n) == (position, n - 1 - position)
+
+
+def test_the_interval_holds_the_median_as_often_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    low, high = median_interval(30)
+    samples = np.sort(rng.exponential(size=(4000, 30)), axis=1)
+    held = (samples[:, low] <= math.log(2)) & (math.log(2) <= samples[:, high])
+    assert 0.95 <= held.mean() <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (Ratio("p", 1.5, 1.4, 1.6), "faster"),
+        (Ratio("p", 0.7, 0.65, 0.75), "slower"),
+        (Ratio("p", 1.0, 0.95, 1.05), "no difference seen"),
+        (Ratio("p", 3.0, 2.5, 3.5), "too noisy"),
+        (Ratio("p", 1.0, 0.5, 1.5), "too noisy"),
+    ],
+)
+def test_the_verdict_follows_the_rule(ratio: Ratio, verdict: str) -> None:
+    assert ratio.verdict == verdict
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """A machine that slows down for both in half of the rounds changes no ratio."""
+    ours = [1.0] * 10 + [5.0] * 10
+    report = report_of({"opcompile": ours, "onnxruntime": [2 * t for t in ours], "torch": [3 * t for t in ours]})
+    assert [(r.peer, r.ratio, r.low, r.high) for r in report.ratios] == [("onnxruntime", 2, 2, 2), ("torch", 3, 3, 3)]
+    assert report.best is not None
+    assert report.best.peer == "onnxruntime"
+    assert (report.slower_than(2.0), report.slower_than(2.1)) == (False, True)
+
+
+def test_nothing_is_concluded_from_noise() -> None:
+    report = report_of({"opcompile": [1.0] * 20, "onnxruntime": [0.1, 4.0] * 10})
+    assert report.ratios[0].verdict == "too noisy"
+    assert not report.slower_than(100)
+
+
+def test_the_table_tells_all() -> None:
+    console = Console(width=100, record=True)
+    with console.capture() as shown:
+        console.print(report_of({"opcompile": [1000.0] * 20, "onnxruntime": [1500.0] * 20}).table())
+    for words in (
+        "in=1x4x3x4x5 co=6 k=2 s=2",
+        "1.5 ms",
+        "1.50 times as fast as onnxruntime (1.50 to 1.50): faster",
+        "not asked: torch: pip install 'opcompile[peers]'",
+        "1 thread on CPU 1; 20 rounds",
+        "an example",
+    ):
+        assert words in shown.get()

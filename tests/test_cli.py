@@ -1,0 +1,580 @@
+"""The command line: every command has help, JSON and its exit code; no mistake of a user shows a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import helper, numpy_helper
+from onnx_engine import model_of, value
+from test_bench import report_of as bench_report
+
+import opcompile
+from opcompile.cli import cli
+from opcompile.doctor import Finding
+from opcompile.errors import OpcompileError, VerificationError
+from opcompile.index import INDEX, artifacts, directory_names
+from opcompile.source import brief, read
+from opcompile.spec import ConvTranspose3d
+
+ROOT = Path(opcompile.__file__).parent.parent
+MODELS = Path(__file__).parent / "models"
+COMMANDS = sorted(cli.commands)
+LAYER = "in=1x4x3x4x5 co=6 k=2 s=2"
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in args])
+
+
+def run_process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "opcompile", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False, **options)
+
+
+def of_json(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with open weights, one with a dynamic batch, and a compiled model."""
+    home = tmp_path_factory.mktemp("cli")
+    for name, source in (("layer", LAYER), ("dynamic", "in=Nx2x2x2x2 co=2 k=2 bias=0 dtype=float64")):
+        assert invoke("compile", source, "-o", home / name, "--plan", "baseline", "--no-verify").exit_code == 0
+    result = invoke("compile", MODELS / "vqvae.onnx", "-o", home / "model", "--plan", "baseline")
+    assert result.exit_code == 0, result.output
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+# --- every command ---
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_the_command_does(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: cli {name}" in result.output
+    command = cli.commands[name]
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts} has no help"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_json(name: str) -> None:
+    flags = [p for p in cli.commands[name].params if "--json" in p.opts]
+    assert len(flags) == 1
+    assert isinstance(flags[0], click.Option)
+    assert flags[0].is_flag
+
+
+# A user's mistake for each command: the arguments, the exit code, words of the message.
+MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
+    "compile": [
+        (["no-such.onnx", "-o", "{tmp}/a"], 2, ["no-such.onnx", "no file"]),
+        (["in=1x4x3x4x5 co=6", "-o", "{tmp}/a"], 2, ["k= is missing"]),
+        (["k3", "-o", "{tmp}/a"], 2, ["k3", "did you mean"]),
+        (["{tmp}", "-o", "{tmp}/a"], 2, ["is a directory"]),
+        (["{tmp}/text.onnx", "-o", "{tmp}/a"], 2, ["text.onnx"]),
+        ([LAYER, "-o", "{tmp}/a", "--target", "llvm:pdp-11"], 3, ["pdp-11", "use one of"]),
+        ([LAYER, "-o", "{tmp}/a", "--plan", "tuned"], 2, ["no tuned record", "opcompile tune"]),
+        ([LAYER, "-o", "{tmp}/a", "--plan", "fast"], 2, ["--plan"]),
+        ([LAYER, "-o", "{tmp}/text.onnx"], 2, ["is a file"]),
+        ([LAYER, "-o", "{tmp}"], 2, ["empty it"]),
+        ([LAYER, "-o", "/proc/nowhere/a"], 2, ["/proc/nowhere/a"]),
+        ([LAYER, "-o", "{tmp}/a", "--node", "n"], 2, ["not a model file"]),
+        (
+            ["{models}/unet.onnx", "-o", "{tmp}/a", "--node", "n"],
+            2,
+            ["no 5-D ConvTranspose node 'n'", "node_convolution"],
+        ),
+        (["{models}/unet.onnx", "-o", "{tmp}"], 2, ["not of this model"]),
+        ([LAYER], 2, ["--output"]),
+    ],
+    "verify": [
+        (["{tmp}/none"], 2, ["does not exist"]),
+        (["{tmp}"], 2, ["manifest.json"]),
+        (["{tmp}/text.onnx"], 2, ["text.onnx"]),
+    ],
+    "run": [
+        (["{tmp}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["manifest.json"]),
+        (["{layer}", "--x", "{tmp}/none.npy", "-o", "{tmp}/y.npy"], 2, ["none.npy"]),
+        (["{layer}", "--x", "{tmp}/text.onnx", "-o", "{tmp}/y.npy"], 2, ["text.onnx", ".npy"]),
+        (["{layer}", "--x", "{tmp}", "-o", "{tmp}/y.npy"], 2, ["{tmp}"]),
+        (["{layer}", "--x", "{tmp}/pickled.npy", "-o", "{tmp}/y.npy"], 2, ["pickled.npy"]),
+        (["{layer}", "--x", "{tmp}/many.npz", "-o", "{tmp}/y.npy"], 2, ["several arrays"]),
+        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["w is missing"]),
+        (["{layer}", "--x", "{tmp}/wrong.npy", "-o", "{tmp}/y.npy"], 2, ["x has shape"]),
+        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy", "--threads", "0"], 2, ["--threads"]),
+        (["{model}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["artifacts of a model", "node_convolution_1"]),
+    ],
+    "tune": [
+        (["no-such-case"], 2, ["no-such-case"]),
+        ([LAYER, "--trials", "0"], 2, ["--trials"]),
+        ([LAYER, "--tracker", "localhost:1"], 3, ["key"]),
+    ],
+    "bench": [
+        (["no-such-case"], 2, ["no-such-case"]),
+        ([LAYER, "--against", "abacus"], 2, ["abacus", "onnxruntime"]),
+        ([LAYER, "--threads", "1000"], 2, ["threads is 1000"]),
+        ([LAYER, "--threads", "none"], 2, ["--threads"]),
+    ],
+    "export": [
+        (["no-such-case", "-o", "{tmp}/a.onnx"], 2, ["no-such-case"]),
+        ([LAYER, "-o", "{tmp}/none/a.onnx"], 2, ["none/a.onnx"]),
+        ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "3"], 2, ["opset 3"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a.onnx"], 2, ["has 2 such nodes", "--node"]),
+    ],
+    "inspect": [
+        (["no-such-case"], 2, ["no-such-case"]),
+        (["{tmp}"], 2, ["manifest.json"]),
+        ([LAYER, "--target", "vax"], 3, ["vax"]),
+    ],
+    "cases": [(["--tag", "nothing"], 2, ["nothing", "the tags are"])],
+    "doctor": [(["--nothing"], 2, ["--nothing"])],
+}
+
+
+def test_every_command_has_its_mistakes() -> None:
+    assert sorted(MISTAKES) == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "code", "words"),
+    [pytest.param(name, *mistake, id=f"{name}-{i}") for name in COMMANDS for i, mistake in enumerate(MISTAKES[name])],
+)
+def test_a_mistake_has_a_code_and_a_message_and_no_traceback(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    args: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path / "records"))
+    (tmp_path / "text.onnx").write_text("this is no model\n" * 40)
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 3, 4, 5), np.float32))
+    np.save(tmp_path / "wrong.npy", np.zeros(3, np.float32))
+    np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", a=np.zeros(1))
+    places = {"tmp": tmp_path, "models": MODELS, "layer": folder / "layer", "model": folder / "model"}
+    filled = [arg.format(**places) for arg in args]
+    # JSON or not, stdout stays empty
+    result = invoke(name, *filled, *(["--json"] if len(filled) % 2 else []))
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    for word in words:
+        assert word.format(**places) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "mistake in opcompile" not in result.stderr
+
+
+# --- the door ---
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def tagged(*_: str) -> None:
+        raise error
+
+    return tagged
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OpcompileError("plain"), 1, "opcompile: plain\n"),
+        (VerificationError("beyond"), 1, "opcompile: beyond\n"),
+        (PermissionError(13, "Permission denied", "/there"), 2, "opcompile: /there: Permission denied\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(), 141, ""),
+        (MemoryError("8 EiB"), 3, "out of memory: 8 EiB"),
+        (ZeroDivisionError("oops"), 70, "ZeroDivisionError: oops\nThis is a mistake in opcompile"),
+    ],
+)
+def test_whatever_comes_out_has_its_code(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    monkeypatch.delenv("OPCOMPILE_DEBUG", raising=False)
+    monkeypatch.setattr("opcompile.cases.tagged", raising(error))
+    result = invoke("cases")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPCOMPILE_DEBUG", "1")
+    monkeypatch.setattr("opcompile.cases.tagged", raising(ZeroDivisionError("oops")))
+    assert isinstance(invoke("cases").exception, ZeroDivisionError)
+
+
+def test_version_and_help_are_light() -> None:
+    program = (
+        "import sys\nfrom opcompile.cli import cli\n"
+        "cli.main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'tvm', 'tvm_ffi', 'onnx', 'onnxruntime', 'rich', 'torch'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    for args in (["--version"], ["--help"], ["compile", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *args], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    done = run_process("--version")
+    assert (done.returncode, done.stdout) == (0, f"opcompile {opcompile.__version__}\n")
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "opcompile", "cases", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opcompile", "compile", LAYER, "-o", str(tmp_path / "a")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"compile layer\n"  # it is at work
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read().decode()
+        assert process.wait() == 130
+    assert "Traceback" not in rest
+    assert rest.endswith("opcompile: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+# --- compile ---
+
+
+def test_compile_a_real_model(folder: Path) -> None:
+    index = json.loads((folder / "model" / INDEX).read_text())
+    assert index["source"] == "vqvae.onnx"
+    assert [entry["status"] for entry in index["layers"]] == ["verified", "verified"]
+    for found, (name, place) in zip(
+        read(MODELS / "vqvae.onnx").layers, artifacts(folder / "model").items(), strict=True
+    ):
+        assert found.name == name
+        loaded = opcompile.load(place)
+        assert loaded.spec == found.spec
+        report = json.loads((place / "report.json").read_text())
+        assert report["passed"]
+        assert {row["against"] for row in report["rows"]} == {"reference", "onnxruntime"}
+        assert [tensor.name for tensor in onnx.load(place / "model.onnx").graph.initializer] == ["W", "B"]
+
+
+def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) -> None:
+    result = invoke("compile", mixed_model(tmp_path), "-o", tmp_path / "out", "--plan", "baseline", "--json")
+    layers = of_json(result)["layers"]
+    assert [(layer["name"], layer["status"]) for layer in layers] == [
+        ("good", "verified"),
+        ("dynamic", "not compiled"),
+        ("up/two", "verified"),
+    ]
+    assert "dynamic spatial sizes" in layers[1]["reason"]
+    assert layers[2]["directory"] == "up_two"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good", INDEX, "up_two"]
+    # the same again, as text, over the old one
+    result = invoke("compile", tmp_path / "mixed.onnx", "-o", tmp_path / "out", "--plan", "baseline", "--no-verify")
+    assert result.exit_code == 0
+    assert "dynamic: not compiled: X (U)" in result.stdout
+    assert "2 of 3 compiled, 0 verified" in result.stdout
+
+
+def test_nothing_compiled_is_bad_input(tmp_path: Path) -> None:
+    path, out = mixed_model(tmp_path), tmp_path / "out"
+    result = invoke("compile", path, "-o", out, "--node", "dynamic", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["layers"][0]["status"] == "not compiled"
+    assert invoke("verify", out).exit_code == 2
+    for command in ("inspect", "bench", "tune"):
+        assert "no node of" in invoke(command, path, "--node", "dynamic").stderr
+
+
+def mixed_model(folder: Path) -> Path:
+    """Two nodes that compile (one with its weight at run time only), and one whose sizes are dynamic."""
+    weight = numpy_helper.from_array(np.ones((2, 2, 2, 2, 2), np.float32), "K")
+    nodes = [
+        helper.make_node("ConvTranspose", ["X", "K"], ["Y"], name="good", strides=[2, 2, 2]),
+        helper.make_node("ConvTranspose", ["U", "K"], ["V"], name="dynamic"),
+        helper.make_node("ConvTranspose", ["X", "W"], ["Z"], name="up/two", strides=[2, 2, 2]),
+    ]
+    inputs = [value("X", (1, 2, 2, 2, 2)), value("U", (1, 2, "d", 2, 2)), value("W", (2, 2, 2, 2, 2))]
+    outputs = [value(name, None) for name in ("Y", "V", "Z")]
+    path = folder / "mixed.onnx"
+    onnx.save(model_of(nodes, inputs, outputs, initializers=[weight]), path)
+    return path
+
+
+def test_equal_layers_are_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile import build
+
+    lowered = []
+
+    def counting(spec: ConvTranspose3d, *rest: Any) -> Any:
+        lowered.append(spec)
+        return lower(spec, *rest)
+
+    lower = build.lower
+    monkeypatch.setattr(build, "lower", counting)
+    built = build.compile_all(mixed_model(tmp_path), tmp_path / "out", plan="baseline", verify=False)
+    assert [b.status for b in built] == ["not verified", "not compiled", "not verified"]
+    assert built[0].spec == built[2].spec
+    assert len(lowered) == 1
+
+
+def test_wrong_outputs_exit_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile import bounds
+
+    monkeypatch.setattr(bounds, "linear", lambda *args: reference_linear(*args) + 1e-3)
+    reference_linear = __import__("opcompile.reference", fromlist=["linear"]).linear
+    result = invoke("compile", LAYER, "-o", tmp_path / "a", "--plan", "baseline")
+    assert result.exit_code == 1
+    assert "wrong" in result.stdout
+    result = invoke("verify", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+
+
+def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path) -> None:
+    pytest.importorskip("ziglang")
+    away = "llvm:cortex-a72" if os.uname().machine == "x86_64" else "llvm:x86-64-v3"
+    result = invoke("compile", LAYER, "-o", tmp_path / "a", "--target", away, "--json")
+    (layer,) = of_json(result)["layers"]
+    assert (layer["status"], layer["reason"]) == ("not verified", f"code for {away} does not run on this machine")
+    assert of_json(invoke("inspect", tmp_path / "a", "--json"))["a"]["manifest"]["target"]["name"] == away
+    assert invoke("verify", tmp_path / "a").exit_code == 3
+
+
+# --- the other commands ---
+
+
+def test_verify_stores_its_report_where_it_can(folder: Path) -> None:
+    assert not (folder / "layer" / "report.json").exists()
+    content = of_json(invoke("verify", folder / "layer", "--json"))
+    assert content["passed"]
+    assert json.loads((folder / "layer" / "report.json").read_text()) == content["artifacts"]["layer"]
+    result = invoke("verify", folder / "model")
+    assert result.exit_code == 0
+    assert result.stdout.count("verified") == 2
+
+
+def test_run_is_the_artifact_called(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 4, 3, 4, 5), "w": (4, 6, 2, 2, 2), "b": (6,)}
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    given = [word for name in shapes for word in (f"--{name}", tmp_path / f"{name}.npy")]
+    # a name of one's own, without .npy
+    result = invoke("run", folder / "layer", *given, "-o", tmp_path / "y", "--threads", "1", "--json")
+    assert of_json(result) == {"output": str(tmp_path / "y"), "shape": [1, 6, 6, 8, 10], "dtype": "float32"}
+    assert np.array_equal(np.load(tmp_path / "y"), opcompile.load(folder / "layer")(*arrays.values()))
+    result = invoke("run", folder / "layer", *given, "-o", tmp_path / "none" / "y.npy")
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+
+
+def test_run_and_verify_need_no_compiler(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((3, 2, 2, 2, 2)))
+    np.save(tmp_path / "w.npy", np.ones((2, 2, 2, 2, 2)))
+    program = (
+        "import sys\nsys.modules['tvm'] = sys.modules['onnx'] = None\nfrom opcompile.cli import cli\n"
+        "sys.exit(cli.main(sys.argv[1:], standalone_mode=False))"
+    )
+    files = ["--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "-o", tmp_path / "y.npy"]
+    for args in (["run", folder / "dynamic", *files], ["verify", folder / "dynamic"], ["inspect", folder / "dynamic"]):
+        command = [sys.executable, "-c", program, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "y.npy").shape == (3, 2, 3, 3, 3)
+
+
+def test_run_knows_bfloat16_files(tmp_path: Path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    layer = "in=1x2x2x2x2 co=2 k=1 bias=0 dtype=bfloat16"
+    assert invoke("compile", layer, "-o", tmp_path / "a", "--plan", "baseline", "--no-verify").exit_code == 0
+    np.save(tmp_path / "x.npy", np.ones((1, 2, 2, 2, 2), ml_dtypes.bfloat16))
+    np.save(tmp_path / "w.npy", np.ones((2, 2, 1, 1, 1), ml_dtypes.bfloat16))
+    files = ["--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "-o", tmp_path / "y.npy"]
+    assert invoke("run", tmp_path / "a", *files).exit_code == 0
+    assert (np.load(tmp_path / "y.npy").view(ml_dtypes.bfloat16) == 2).all()
+
+
+def test_export_writes_what_onnx_accepts(tmp_path: Path) -> None:
+    path = tmp_path / "f.onnx"
+    content = of_json(
+        invoke("export", MODELS / "unet.onnx", "--node", "node_convolution", "-o", path, "--opset", "17", "--json")
+    )
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.opset_import[0].version == content["opset"] == 17
+    assert [tensor.name for tensor in model.graph.initializer] == ["W", "B"]
+
+
+def test_inspect_a_layer_tells_phases_work_and_why() -> None:
+    args = ("inspect", "in=1x4x3x4x5 co=6 k=3x2x1 s=2 p=1x0x0 op=1x0x0", "--plan", "baseline")
+    layer = of_json(invoke(*args, "--json"))["layers"]["layer"]
+    assert layer["axes"]["D"]["phases"] == [
+        {"phase": 0, "taps": [1], "reads": [0]},
+        {"phase": 1, "taps": [0, 2], "reads": [1, 0]},
+    ]
+    assert layer["axes"]["W"]["phases"][1]["taps"] == []
+    assert layer["flop"] == 2 * 4 * 6 * 6 * 60
+    assert layer["bytes"] == 4 * (4 * 60 + 4 * 6 * 6 + 6 + 6 * 6 * 8 * 9)
+    assert layer["workspace_bytes"] > 0
+    text = invoke(*args).stdout
+    for words in ("1: 0,2 @ +1,0", "1: no taps", "FLOP/byte", "baseline, ", *layer["plan"]["why"]):
+        assert words in text
+
+
+def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
+    held = of_json(invoke("inspect", folder / "model", "--json"))
+    assert list(held) == ["node_convolution", "node_convolution_1"]
+    assert all(contents["whole"] and contents["report"]["passed"] for contents in held.values())
+    place = tmp_path / "a"
+    assert invoke("compile", LAYER, "-o", place, "--plan", "baseline", "--no-verify").exit_code == 0
+    (place / "conv_transpose3d.h").write_text("/* mine */")
+    (place / "model.onnx").unlink()
+    result = invoke("inspect", place)
+    assert result.exit_code == 2
+    assert [line.split()[-1] for line in result.stdout.splitlines() if ".h " in line or ".onnx" in line] == [
+        "changed",
+        "missing",
+    ]
+
+
+def test_cases_are_the_table() -> None:
+    content = of_json(invoke("cases", "--tag", "real", "--tag", "depthwise", "--json"))
+    assert [case["name"] for case in content["cases"]] == ["L34-mednext-up0", "L35-mednext-up3"]
+    assert "L34-mednext-up0" in invoke("cases", "--tag", "depthwise").stdout
+
+
+def test_tune_writes_a_record_that_best_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.record import key
+
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path / "records"))
+    args = ("tune", LAYER, "--trials", "1", "--work-dir", tmp_path / "work", "--json")
+    (record,) = of_json(invoke(*args))["records"]
+    assert record["spec"] == str(ConvTranspose3d.parse(LAYER))
+    assert Path(record["path"]).is_relative_to(tmp_path / "records")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [key(record["spec"])]
+    layer = of_json(invoke("inspect", LAYER, "--json"))["layers"]["layer"]
+    assert layer["plan"]["name"] == "tuned"
+
+
+def test_bench_prints_and_saves(tmp_path: Path) -> None:
+    args = ("bench", LAYER, "--plan", "baseline", "--seconds", "0.01", "--save", tmp_path / "f.json")
+    result = invoke(*args, "--at-least", "0.0001")
+    assert result.exit_code == 0
+    assert "times as fast as onnxruntime" in result.stdout
+    saved = json.loads((tmp_path / "f.json").read_text())["layers"]["layer"]
+    assert [timing["engine"] for timing in saved["timings"]] == ["opcompile", "onnxruntime"]
+
+
+@pytest.mark.parametrize(("ratio", "asked", "code"), [(1.9, 1.5, 0), (1.9, 2.5, 1), (1.9, None, 0)])
+def test_slower_than_asked_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, asked: float | None, code: int
+) -> None:
+    report = bench_report({"opcompile": [1.0] * 20, "onnxruntime": [ratio] * 20})
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: report)
+    assert invoke("bench", LAYER, *(["--at-least", asked] if asked else [])).exit_code == code
+
+
+def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = of_json(invoke("doctor", "--json"))
+    assert content["healthy"]
+    findings = {f["what"]: f for f in content["findings"]}
+    assert findings["a small layer"]["state"] == "ok"
+    assert findings["target llvm"]["found"].startswith("llvm:")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("opcompile.doctor._small_layer", lambda: Finding("a small layer", "ok", ""))
+    result = invoke("doctor")
+    assert result.exit_code == 3
+    assert "missing  linker" in result.stdout
+    assert "install a C compiler" in result.stdout
+
+
+# --- what stands behind ---
+
+
+@pytest.mark.parametrize("spec", [case.spec for case in opcompile.CASES], ids=brief)
+def test_the_brief_text_reads_back(spec: ConvTranspose3d) -> None:
+    assert ConvTranspose3d.parse(brief(spec)) == spec
+    assert len(brief(spec)) < len(str(spec))
+
+
+def test_directory_names_are_safe_and_unique() -> None:
+    nodes = [
+        "/up/0/ConvTranspose",
+        "up_0_ConvTranspose",
+        "UP_0_convtranspose",
+        "..",
+        "",
+        "index.json",
+        "ä" * 9,
+        "x" * 500,
+    ]
+    names = directory_names(nodes)
+    assert names[:5] == ["up_0_ConvTranspose", "up_0_ConvTranspose_2", "UP_0_convtranspose_3", "node", "node_2"]
+    assert names[5] == "index.json_2"
+    assert len({name.lower() for name in names}) == len(nodes)
+    assert all(len(name) <= 90 and "/" not in name for name in names)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other", "version": 1, "layers": []}'])
+def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX).write_text(content)
+    result = invoke("verify", tmp_path)
+    assert result.exit_code == 2
+    assert INDEX in result.stderr
+
+
+def test_an_index_reaches_no_further_than_its_directory(tmp_path: Path) -> None:
+    layers = [{"name": "a", "directory": "../elsewhere"}]
+    (tmp_path / INDEX).write_text(json.dumps({"format": "opcompile-index", "version": 1, "layers": layers}))
+    result = invoke("verify", tmp_path)
+    assert result.exit_code == 2
+    assert "'../elsewhere'" in result.stderr
+
+
+def test_a_file_wins_over_a_text_and_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read("plain").kind == "case"
+    for name in ("plain", "lr=0.1"):
+        (tmp_path / name).write_bytes((MODELS / "unet.onnx").read_bytes())
+        assert read(name).kind == "model"
