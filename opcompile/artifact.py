@@ -164,22 +164,41 @@ def _new_beside(place: Path) -> Path:
 
 def _require_replaceable(place: Path) -> None:
     """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise ArtifactError(f"{place} is a file, and an artifact is a directory; name another place")
-    present = {path.name for path in place.iterdir()}
+    before, objection = _identity(place), _objection(place)
+    # another writer may put its own there while we look: then look again
+    while objection and _identity(place) != before:
+        before, objection = _identity(place), _objection(place)
+    if objection:
+        raise ArtifactError(f"{place} {objection}; empty it, or name another directory")
+
+
+def _identity(place: Path) -> tuple[int, ...] | None:
+    try:
+        found = place.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _objection(place: Path) -> str | None:
+    """Say why ``place`` must not be replaced; None when it is missing, empty or an artifact."""
+    try:
+        present = {path.name for path in place.iterdir()}
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return "is a file, and an artifact is a directory"
     if not present:
-        return
+        return None
     try:
         manifest = json.loads((place / MANIFEST).read_bytes())
         listed = set(manifest["files"]) if manifest["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         listed = set()
+    if not listed:
+        return "is not an artifact"
     foreign = sorted(present - listed - {MANIFEST})
-    if not listed or foreign:
-        what = f"holds {', '.join(foreign[:3])}, which no artifact wrote" if foreign else "is not an artifact"
-        raise ArtifactError(f"{place} {what}; empty it, or name another directory")
+    return f"holds {', '.join(foreign[:3])}, which no artifact wrote" if foreign else None
 
 
 def _put(beside: Path, place: Path) -> None:

@@ -568,7 +568,7 @@ def _table(*headings: str, right: Sequence[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
     return table
@@ -611,7 +611,10 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for b in built:
         words = [f"{b.status}: {b.reason}"] if b.reason else []
-        words += [f"not asked: {n.what}: {n.reason}" for n in (b.report.not_asked if b.report else ())]
+        if b.report:
+            asked = {row.against for row in b.report.rows}
+            # an engine that answered other questions is no news here; the report tells
+            words += [f"not asked: {n.what}: {n.reason}" for n in b.report.not_asked if n.what.split()[0] not in asked]
         for word in words:
             said.setdefault(word, []).append(b.name)
     return said

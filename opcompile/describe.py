@@ -101,7 +101,7 @@ def _axes_table(spec: ConvTranspose3d) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("axis", "in", "out", "k", "s", "d", "pad", "op"):
         table.add_column(heading, no_wrap=True)
     table.add_column("phase: taps @ input offsets", overflow="fold")

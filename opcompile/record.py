@@ -138,7 +138,11 @@ def find_record(spec: ConvTranspose3d, target: Target) -> Record | None:
     """Return the record of ``spec`` on ``target``, None where there is none. Raises `RecordError` for a bad one."""
     for folder in folders():
         path = path_of(folder, spec, target)
-        if path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:
+            _refuse(path, f"looking for it failed: {error.strerror}")
+        if there:
             return read_record(path, spec, target)
     return None
 

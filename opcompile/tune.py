@@ -140,6 +140,7 @@ def tune(
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
     _require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
+    folder = _writable(Path(into) if into is not None else own_folder())
     from opcompile.lower import declaration_hash
     from schedules import llvm
 
@@ -148,8 +149,8 @@ def tune(
     with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
         journal = Journal.open(home / "journal.jsonl", header, [asdict(tiles) for tiles in choices])
         report = partial(_report, progress, journal, min(trials, len(choices)))
-        folder = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
-        with closing(_Bench(spec, machine, site, choices, folder)) as bench:
+        libraries = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
+        with closing(_Bench(spec, machine, site, choices, libraries)) as bench:
             measured = {sample["rank"] for sample in journal.samples}
             todo = [rank for rank in walk(len(choices), seed)[:trials] if rank not in measured]
             for batch in _batches(todo, 8 * cores()):
@@ -171,7 +172,7 @@ def tune(
         finals=finals,
         provenance=_provenance(spec, site, seed, finals),
     )
-    written = write_record(record, Path(into) if into is not None else own_folder(), spec, machine)
+    written = write_record(record, folder, spec, machine)
     report("done")
     return replace(record, path=written)
 
@@ -299,8 +300,6 @@ class _Bench:
 
     def build(self, ranks: Sequence[int]) -> list[_Built]:
         """Schedule the candidates and compile them, on every core in a process of its own; each one once."""
-        from tvm.support.popen_pool import StatusKind
-
         modules: dict[int, Any] = {}
         for rank in (r for r in ranks if r not in self._built):
             try:
@@ -308,13 +307,18 @@ class _Bench:
             except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
                 self._built[rank] = _Built(rank, "", _last_line(str(error)))
         compile_one = partial(_compile, self.machine.tvm(), str(self.folder), _linker(self.machine))
-        for rank, made in zip(modules, self._pool.map_with_error_catching(compile_one, modules.values()), strict=True):
-            if made.status == StatusKind.COMPLETE:
-                self._built[rank] = _Built(rank, made.value, "")
-            else:
-                late = made.status == StatusKind.TIMEOUT
-                why = f"compiling took longer than {BUILD_S} s" if late else _last_line(str(made.value))
-                self._built[rank] = _Built(rank, "", why)
+        compiling = {rank: self._pool.submit(compile_one, module) for rank, module in modules.items()}
+        try:
+            for rank, future in compiling.items():
+                try:
+                    self._built[rank] = _Built(rank, future.result(), "")
+                except TimeoutError:
+                    self._built[rank] = _Built(rank, "", f"compiling took longer than {BUILD_S} s")
+                except Exception as error:  # noqa: BLE001 (whatever it is, it is this candidate's result)
+                    self._built[rank] = _Built(rank, "", _last_line(str(error)))
+        finally:
+            for future in compiling.values():
+                future.cancel()
         return [self._built[rank] for rank in ranks]
 
     @cached_property
@@ -358,7 +362,8 @@ class _Bench:
 
     def _farm_out(self, built: Sequence[_Built]) -> Iterator[Sample]:
         lost: TargetError | None = None
-        with ThreadPoolExecutor(_servers(self.site)) as pool:
+        pool = ThreadPoolExecutor(_servers(self.site))
+        try:
             running = [pool.submit(self._measure_one, b) for b in built]
             for future in as_completed(running):
                 try:
@@ -368,6 +373,8 @@ class _Bench:
                     # what is running on other servers is still worth waiting for
                     lost = error
                     pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
         if lost is not None:
             raise lost
 
@@ -625,6 +632,17 @@ def _require_extra(*, remote: bool) -> None:
 
 
 _BUILDS = "opcompile-build-"
+
+
+def _writable(folder: Path) -> Path:
+    """Make ``folder``, so that a long run does not end without a place for its record. Raises `RecordError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"into {folder} cannot be made: {error.strerror}; give another directory") from error
+    if not os.access(folder, os.W_OK):
+        raise RecordError(f"into {folder} cannot be written; give another directory")
+    return folder
 
 
 def _default_work_dir(machine: Target, header: dict[str, Any]) -> Path:

@@ -111,7 +111,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = module._onnxruntime
     monkeypatch.setitem(module._MAKERS, "onnxruntime", bent)
     monkeypatch.setattr(module, "_take_turns", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(VerificationError, match="onnxruntime is wrong .* nothing was timed"):
+    with pytest.raises(VerificationError, match=r"onnxruntime is wrong .* nothing was timed"):
         bench(SPEC, plan="baseline")
 
 
@@ -232,7 +232,7 @@ def test_the_table_tells_all() -> None:
         console.print(report_of({"opcompile": [1000.0] * 20, "onnxruntime": [1500.0] * 20}).table())
     for words in (
         "in=1x4x3x4x5 co=6 k=2 s=2",
-        "1.5 ms",
+        "1.50 ms",
         "1.50 times as fast as onnxruntime (1.50 to 1.50): faster",
         "not asked: torch: pip install 'opcompile[peers]'",
         "1 thread on CPU 1; 20 rounds",

@@ -233,6 +233,18 @@ def test_every_dtype_in_every_place_of_a_tensor(dtype: str, element_type: int) -
         np.testing.assert_array_equal(found.weight.astype(np.float32), WEIGHT)
 
 
+def test_a_tensor_with_too_little_data_is_a_reason() -> None:
+    w = tensor("W", integers((2, 40, 3, 3, 3)))
+    w.raw_data = w.raw_data[:-4]
+    assert "W holds no [2, 40, 3, 3, 3] tensor" in reason_of(layer(b="", initializers=[w]))
+
+
+def test_a_tensor_without_a_type_is_a_reason() -> None:
+    w = tensor("W", integers((2, 40, 3, 3, 3)))
+    w.data_type = TensorProto.UNDEFINED
+    assert "the dtypes float32, undefined, but must have one" in reason_of(layer(b="", initializers=[w]))
+
+
 # --- external data ---
 
 
@@ -318,6 +330,8 @@ def test_names_are_unique() -> None:
     )
     model.graph.node[0].name = model.graph.node[1].name = "up"
     assert [f.name for f in find(model)] == ["up", "up_2", "V"]
+    model.graph.node[2].name = "up"
+    assert [f.name for f in find(model)] == ["up", "up_2", "up_3"]
     model.graph.node[2].name = "up_2"
     assert [f.name for f in find(model)] == ["up", "up_2", "up_2_2"]
 
@@ -388,6 +402,15 @@ def test_functions_are_read_where_they_are_called() -> None:
     assert first.spec == ConvTranspose3d.parse("in=1x1x3x3x3 co=1 k=2 s=2 bias=0")
     assert second.spec == ConvTranspose3d.parse("in=1x1x6x6x6 co=1 k=2 s=1 bias=0")
     np.testing.assert_array_equal(second.weight, np.arange(1, 9, dtype=np.float32).reshape(1, 1, 2, 2, 2))
+
+
+def test_an_attribute_that_inlining_gave_the_wrong_type_is_a_reason() -> None:
+    model = parser.parse_model(_FUNCTION.replace("OPSET", "20"))
+    model.graph.node[1].attribute[0].CopyFrom(helper.make_attribute("s", tensor("", WEIGHT)))
+    first, second = find(model)
+    assert first.reason is None
+    assert second.reason is not None
+    assert "attribute strides is of type TENSOR, but must be INTS" in second.reason
 
 
 def test_functions_of_another_opset_are_listed() -> None:

@@ -39,7 +39,9 @@ def test_any_legal_layer_compiles_and_equals_the_oracle(spec: ConvTranspose3d) -
 
 
 @pytest.mark.parametrize("vector", ["channels", "row"])
-@pytest.mark.parametrize("name", ["prime-sizes", "groups-wide", "k-below-s-mixed", "huge-stride-k", "channels-last-groups"])
+@pytest.mark.parametrize(
+    "name", ["prime-sizes", "groups-wide", "k-below-s-mixed", "huge-stride-k", "channels-last-groups"]
+)
 def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
     spec = case(name).spec
     m = spec.channels_out // spec.groups
@@ -82,7 +84,9 @@ def test_every_multiplication_is_by_a_tap(name: str) -> None:
         for block in text.split('with T.sblock("')[1:]
         if block.startswith("phase_")
     ]
-    remapped = sum(p.taps * q.taps * r.taps for p in spec.axes[0].phases for q in spec.axes[1].phases for r in spec.axes[2].phases)
+    remapped = sum(
+        p.taps * q.taps * r.taps for p in spec.axes[0].phases for q in spec.axes[1].phases for r in spec.axes[2].phases
+    )
     grids = re.findall(r"for ([\w, ]+) in T\.grid\(([\d, ]+)\):\s+with T\.sblock\(\"phase_", text)
     assert grids
     taps = 0
@@ -101,7 +105,9 @@ def test_hundreds_of_phases_are_axes_of_one_block() -> None:
     assert MOST_PHASE_BLOCKS == 27
 
 
-@pytest.mark.parametrize("text", ["in=1x8x3x3x3 co=8 k=3 s=9", "in=1x8x4x4x4 co=16 k=7 s=4 d=3", "in=1x4x3x3x3 co=4 k=16 s=8"])
+@pytest.mark.parametrize(
+    "text", ["in=1x8x3x3x3 co=8 k=3 s=9", "in=1x8x4x4x4 co=16 k=7 s=4 d=3", "in=1x4x3x3x3 co=4 k=16 s=8"]
+)
 def test_code_stays_small_however_many_phases(text: str) -> None:
     assert len(lower.lower(ConvTranspose3d.parse(text), HERE, "baseline").object_code) < 300_000
 

@@ -51,18 +51,14 @@ def test_any_layer_means_the_same_in_pytorch(spec: ConvTranspose3d) -> None:
     assert compare(spec, in_torch(spec, x, w, b), x, w, b, exact=True).passed
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_module_with_all_its_words_means_the_same(dtype: str) -> None:
+def test_the_module_with_all_its_words_means_the_same() -> None:
     import torch
 
-    spec = ConvTranspose3d.parse(f"in=2x6x3x4x5 co=9 k=3x4x5 s=2x1x3 p=1x0x2 op=1x1x0 d=1x2x1 g=3 dtype={dtype}")
+    spec = ConvTranspose3d.parse("in=2x6x3x4x5 co=9 k=3x4x5 s=2x1x3 p=1x0x2 op=1x1x0 d=1x2x1 g=3")
     x, w, b = arrays(spec)
     layer = torch.nn.ConvTranspose3d(6, 9, (3, 4, 5), (2, 1, 3), (1, 0, 2), (1, 1, 0), groups=3, dilation=(1, 2, 1))
-    layer = layer.to(getattr(torch, dtype))
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(w))
         layer.bias.copy_(torch.from_numpy(b))
         y = layer(torch.from_numpy(x)).numpy()
-    assert y.shape == spec.y_shape
-    if dtype == "float32":
-        assert compare(spec, y, x, w, b).passed
+    assert compare(spec, y, x, w, b).passed

@@ -200,6 +200,7 @@ def test_a_missing_provenance_is_refused(own: Path, name: str) -> None:
         ("finals", [], "its tiles are not among its finals"),
         ("provenance", "me", "field provenance is of type str"),
         ("format", "1", "field format is of type str"),
+        ("format", True, "field format is of type bool"),
         ("format", 2, "it is of format 2, and this version reads format 1"),
         ("surplus", 1, "unknown field 'surplus'"),
     ],

@@ -74,5 +74,7 @@ def test_an_unsupported_machine_asks_for_a_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wide_vectors_are_used_where_the_machine_has_them() -> None:
-    lanes = {name: lower.choose(SMALL, target(f"llvm:{name}"), "baseline")[0].lanes for name in ("x86-64-v2", "x86-64-v4")}
+    lanes = {
+        name: lower.choose(SMALL, target(f"llvm:{name}"), "baseline")[0].lanes for name in ("x86-64-v2", "x86-64-v4")
+    }
     assert lanes == {"x86-64-v2": 4, "x86-64-v4": 16}

@@ -380,7 +380,7 @@ def _w_sizes(w: _Value) -> list[int]:
 
 
 def _dtype(values: Sequence[_Value]) -> str:
-    types = {v.element_type for v in values} - {onnx.TensorProto.UNDEFINED}
+    types = {v.element_type for v in values if v.tensor is not None or v.element_type != onnx.TensorProto.UNDEFINED}
     names = sorted(_DTYPES.get(t, _type_name(t)) for t in types)
     if len(names) != 1:
         raise ModelError(
@@ -503,7 +503,7 @@ def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
         return None
     try:
         return np.ascontiguousarray(numpy_helper.to_array(_loaded(value.tensor, folder)))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ModelError(f"{value.name} holds no {list(value.tensor.dims)} tensor: {error}; export it again") from error
 
 

@@ -1,0 +1,176 @@
+"""What is written is true: pages in step with the code, examples that run, commands and links that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from cli_page import PAGE, page
+
+import opcompile
+from opcompile import cli as opcompile_cli
+from opcompile.artifact import write
+from opcompile.cli import cli
+from opcompile.errors import OpcompileError
+from opcompile.lower import lower
+from opcompile.spec import ACTIVATIONS, ConvTranspose3d
+from opcompile.target import names, target
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Their Python is run as it stands. Tuning takes minutes: its own tests run it.
+RUNNING = ["README.md", "docs/index.md", "docs/artifact.md"]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language; "" for those that name none."""
+    return [code for found, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if found == language]
+
+
+# --- the command line ---
+
+
+def test_the_page_of_the_command_line_is_in_step() -> None:
+    assert page() == PAGE.read_text(), "run: python tests/cli_page.py"
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Every ``opcompile ...`` in a block or between backquotes, as words."""
+    lines = [line for block in fenced(text, "") for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    for line in lines:
+        words = shlex.split(line, comments=True) if line.startswith("opcompile ") else []
+        if len(words) > 1:
+            yield words[1:]
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p != PAGE], ids=named)
+def test_every_command_and_option_that_is_named_exists(path: Path) -> None:
+    for name, *words in command_lines(path.read_text()):
+        if name.startswith("-"):
+            assert any(name in parameter.opts for parameter in cli.get_params(click.Context(cli)))
+            continue
+        assert name in cli.commands, f"{path.name}: opcompile {name}"
+        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        assert {w for w in words if re.fullmatch(r"--?[a-z][a-z-]*", w)} <= known, f"{path.name}: opcompile {name}"
+
+
+def test_the_readme_shows_a_command_line() -> None:
+    assert {name for name, *_ in command_lines((ROOT / "README.md").read_text())} >= {
+        "compile",
+        "verify",
+        "run",
+        "bench",
+    }
+
+
+# --- Python ---
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_the_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "tests" / "models" / "unet.onnx", "model.onnx")
+    blocks = fenced((ROOT / name).read_text(), "python")
+    assert blocks
+    for number, code in enumerate(blocks):
+        exec(compile(code, f"{name}, example {number}", "exec"), {"__name__": "example"})  # noqa: S102 (our own page)
+    if name == "README.md":
+        assert (tmp_path / "decoder" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_python_example_is_python(path: Path) -> None:
+    for code in fenced(path.read_text(), "python"):
+        compile(code, path.name, "exec")
+
+
+# --- facts ---
+
+
+def test_every_target_is_on_the_page_and_no_other() -> None:
+    table = "\n".join(line for line in (ROOT / "docs" / "targets.md").read_text().splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(llvm[^`]*)`", table)) == set(names())
+
+
+def test_every_file_and_field_of_an_artifact_is_on_its_page(tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1")
+    write(lower(spec, target("llvm"), "baseline"), tmp_path / "a")
+    manifest = opcompile.load(tmp_path / "a").manifest
+    text = (ROOT / "docs" / "artifact.md").read_text()
+    words = set(re.findall(r"`([^`\n]+)`", text))
+    assert set(manifest) <= words
+    assert {name for name in manifest["files"] if name != manifest["library"]} <= words
+
+
+def test_every_error_has_an_exit_code_of_the_page() -> None:
+    kinds = [OpcompileError, *OpcompileError.__subclasses__()]
+    assert {kind.exit_code for kind in kinds} == {1, 2, 3}
+    assert re.findall(r"^\| (\d+) \|", PAGE.read_text(), re.M) == ["0", "1", "2", "3", "70", "130", "141"]
+    assert re.findall(r"^(\d+) {3}", opcompile_cli.__doc__ or "", re.M) == ["0", "1", "2", "3", "70", "130", "141"]
+
+
+def test_the_number_of_activations_is_right() -> None:
+    for name in ("README.md", "docs/changelog.md"):
+        (number,) = re.findall(r"(\d+) (?:fused )?activations", (ROOT / name).read_text())
+        assert int(number) == len(ACTIVATIONS) - 1
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    assert re.findall(r"^## (.+)$", (ROOT / "docs" / "changelog.md").read_text(), re.M)[0] == opcompile.__version__
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        place, _, anchor = link.partition("#")
+        goal = (path.parent / place).resolve() if place else path
+        assert goal.is_file(), f"{path.name}: {link}"
+        headings = re.findall(r"^#+ (.+)$", goal.read_text(), re.M)
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{path.name}: {link}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in PAGES if path.parent.name == "docs"}
+    text = (ROOT / "README.md").read_text()
+    assert {f"docs/{name}" for name in re.findall(r"\(docs/([a-z]+\.md)\)", text)} == pages
+
+
+def test_the_index_of_decisions_is_complete() -> None:
+    folder = ROOT / "docs" / "decisions"
+    text = (folder / "index.md").read_text()
+    for path in sorted(folder.glob("0*.md")):
+        title = path.read_text().splitlines()[0].lstrip("# ")
+        number, words = title.split(". ", 1)
+        assert f"{number}. [{words}]({path.name})" in text
+        assert len(path.read_text().split()) < 500, f"{path.name} is longer than a page"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+def test_every_test_that_is_named_exists(name: str) -> None:
+    found = re.findall(r"`(tests/[\w.]+)`", (ROOT / name).read_text())
+    assert found
+    for path in found:
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_makefile_has_what_the_readme_promises() -> None:
+    made = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    pages = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/architecture.md"))
+    for words in re.findall(r"^make ([a-z -]+?)(?:  |$)|`make ([a-z -]+)`", pages, re.M):
+        assert set("".join(words).split()) <= made
