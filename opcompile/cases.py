@@ -45,11 +45,21 @@ _REAL = [
     ("L17-vnet-up256", "in=1x256x8x8x4 co=128 k=2 s=2", "k2s2", "V-Net 128x128x64"),
     ("L18-3dgan-layer1", "in=1x200x1x1x1 co=512 k=4 s=2", "k4s2", "3D-GAN generator"),
     ("L19-3dgan-layer2", "in=1x512x4x4x4 co=256 k=4 s=2 p=1", "k4s2", "3D-GAN generator"),
-    ("L21-videogpt-convt1", "in=1x240x6x34x34 co=240 k=4 s=2 p=3", "k4s2 large", "VideoGPT VQ-VAE, input padded before"),
+    (
+        "L21-videogpt-convt1",
+        "in=1x240x6x34x34 co=240 k=4 s=2 p=3",
+        "k4s2 large",
+        "VideoGPT VQ-VAE, input padded before",
+    ),
     ("L22-videogpt-convt2", "in=1x240x10x66x66 co=3 k=4 s=2 p=3", "k4s2", "VideoGPT VQ-VAE, three colours out"),
     ("L24-psmnet-conv5", "in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1", "k3s2", "PSMNet hourglass, 256x512"),
     ("L25-psmnet-conv6", "in=1x64x24x32x64 co=32 k=3 s=2 p=1 op=1", "k3s2", "PSMNet hourglass, 256x512"),
-    ("L27-gcnet-last", "in=1x32x97x128x256 co=1 k=3 s=2 p=1:1x0:1x0:1", "k3s2 large", "GC-Net in TensorFlow: asymmetric pads"),
+    (
+        "L27-gcnet-last",
+        "in=1x32x97x128x256 co=1 k=3 s=2 p=1:1x0:1x0:1",
+        "k3s2 large",
+        "GC-Net in TensorFlow: asymmetric pads",
+    ),
     ("L29-v2v-up1", "in=1x64x22x22x22 co=32 k=2 s=2", "k2s2", "V2V-PoseNet"),
     ("L30-monoscene-kitti", "in=1x64x128x128x16 co=32 k=3 s=2 p=1 op=1", "k3s2 large", "MonoScene KITTI"),
     ("L31-monoscene-nyu", "in=1x400x30x18x30 co=200 k=3 s=2 p=1 op=1", "k3s2 large", "MonoScene NYU"),
@@ -81,7 +91,11 @@ _CORNER = [
     ("dilated-gcd3-of-6", "in=1x2x3x3x3 co=2 k=5 s=6x3x2 d=3 p=1", "216-fold stride, dilation 3"),
     ("dilated-coprime", "in=1x3x4x5x4 co=4 k=3 s=2 d=3 p=2 op=1", "taps step backwards through the input"),
     ("dilated-s1", "in=1x3x4x5x6 co=4 k=3 d=2x1x3 p=1", "no stride"),
-    ("output-pad-in-dilation", "in=1x3x4x4x4 co=4 k=3 d=2 op=1", "output_pad in [stride, dilation): legal, refused by some"),
+    (
+        "output-pad-in-dilation",
+        "in=1x3x4x4x4 co=4 k=3 d=2 op=1",
+        "output_pad in [stride, dilation): legal, refused by some",
+    ),
     ("output-pad-opinfo", "in=1x2x4x4x4 co=2 k=3x2x3 s=3x2x1 d=4 p=2x1x3 op=2x3x1 g=2", "as in PyTorch's own samples"),
     ("output-pad-beyond", "in=1x2x3x3x3 co=3 k=2 s=2 op=5x0x3", "output beyond `full` is the bias alone"),
     ("asymmetric-pads", "in=1x3x4x5x6 co=4 k=3 s=2 p=1:0x0:1x2:1", "begin and end differ"),
@@ -110,7 +124,11 @@ _CORNER = [
     ("float64", "in=1x4x3x4x5 co=6 k=3 s=2 p=1 op=1 dtype=float64", "sums in double precision"),
     ("float16", "in=1x20x3x4x5 co=18 k=3 s=2 p=1 op=1 dtype=float16", "half-precision storage, single-precision sums"),
     ("bfloat16", "in=1x20x3x4x5 co=18 k=3 s=2 p=1 op=1 dtype=bfloat16", "the same for bfloat16"),
-    ("float16-channels-last", "in=1x8x3x4x5 co=6 k=2 s=2 dtype=float16 layout=NDHWC act=silu", "two axes of choice at once"),
+    (
+        "float16-channels-last",
+        "in=1x8x3x4x5 co=6 k=2 s=2 dtype=float16 layout=NDHWC act=silu",
+        "two axes of choice at once",
+    ),
     ("keras-example", "in=4x128x10x8x12 co=32 k=2 s=2 act=relu layout=NDHWC", "the example of Keras' documentation"),
 ]
 
@@ -124,7 +142,9 @@ CASES: tuple[Case, ...] = (
     ),
     _case("act-leaky-slope", "in=1x3x3x4x5 co=4 k=2 s=2 act=leaky_relu:0.2", "corner activation", "a slope of its own"),
     _case("act-elu-alpha", "in=1x3x3x4x5 co=4 k=2 s=2 act=elu:0.5", "corner activation", "a parameter of its own"),
-    _case("act-hard-sigmoid", "in=1x3x3x4x5 co=4 k=2 s=2 act=hard_sigmoid:0.2:0.5", "corner activation", "ONNX's defaults"),
+    _case(
+        "act-hard-sigmoid", "in=1x3x3x4x5 co=4 k=2 s=2 act=hard_sigmoid:0.2:0.5", "corner activation", "ONNX's defaults"
+    ),
 )
 
 _BY_NAME = {c.name: c for c in CASES}

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from opcompile.cases import Case
     from opcompile.record import Record
     from opcompile.source import Source
+    from opcompile.tune import Progress as TuneProgress
     from opcompile.verify import Report
 
 BUG, INTERRUPTED, GONE = 70, 130, 141
@@ -292,11 +293,11 @@ def tune(
                     tracker=tracker,
                     key=key,
                     work_dir=home,
-                    progress=lambda p: show(p.done, p.total, None),
+                    progress=lambda p: show(p.done, p.total, None, _best(p)),
                 )
             )
     content = [{**json.loads(r.to_json()), "path": str(r.path)} for r in records]
-    _emit(as_json, {"records": content}, lambda: [_records_table(records)])
+    _emit(as_json, {"records": content}, lambda: _records_table(records))
 
 
 @cli.command()
@@ -506,6 +507,13 @@ def _read_only(error: OSError) -> bool:
     return error.errno == errno.EROFS
 
 
+def _best(progress: TuneProgress) -> str:
+    from opcompile.units import duration
+
+    failed = f", {progress.failures} failed" if progress.failures else ""
+    return (f"best {duration(progress.best_us)}" if progress.best_us else progress.step) + failed
+
+
 # --- printing ---
 
 
@@ -520,9 +528,12 @@ def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[Render
     if as_json:
         click.echo(json.dumps(content, indent=1, allow_nan=False))
         return
+    from rich.text import Text
+
     console = _console()
     for renderable in renderables():
-        console.print(renderable)
+        # the terminal wraps a text, so that a path in it stays in one piece
+        console.print(renderable, soft_wrap=isinstance(renderable, (str, Text)))
 
 
 def _console() -> Console:
@@ -533,20 +544,26 @@ def _console() -> Console:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, str | None], None]]:
-    """Show how far long work is: a bar on a terminal, otherwise a line for each thing that begins."""
+def _progress(what: str) -> Iterator[Callable[..., None]]:
+    """Show how far long work is: a bar on a terminal, otherwise a line for each thing that begins.
+
+    The function takes (done, total, what begins or None, a detail that only the bar shows).
+    """
     if not sys.stderr.isatty():
-        yield lambda _done, _total, name: click.echo(name, err=True) if name else None
+        yield lambda _done, _total, name, _detail="": click.echo(name, err=True) if name else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    name_column, detail_column = (
+        TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[detail]")
+    )
+    columns = (name_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), detail_column)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=None, detail="")
 
-        def show(done: int, total: int, name: str | None) -> None:
-            bar.update(task, completed=done, total=total, description=name or bar.tasks[0].description)
+        def show(done: int, total: int, name: str | None, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=name or bar.tasks[0].description, detail=detail)
 
         yield show
 
@@ -634,25 +651,21 @@ def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
         yield table
 
 
-def _records_table(records: Sequence[Record]) -> Table:
+def _records_table(records: Sequence[Record]) -> Iterator[RenderableType]:
     from opcompile.source import brief
     from opcompile.spec import ConvTranspose3d
     from opcompile.units import duration
 
-    table = _table(
-        "layer", "measured", "baseline", "tuned", "gain", "record", right=("measured", "baseline", "tuned", "gain")
-    )
+    numbers = ("measured", "baseline", "tuned", "gain")
+    table = _table("layer", *numbers, right=numbers)
     for r in records:
-        baseline = r.baseline_us
-        table.add_row(
-            brief(ConvTranspose3d.parse(r.spec)),
-            str(len(r.samples)),
-            duration(baseline) if baseline else "-",
-            duration(r.run_us),
-            f"{baseline / r.run_us:.2f}x" if baseline else "-",
-            _plain(str(r.path)),
-        )
-    return table
+        layer, gain = brief(ConvTranspose3d.parse(r.spec)), "-"
+        if r.baseline_us:
+            gain = f"{r.baseline_us / r.run_us:.2f}x"
+        baseline = duration(r.baseline_us) if r.baseline_us else "failed"
+        table.add_row(layer, str(len(r.samples)), baseline, duration(r.run_us), gain)
+    yield table
+    yield from (_plain(str(r.path)) for r in records)
 
 
 def _cases_table(found: Sequence[Case]) -> Table:

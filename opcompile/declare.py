@@ -67,7 +67,7 @@ def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int
     return (c, round_up(m, grain.channels), kd, kh, kw)
 
 
-def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:  # noqa: B008 (frozen)
+def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     """Return the unscheduled function ``main(X, W[, B], Y)``.
 
     X and Y have the spec's shapes and layout, W has the shape `packed_from` gives. Indices are
@@ -91,7 +91,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:  # 
         name="output",
     )
     func = te.create_prim_func([x, w, b, y] if spec.bias else [x, w, y])
-    return _unaligned(func, {name: spec.dtype for name in ("X", "W", "B", "output")})
+    return _unaligned(func, dict.fromkeys(("X", "W", "B", "output"), spec.dtype))
 
 
 Picker = Callable[[Any, Any, Sequence[Any]], Any]
@@ -170,7 +170,9 @@ class _Scope:
         shape = self.batched(spec.groups, c_in, *(win.extent for win in self.windows))
         return te.compute(shape, element, name="pad")
 
-    def contract(self, pad: Any, w: Any, lead: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any, Any]]) -> Any:
+    def contract(
+        self, pad: Any, w: Any, lead: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any, Any]]
+    ) -> Any:
         """Sum over taps and channels; ``firsts`` holds (position, first tap, first offset) of each axis."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
         n, g, m = lead

@@ -515,14 +515,15 @@ def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
 
 
 def _read_manifest(directory: Path) -> bytes:
-    for _ in range(_ATTEMPTS):
+    patience = time.monotonic() + 1
+    while True:
         try:
             return (directory / MANIFEST).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             # where directories cannot be exchanged, a writer leaves the place empty for an instant
-            if directory.exists() or not any(directory.parent.glob(f".{directory.name}.*")):
+            if time.monotonic() > patience or not any(directory.parent.glob(f".{directory.name}.*")):
                 break
-            time.sleep(0.01)
+            time.sleep(0.005)
         except OSError as error:
             raise ArtifactError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
     what = "has no manifest.json, so it is not an artifact" if directory.exists() else "does not exist"

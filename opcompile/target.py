@@ -91,16 +91,19 @@ _WIDE = ("-prefer-256-bit",)
 
 
 def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int) -> Callable[[str], Target]:
+    vector_bytes, registers, fma_in_flight = (16, 16, 4)
+    if "fma" in features:
+        vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
-        machine, mattr = Machine(64, 32, 8, l1 * _KIB, l2 * _KIB), _WIDE
-    elif "fma" in features:
-        machine, mattr = Machine(32, 16, 8, l1 * _KIB, l2 * _KIB), ()
-    else:
-        machine, mattr = Machine(16, 16, 4, l1 * _KIB, l2 * _KIB), ()
+        vector_bytes, registers, fma_in_flight = (64, 32, 8)
+    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB)
+    mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 
 
-def _arm(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_in_flight: int, apple: bool = False) -> Callable[[str], Target]:
+def _arm(
+    mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_in_flight: int, apple: bool = False
+) -> Callable[[str], Target]:
     triple = "arm64-apple-macos" if apple else "aarch64-unknown-linux-gnu"
     machine = Machine(16, 32, fma_in_flight, l1 * _KIB, l2 * _KIB)
     return lambda name: Target(name, triple, mcpu, (), features, machine)

@@ -175,10 +175,12 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     rate = 80 if weights <= machine.l2_bytes else 20
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads = t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)
+        loads: float = t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)
         # the weights of a tile stay in the first cache while the row advances, or are streamed; so is a long row
         stays, streamed = t.vectors * machine.vector_bytes * c * taps // phases, t.vectors * machine.vector_bytes
-        beyond_l1 = streamed / rate * (stays > machine.l1_bytes // 2) + t.rows * _LINE / 80 * (row > machine.l1_bytes // 2)
+        beyond_l1 = streamed / rate * (stays > machine.l1_bytes // 2) + t.rows * _LINE / 80 * (
+            row > machine.l1_bytes // 2
+        )
     else:
         # vectors of a row start anywhere: most of them straddle two cache lines
         loads = 1.5 * t.vectors * t.rows + t.scalars
@@ -267,16 +269,11 @@ def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: l
     )
     if t.vector == "row":
         return
+    # an index map is asked for its number of arguments, so each rank has its own
+    six: Any = lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)  # noqa: E731
+    nine: Any = lambda n, g, m, i, j, k, d, h, w: (n, g, m // t.lanes, i, j, k, d, h, w, m % t.lanes)  # noqa: E731
     for p in phases:
-        if as_axes:
-            moved: Any = lambda n, g, m, *at: (n, g, m // t.lanes, *at, m % t.lanes)  # noqa: E731
-            sch.transform_layout(
-                p, ("write", 0), lambda n, g, m, i, j, k, d, h, w: moved(n, g, m, i, j, k, d, h, w)
-            )
-        else:
-            sch.transform_layout(
-                p, ("write", 0), lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)
-            )
+        sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:

@@ -243,7 +243,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
         with _progress("working") as show:
             show(0, 2, "first [thing]")
             show(1, 2, None)
-            show(2, 2, "last")
+            show(2, 2, "last", "[so far]")
 
     two_steps()
     assert capsys.readouterr() == ("", "first [thing]\nlast\n")
@@ -251,6 +251,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     monkeypatch.setattr(sys, "stderr", terminal)
     two_steps()
     assert "last" in terminal.getvalue()
+    assert "[so far]" in terminal.getvalue()
     assert "2/2" in terminal.getvalue()
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from tvm.target import codegen
 
-from opcompile import lower, target as module
+from opcompile import lower
+from opcompile import target as module
 from opcompile.errors import TargetError
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import names, target
