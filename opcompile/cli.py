@@ -493,18 +493,8 @@ def _store(place: Path, report: Report) -> None:
 
     try:
         add_report(place, report.to_json())
-    except (PermissionError, ArtifactError) as error:
+    except (OSError, ArtifactError) as error:
         click.echo(f"opcompile: the report was not stored: {error}", err=True)
-    except OSError as error:
-        if not _read_only(error):
-            raise
-        click.echo(f"opcompile: the report was not stored: {error}", err=True)
-
-
-def _read_only(error: OSError) -> bool:
-    import errno
-
-    return error.errno == errno.EROFS
 
 
 def _best(progress: TuneProgress) -> str:

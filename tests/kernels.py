@@ -23,10 +23,13 @@ def dtype_of(spec: ConvTranspose3d) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype)
 
 
-def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None) -> Kernel:
-    """Compile ``spec`` for this machine and return ``y = call(x, w, b)``; Y starts out as garbage."""
+def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool = True) -> Kernel:
+    """Compile ``spec`` for this machine and return ``y = call(x, w, b)``; Y starts out as garbage.
+
+    Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
+    """
     tiles = tiles or lower.choose(spec, HERE, "baseline")[0]
-    with tvm.target.Target(HERE.tvm()) as tvm_target:
+    with tvm.target.Target({**HERE.tvm(), "opt-level": 3 if optimised else 0}) as tvm_target:
         function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)

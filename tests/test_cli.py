@@ -110,7 +110,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
             2,
             ["no 5-D ConvTranspose node 'n'", "node_convolution"],
         ),
-        (["{models}/unet.onnx", "-o", "{tmp}"], 2, ["not of this model"]),
+        (["{models}/unet.onnx", "-o", "{tmp}"], 2, ["not among the nodes"]),
         ([LAYER], 2, ["--output"]),
     ],
     "verify": [
@@ -413,6 +413,14 @@ def test_verify_stores_its_report_where_it_can(folder: Path) -> None:
     result = invoke("verify", folder / "model")
     assert result.exit_code == 0
     assert result.stdout.count("verified") == 2
+
+
+def test_a_report_that_cannot_be_stored_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.artifact.add_report", raising(PermissionError(13, "Permission denied", "/there")))
+    result = invoke("verify", folder / "dynamic")
+    assert result.exit_code == 0
+    assert "the report was not stored" in result.stderr
+    assert "/there" in result.stderr
 
 
 def test_run_is_the_artifact_called(folder: Path, tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from kernels import kernel
 from onnx_engine import integers, one_node, run_onnxruntime
 
 from opcompile.importers.onnx import find
-from opcompile.reference import reference
-from opcompile.spec import ConvTranspose3d
 
 _SIZES, _KERNEL = (3, 4, 5), (3, 2, 4)
 # name -> (groups, channels in, channels out of a group)
@@ -26,11 +24,6 @@ _DILATIONS = {"d1": (1, 1, 1), "d2x1x3": (2, 1, 3)}
 _PADDINGS = ("asymmetric", "same-upper", "same-lower", "valid", "output-padding", "output-shape")
 
 _GRID = list(product(_CHANNELS, ("bias", "plain"), _STRIDES, _DILATIONS, _PADDINGS))
-
-
-def evaluate(spec: ConvTranspose3d, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> NDArray[Any]:
-    """Compute a layer that the importer found."""
-    return reference(spec, x, w, b)
 
 
 def padding(how: str, strides: tuple[int, ...], dilations: tuple[int, ...]) -> dict[str, Any]:
@@ -68,4 +61,4 @@ def test_grid(channels: str, bias: str, stride: str, dilation: str, how: str) ->
     (found,) = find(model)
     assert found.spec is not None, found.reason
     expected = run_onnxruntime(model, {"X": x, "W": w} | ({} if b is None else {"B": b}))[0]
-    np.testing.assert_array_equal(evaluate(found.spec, x, w, b), expected)
+    np.testing.assert_array_equal(kernel(found.spec, optimised=False)(x, w, b), expected)

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
+from kernels import kernel
 from onnx import helper
 from onnx.backend.test.case import node
 from onnx_engine import run_onnxruntime
 
 from opcompile.importers.onnx import find
-from opcompile.reference import reference
-from opcompile.spec import ConvTranspose3d
 
 _NAMES = [
     "test_convtranspose",
@@ -33,11 +31,6 @@ _NAMES = [
 
 # What an axis of size 1 with a kernel of 1 says, put before the others; pads in both halves.
 _UNIT = {"kernel_shape": 1, "strides": 1, "dilations": 1, "output_padding": 0, "output_shape": 1}
-
-
-def evaluate(spec: ConvTranspose3d, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> NDArray[Any]:
-    """Compute a layer that the importer found."""
-    return reference(spec, x, w, b)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def test_node(name: str, node_tests: dict[str, Any]) -> None:
     assert found.spec is not None, found.reason
     for (x, w), (expected,) in test.data_sets:
         x, w = x.reshape(_lift(x.shape)), w.reshape(_lift(w.shape))
-        y = evaluate(found.spec, x, w, None)
+        y = kernel(found.spec)(x, w)
         # small integers: to the last bit
         np.testing.assert_array_equal(y, expected.reshape(_lift(expected.shape)))
         np.testing.assert_array_equal(y, run_onnxruntime(model, {"X": x, "W": w})[0])

@@ -32,10 +32,10 @@ def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(ex
 
 
 @given(spec=specs())
-@settings(max_examples=25)
+@settings(max_examples=60)
 def test_any_legal_layer_compiles_and_equals_the_oracle(spec: ConvTranspose3d) -> None:
     x, w, b = integers(spec)
-    compare(spec, kernel(spec)(x, w, b), x, w, b, exact=True).require()
+    compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 @pytest.mark.parametrize("vector", ["channels", "row"])
@@ -49,7 +49,7 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
     task = channels * -(-m // channels) if spec.groups > 1 else channels
     tiles = llvm.Tiles(vector, 16, 2, 3, 2, task)
     x, w, b = integers(spec)
-    compare(spec, kernel(spec, tiles)(x, w, b), x, w, b, exact=True).require()
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 def test_a_dynamic_batch_is_one_kernel_for_every_batch() -> None:

@@ -20,6 +20,7 @@ from opcompile.record import find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from opcompile.tune import Progress, tune
+from schedules import llvm
 
 # the package's attribute of this name is the function
 tuning = importlib.import_module("opcompile.tune")
@@ -152,10 +153,60 @@ def test_no_server_left_is_said_and_what_was_measured_is_kept(
     assert (work_dir / "journal.jsonl").read_text() == before
 
 
+# --- how often, and how long: on answers that are made up ---
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Any:
+    tiles = [e.tiles for e in llvm.candidates(SPEC, target("llvm").machine)]
+    return tuning._Bench(SPEC, target("llvm"), tuning._Site(("127.0.0.1", 1), KEY, 1), tiles, tmp_path)
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Let measurements answer so, in this order; what is left of them at the end."""
+    left = list(answers)
+    monkeypatch.setattr(tuning, "_run", lambda job: left.pop(0))
+    return left
+
+
+BROKEN = {"failed": "connection", "error": "gone"}
+BUSY = {"failed": "queue", "error": "timed out"}
+MEASURED = {"times_us": [[1.0]], "device": "a board"}
+
+
+def test_a_connection_may_break_twice_but_not_three_times(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = [tuning._Built(0, "kernel.so", "")]
+    left = answering(monkeypatch, BROKEN, BROKEN, MEASURED)
+    assert bench.in_turns(built, 1) == ([[1.0]], "a board, by RPC, key board")
+    assert not left
+    left = answering(monkeypatch, BROKEN, BROKEN, BROKEN, MEASURED)
+    sample = bench._measure_one(*built)
+    assert sample["error"] == "the connection broke 3 times: gone"
+    assert left == [MEASURED]
+
+
+def test_waiting_for_a_free_server_ends(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = [tuning._Built(0, "kernel.so", "")]
+    monkeypatch.setattr(tuning, "_servers", lambda site: 2)
+    monkeypatch.setattr(tuning, "_FREE_S", 3 * tuning._QUEUE_S)
+    answering(monkeypatch, BUSY, BUSY, MEASURED)
+    assert bench.in_turns(built, 1)[0] == [[1.0]]
+    answering(monkeypatch, BUSY, BUSY, BUSY, MEASURED)
+    with pytest.raises(TargetError, match="none of the 2 servers for key 'board' was free in 60 s"):
+        bench.in_turns(built, 1)
+
+
+def test_waiting_where_no_server_is_left_ends_at_once(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, BUSY, MEASURED)
+    with pytest.raises(TargetError, match="does not answer"):
+        bench.in_turns([tuning._Built(0, "kernel.so", "")], 1)
+
+
 # --- what is wrong with the farm is said at once ---
 
 
-def test_a_key_without_servers_is_refused(farm: Farm) -> None:
+def test_a_key_without_servers_is_refused(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_Bench", None)  # before anything is built
     with pytest.raises(TargetError, match=r"has no server for key 'other'; .*--key other"):
         tune(SPEC, "llvm", 1, tracker=farm.address, key="other")
 
