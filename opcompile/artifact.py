@@ -61,6 +61,7 @@ from opcompile.runtime import (
     digest,
     golden_values,
     parse_manifest,
+    read_manifest,
     w_amplitude,
 )
 from opcompile.spec import Axis, ConvTranspose3d
@@ -120,12 +121,9 @@ def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     Raises `ArtifactError` when ``directory`` is no artifact, or another took its place meanwhile.
     """
     place = Path(directory).resolve()
-    try:
-        before = (place / MANIFEST).read_bytes()
-        manifest = parse_manifest(before, place)
-        beside = _new_beside(place)
-    except OSError as error:
-        raise ArtifactError(f"{place} is not an artifact: {error}") from error
+    before = read_manifest(place)
+    manifest = parse_manifest(before, place)
+    beside = _new_beside(place)
     try:
         for name in manifest["files"]:
             if name != REPORT:

@@ -6,8 +6,8 @@ within a round, and of all rounds the median with its 95 % interval by order sta
 nothing about how times are distributed. The rule:
 
 * *faster* or *slower*: the interval lies wholly above or below 1;
-* *no difference seen*: the interval holds 1;
-* *too noisy*: the interval is wider than a fifth of the ratio; then nothing is concluded.
+* *no difference seen*: the interval holds 1 and is narrow;
+* *too noisy*: it holds 1 and is wider than a fifth of the ratio; then nothing is concluded.
 
 What is timed is the layer with constant weights, as a network runs it: ours packed at compile time, an
 initializer for ONNX Runtime; X and Y are made once (PyTorch allocates its Y, it has no other way).
@@ -53,7 +53,7 @@ _FEWEST_ROUNDS = 11
 _MOST_ROUNDS = 500
 # A sample is the mean over as many calls as fill this time: the clock is read every 0.1 us or so.
 _SAMPLE_US = 500.0
-# An interval wider than this share of its ratio says that the machine was busy with something else.
+# An interval around 1 that is wider than this share of its ratio: the machine was busy with something else.
 _NOISY = 0.2
 
 
@@ -97,9 +97,9 @@ class Ratio:
     @property
     def verdict(self) -> str:
         """``faster``, ``slower``, ``no difference seen`` or ``too noisy``."""
-        if self.high - self.low > _NOISY * self.ratio:
-            return "too noisy"
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference seen"
+        if self.low > 1 or self.high < 1:
+            return "faster" if self.low > 1 else "slower"
+        return "no difference seen" if self.high - self.low <= _NOISY * self.ratio else "too noisy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,8 @@ class BenchReport:
         return min(self.ratios, key=lambda r: peers[r.peer], default=None)
 
     def slower_than(self, ratio: float) -> bool:
-        """Whether we are surely less than ``ratio`` times as fast as the fastest peer: its whole interval is below."""
-        return self.best is not None and self.best.verdict != "too noisy" and self.best.high < ratio
+        """Whether we are surely less than ``ratio`` times as fast as the fastest peer: the whole interval is below."""
+        return self.best is not None and self.best.high < ratio
 
     def gflops(self, timing: Timing) -> float:
         """10^9 floating-point operations a second, at the median."""

@@ -396,7 +396,7 @@ def _judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
 
 
 def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
-    """Judge one block. Equal values pass; infinity passes where the oracle, bound included, reaches ``limit``."""
+    """Judge one block. Equal values pass; an infinity passes where the other one, bound included, reaches ``limit``."""
     unjudged = 0
     with np.errstate(all="ignore"):
         error = np.subtract(actual, expected)
@@ -404,7 +404,8 @@ def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bou
     # the largest is NaN where any is: then, and only then, look at every element for its reason
     if not np.isfinite(ratio.max()) or not np.isfinite(bound.max()):
         no_bound = np.isinf(bound)
-        overflow = np.isinf(actual) & (np.sign(actual) == np.sign(expected)) & (np.abs(expected) + bound >= limit)
+        nearer = np.minimum(np.abs(actual), np.abs(expected))
+        overflow = (np.isinf(actual) | np.isinf(expected)) & (actual * expected > 0) & (nearer + bound >= limit)
         fine = no_bound | overflow | (actual == expected)
         error[fine], ratio[fine] = 0.0, 0.0
         error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf

@@ -52,7 +52,7 @@ def require_place(directory: Path, names: Iterable[str]) -> None:
     foreign = sorted({path.name for path in directory.iterdir()} - {INDEX, *names})
     if foreign:
         raise ArtifactError(
-            f"{directory} holds {', '.join(foreign[:3])}, not among the nodes to compile; empty it, or name another place"
+            f"{directory} holds {', '.join(foreign[:3])}, not among the nodes to compile; empty it, or choose another"
         )
 
 

@@ -79,11 +79,7 @@ def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.
     record = None if plan == "baseline" else find_record(spec, target)
     if record is not None:
         tiles = llvm.Tiles(**record.tiles)
-        if record.declaration != (now := declaration_hash(spec, tiles)):
-            raise RecordError(
-                f"record {record.key} for {spec} was tuned on declaration {record.declaration}, "
-                f"but this version declares {now}; tune again, or use plan baseline"
-            )
+        record.require_declaration(declaration_hash(spec, tiles))
         return tiles, _plan("tuned", record.tiles, record.why(), record)
     if plan == "tuned":
         raise RecordError(

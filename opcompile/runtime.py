@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -490,12 +491,12 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, check: boo
     """
     directory, most = Path(path).absolute(), _default_threads(threads)
     for attempt in range(_ATTEMPTS):
-        text = _read_manifest(directory)
+        text = read_manifest(directory)
         try:
             return _load(directory, text, most, check)
         except ArtifactError:
             # a writer may have put another artifact in this place meanwhile: then begin again
-            if attempt == _ATTEMPTS - 1 or _read_manifest(directory) == text:
+            if attempt == _ATTEMPTS - 1 or read_manifest(directory) == text:
                 raise
     raise AssertionError("unreachable")
 
@@ -514,14 +515,15 @@ def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
 
 
-def _read_manifest(directory: Path) -> bytes:
+def read_manifest(directory: Path) -> bytes:
+    """Return the manifest's text. Raises `ArtifactError` where there is none."""
     patience = time.monotonic() + 1
     while True:
         try:
             return (directory / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             # where directories cannot be exchanged, a writer leaves the place empty for an instant
-            if time.monotonic() > patience or not any(directory.parent.glob(f".{directory.name}.*")):
+            if time.monotonic() > patience or not any(directory.parent.glob(f".{escape(directory.name)}.*")):
                 break
             time.sleep(0.005)
         except OSError as error:

@@ -129,8 +129,9 @@ def _sensible(spec: ConvTranspose3d, machine: Machine) -> Iterator[Tiles]:
         ("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, height) + 1)
     ):
         accumulators = vectors * scalars * rows
-        # one register for a broadcast value, and the vectors that the sums are multiplied with
-        if accumulators + vectors + 1 > machine.registers:
+        # beside the sums: the vectors they are multiplied with, and one broadcast value
+        held = vectors if vector == "channels" else vectors * rows
+        if accumulators + held + 1 > machine.registers:
             continue
         channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
         if channels >= m + lanes or columns >= width + lanes or (vector == "row" and scalars > m):
@@ -154,14 +155,14 @@ def _tasks(spec: ConvTranspose3d, machine: Machine, channels: int, rows: int, co
     phases = math.prod(len(a.phases) for a in spec.axes)
     width = _up(spec.axes[2].positions, columns)
     a_tile = _itemsize(spec) * channels * (phases * rows * width + taps * spec.channels_in // spec.groups)
-    fits = max(1, machine.l2_bytes * 3 // 4 // a_tile)
+    fits = max(1, machine.l2_bytes // 2 // a_tile)
     return max(count for count in range(1, tiles + 1) if tiles % count == 0 and count <= fits) * channels
 
 
 def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     """Cycles by counting multiply-adds, loads, and what each level of cache must deliver.
 
-    The constants were fitted to measured candidates of eight layers on a core with AVX-512; they are
+    The constants were fitted to measured candidates of ten layers on a core with AVX-512; they are
     rough on purpose, for they must rank and not predict.
     """
     m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
@@ -169,32 +170,39 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     taps = math.prod(sum(p.taps for p in a.phases) for a in spec.axes)
     phases = math.prod(len(a.phases) for a in spec.axes)
     sums = t.vectors * t.scalars * t.rows
-    row = t.rows * c * _itemsize(spec) * (width + 2)
-    weights = t.task * c * math.prod(a.kernel for a in spec.axes) * _itemsize(spec)
-    # bytes a cycle: from the second cache, or from beyond it where a task's weights do not fit
-    rate = 80 if weights <= machine.l2_bytes else 20
+    rows = depth * (_up(height, t.rows) // t.rows) * spec.groups * (spec.batch or 1)
+    tiles = rows * (_up(m, t.task) // t.channels) * (_up(width, t.columns) // t.columns)
+    tasks = rows * (_up(m, t.task) // t.task)
+    a_row = t.rows * c * _itemsize(spec) * (width + 2)
+    computing = tiles * (taps * c * _step(spec, machine, t) + phases * (2 * sums + 12))
+    computing += tasks * (300 + phases * a_row / 40)
+    transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
+    storing = math.prod(n or 1 for n in spec.y_shape) * (6.0 if transposed else 2.5)
+    used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
+    return Estimate(t, computing + storing, computing, storing, used, sums)
+
+
+def _step(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> float:
+    """Cycles in which one channel's products are added to one register tile."""
+    c, width, itemsize = spec.channels_in // spec.groups, spec.axes[2].positions, _itemsize(spec)
+    kernel = math.prod(a.kernel for a in spec.axes)
+    # bytes a cycle, from what a neighbouring tile has just used, and from what a whole task passed by since
+    near, far = 80, 80 if t.task * c * kernel * itemsize <= machine.l2_bytes // 4 else 8
+    again = 1 - t.columns / _up(width, t.columns)
+    a_weight = itemsize * (again / near + (1 - again) / far)
+    l1 = machine.l1_bytes // 2
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads: float = t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)
-        # the weights of a tile stay in the first cache while the row advances, or are streamed; so is a long row
-        stays, streamed = t.vectors * machine.vector_bytes * c * taps // phases, t.vectors * machine.vector_bytes
-        beyond_l1 = streamed / rate * (stays > machine.l1_bytes // 2) + t.rows * _LINE / 80 * (
-            row > machine.l1_bytes // 2
-        )
+        loads = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1)
+        stay = t.channels * c * kernel // math.prod(len(a.phases) for a in spec.axes) * itemsize <= l1
+        row_stays = t.rows * c * itemsize * (width + 2) <= l1
+        waiting = (0 if stay else t.channels * a_weight) + (0 if row_stays else t.rows * _LINE / near)
     else:
         # vectors of a row start anywhere: most of them straddle two cache lines
         loads = 1.5 * t.vectors * t.rows + t.scalars
-        span = t.rows * (t.vectors * machine.vector_bytes + _LINE // 2)
-        beyond_l1 = t.scalars * _itemsize(spec) / rate + span / 80 * (span * c > machine.l1_bytes // 2)
-    step = max(sums, machine.fma_in_flight) / 2 + 0.6 * loads + beyond_l1
-    tiles = _up(m, t.task) // t.channels * (_up(height, t.rows) // t.rows) * (_up(width, t.columns) // t.columns)
-    tiles *= depth * spec.groups * (spec.batch or 1)
-    tasks = _up(m, t.task) // t.task * (_up(height, t.rows) // t.rows) * depth * spec.groups * (spec.batch or 1)
-    computing = tiles * (taps * c * step + phases * (2 * sums + 12)) + tasks * (300 + phases * row / 40)
-    transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
-    storing = math.prod(n or 1 for n in spec.y_shape) * (3.0 if transposed else 2.5)
-    used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
-    return Estimate(t, computing + storing, computing, storing, used, sums)
+        span = t.rows * (t.columns * itemsize + _LINE // 2)
+        waiting = t.scalars * a_weight + (0 if span * c <= l1 else span / near)
+    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.6 * loads + waiting
 
 
 def _up(size: int, multiple: int) -> int:
@@ -287,7 +295,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     else:
         m, m_in = sch.split(m, [None, t.scalars])
         w, w_in, lane = sch.split(w, [None, t.vectors, t.lanes])
-        tiles, tile = [h, w, m], [h_in, m_in, w_in]
+        tiles, tile = [h, w, m], [m_in, h_in, w_in]
     sch.reorder(n, g, *of_phases, d, *tiles, t_d, t_h, t_w, c, *tile, lane)
     sch.vectorize(lane)
     for loop in tile:

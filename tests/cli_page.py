@@ -33,6 +33,14 @@ progress go to stderr.
 | 70 | a mistake of ours; `OPCOMPILE_DEBUG=1` shows where |
 | 130 | interrupted |
 | 141 | whoever read the output has gone |
+
+| Variable | Meaning |
+|---|---|
+| `OPCOMPILE_NUM_THREADS` | the most threads that a call uses, where it does not say itself |
+| `OPCOMPILE_RECORDS` | where your own tuned records are ([tuning](tuning.md#records)) |
+| `OPCOMPILE_DEBUG` | show the traceback of a mistake of ours |
+| `CC` | the C compiler that links for this machine |
+| `COLUMNS`, `NO_COLOR` | width and colour of tables; into a file or a pipe they are 160 columns wide |
 """
 
 

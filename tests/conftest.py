@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -12,3 +15,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("opcompile")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_records_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was tuned on this machine must not decide what the tests compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPCOMPILE_RECORDS", str(tmp_path_factory.mktemp("records")))
+        yield

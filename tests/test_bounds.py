@@ -177,6 +177,13 @@ def test_gamma_by_hand() -> None:
     assert bounds(spec, x, w, np.array([-0.5], np.float32)).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_rounding_the_inputs_first_costs_two_roundings_more() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 dtype=float64")
+    one = np.full((1, 1, 1, 1, 1), 1.1)
+    assert bounds(spec, one, one, computed_in="float32").item() == pytest.approx(1.21 * 3 * 2.0**-24, rel=1e-6)
+    assert bounds(spec, one, one).item() == pytest.approx(1.21 * 3 * 2.0**-53, rel=1e-6)  # one, and two of the oracle
+
+
 # --- and dishonest ones do not ---
 
 
@@ -296,6 +303,14 @@ def test_near_the_limit_both_are_right() -> None:
     assert compare(spec, np.full(x.shape, 65504, np.float16), x, w).passed
 
 
+def test_two_answers_may_fall_on_either_side_of_the_limit() -> None:
+    spec, x, w = half(4094)  # times 16: 65504, the largest number; its bound reaches what rounds to infinity
+    y = {name: module.Answer(np.full(x.shape, v, np.float16)) for name, v in (("low", 65504), ("high", np.inf))}
+    inputs = module.Inputs.of(spec, x, w, None)
+    checks = module.compare_all(inputs, y, False, [("low", "high"), ("high", "low"), ("high", "reference")])
+    assert all(check.passed for check in checks.values()), checks
+
+
 def test_sums_that_may_overflow_are_not_judged() -> None:
     spec = ConvTranspose3d.parse("in=1x2x1x1x2 co=1 k=1 bias=0")
     x, w = np.ones((1, 2, 1, 1, 2), np.float32), np.ones((2, 1, 1, 1, 1), np.float32)
@@ -310,6 +325,7 @@ def test_sums_that_may_overflow_are_not_judged() -> None:
 def test_exponential_overflows_where_the_oracle_does() -> None:
     spec = ConvTranspose3d.parse("in=1x1x1x1x3 co=1 k=1 bias=0 act=exponential")
     x, w = np.array([1.5, 88.75, 1000.5], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
+    assert bounds(spec, x, w)[0, 0, 0, 0, 2] == 0
     right = np.array([np.exp(1.5), np.inf, np.inf]).reshape(x.shape)
     assert compare(spec, right, x, w).passed
     for at, value in [(0, np.inf), (1, 1e38), (2, 3e38), (2, np.nan)]:

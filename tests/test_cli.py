@@ -25,7 +25,7 @@ from test_bench import report_of as bench_report
 import opcompile
 from opcompile.cli import _progress, cli
 from opcompile.doctor import Finding
-from opcompile.errors import OpcompileError, VerificationError
+from opcompile.errors import EngineError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -360,6 +360,13 @@ def mixed_model(folder: Path) -> Path:
     path = folder / "mixed.onnx"
     onnx.save(model_of(nodes, inputs, outputs, initializers=[weight]), path)
     return path
+
+
+def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.artifact.link", raising(EngineError("no C compiler")))
+    result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "no C compiler" in result.stderr
 
 
 def test_equal_layers_are_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

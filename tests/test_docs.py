@@ -129,6 +129,19 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert re.findall(r"^## (.+)$", (ROOT / "docs" / "changelog.md").read_text(), re.M)[0] == opcompile.__version__
 
 
+def test_every_variable_that_is_read_is_on_the_page() -> None:
+    sources = "\n".join(
+        path.read_text() for path in sorted((ROOT / "opcompile").rglob("*.[cp]*")) if path.suffix != ".pyc"
+    )
+    assert set(re.findall(r"OPCOMPILE_[A-Z_]+", sources)) & set(re.findall(r"`([A-Z_]+)`", PAGE.read_text())) == {
+        "OPCOMPILE_NUM_THREADS",
+        "OPCOMPILE_RECORDS",
+        "OPCOMPILE_DEBUG",
+    }
+    read = set(re.findall(r"""(?:environ\.get\(|environ\[|getenv\(|VARIABLE = )"(OPCOMPILE_\w+)""", sources))
+    assert read <= set(re.findall(r"`([A-Z_]+)`", PAGE.read_text()))
+
+
 # --- links ---
 
 

@@ -372,6 +372,7 @@ def test_a_journal_of_something_else_is_refused_by_name(
         ('{"sample": {}}\n', "line 2: .* is no measurement"),
         ('{"sample": {"tiles": {}, "rank": 0, "error": "of other tiles"}}\n', "line 2: .* is no measurement"),
         ('{"finals": [{}]}\n', "line 2: .* is no measurement"),
+        (json.dumps({"sample": {"tiles": asdict(RANKED[0]), "rank": 0}}) + "\n", "line 2: .* is no measurement"),
         ('{"finals": {}}\n', "line 2: .* is no measurement"),
         ("{}\n", "line 2: .* is no measurement"),
     ],
