@@ -405,7 +405,8 @@ def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bou
     if not np.isfinite(ratio.max()) or not np.isfinite(bound.max()):
         no_bound = np.isinf(bound)
         nearer = np.minimum(np.abs(actual), np.abs(expected))
-        overflow = (np.isinf(actual) | np.isinf(expected)) & (actual * expected > 0) & (nearer + bound >= limit)
+        either = np.isinf(actual) | np.isinf(expected)
+        overflow = either & (np.sign(actual) == np.sign(expected)) & (nearer + bound >= limit)
         fine = no_bound | overflow | (actual == expected)
         error[fine], ratio[fine] = 0.0, 0.0
         error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf

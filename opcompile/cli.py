@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,37 +91,65 @@ class _Gone(Exception):
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
+    """Run ``command``, say what is to be said, and return the exit code."""
+    with _interrupts() as seen:
+        code, message = _outcome(command, seen)
+    if seen:
+        # whatever a compiler or a linker made of it
+        code, message = INTERRUPTED, "interrupted"
+    if message:
+        click.echo(f"opcompile: {message}", err=True)
+    return code
+
+
+def _outcome(command: Callable[[], Any], seen: list[int]) -> tuple[int, str]:
     """Run ``command`` and turn what comes out of it into an exit code and a message."""
     try:
         code = command()
-        return code if isinstance(code, int) else 0
+        return code if isinstance(code, int) else 0, ""
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return error.exit_code, ""
     except (click.Abort, KeyboardInterrupt):
-        return _complain("interrupted", INTERRUPTED)
+        return INTERRUPTED, "interrupted"
     except OpcompileError as error:
-        return _complain(str(error), error.exit_code)
+        return error.exit_code, str(error)
     except _Gone:
         with suppress(OSError):  # a stdout that is no file
             # Python flushes it once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return GONE
+        return GONE, ""
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}", 2)
+        return 2, f"{where}{error.strerror or error}"
     except MemoryError as error:
-        return _complain(f"out of memory: {error}", 3)
+        return 3, f"out of memory: {error}"
     except Exception as error:  # the border: what arrives here is a bug, and is called one
-        if os.environ.get("OPCOMPILE_DEBUG"):
+        if os.environ.get("OPCOMPILE_DEBUG") and not seen:
             raise
         kind = type(error).__name__
-        return _complain(f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where", BUG)
+        return BUG, f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where"
 
 
-def _complain(message: str, code: int) -> int:
-    click.echo(f"opcompile: {message}", err=True)
-    return code
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Remember Ctrl-C while raising `KeyboardInterrupt` as ever: TVM turns that into an error without a name."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: object) -> NoReturn:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    # a host with a handler of its own, or a shell that runs us in the background, keeps what it has
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- words that several commands share ---

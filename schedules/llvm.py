@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Span = tuple[Any, Any]
 
 _LINE = 64  # bytes of a cache line
+# TVM puts smaller buffers on the stack, where LLVM merges the sums into them and out of the registers
+_LEAST_BUFFER = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
     return candidates(spec, machine)[0]
 
 
+def _factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
+    """How many weights and how many elements of X a register tile multiplies, in registers."""
+    return (vectors, scalars * rows) if vector == "channels" else (scalars, vectors * rows)
+
+
 def _itemsize(spec: ConvTranspose3d) -> int:
     return 8 if spec.sum_dtype == "float64" else 4
 
@@ -129,9 +136,8 @@ def _sensible(spec: ConvTranspose3d, machine: Machine) -> Iterator[Tiles]:
         ("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, height) + 1)
     ):
         accumulators = vectors * scalars * rows
-        # beside the sums: the vectors they are multiplied with, and one broadcast value
-        held = vectors if vector == "channels" else vectors * rows
-        if accumulators + held + 1 > machine.registers:
+        # beside the sums: the factors of one side, and one of the other at a time
+        if accumulators + min(_factors(vector, vectors, scalars, rows)) + 1 > machine.registers:
             continue
         channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
         if channels >= m + lanes or columns >= width + lanes or (vector == "row" and scalars > m):
@@ -178,6 +184,8 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     computing += tasks * (300 + phases * a_row / 40)
     transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
     storing = math.prod(n or 1 for n in spec.y_shape) * (6.0 if transposed else 2.5)
+    if t.task * t.rows * _up(width, t.columns) * _itemsize(spec) < _LEAST_BUFFER:
+        computing *= 2
     used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
@@ -187,22 +195,22 @@ def _step(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> float:
     c, width, itemsize = spec.channels_in // spec.groups, spec.axes[2].positions, _itemsize(spec)
     kernel = math.prod(a.kernel for a in spec.axes)
     # bytes a cycle, from what a neighbouring tile has just used, and from what a whole task passed by since
-    near, far = 80, 80 if t.task * c * kernel * itemsize <= machine.l2_bytes // 4 else 8
+    near, far = 80, 80 if t.task * c * kernel * itemsize <= machine.l2_bytes // 4 else 5
     again = 1 - t.columns / _up(width, t.columns)
-    a_weight = itemsize * (again / near + (1 - again) / far)
     l1 = machine.l1_bytes // 2
+    a_tile = t.channels * c * kernel // math.prod(len(a.phases) for a in spec.axes) * itemsize
+    a_weight = itemsize * (again / (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) / far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1)
-        stay = t.channels * c * kernel // math.prod(len(a.phases) for a in spec.axes) * itemsize <= l1
-        row_stays = t.rows * c * itemsize * (width + 2) <= l1
-        waiting = (0 if stay else t.channels * a_weight) + (0 if row_stays else t.rows * _LINE / near)
+        loads = t.vectors + t.scalars * t.rows * (1.1 if t.vectors == 1 else 1)
+        row_stays = t.rows * c * itemsize * (width + 2) <= machine.l1_bytes
+        waiting = (0 if a_tile <= l1 else t.channels * a_weight) + (0 if row_stays else t.rows * _LINE / 20)
     else:
         # vectors of a row start anywhere: most of them straddle two cache lines
         loads = 1.5 * t.vectors * t.rows + t.scalars
         span = t.rows * (t.columns * itemsize + _LINE // 2)
-        waiting = t.scalars * a_weight + (0 if span * c <= l1 else span / near)
-    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.6 * loads + waiting
+        waiting = t.scalars * a_weight + (0 if span * c <= l1 else span / 32)
+    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.6 * loads + waiting + 1
 
 
 def _up(size: int, multiple: int) -> int:
@@ -291,11 +299,14 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     if t.vector == "channels":
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
-        tiles, tile = [m, h, w], [h_in, w_in, m_in]
+        tiles = [m, h, w]
     else:
         m, m_in = sch.split(m, [None, t.scalars])
         w, w_in, lane = sch.split(w, [None, t.vectors, t.lanes])
-        tiles, tile = [h, w, m], [m_in, h_in, w_in]
+        tiles = [h, w, m]
+    # the smaller side of factors stays in registers while the other passes by
+    weights, elements = _factors(t.vector, t.vectors, t.scalars, t.rows)
+    tile = [h_in, w_in, m_in] if weights <= elements else [m_in, h_in, w_in]
     sch.reorder(n, g, *of_phases, d, *tiles, t_d, t_h, t_w, c, *tile, lane)
     sch.vectorize(lane)
     for loop in tile:

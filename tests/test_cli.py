@@ -255,6 +255,21 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     assert "2/2" in terminal.getvalue()
 
 
+def test_an_interrupt_in_disguise_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_tvm_does(*_: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError from None
+
+    monkeypatch.setenv("OPCOMPILE_DEBUG", "1")
+    monkeypatch.setattr("opcompile.cases.tagged", as_tvm_does)
+    before = signal.getsignal(signal.SIGINT)
+    result = invoke("cases")
+    assert (result.exit_code, result.stderr) == (130, "opcompile: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_version_and_help_are_light() -> None:
     program = (
         "import sys\nfrom opcompile.cli import cli\n"
@@ -558,6 +573,7 @@ def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = {f["what"]: f for f in content["findings"]}
     assert findings["a small layer"]["state"] == "ok"
     assert findings["target llvm"]["found"].startswith("llvm:")
+    monkeypatch.setattr("opcompile.doctor._REQUIRED", {"no-such-package": ("nothing", "pip install it")})
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -565,6 +581,8 @@ def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("doctor")
     assert result.exit_code == 3
     assert "missing  linker" in result.stdout
+    assert "missing  no-such-package" in result.stdout
+    assert "-> pip install it" in result.stdout
     assert "install a C compiler" in result.stdout
 
 
