@@ -1,6 +1,6 @@
 """(spec, target, budget) -> record: measure schedules, keep the fastest, say how it was found.
 
-TVM's MetaSchedule is the engine. A candidate comes out of one of its spaces (`space`: a `ScheduleFn`
+TVM's MetaSchedule is the engine. A candidate comes out of one of its spaces (`schedules.llvm.space`: a `ScheduleFn`
 that samples one decision, which tiles), TVM's process pool compiles it, and TVM's time evaluator
 measures it, on this machine or on the servers of a TVM RPC tracker. What MetaSchedule could do as
 well and is done here instead, and why:
@@ -192,26 +192,8 @@ def walk(count: int, seed: int) -> list[int]:
     return list(dict.fromkeys(in_turns))
 
 
-def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
-    """Return the function of a MetaSchedule `ScheduleFn`: sample one of ``choices``, then make its moves.
-
-    All ``choices`` must agree on the declaration (`opcompile.lower.grain`). ``decision`` fixes the
-    sample. The moves depend on what was sampled, so the space is for strategies that call the function
-    (``replay-func``), not for those that change a decision in a finished trace.
-    """
-    from opcompile.lower import KERNEL
-    from schedules import llvm
-
-    def sample(sch: Schedule) -> None:
-        sch.work_on(KERNEL)
-        index = sch.sample_categorical(list(range(len(choices))), [1 / len(choices)] * len(choices), decision)
-        llvm.schedule(sch, spec, choices[int(sch.get(index))])
-
-    return sample
-
-
 def decided(sch: Schedule, choices: Sequence[Tiles]) -> Tiles:
-    """Read from its trace which tiles a schedule out of `space` was made with."""
+    """Read from its trace which tiles a schedule out of `schedules.llvm.space` was made with."""
     (decision,) = sch.trace.decisions.values()
     return choices[int(decision)]
 
@@ -342,10 +324,11 @@ class _Bench:
         from tvm.s_tir.meta_schedule.space_generator import ScheduleFn
 
         from opcompile.lower import KERNEL, declared, grain
+        from schedules import llvm
 
         tiles = self.choices[rank]
         alike = [t for t in self.choices if grain(t) == grain(tiles)]
-        function = space(self.spec, alike, alike.index(tiles))
+        function = llvm.space(self.spec, alike, alike.index(tiles))
         generator = ScheduleFn(function, sch_rules=[], postprocs=[], mutator_probs={})
         (sch,) = generator.generate_design_space(tvm.IRModule({KERNEL: declared(self.spec, tiles)}))
         return sch

@@ -17,7 +17,7 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -272,6 +272,25 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         n, g, c, d, h, w = sch.get_loops(sch.get_sblock("pad"))
         sch.reorder(n, g, d, h, c, w)
         sch.parallel(sch.fuse(n, g, d))
+
+
+def space(
+    spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None
+) -> Callable[[Schedule], None]:
+    """Return the function of a MetaSchedule `ScheduleFn`: sample one of ``choices``, then make its moves.
+
+    All ``choices`` must agree on what the declaration is rounded up to. ``decision`` fixes the sample.
+    The moves depend on what was sampled, so the space is for strategies that call the function
+    (``replay-func``), not for those that change a decision in a finished trace.
+    """
+
+    def sample(sch: Schedule) -> None:
+        (function,) = sch.mod.functions
+        sch.work_on(function.name_hint)
+        index = sch.sample_categorical(list(range(len(choices))), [1 / len(choices)] * len(choices), decision)
+        schedule(sch, spec, choices[int(sch.get(index))])
+
+    return sample
 
 
 def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: list[Any], as_axes: bool) -> None:

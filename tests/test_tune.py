@@ -21,8 +21,9 @@ from opcompile.lower import KERNEL, choose, declaration_hash, declared, grain, s
 from opcompile.record import PROVENANCE, Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
-from opcompile.tune import Progress, decided, space, tune, walk
+from opcompile.tune import Progress, decided, tune, walk
 from schedules import llvm
+from schedules.llvm import space
 
 # the package's attribute of this name is the function
 tuning = importlib.import_module("opcompile.tune")
