@@ -2,7 +2,7 @@
 #
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
-#   make test-peers  the same operator in PyTorch (make test-peers TORCH=torch==2.13.0 for one version)
+#   make test-peers  the same operator in PyTorch, and links for other machines; TORCH=torch==2.13.0 picks a version
 #   make lint types  what must hold of the code
 #   make bench       every real layer against ONNX Runtime
 #
@@ -26,10 +26,10 @@ demo: $(VENV)/.installed
 	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
 
 test: $(VENV)/.installed-test
-	$(RUN) pytest -m "not peers" $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m "not peers" $(ARGS)
 
 test-peers: $(VENV)/.installed-test
-	$(INSTALL) "$(TORCH)"
+	$(INSTALL) "$(TORCH)" --editable ".[cross]"
 	$(RUN) pytest -m peers $(ARGS)
 
 lint: $(VENV)/.installed-dev

@@ -157,7 +157,6 @@ def test_what_torch_cannot_say_is_said(text: str, reason: str) -> None:
 
 @pytest.mark.peers
 def test_torch_is_timed() -> None:
-    pytest.importorskip("torch")
     spec = ConvTranspose3d.parse("in=2x4x3x4x5 co=6 k=3x2x3 s=3x2x1 d=2x1x1 p=1x0x1 op=2x1x0 g=2")
     report = bench(spec, against=("torch",), plan="baseline", seconds=0.02)
     assert [timing.engine for timing in report.timings] == ["opcompile", "torch"]

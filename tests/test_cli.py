@@ -477,7 +477,8 @@ def test_run_and_verify_need_no_compiler(folder: Path, tmp_path: Path) -> None:
 
 
 def test_run_knows_bfloat16_files(tmp_path: Path) -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    import ml_dtypes
+
     layer = "in=1x2x2x2x2 co=2 k=1 bias=0 dtype=bfloat16"
     assert invoke("compile", layer, "-o", tmp_path / "a", "--plan", "baseline", "--no-verify").exit_code == 0
     np.save(tmp_path / "x.npy", np.ones((1, 2, 2, 2, 2), ml_dtypes.bfloat16))

@@ -192,9 +192,11 @@ def test_any_dlpack_tensor_is_taken(layers: dict[str, Artifact]) -> None:
         layer(OnlyDLPack(x), w, b)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", LAYERS)
 def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     layer = layers[name]
     arrays = whole_numbers(layer.spec)
     expected = right(layer.spec, *arrays).astype(np.float64)
