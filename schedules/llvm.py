@@ -274,9 +274,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         sch.parallel(sch.fuse(n, g, d))
 
 
-def space(
-    spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None
-) -> Callable[[Schedule], None]:
+def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
     """Return the function of a MetaSchedule `ScheduleFn`: sample one of ``choices``, then make its moves.
 
     All ``choices`` must agree on what the declaration is rounded up to. ``decision`` fixes the sample.
