@@ -87,7 +87,8 @@ _ZEN4 = (*_ICELAKE, "avx512_bf16")
 
 _KIB = 1024
 # LLVM prefers 256-bit vectors on the first processors with AVX-512: they slowed down under wide ones.
-_WIDE = ("-prefer-256-bit",)
+# It also takes gathers and scatters for cheap, and would interleave short rows with them, three times slower.
+_WIDE = ("-prefer-256-bit", "+prefer-no-gather", "+prefer-no-scatter")
 
 
 def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int) -> Callable[[str], Target]:
