@@ -167,8 +167,8 @@ def _tasks(spec: ConvTranspose3d, machine: Machine, channels: int, rows: int, co
 def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     """Cycles by counting multiply-adds, loads, and what each level of cache must deliver.
 
-    The constants, here and in `_step`, were fitted to 320 measured candidates of twenty layers on a
-    core with AVX-512. They are to rank, not to predict: the first of the ranking was 3% slower than the
+    The constants, here and in `_step`, were fitted to 250 measured candidates of twenty layers on a
+    core with AVX-512. They are to rank, not to predict: the first of the ranking was 2% slower than the
     best that was measured, in the geometric mean.
     """
     m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
@@ -179,11 +179,11 @@ def _estimate(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> Estimate:
     rows = depth * (_up(height, t.rows) // t.rows) * spec.groups * (spec.batch or 1)
     tiles = rows * (_up(m, t.task) // t.channels) * (_up(width, t.columns) // t.columns)
     read_rows = rows * (_up(m, t.task) // t.task) * phases * t.rows * c * _itemsize(spec) * width
-    computing = tiles * (taps * c * _step(spec, machine, t) + phases * (2 * sums + 18)) + read_rows / 40
+    computing = tiles * (taps * c * _step(spec, machine, t) + phases * (2 * sums + 100)) + read_rows / 40
     if t.task * t.rows * _up(width, t.columns) * _itemsize(spec) < _LEAST_BUFFER:
         computing *= 2
     transposed = (t.vector == "channels") == (spec.layout == "NCDHW")
-    storing = math.prod(n or 1 for n in spec.y_shape) * (6.5 if transposed else 2.8)
+    storing = math.prod(n or 1 for n in spec.y_shape) * (6.5 if transposed else 5.5)
     used = m * height * width / (_up(m, t.task) * _up(height, t.rows) * _up(width, t.columns))
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
@@ -192,23 +192,21 @@ def _step(spec: ConvTranspose3d, machine: Machine, t: Tiles) -> float:
     """Cycles in which one channel's products are added to one register tile."""
     c, width, itemsize = spec.channels_in // spec.groups, spec.axes[2].positions, _itemsize(spec)
     kernel = math.prod(a.kernel for a in spec.axes)
-    # cycles a byte of weights: from what a neighbouring tile has just used, and from what a whole task passed by since
-    near, far = 1 / 48, 1 / (48 if t.task * c * kernel * itemsize <= machine.l2_bytes * 4 // 5 else 10)
+    # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
+    near, far = 1 / 50, 1 / (50 if t.task * c * kernel * itemsize <= machine.l2_bytes * 2 else 11)
     again = 1 - t.columns / _up(width, t.columns)
     a_tile = t.channels * c * kernel // math.prod(len(a.phases) for a in spec.axes) * itemsize
     a_weight = itemsize * (again * (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) * far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads = t.vectors + t.scalars * t.rows * (1.6 if t.vectors == 1 else 1)
+        loads = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1)
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
-        # each row of X is another cache line
-        waiting += 0 if t.rows * c * width * itemsize <= machine.l1_bytes * 3 // 2 else 1.2 * t.rows
     else:
         # vectors of a row start anywhere: most of them straddle two cache lines
-        loads = 1.65 * t.vectors * t.rows + t.scalars
-        span = t.rows * (t.columns * itemsize + 32)
-        waiting = t.scalars * a_weight + (0 if span * c <= machine.l1_bytes * 5 // 4 else span / 80)
-    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.4 * loads + waiting
+        loads = 1.7 * t.vectors * t.rows + t.scalars
+        span = t.rows * (t.columns * itemsize + 64)
+        waiting = t.scalars * a_weight + (0 if span * c <= machine.l1_bytes * 2 else span / 100)
+    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting
 
 
 def _up(size: int, multiple: int) -> int:
