@@ -299,9 +299,9 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
             f"lanes is {lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
             f"{machine.vector_bytes // itemsize} sums"
         )
-    registers = vectors * scalars * rows + vectors + 1
-    if registers > machine.registers:
-        return f"the register tile takes {registers} registers, but {target.name} has {machine.registers}"
+    if vectors * scalars * rows >= machine.registers:
+        sums = vectors * scalars * rows
+        return f"the {sums} sums of the register tile fill all registers, but {target.name} has {machine.registers}"
     channels = vectors * lanes if tiles["vector"] == "channels" else scalars
     if task % channels:
         return f"task is {task}, but must be a multiple of the register tile's {channels} channels"

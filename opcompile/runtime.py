@@ -341,7 +341,7 @@ class Artifact:
         given = self._slots["x"].borrow(x)
         address, (batch, *_), _ = given
         weight = self._weight(w)
-        bias = self._bias(b, own=w is None)
+        bias = self._bias(b, own=w is None or self._weights[0] is None)
         framework = None if out is not None or isinstance(x, np.ndarray) else _framework(x)
         if out is None:
             shape = (batch, *self._image)

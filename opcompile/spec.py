@@ -82,6 +82,8 @@ class Axis:
 
     def __post_init__(self) -> None:
         """Raise `SpecError` for what no transposed convolution can be."""
+        if not isinstance(self.pad, tuple) or len(self.pad) != 2:
+            raise SpecError(f"pad is {self.pad!r}, but must be a (begin, end) pair of ints")
         _require_ints("axis", (self.size, self.kernel, self.stride, self.dilation))
         _require_ints("pad and output_pad", (*self.pad, self.output_pad))
         for name, value in (
@@ -92,8 +94,6 @@ class Axis:
         ):
             if value < 1:
                 raise SpecError(f"{name} is {value}, but must be at least 1; write {name}=1 for no effect")
-        if len(self.pad) != 2:
-            raise SpecError(f"pad is {self.pad}, but must be a (begin, end) pair")
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
             if value < 0:
                 raise SpecError(f"{name} is {value}, but must be at least 0; crop the output with a positive pad")
@@ -165,6 +165,8 @@ class Activation:
         if self.name not in ACTIVATIONS:
             raise SpecError(f"activation {self.name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
         expected = ACTIVATIONS[self.name]
+        if not all(isinstance(p, int | float) for p in self.parameters):
+            raise SpecError(f"activation {self.name} has parameters {self.parameters!r}, but they must be numbers")
         given = tuple(float(p) for p in self.parameters)
         if len(given) > len(expected):
             names = ", ".join(name for name, _ in expected) or "none"

@@ -416,14 +416,14 @@ def _ask(
     x, w, b = (_stored(spec.dtype, values) for values in question.draw(spec, rng, question.batch))
     passed: tuple[Tensor | None, Tensor | None] = (w, b if spec.bias else None)
     if question.compiled:
-        passed = (None, None if own[1] is not None else passed[1])
+        passed = (None if own[0] is not None else w, None if own[1] is not None else passed[1])
         w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
     inputs = Inputs.of(spec, x, w, b)
     kept, twins = _distinct(_ours(artifact, inputs, passed, threads))
     answers = {name: Answer(y) for name, y in kept.items()}
     pairs = [(name, "reference") for name in twins]
     not_asked: list[NotAsked] = []
-    if runtime is not None and not question.compiled and "W" not in runtime.inputs:
+    if runtime is not None and not question.compiled and any(mine is not None for mine in own):
         not_asked.append(NotAsked("onnxruntime with the caller's weights", "model.onnx holds the weights compiled in"))
     elif runtime is not None:
         try:
@@ -469,7 +469,7 @@ def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINE
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
     started, spec = time.perf_counter(), artifact.spec
     own = _compiled_in(artifact)
-    rule, questions = _questions(spec, own[0] is not None)
+    rule, questions = _questions(spec, any(mine is not None for mine in own))
     threads = (1, max(2, _cpus()))
     rows: list[Row] = []
     not_asked: list[NotAsked] = []

@@ -232,6 +232,16 @@ def test_weights_of_compile_time(weighted: tuple[Artifact, np.ndarray, np.ndarra
     assert np.array_equal(layer(golden.x).ravel()[golden.indices], golden.expected.astype(ml_dtypes.bfloat16))
 
 
+def test_a_bias_of_compile_time_goes_with_a_weight_of_the_call(tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse("in=1x3x2x3x4 co=5 k=2 s=2")
+    x, w, b = whole_numbers(spec)
+    layer = opcompile.compile(spec, into=tmp_path / "it", plan="baseline", bias=b)
+    assert np.array_equal(layer(x, w), right(spec, x, w, b))
+    assert opcompile.verify(layer).passed
+    with pytest.raises(CallError, match="w is missing"):
+        layer(x)
+
+
 def test_golden_holds(layers: dict[str, Artifact]) -> None:
     layer = layers["float32"]
     golden = layer.golden()
@@ -438,7 +448,7 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash(layers: dict[str, Art
         x = np.zeros((20_000, *g.x.shape[1:]))
         out = np.zeros((20_000, *y.shape[1:]))
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), -1))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), -1))
         for _ in range(2):
             try:
                 layer(x, g.w, out=out)

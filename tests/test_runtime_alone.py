@@ -76,13 +76,14 @@ def test_a_parallel_kernel_without_the_compiler(python: Path, parallel: Path, tm
 
 
 def test_importing_and_loading_bring_no_compiler_in(parallel: Path) -> None:
+    # not torch: tvm_ffi itself imports it where it is installed
     brought = run(
         sys.executable,
         """
         import sys, opcompile
         import numpy as np
         opcompile.load(sys.argv[1])
-        print(*sorted({name.split(".")[0] for name in sys.modules} & {"tvm", "onnx", "onnxruntime", "torch"}))
+        print(*sorted({name.split(".")[0] for name in sys.modules} & {"tvm", "onnx", "onnxruntime"}))
         """,
         parallel,
     )
