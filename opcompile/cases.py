@@ -102,6 +102,7 @@ _CORNER = [
     ("pads-beyond-kernel", "in=1x3x6x6x6 co=4 k=3 s=1 p=4:0x0:4x3:3", "whole input planes are cropped away"),
     ("pads-beyond-kernel-s2", "in=1x3x5x6x7 co=4 k=3 s=2 p=5:1x1:5x4:4", "the same, strided"),
     ("groups", "in=1x6x3x4x5 co=9 k=3 s=2 p=1 op=1 g=3", "three groups"),
+    ("groups-pointwise", "in=2x2x1x1x1 co=4 k=1 g=2 bias=0", "groups narrower than a vector, one voxel"),
     ("groups-wide", "in=1x64x3x3x4 co=64 k=3 s=2 p=1 op=1 g=4", "four groups of sixteen channels"),
     ("depthwise", "in=1x8x4x5x6 co=8 k=3 s=2 p=1 g=8", "one channel a group"),
     ("depthwise-multiplier", "in=1x4x3x4x5 co=12 k=4 s=2 p=1 g=4", "three outputs a channel"),

@@ -246,7 +246,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
     (q_d, f_d), (q_h, f_h), (q_w, f_w) = split
     g, m = sch.split(m, [spec.groups, None])
-    m, m_in = sch.split(m, [None, tiles.task])
+    m, m_in = sch.split(m, [None, min(tiles.task, spec.channels_out // spec.groups)])
     q_h, q_h_in = sch.split(q_h, [None, tiles.rows])
     row = [f_d, q_h_in, f_h, q_w, f_w]
     sch.reorder(n, g, m, q_d, q_h, *([m_in, *row] if spec.layout == "NCDHW" else [*row, m_in]))
