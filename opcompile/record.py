@@ -283,15 +283,17 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
 
     The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow.
     """
-    names = ("vector", "lanes", "vectors", "scalars", "rows", "task")
+    names = ("vector", "lanes", "vectors", "scalars", "rows", "task", "depth", "height", "chunk", "copy")
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     if tiles["vector"] not in ("channels", "row"):
         return f"vector is {tiles['vector']!r}, but must be 'channels' or 'row'"
-    for name in names[1:]:
+    if tiles["copy"] not in ("task", "whole"):
+        return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
+    for name in names[1:-1]:
         if type(tiles[name]) is not int or tiles[name] < 1:
             return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
-    lanes, vectors, scalars, rows, task = (tiles[name] for name in names[1:])
+    lanes, vectors, scalars, rows, task, depth, height, chunk = (tiles[name] for name in names[1:-1])
     machine = target.machine
     itemsize = 8 if spec.sum_dtype == "float64" else 4
     if lanes != machine.vector_bytes // itemsize:
@@ -311,4 +313,13 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
         return f"task is {task}, but a group has {m} channels, {whole} with its last tile"
     if spec.groups > 1 and task != whole and m % task:
         return f"task is {task}, but must divide the {m} channels of a group, or cover them"
+    planes, lines, _ = (axis.positions for axis in spec.axes)
+    if depth > planes:
+        return f"depth is {depth}, but the layer has {planes} planes of positions"
+    if height % rows or height >= lines + rows:
+        return (
+            f"height is {height}, but must be a multiple of the register tile's {rows} rows, and cover {lines} at most"
+        )
+    if (spec.channels_in // spec.groups) % chunk:
+        return f"chunk is {chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     return None

@@ -38,16 +38,20 @@ def test_any_legal_layer_compiles_and_equals_the_oracle(spec: ConvTranspose3d) -
     compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
-@pytest.mark.parametrize("vector", ["channels", "row"])
+@pytest.mark.parametrize(
+    ("vector", "copy"), [("channels", "task"), ("channels", "whole"), ("row", "task"), ("row", "whole")]
+)
 @pytest.mark.parametrize(
     "name", ["prime-sizes", "groups-wide", "k-below-s-mixed", "huge-stride-k", "channels-last-groups"]
 )
-def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
+def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) -> None:
     spec = case(name).spec
     m = spec.channels_out // spec.groups
     channels = 32 if vector == "channels" else 3
     task = channels * -(-m // channels) if spec.groups > 1 else channels
-    tiles = llvm.Tiles(vector, 16, 2, 3, 2, task)
+    c = spec.channels_in // spec.groups
+    chunk = max(n for n in range(1, c) if c % n == 0) if c > 1 else 1
+    tiles = llvm.Tiles(vector, 16, 2, 3, 2, task, depth=2, height=4, chunk=chunk, copy=copy)
     x, w, b = integers(spec)
     compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
@@ -64,6 +68,7 @@ def test_all_candidates_of_a_layer_agree() -> None:
     spec = ConvTranspose3d.parse("in=1x5x3x5x18 co=20 k=3 s=2 p=1 op=1")
     candidates = llvm.candidates(spec, HERE.machine)
     assert len({(c.tiles.vector, c.tiles.rows) for c in candidates}) >= 6
+    assert {c.tiles.height > c.tiles.rows for c in candidates} == {True, False}
     x, w, b = integers(spec)
     chosen = candidates[:: len(candidates) // 5]
     first, *others = [kernel(spec, c.tiles)(x, w, b) for c in chosen]

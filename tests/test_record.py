@@ -243,11 +243,17 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
             "task is 24, but must be a multiple of the register",
         ),
         ({"vector": "channels", "vectors": 1, "task": 32}, "task is 32, but a group has 24 channels"),
-        ({"colour": 1}, "their fields are colour, lanes"),
+        ({"depth": 4}, "depth is 4, but the layer has 3 planes of positions"),
+        ({"height": 3}, "height is 3, but must be a multiple of the tile's 2 rows"),
+        ({"height": 6}, "height is 6, but must be"),
+        ({"chunk": 3}, "chunk is 3, but must divide the 4 input channels of a group"),
+        ({"copy": "twice"}, "copy is 'twice', but must be 'task' or 'whole'"),
+        ({"colour": 1}, "their fields are chunk, colour, copy, depth"),
     ],
 )
 def test_tiles_that_the_machine_cannot_hold_are_refused(own: Path, change: dict[str, object], words: str) -> None:
-    sound = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 4, "rows": 2, "task": 24}
+    tile = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 4, "rows": 2}
+    sound = {**tile, "task": 24, "depth": 3, "height": 4, "chunk": 2, "copy": "task"}
     assert illegal(sound, SPEC, MACHINE) is None
     assert words in refused(
         own,
@@ -258,7 +264,8 @@ def test_tiles_that_the_machine_cannot_hold_are_refused(own: Path, change: dict[
 
 def test_tasks_that_straddle_groups_are_illegal() -> None:
     grouped = ConvTranspose3d.parse("in=1x6x3x4x5 co=18 k=2 s=2 g=3")
-    tiles = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 2, "rows": 1, "task": 4}
+    tile = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 2, "rows": 1}
+    tiles = {**tile, "task": 4, "depth": 1, "height": 1, "chunk": 2, "copy": "whole"}
     assert "must divide the 6 channels of a group" in str(illegal(tiles, grouped, MACHINE))
     assert illegal(tiles | {"task": 2}, grouped, MACHINE) is None
 
