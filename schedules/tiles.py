@@ -112,7 +112,7 @@ class _Layer:
     ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``,
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
-    output, ``taps_w`` the most in a row of one phase; ``overlapping``: some phase has several.
+    output, ``most_taps`` the most of one phase along each axis.
     """
 
     itemsize: int
@@ -125,17 +125,15 @@ class _Layer:
     reach: tuple[int, int, int]
     kernel: int
     taps: int
-    taps_w: int
+    most_taps: tuple[int, int, int]
     phases: int
     outputs: int
     channels_first: bool
-    overlapping: bool
     grouped: bool
 
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
-        most = [max(phase.taps for phase in axis.phases) for axis in spec.axes]
         return cls(
             itemsize=8 if spec.sum_dtype == "float64" else 4,
             m=spec.channels_out // spec.groups,
@@ -147,11 +145,10 @@ class _Layer:
             reach=tuple(map(_reach, spec.axes)),  # type: ignore[arg-type]
             kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
-            taps_w=max(1, most[2]),
+            most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             channels_first=spec.layout == "NCDHW",
-            overlapping=max(most) > 1,
             grouped=spec.groups > 1,
         )
 
@@ -219,10 +216,11 @@ def _task(layer: _Layer, machine: Machine, channels: int, depth: int, height: in
 
 
 def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
-    """Input channels that go through all taps together: those whose columns stay in the first cache."""
-    if vector == "channels" or not layer.overlapping:
+    """Input channels that go through all taps together: those of which what the taps read stays in the first cache."""
+    taps_d, taps_h, taps_w = layer.most_taps
+    if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
-    fits = max(1, machine.l1_bytes // (rows * (columns * layer.itemsize + 64)))
+    fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + 64)))
     return max(n for n in range(1, layer.c + 1) if layer.c % n == 0 and n <= fits)
 
 
@@ -258,12 +256,13 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
-    a_row, window = 6 / layer.reach[2], layer.window(t)
+    depth, height, width = layer.reach
+    a_plane = layer.itemsize * layer.c * height * width
     if t.copy == "whole":
-        copied = layer.itemsize * layer.images * layer.c * math.prod(layer.reach)
-        return copied * (1.2 + a_row)
-    missed = max(0, 1 - machine.l2_bytes / (4 * window))
-    return layer.tasks(t) * window * (0.15 + a_row + 0.4 * missed)
+        return layer.images * depth * a_plane * (1.2 + 6 / width)
+    # what a task shares with one in the next plane is read again after a plane of tasks
+    missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
+    return layer.tasks(t) * layer.window(t) * (0.15 + 6 / width + 0.4 * missed)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -281,11 +280,13 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # vectors of a row start anywhere: most of them straddle two cache lines
         loads = 1.7 * t.vectors * t.rows + t.scalars
-        span = t.rows * (t.columns * layer.itemsize + 64)
         waiting = t.scalars * a_weight
-        if span * layer.c > machine.l1_bytes:
-            waiting += span / (140 * layer.taps_w)
-    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting
+        a_row = t.columns * layer.itemsize + 64
+        if t.rows * a_row * layer.c > machine.l1_bytes:
+            _, taps_h, taps_w = layer.most_taps
+            waiting += (t.rows + taps_h - 1) * a_row / (140 * taps_h * taps_w)
+    # to begin a loop over channels costs a few multiply-adds
+    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting + 20 / t.chunk
 
 
 def _up(size: int, multiple: int) -> int:
