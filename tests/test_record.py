@@ -244,7 +244,7 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ),
         ({"vector": "channels", "vectors": 1, "task": 32}, "task is 32, but a group has 24 channels"),
         ({"depth": 4}, "depth is 4, but the layer has 3 planes of positions"),
-        ({"height": 3}, "height is 3, but must be a multiple of the tile's 2 rows"),
+        ({"height": 3}, "height is 3, but must be a multiple of the register tile's 2 rows"),
         ({"height": 6}, "height is 6, but must be"),
         ({"chunk": 3}, "chunk is 3, but must divide the 4 input channels of a group"),
         ({"copy": "twice"}, "copy is 'twice', but must be 'task' or 'whole'"),
