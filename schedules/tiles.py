@@ -112,7 +112,7 @@ class _Layer:
     ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``,
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
-    output, ``most_taps`` the most of one phase along each axis.
+    output, ``most_taps`` the most of one phase along each axis. ``tensors`` is the bytes of X and Y.
     """
 
     itemsize: int
@@ -128,12 +128,14 @@ class _Layer:
     most_taps: tuple[int, int, int]
     phases: int
     outputs: int
+    tensors: int
     channels_first: bool
     grouped: bool
 
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
+        stored = {"float64": 8, "float32": 4}.get(spec.dtype, 2)
         return cls(
             itemsize=8 if spec.sum_dtype == "float64" else 4,
             m=spec.channels_out // spec.groups,
@@ -148,6 +150,7 @@ class _Layer:
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
+            tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * stored,
             channels_first=spec.layout == "NCDHW",
             grouped=spec.groups > 1,
         )
@@ -188,9 +191,15 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
         for (depth, height), copy in product(_spans(layer, rows), ("task", "whole")):
             task = _task(layer, machine, channels, depth, height, columns)
             tiles = Tiles(vector, lanes, vectors, scalars, rows, task, depth, height, chunk, copy)  # type: ignore[arg-type]
-            enough = layer.tasks(tiles) >= machine.cores and layer.held(tiles) <= machine.l2_bytes
-            if (depth, height) == (1, rows) or enough:
+            if (depth, height) == (1, rows) or _worthwhile(layer, machine, tiles):
                 yield tiles
+
+
+def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
+    """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
+    workspace = layer.held(t) + (layer.window(t) if t.copy == "task" else 0)
+    small = workspace <= layer.tensors // 10 and layer.held(t) <= machine.l2_bytes
+    return small and layer.tasks(t) >= machine.cores
 
 
 def _spans(layer: _Layer, rows: int) -> list[tuple[int, int]]:

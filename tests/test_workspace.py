@@ -1,0 +1,44 @@
+"""What a call allocates: never a column buffer, and no second copy of X but for its padding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+import opcompile
+from opcompile.cases import Case, case, tagged
+from opcompile.lower import choose, scheduled, workspace_bytes
+from opcompile.spec import Axis, ConvTranspose3d
+from opcompile.target import target
+
+
+def reach(axis: Axis) -> int:
+    """Elements that the axis reads, zeros around X included."""
+    reads = [q + offset for q in range(axis.positions) for phase in axis.phases for offset in phase.offsets()]
+    return max(reads) - min(reads) + 1
+
+
+def allowed(spec: ConvTranspose3d, copies: bool) -> float:
+    """A tenth of X and Y, and the padded X where it is copied at once, in bytes."""
+    assert spec.dtype == "float32"
+    assert spec.batch is not None
+    padded = spec.batch * spec.channels_in * math.prod(map(reach, spec.axes)) if copies else 0
+    return 4 * (padded + (math.prod(n or 1 for n in spec.x_shape) + math.prod(n or 1 for n in spec.y_shape)) / 10)
+
+
+@pytest.mark.parametrize("layer", tagged("real"), ids=lambda layer: layer.name)
+@pytest.mark.parametrize("machine", ["llvm:x86-64-v4", "llvm:apple-m1"])
+def test_the_workspace_of_real_layers_is_a_tenth_of_the_tensors(layer: Case, machine: str) -> None:
+    spec = layer.spec
+    tiles, _ = choose(spec, target(machine), "baseline")
+    used = workspace_bytes(spec, tiles, scheduled(spec, tiles))
+    # columns and positions are rounded up to whole tiles
+    assert used <= 1.1 * allowed(spec, tiles.copy == "whole")
+
+
+def test_the_manifest_says_what_is_used(tmp_path: Path) -> None:
+    spec = case("L29-v2v-up1").spec
+    artifact = opcompile.compile(spec, plan="baseline", into=tmp_path / "it")
+    assert 0 < artifact.manifest["workspace_bytes"] <= allowed(spec, copies=False)
