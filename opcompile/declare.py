@@ -78,8 +78,8 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     x = te.placeholder(scope.batched(*spec.x_shape[1:]), spec.dtype, name="X")
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
-    pad = scope.pad(x)
-    picked = _pick_axes(scope, pad, w) if phases_as_axes(spec) else _pick_blocks(scope, pad, w)
+    pad, wide = scope.pad(x), _widened(spec, w)
+    picked = _pick_axes(scope, pad, wide) if phases_as_axes(spec) else _pick_blocks(scope, pad, wide)
 
     def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:
         z = picked(n, m, o) + _sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
@@ -157,7 +157,7 @@ class _Scope:
         ]
 
     def pad(self, x: Any) -> Any:
-        """The part of X that is read, zero where X has no element."""
+        """The part of X that is read, in the type of the sums, zero where X has no element."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
 
         def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
@@ -165,7 +165,7 @@ class _Scope:
             tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
             channel = g * c_in + c
             value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
-            return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, spec.dtype))
+            return tirx.if_then_else(tirx.all(*tests), _sum_type(spec, value), tirx.const(0, spec.sum_dtype))
 
         shape = self.batched(spec.groups, c_in, *(win.extent for win in self.windows))
         return te.compute(shape, element, name="pad")
@@ -181,7 +181,7 @@ class _Scope:
         for (q, tap, offset), t, axis, win in zip(firsts, taps, spec.axes, self.windows, strict=True):
             reads.append(q + (offset - win.start) - t * axis.offset_step)
             kernel.append(tap + t * axis.tap_step)
-        product = _sum_type(spec, pad(n, g, c, *reads)) * _sum_type(spec, w(g * c_in + c, m, *kernel))
+        product = pad(n, g, c, *reads) * w(g * c_in + c, m, *kernel)
         return te.sum(product, axis=[*taps, c])
 
 
@@ -199,6 +199,13 @@ def _index_dtype(spec: ConvTranspose3d, windows: Sequence[_Window], grain: Grain
 
 def _sum_type(spec: ConvTranspose3d, value: Any) -> Any:
     return value if spec.dtype == spec.sum_dtype else value.astype(spec.sum_dtype)
+
+
+def _widened(spec: ConvTranspose3d, w: Any) -> Any:
+    """W in the type of the sums."""
+    if spec.dtype == spec.sum_dtype:
+        return w
+    return te.compute(w.shape, lambda *at: _sum_type(spec, w(*at)), name="wide")
 
 
 def _grouped(spec: ConvTranspose3d, m: Any) -> tuple[Any, Any]:

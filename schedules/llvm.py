@@ -55,8 +55,12 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
 
     # --- layouts ---
+    wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype else None
+    if wide and tiles.vector == "channels":  # a vector of weights is widened as it is loaded
+        sch.compute_inline(wide)
+        wide = None
     if phases:  # there are none, and no padded copy, where every tap falls beyond the output
-        _lay_out(sch, spec, tiles, sch.get_sblock("pad"), phases, as_axes)
+        _lay_out(sch, spec, tiles, phases, wide, as_axes)
 
     # --- tasks: rows of positions, with their phases inside ---
     axes = sch.get_loops(output)
@@ -76,6 +80,11 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         _tile(sch, tiles, p, sch.get_loops(p)[1:])
     if phases and tiles.copy == "task":
         sch.compute_at(sch.get_sblock("pad"), task, preserve_unit_loops=True)
+    if wide:
+        sch.compute_at(wide, task, preserve_unit_loops=True)
+        *_, c, block = sch.get_loops(wide)
+        _, lane = sch.split(sch.fuse(c, block), [None, tiles.lanes])
+        sch.vectorize(lane)
 
     # --- spend the cores; a copy of all X is a task a plane ---
     sch.parallel(task)
@@ -109,15 +118,19 @@ def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None 
     return sample
 
 
-def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, pad: Any, phases: list[Any], as_axes: bool) -> None:
+def _lay_out(
+    sch: Schedule, spec: ConvTranspose3d, t: Tiles, phases: list[Any], wide: Any | None, as_axes: bool
+) -> None:
     c_in = spec.channels_in // spec.groups
-    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
-    reads = [r.source.name for r in sch.get(phases[0]).reads]
-    sch.transform_layout(
-        phases[0],
-        ("read", reads.index("W")),
-        lambda c, m, kd, kh, kw: (c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block),
-    )
+
+    def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
+        return c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block
+
+    sch.transform_layout(sch.get_sblock("pad"), ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    sch.transform_layout(phases[0], ("read", 1), blocked)
+    if wide:
+        sch.transform_layout(wide, ("read", 0), blocked)
+        sch.transform_block_layout(wide, blocked)
     if t.vector == "row":
         return
     # an index map is asked for its number of arguments, so each rank has its own

@@ -130,6 +130,7 @@ class _Layer:
     outputs: int
     tensors: int
     channels_first: bool
+    widened: bool
     grouped: bool
 
     @classmethod
@@ -152,6 +153,7 @@ class _Layer:
             outputs=math.prod(n or 1 for n in spec.y_shape),
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * stored,
             channels_first=spec.layout == "NCDHW",
+            widened=spec.dtype != spec.sum_dtype,
             grouped=spec.groups > 1,
         )
 
@@ -247,6 +249,8 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     tiles = layer.images * planes * (rows // t.rows) * (channels // t.channels) * (width // t.columns)
     computing = tiles * (layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (2 * sums + 100))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
+    if layer.widened and t.vector == "row":  # each task widens its weights
+        computing += layer.tasks(t) * t.task * layer.c * layer.kernel / 6
     if layer.held(t) < layer.phases * _LEAST_BUFFER:
         computing *= 2
     transposed = (t.vector == "channels") == layer.channels_first
