@@ -72,9 +72,13 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     q_d, q_d_in = sch.split(q_d, [None, tiles.depth])
     q_h, q_h_in = sch.split(q_h, [None, tiles.height])
     row = [q_d_in, f_d, q_h_in, f_h, q_w, f_w]
-    sch.reorder(n, g, m, q_d, q_h, *([m_in, *row] if spec.layout == "NCDHW" else [*row, m_in]))
+    if spec.layout == "NCDHW":
+        of_task, inside = [n, g, m, q_d, q_h], [m_in, *row]
+    else:  # all groups: the channels of one would be a few bytes of each cache line
+        of_task, inside = [n, m, q_d, q_h], [*row, g, m_in]
+    sch.reorder(*of_task, *inside)
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
-    task = sch.fuse(n, g, m, q_d, q_h)
+    task = sch.fuse(*of_task)
     for p in phases:
         sch.compute_at(p, task, preserve_unit_loops=True)
         _tile(sch, tiles, p, sch.get_loops(p)[1:])
@@ -208,7 +212,8 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if in_channels:
             first_block = tirx.floordiv(first_m, t.lanes)
             channels = (first_block, first_block + t.task // t.lanes)
-        spans = [one(n), one(tirx.floordiv(m, m_out)), channels]
+        groups = one(tirx.floordiv(m, m_out)) if spec.layout == "NCDHW" else whole(shape[1])
+        spans = [one(n), groups, channels]
         if as_axes:
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
             spans += [whole(shape[5])]

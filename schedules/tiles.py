@@ -112,7 +112,8 @@ class _Layer:
     ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``,
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
-    output, ``most_taps`` the most of one phase along each axis. ``tensors`` is the bytes of X and Y.
+    output, ``most_taps`` the most of one phase along each axis. ``tensors`` is the bytes of X and Y,
+    ``together`` how many groups a task computes.
     """
 
     itemsize: int
@@ -130,6 +131,7 @@ class _Layer:
     outputs: int
     tensors: int
     channels_first: bool
+    together: int
     widened: bool
     grouped: bool
 
@@ -153,22 +155,24 @@ class _Layer:
             outputs=math.prod(n or 1 for n in spec.y_shape),
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * stored,
             channels_first=spec.layout == "NCDHW",
+            together=1 if spec.layout == "NCDHW" else spec.groups,
             widened=spec.dtype != spec.sum_dtype,
             grouped=spec.groups > 1,
         )
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
-        return self.images * _over(self.m, t.task) * _over(self.depth, t.depth) * _over(self.height, t.height)
+        tasks = self.images * _over(self.m, t.task) * _over(self.depth, t.depth) * _over(self.height, t.height)
+        return tasks // self.together
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
         planes, rows = t.depth + self.reach[0] - self.depth, t.height + self.reach[1] - self.height
-        return self.itemsize * self.c * planes * rows * self.reach[2]
+        return self.itemsize * self.together * self.c * planes * rows * self.reach[2]
 
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a task."""
-        return self.itemsize * self.phases * t.task * t.depth * t.height * _up(self.width, t.columns)
+        return self.together * self.itemsize * self.phases * t.task * t.depth * t.height * _up(self.width, t.columns)
 
 
 def _reach(axis: Axis) -> int:
@@ -221,8 +225,16 @@ def _task(layer: _Layer, machine: Machine, channels: int, depth: int, height: in
     if layer.grouped and layer.m % channels:
         return channels * tiles
     positions = depth * height * _up(layer.width, columns)
-    fits = machine.l2_bytes // 2 // (layer.itemsize * channels * (layer.phases * positions + layer.kernel * layer.c))
-    spread = layer.images * _over(layer.depth, depth) * _over(layer.height, height) * tiles // machine.cores
+    a_tile = layer.itemsize * layer.together * channels * (layer.phases * positions + layer.kernel * layer.c)
+    fits = machine.l2_bytes // 2 // a_tile
+    spread = (
+        layer.images
+        // layer.together
+        * _over(layer.depth, depth)
+        * _over(layer.height, height)
+        * tiles
+        // machine.cores
+    )
     return channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
 
 
