@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,15 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     assert "2/2" in terminal.getvalue()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in the foreground: a shell has its background jobs ignore it, and their children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_in_disguise_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_tvm_does(*_: str) -> None:
         try:
@@ -300,6 +309,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         assert process.wait() == 141
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opcompile", "compile", LAYER, "-o", str(tmp_path / "a")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
