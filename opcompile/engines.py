@@ -107,9 +107,7 @@ def _onnxruntime(job: Job) -> Engine:
     # its waiting threads may spin during a call, but not into the turns of others
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(
-            str(job.directory / MODEL), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(str(job.directory / MODEL), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # they share no base, and each means that it cannot
         raise EngineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     binding = session.io_binding()
