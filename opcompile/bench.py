@@ -51,6 +51,8 @@ _MOST_ROUNDS = 500
 _SAMPLE_US = 500.0
 # An interval around 1 that is wider than this share of its ratio: the machine was busy with something else.
 _NOISY = 0.2
+# Below this share of a processor somebody else was on it. A waiting thread sleeps, but then its workers do not.
+_OWN_CPU = 0.9
 
 
 # --- the report ---
@@ -105,7 +107,8 @@ class BenchReport:
     ``pinned`` names the processors that the process was kept on, or is empty where the system cannot.
     ``flop`` counts every product of an input element and a weight, as layers are usually measured;
     ``needed_flop`` those that are not cropped, which alone bind the roofline. ``memory`` is the peak
-    of each engine in bytes, beside X and Y; ``not_weighed`` says why one has none.
+    of each engine in bytes, beside X and Y; ``not_weighed`` says why one has none. ``cpu_share`` is the
+    processor time of this process over the time that passed, all rounds together.
     """
 
     spec: str
@@ -121,6 +124,7 @@ class BenchReport:
     needed_flop: int
     bytes: int
     roof: Roof
+    cpu_share: float
     timings: tuple[Timing, ...]
     memory: dict[str, int]
     not_asked: dict[str, str]
@@ -151,6 +155,13 @@ class BenchReport:
         return self.bytes / timing.median_us / 1e3
 
     @property
+    def noisy(self) -> str:
+        """What the machine did beside timing, or nothing: then absolute times can be believed."""
+        if self.cpu_share < _OWN_CPU:
+            return f"other work had the processor for {1 - self.cpu_share:.0%} of the time"
+        return "the limits of the machine changed from sample to sample" if self.roof.noisy else ""
+
+    @property
     def roofline_us(self) -> float:
         """The least time on this machine, in microseconds: needed work at its peak, or bytes at its bandwidth."""
         return self.roof.time_us(self.needed_flop, self.bytes)
@@ -176,8 +187,9 @@ class BenchReport:
         ]
         ratios = [{**asdict(r), "verdict": r.verdict} for r in self.ratios]
         best = self.best.peer if self.best else None
-        computed = {"roof": self.roof.to_json(), "roofline_us": self.roofline_us, "timings": timings}
-        return {**asdict(self), **computed, "ratios": ratios, "fastest_peer": best}
+        computed = {"roof": self.roof.to_json(), "roofline_us": self.roofline_us, "noisy": self.noisy}
+        compared = {"timings": timings, "ratios": ratios, "fastest_peer": best}
+        return {**asdict(self), **computed, **compared}
 
     def table(self) -> Table:
         """Return the timings as a table for a terminal, with the verdict below it."""
@@ -211,8 +223,8 @@ class BenchReport:
         limits += f", {scaled(self.bytes, 'B')} at {self.roof.gbytes:.1f} GB/s"
         bound = self.roof.bound(self.needed_flop, self.bytes)
         yield f"roofline: {duration(self.roofline_us)}, bound by {bound} ({limits})"
-        if self.roof.noisy:
-            yield "too noisy: the machine's limits changed while it was timed, so that shares of them say little"
+        if self.noisy:
+            yield f"too noisy: {self.noisy}; times and shares say little, ratios what their intervals say"
         yield from (f"not asked: {name}: {reason}" for name, reason in self.not_asked.items())
         yield from (f"peak memory of {name} is unknown: {reason}" for name, reason in self.not_weighed.items())
         where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -278,7 +290,9 @@ def bench(
         _require_equal(inputs, engines, exact)
         probes = Probes(spec.sum_dtype, threads)
         before = probes.samples()
+        cpu, wall = time.process_time(), time.perf_counter()
         timings = _take_turns(engines, seconds)
+        cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
         weights, not_weighed = _weighed(tuple(engines), job) if memory else ({}, {})
     return BenchReport(
@@ -295,6 +309,7 @@ def bench(
         needed_flop=spec.needed_flops,
         bytes=spec.bytes(),
         roof=roof,
+        cpu_share=round(cpu_share, 3),
         timings=timings,
         memory=weights,
         not_asked=not_asked,

@@ -7,11 +7,12 @@ measures both limits. Data that stay in a cache are not bound by the second: a s
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
-# Limits that differ by more than this share before and after the layer: the machine did not hold still.
-_NOISY = 0.1
+# Samples whose middle lies below the best by more than this share: the machine did not hold still.
+_NOISY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,12 @@ class Roof:
 
     @property
     def noisy(self) -> bool:
-        """Whether the best before and the best after lie so far apart that shares of them say little."""
-        pairs = [[max(getattr(s, limit) for s in part) for part in (self.before, self.after)] for limit in _LIMITS]
-        return any(min(pair) < (1 - _NOISY) * max(pair) for pair in pairs)
+        """Whether the samples taken before, or those after, lie so far below the best that shares of it say little."""
+        return any(
+            statistics.median(getattr(s, limit) for s in part) < (1 - _NOISY) * getattr(self, limit)
+            for part in (self.before, self.after)
+            for limit in ("gflops", "gbytes")
+        )
 
     def time_us(self, flop: int, size: int) -> float:
         """Return the least time for ``flop`` operations on ``size`` bytes."""
@@ -58,6 +62,3 @@ class Roof:
         """Return plain values, all samples included."""
         parts = {name: [[s.gflops, s.gbytes] for s in getattr(self, name)] for name in ("before", "after")}
         return {"dtype": self.dtype, "gflops": self.gflops, "gbytes": self.gbytes, "noisy": self.noisy, **parts}
-
-
-_LIMITS = ("gflops", "gbytes")

@@ -41,6 +41,7 @@ def report_of(samples: dict[str, list[float]], roof: Roof = ROOF) -> BenchReport
         needed_flop=SPEC.needed_flops,
         bytes=SPEC.bytes(),
         roof=roof,
+        cpu_share=1.0,
         timings=timings,
         memory={"opcompile": 3 << 20},
         not_asked={"torch": "pip install 'opcompile[peers]'"},
