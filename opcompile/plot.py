@@ -65,11 +65,13 @@ def _title(reports: Mapping[str, BenchReport]) -> str:
 def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:
     """Draw rate over intensity, both by needed work, under the best limits that were measured for each dtype."""
     intensities = {name: r.needed_flop / r.bytes for name, r in reports.items()}
-    low, high = min(intensities.values()) / 2, max(intensities.values()) * 2
+    # the corner of the roof is always in the picture
+    shown = [*intensities.values(), *(r.roof.gflops / r.roof.gbytes for r in reports.values())]
+    low, high = min(shown) / 3, max(shown) * 3
     for dtype, style in zip(dict.fromkeys(r.roof.dtype for r in reports.values()), ("-", "--"), strict=False):
         roofs = [r.roof for r in reports.values() if r.roof.dtype == dtype]
         peak, bandwidth = max(r.gflops for r in roofs), max(r.gbytes for r in roofs)
-        ends = sorted({low, min(max(peak / bandwidth, low), high), high})
+        ends = (low, peak / bandwidth, high)
         label = f"limits, {dtype}: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s"
         axes.plot(ends, [min(peak, x * bandwidth) for x in ends], style, color="black", linewidth=1.2, label=label)
     for engine, (colour, marker) in _LOOKS.items():
@@ -80,7 +82,7 @@ def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:
             axes.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, zorder=layer, label=engine)
     rates = [_rate(r, t) for r in reports.values() for t in r.timings]
     top = max(*rates, *(r.roof.gflops for r in reports.values()))
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(rates) / 1.5, top * 2))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(rates) / 3, top * 2.5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
@@ -89,8 +91,7 @@ def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(loc="lower right", fontsize=8)
     axes.set_title("Roofline; the numbers are those of the layers below", fontsize=10)
-    points = [(intensities[name], _rate(r, r.timings[0])) for name, r in reports.items()]
-    _number(axes, points)
+    _number(axes, [[(intensities[name], _rate(r, t)) for t in r.timings] for name, r in reports.items()])
 
 
 def _rate(report: BenchReport, timing: Timing) -> float:
@@ -98,11 +99,12 @@ def _rate(report: BenchReport, timing: Timing) -> float:
     return float(report.needed_flop / timing.median_us / 1e3)
 
 
-def _number(axes: Any, points: list[tuple[float, float]]) -> None:
-    """Write the number of each layer near its point, where no other number or point of ours is."""
+def _number(axes: Any, layers: list[list[tuple[float, float]]]) -> None:
+    """Write the number of each layer near our point, the first one, where there is no other number or point."""
     axes.figure.draw_without_rendering()  # fixes the scales
-    taken = [tuple(place) for place in axes.transData.transform(points)]
-    for number, (point, place) in enumerate(zip(points, taken[: len(points)], strict=True), 1):
+    taken = [tuple(place) for points in layers for place in axes.transData.transform(points)]
+    for number, (point, *_) in enumerate(layers, 1):
+        place = axes.transData.transform(point)
         dx, dy = next((step for step in _steps() if all(_apart(place, step, other) for other in taken)), (14.0, 14.0))
         taken.append((place[0] + dx, place[1] + dy))
         axes.annotate(
