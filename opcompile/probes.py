@@ -77,14 +77,15 @@ def _elapsed(run: Callable[[], Any]) -> int:
 def _compiled(dtype: str) -> tuple[Any, Any, int, int]:
     """Return both functions, the lanes of a vector of ``dtype``, and how many vectors hold sums."""
     here = target("llvm")
-    lanes, sums = _vectors(here.machine, dtype)
+    lanes, sums = vectors(here.machine, dtype)
     module = tvm.IRModule({"multiply_add": multiply_add(dtype, lanes, sums), "copy": copy()})
     with tvm.target.Target(here.tvm()) as tvm_target:
         compiled = tvm.compile(module, target=tvm_target)
     return compiled["multiply_add"], compiled["copy"], lanes, sums
 
 
-def _vectors(machine: Machine, dtype: str) -> tuple[int, int]:
+def vectors(machine: Machine, dtype: str) -> tuple[int, int]:
+    """Return the lanes of a vector of ``dtype``, and how many vectors the sums shall fill."""
     return machine.vector_bytes // np.dtype(dtype).itemsize, machine.registers * 3 // 4
 
 
