@@ -184,10 +184,12 @@ def test_what_torch_cannot_say_is_said(text: str, reason: str) -> None:
     ],
 )
 def test_every_peer_is_timed_where_it_can_say_the_layer(text: str, peers: tuple[str, ...]) -> None:
-    report = bench(ConvTranspose3d.parse(text), against=PEERS, plan="baseline", seconds=0.02)
+    report = bench(
+        ConvTranspose3d.parse(text), against=PEERS, plan="baseline", seconds=0.02, memory=text.startswith("in=2")
+    )
     assert [timing.engine for timing in report.timings] == ["opcompile", *peers]
     assert report.not_asked.keys() == set(PEERS) - set(peers)
-    assert report.memory.keys() == {"opcompile", *peers}
+    assert report.memory.keys() == ({"opcompile", *peers} if text.startswith("in=2") else set())
 
 
 @pytest.mark.peers
@@ -233,9 +235,7 @@ def assembly(name: str, dtype: str) -> list[str]:
     function = probes.multiply_add(dtype, *probes.vectors(machine.machine, dtype))
     with tvm.target.Target(machine.tvm()) as tvm_target:
         compiled = tvm.compile(tvm.IRModule({"multiply_add": function}), target=tvm_target)
-    return [
-        line.strip() for line in compiled.mod.inspect_source("asm").splitlines() if "fmadd" in line or "fmla" in line
-    ]
+    return [line.strip() for line in compiled.mod.inspect_source("asm").splitlines() if "fmadd" in line]
 
 
 @pytest.mark.parametrize(
