@@ -2,9 +2,9 @@
 #
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
-#   make test-peers  the same operator in PyTorch, and links for other machines; TORCH=torch==2.13.0 picks a version
+#   make test-peers  the same operator in PyTorch, every peer, links for other machines; TORCH=torch==2.13.0 picks a version
 #   make lint types  what must hold of the code
-#   make bench       every real layer against ONNX Runtime
+#   make bench       every real layer against all peers: bench.json, bench.svg, and a table in Markdown
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="-k spec -x" goes on to pytest.
 
@@ -29,7 +29,7 @@ test: $(VENV)/.installed-test
 	$(RUN) pytest -n auto --dist loadfile -m "not peers" $(ARGS)
 
 test-peers: $(VENV)/.installed-test
-	$(INSTALL) "$(TORCH)" --editable ".[cross]"
+	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot]"
 	$(RUN) pytest -m peers $(ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -40,13 +40,11 @@ types: $(VENV)/.installed-dev
 	$(RUN) mypy
 
 bench: $(VENV)/.installed
-	for layer in $$($(BIN)/opcompile cases --tag real --json | $(BIN)/python -c \
-	  'import json, sys; print(*(c["name"] for c in json.load(sys.stdin)["cases"]))'); do \
-	  $(BIN)/opcompile bench "$$layer" || exit; \
-	done
+	$(INSTALL) "$(TORCH)" --editable ".[peers,plot]"
+	$(BIN)/opcompile bench --tag real --against all --save bench.json --plot bench.svg --markdown
 
 clean:
-	rm -rf $(VENV) demo-artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-artifacts bench.json bench.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The package is installed in place, so that these need repeating only when pyproject.toml changes.
 $(BIN)/python:

@@ -9,9 +9,10 @@ nothing about how times are distributed. The rule:
 * *no difference seen*: the interval holds 1 and is narrow;
 * *too noisy*: it holds 1 and is wider than a fifth of the ratio; then nothing is concluded.
 
-What is timed is the layer with constant weights, as a network runs it: ours packed at compile time, an
-initializer for ONNX Runtime; X and Y are made once (PyTorch allocates its Y, it has no other way).
-Every engine's output is checked first: small integers, to the last bit where the activation allows.
+What is timed is the layer with constant weights, as a network runs it (`opcompile.engines`). Every
+engine's output is checked first: small integers, to the last bit where the activation allows. Before and
+after, in the same process on the same processors, the limits of the machine are measured
+(`opcompile.probes`); then each engine's peak memory, in a process of its own (`opcompile._memory`).
 """
 
 from __future__ import annotations
@@ -20,34 +21,29 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from opcompile._memory import weigh
 from opcompile.bounds import Answer, Inputs, compare_all
+from opcompile.engines import OURS, PEERS, Engine, Job, Run, Tensor, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.machine import processor, system
+from opcompile.roofline import Roof
 from opcompile.source import brief
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
-from opcompile.units import duration
+from opcompile.units import binary, duration, scaled
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from opcompile.lower import PlanName
-    from opcompile.runtime import Artifact
-
-Tensor = NDArray[Any]
-Run = Callable[[], None]
-
-OURS = "opcompile"
-PEERS = ("onnxruntime", "torch")
 
 _FEWEST_ROUNDS = 11
 _MOST_ROUNDS = 500
@@ -55,6 +51,8 @@ _MOST_ROUNDS = 500
 _SAMPLE_US = 500.0
 # An interval around 1 that is wider than this share of its ratio: the machine was busy with something else.
 _NOISY = 0.2
+# Below this share of a processor somebody else was on it. A waiting thread sleeps, but then its workers do not.
+_OWN_CPU = 0.9
 
 
 # --- the report ---
@@ -107,6 +105,10 @@ class BenchReport:
     """The timings of one layer, with the origin of every number; ``timings[0]`` is ours.
 
     ``pinned`` names the processors that the process was kept on, or is empty where the system cannot.
+    ``flop`` counts every product of an input element and a weight, as layers are usually measured;
+    ``needed_flop`` those that are not cropped, which alone bind the roofline. ``memory`` is the peak
+    of each engine in bytes, beside X and Y; ``not_weighed`` says why one has none. ``cpu_share`` is the
+    processor time of this process over the time that passed, all rounds together.
     """
 
     spec: str
@@ -119,9 +121,14 @@ class BenchReport:
     machine: str
     versions: dict[str, str]
     flop: int
+    needed_flop: int
     bytes: int
+    roof: Roof
+    cpu_share: float
     timings: tuple[Timing, ...]
+    memory: dict[str, int]
     not_asked: dict[str, str]
+    not_weighed: dict[str, str]
 
     @property
     def ratios(self) -> tuple[Ratio, ...]:
@@ -147,6 +154,22 @@ class BenchReport:
         """10^9 bytes a second of X, W, B and Y, each counted once, at the median."""
         return self.bytes / timing.median_us / 1e3
 
+    @property
+    def noisy(self) -> str:
+        """What the machine did beside timing, or nothing: then absolute times can be believed."""
+        if self.cpu_share < _OWN_CPU:
+            return f"other work had the processor for {1 - self.cpu_share:.0%} of the time"
+        return "the limits of the machine changed from sample to sample" if self.roof.noisy else ""
+
+    @property
+    def roofline_us(self) -> float:
+        """The least time on this machine, in microseconds: needed work at its peak, or bytes at its bandwidth."""
+        return self.roof.time_us(self.needed_flop, self.bytes)
+
+    def share(self, timing: Timing) -> float:
+        """The share of the roofline that is reached, at the median; above 1 where a cache holds the data."""
+        return self.roofline_us / timing.median_us
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, all samples included."""
         timings = [
@@ -157,12 +180,16 @@ class BenchReport:
                 "p95_us": t.p95_us,
                 "gflops": round(self.gflops(t), 3),
                 "gbytes": round(self.gbytes(t), 3),
+                "share_of_roofline": round(self.share(t), 4),
+                "peak_memory": self.memory.get(t.engine),
             }
             for t in self.timings
         ]
         ratios = [{**asdict(r), "verdict": r.verdict} for r in self.ratios]
         best = self.best.peer if self.best else None
-        return {**asdict(self), "timings": timings, "ratios": ratios, "fastest_peer": best}
+        computed = {"roof": self.roof.to_json(), "roofline_us": self.roofline_us, "noisy": self.noisy}
+        compared = {"timings": timings, "ratios": ratios, "fastest_peer": best}
+        return {**asdict(self), **computed, **compared}
 
     def table(self) -> Table:
         """Return the timings as a table for a terminal, with the verdict below it."""
@@ -170,31 +197,40 @@ class BenchReport:
         from rich.table import Table
         from rich.text import Text
 
-        words = [
-            f"{r.ratio:.2f} times as fast as {r.peer} ({r.low:.2f} to {r.high:.2f}): {r.verdict}" for r in self.ratios
-        ]
-        words += [f"not asked: {name}: {reason}" for name, reason in self.not_asked.items()]
-        where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        where += f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned"
-        words.append(
-            f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
-        )
-        words.append(self.machine)
         table = Table(
             title=brief(ConvTranspose3d.parse(self.spec)),
             title_justify="left",
-            caption=Text("\n".join(words)),
+            caption=Text("\n".join(self._words())),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
         table.add_column("engine")
-        for heading in ("min", "median", "p95", "GFLOP/s", "GB/s"):
+        for heading in ("min", "median", "p95", "GFLOP/s", "GB/s", "of roofline", "peak memory"):
             table.add_column(heading, justify="right", no_wrap=True)
         for t in self.timings:
             times = (duration(t.min_us), duration(t.median_us), duration(t.p95_us))
-            table.add_row(f"{t.engine} {t.version}", *times, f"{self.gflops(t):.1f}", f"{self.gbytes(t):.2f}")
+            rates = (f"{self.gflops(t):.1f}", f"{self.gbytes(t):.2f}", f"{self.share(t):.0%}")
+            weight = binary(self.memory[t.engine]) if t.engine in self.memory else "-"
+            table.add_row(f"{t.engine} {t.version}", *times, *rates, weight)
         return table
+
+    def _words(self) -> Iterator[str]:
+        """Yield what stands below the table: verdicts, the roofline, what is missing, and the circumstances."""
+        for r in self.ratios:
+            yield f"{r.ratio:.2f} times as fast as {r.peer} ({r.low:.2f} to {r.high:.2f}): {r.verdict}"
+        limits = f"{scaled(self.needed_flop, 'FLOP')} at {self.roof.gflops:.0f} GFLOP/s"
+        limits += f", {scaled(self.bytes, 'B')} at {self.roof.gbytes:.1f} GB/s"
+        bound = self.roof.bound(self.needed_flop, self.bytes)
+        yield f"roofline: {duration(self.roofline_us)}, bound by {bound} ({limits})"
+        if self.noisy:
+            yield f"too noisy: {self.noisy}; times and shares say little, ratios what their intervals say"
+        yield from (f"not asked: {name}: {reason}" for name, reason in self.not_asked.items())
+        yield from (f"peak memory of {name} is unknown: {reason}" for name, reason in self.not_weighed.items())
+        where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        where += f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned"
+        yield f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
+        yield self.machine
 
 
 def _ratio(ours: Timing, peer: Timing) -> Ratio:
@@ -229,32 +265,36 @@ def bench(
     plan: PlanName = "best",
     seconds: float = 2.0,
     seed: int = 0,
+    memory: bool = True,
 ) -> BenchReport:
     """Time ``spec`` on this machine, in turns with the engines of ``against``, for about ``seconds`` each.
 
     A dynamic batch is timed with one image. A peer that is not installed, or cannot say the layer, is
-    listed with its reason. Raises `CallError` for an unknown engine or more ``threads`` than there are
-    processors, `VerificationError` where outputs differ: a wrong result is never timed.
+    listed with its reason. ``memory`` weighs each engine afterwards, in a process of its own. Raises
+    `CallError` for an unknown engine or more ``threads`` than there are processors, `VerificationError`
+    where outputs differ: a wrong result is never timed.
     """
     unknown = sorted(set(against) - set(PEERS))
     if unknown:
         raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")
     if type(threads) is not int or not 1 <= threads <= cores():
         raise CallError(f"threads is {threads!r}, but must be from 1 to {cores()}, the processors this process may use")
-    from opcompile.build import compile  # on use: it brings the compiler
+    from opcompile.build import compile  # on use: both bring the compiler
+    from opcompile.probes import Probes
 
     inputs, exact = _inputs(spec, np.random.default_rng(seed))
     artifact = compile(spec, target, plan, weight=inputs.w, bias=inputs.b)
-    not_asked: dict[str, str] = {}
+    job = Job(spec, artifact.directory, inputs.x, inputs.w, inputs.b, threads)
     with _pinned(threads) as pinned:
-        engines = {OURS: _ours(artifact, inputs, threads)}
-        for name in dict.fromkeys(against):
-            try:
-                engines[name] = _MAKERS[name](artifact, inputs, threads)
-            except EngineError as error:
-                not_asked[name] = str(error)
+        engines, not_asked = _prepared(tuple(dict.fromkeys(against)), job)
         _require_equal(inputs, engines, exact)
+        probes = Probes(spec.sum_dtype, threads)
+        before = probes.samples()
+        cpu, wall = time.process_time(), time.perf_counter()
         timings = _take_turns(engines, seconds)
+        cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        roof = Roof(probes.dtype, before, probes.samples())
+        weights, not_weighed = _weighed(tuple(engines), job) if memory else ({}, {})
     return BenchReport(
         spec=str(spec),
         target=str(artifact.manifest["target"]["name"]),
@@ -266,10 +306,37 @@ def bench(
         machine=f"{processor()}; {system()}",
         versions={k: str(v) for k, v in artifact.manifest["versions"].items()},
         flop=spec.flops,
+        needed_flop=spec.needed_flops,
         bytes=spec.bytes(),
+        roof=roof,
+        cpu_share=round(cpu_share, 3),
         timings=timings,
+        memory=weights,
         not_asked=not_asked,
+        not_weighed=not_weighed,
     )
+
+
+def _prepared(names: Sequence[str], job: Job) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Return the engines that can compute the layer, ours first, and the reasons of those that cannot."""
+    engines, not_asked = {OURS: prepare(OURS, job)}, {}
+    for name in names:
+        try:
+            engines[name] = prepare(name, job)
+        except EngineError as error:
+            not_asked[name] = str(error)
+    return engines, not_asked
+
+
+def _weighed(engines: Sequence[str], job: Job) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the peak memory of each engine, and the reasons of those that have none."""
+    weights, not_weighed = {}, {}
+    for name in engines:
+        try:
+            weights[name] = weigh(name, job)
+        except EngineError as error:
+            not_weighed[name] = str(error)
+    return weights, not_weighed
 
 
 @contextmanager
@@ -311,7 +378,7 @@ def _stored(dtype: str, values: Tensor) -> Tensor:
     return values.astype(bfloat16)
 
 
-def _take_turns(engines: dict[str, _Engine], seconds: float) -> tuple[Timing, ...]:
+def _take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]:
     """Warm up, find out how many calls fill a sample, then time round after round."""
     calls = {name: _calls(engine.run) for name, engine in engines.items()}
     round_us = sum(count * us for count, us in calls.values())
@@ -343,20 +410,7 @@ def _time(run: Run, calls: int) -> float:
     return (time.perf_counter_ns() - start) / 1e3 / calls
 
 
-# --- the engines ---
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Engine:
-    """Something that fills ``y()`` when it is ``run``; ``computed_in`` is the type it sums in."""
-
-    version: str
-    run: Run
-    y: Callable[[], Tensor]
-    computed_in: str
-
-
-def _require_equal(inputs: Inputs, engines: dict[str, _Engine], exact: bool) -> None:
+def _require_equal(inputs: Inputs, engines: dict[str, Engine], exact: bool) -> None:
     answers = {}
     for name, engine in engines.items():
         engine.run()
@@ -365,82 +419,3 @@ def _require_equal(inputs: Inputs, engines: dict[str, _Engine], exact: bool) -> 
     for (name, _), check in compare_all(inputs, answers, exact, pairs).items():
         if not check.passed:
             raise VerificationError(f"{name} is wrong on {inputs.spec}, so nothing was timed: {check}")
-
-
-def _ours(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
-    spec = artifact.spec
-    y = np.empty((inputs.batch, *(n or 1 for n in spec.y_shape[1:])), inputs.x.dtype)
-
-    def run() -> None:
-        artifact(inputs.x, out=y, threads=threads)
-
-    return _Engine(str(artifact.manifest["versions"]["opcompile"]), run, lambda: y, spec.sum_dtype)
-
-
-def _onnxruntime(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
-    """Run the model beside the kernel; other dtypes and layouts go through the nodes that make it run them."""
-    if artifact.spec.dtype == "bfloat16":
-        raise EngineError("its Python side takes no bfloat16 arrays")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(f"the package onnxruntime is not installed ({error}); pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # its waiting threads may spin during a call, but not into the turns of others
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = str(artifact.directory / "model.onnx")
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # they share no base, and each means that it cannot
-        raise EngineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    y = np.empty((inputs.batch, *(n or 1 for n in artifact.spec.y_shape[1:])), inputs.x.dtype)
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("X", onnxruntime.OrtValue.ortvalue_from_numpy(inputs.x))
-    out = onnxruntime.OrtValue.ortvalue_from_numpy(y)
-    binding.bind_ortvalue_output("Y", out)
-    return _Engine(onnxruntime.__version__, lambda: session.run_with_iobinding(binding), out.numpy, "float32")
-
-
-def _torch(artifact: Artifact, inputs: Inputs, threads: int) -> _Engine:
-    spec = artifact.spec
-    _require_torch_can(spec)
-    try:
-        import torch
-    except ImportError as error:
-        raise EngineError(f"the package torch is not installed ({error}); pip install 'opcompile[peers]'") from error
-    torch.set_num_threads(threads)
-    x, w = torch.from_numpy(inputs.x), torch.from_numpy(inputs.w)
-    b = None if inputs.b is None else torch.from_numpy(inputs.b)
-    geometry = {
-        "stride": tuple(a.stride for a in spec.axes),
-        "padding": tuple(a.pad[0] for a in spec.axes),
-        "output_padding": tuple(a.output_pad for a in spec.axes),
-        "dilation": tuple(a.dilation for a in spec.axes),
-    }
-    last: dict[str, Any] = {}
-
-    def run() -> None:
-        with torch.inference_mode():
-            last["y"] = torch.nn.functional.conv_transpose3d(x, w, b, groups=spec.groups, **geometry)
-
-    return _Engine(str(torch.__version__), run, lambda: np.asarray(last["y"]), spec.sum_dtype)
-
-
-def _require_torch_can(spec: ConvTranspose3d) -> None:
-    """Raise `EngineError` for what PyTorch's one call does not say."""
-    if spec.dtype not in ("float32", "float64"):
-        raise EngineError(f"its sums in {spec.dtype} are rounded on the way, which the derived bound does not cover")
-    if spec.layout != "NCDHW":
-        raise EngineError("it is asked for contiguous NCDHW only")
-    if spec.activation.name != "none":
-        raise EngineError(f"it does not fuse the activation {spec.activation}")
-    for axis in spec.axes:
-        if axis.pad[0] != axis.pad[1]:
-            raise EngineError(f"it has no asymmetric padding {axis.pad[0]}:{axis.pad[1]}")
-        if axis.output_pad >= max(axis.stride, axis.dilation):
-            raise EngineError(f"it refuses output_padding {axis.output_pad}, not below stride and dilation")
-
-
-_MAKERS: dict[str, Callable[[Artifact, Inputs, int], _Engine]] = {"onnxruntime": _onnxruntime, "torch": _torch}

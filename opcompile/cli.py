@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from opcompile.cases import Case
     from opcompile.record import Record
     from opcompile.source import Source
+    from opcompile.spec import ConvTranspose3d
     from opcompile.tune import Progress as TuneProgress
     from opcompile.verify import Report
 
@@ -331,54 +332,108 @@ def tune(
 
 
 @cli.command()
-@_source
-@click.option("--against", default="onnxruntime", show_default=True, metavar="E,E", help="Engines: onnxruntime, torch.")
+@click.argument("sources", metavar="SOURCE...", nargs=-1)
+@click.option("--tag", "tags", multiple=True, metavar="T", help="Also all cases with this tag (repeatable: with all).")
+@click.option(
+    "--against",
+    default="onnxruntime",
+    show_default=True,
+    metavar="E,E",
+    help="Engines: onnxruntime, torch, torch-channels-last, openvino; or all.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
 @click.option(
     "--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, metavar="S", help="For each engine."
 )
 @click.option("--at-least", type=float, metavar="R", help="Exit code 1 if less than R times as fast as the fastest.")
+@click.option("--no-memory", is_flag=True, help="Do not measure each engine's peak memory.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
+@click.option("--plot", "picture", metavar="F.png|F.svg", help="Draw the roofline and a bar chart.")
+@click.option("--markdown", is_flag=True, help="Print a summary of all layers, as a Markdown table.")
 @_target
 @_plan
 @_nodes
 @_json
 def bench(
-    source: str,
+    sources: tuple[str, ...],
+    tags: tuple[str, ...],
     against: str,
     threads: int,
     seconds: float,
     at_least: float | None,
+    no_memory: bool,
     save: str | None,
+    picture: str | None,
+    markdown: bool,
     target: str,
     plan: Any,
     nodes: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Time SOURCE side by side with other engines, in one process, taking turns.
+    """Time each SOURCE side by side with other engines, in one process, taking turns.
 
-    Outputs are compared first: a wrong one is not timed. A ratio comes with its 95 % interval.
+    Outputs are compared first: a wrong one is not timed. A ratio comes with its 95 % interval. The
+    roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run.
     """
+    from opcompile import summary
+    from opcompile.bench import BenchReport
     from opcompile.bench import bench as bench_one
-    from opcompile.source import read
+    from opcompile.engines import PEERS
+    from opcompile.plot import plot, require
 
-    given = read(source, nodes)
-    layers = given.compilable
-    _mention(given)
-    engines = [name.strip() for name in against.split(",") if name.strip()]
-    reports = {}
+    if markdown and as_json:
+        raise click.UsageError("--markdown and --json are two forms of one result; choose one")
+    if picture:
+        require(picture)
+    layers = _layers(sources, tags, nodes)
+    engines = list(PEERS) if against == "all" else [name.strip() for name in against.split(",") if name.strip()]
+    reports: dict[str, BenchReport] = {}
+    content: dict[str, Any] = {"layers": {}}
     with _progress("timing") as show:
-        for number, (layer, spec) in enumerate(layers):
-            show(number, len(layers), f"time {layer.name}")
-            reports[layer.name] = bench_one(
-                spec, against=engines, threads=threads, seconds=seconds, target=target, plan=plan
+        for number, (name, spec) in enumerate(layers.items()):
+            show(number, len(layers), f"time {name}")
+            reports[name] = bench_one(
+                spec,
+                against=engines,
+                threads=threads,
+                seconds=seconds,
+                target=target,
+                plan=plan,
+                memory=not no_memory,
             )
+            content["layers"][name] = reports[name].to_json()
+            if save:  # each time: a long run that ends early leaves what it has
+                Path(save).write_text(json.dumps(content, indent=1) + "\n")
         show(len(layers), len(layers), None)
-    content = {"layers": {name: report.to_json() for name, report in reports.items()}}
-    if save:
-        Path(save).write_text(json.dumps(content, indent=1) + "\n")
-    _emit(as_json, content, lambda: [report.table() for report in reports.values()])
+    if picture:
+        plot(reports, picture)
+
+    def shown() -> Iterator[RenderableType]:
+        if markdown:
+            yield _plain(summary.markdown(reports))
+            return
+        yield from (report.table() for report in reports.values())
+        if len(reports) > 1:
+            yield summary.table(reports)
+
+    _emit(as_json, content, shown)
     return int(at_least is not None and any(report.slower_than(at_least) for report in reports.values()))
+
+
+def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -> dict[str, ConvTranspose3d]:
+    """Name every layer of ``sources``, and the cases with all ``tags``; where a name is taken, tell where from."""
+    from opcompile.source import brief, read
+
+    if not sources and not tags:
+        raise click.UsageError("name a SOURCE, or cases by --tag")
+    named: dict[str, ConvTranspose3d] = {}
+    for given in [read(source, nodes) for source in sources]:
+        _mention(given)
+        for layer, spec in given.compilable:
+            several = given.kind == "text" and len(sources) + len(tags) > 1
+            name = brief(spec) if several else layer.name
+            named[f"{given.text}: {name}" if name in named and given.kind == "model" else name] = spec
+    return named | ({c.name: c.spec for c in _tagged(tags)} if tags else {})
 
 
 @cli.command()
@@ -445,6 +500,12 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
 @_json
 def cases(tags: tuple[str, ...], as_json: bool) -> None:
     """List the named layers: real ones with their origin, and corners of the operator."""
+    found = _tagged(tags)
+    content = [{"name": c.name, "spec": str(c.spec), "tags": sorted(c.tags), "origin": c.origin} for c in found]
+    _emit(as_json, {"cases": content}, lambda: [_cases_table(found)])
+
+
+def _tagged(tags: Sequence[str]) -> list[Case]:
     from opcompile.cases import CASES, tagged
     from opcompile.errors import SpecError
 
@@ -452,8 +513,7 @@ def cases(tags: tuple[str, ...], as_json: bool) -> None:
     if not found:
         known = ", ".join(sorted({tag for c in CASES for tag in c.tags}))
         raise SpecError(f"no case has the tags {', '.join(tags)}; the tags are {known}")
-    content = [{"name": c.name, "spec": str(c.spec), "tags": sorted(c.tags), "origin": c.origin} for c in found]
-    _emit(as_json, {"cases": content}, lambda: [_cases_table(found)])
+    return found
 
 
 @cli.command()

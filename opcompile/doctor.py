@@ -33,6 +33,8 @@ _OPTIONAL = {
     "ml_dtypes": ("bfloat16 arrays in NumPy", "pip install ml_dtypes"),
     "ziglang": ("links for other machines", "pip install 'opcompile[cross]'"),
     "torch": ("a peer for bench", "pip install 'opcompile[peers]'"),
+    "openvino": ("a peer for bench", "pip install 'opcompile[peers]'"),
+    "matplotlib": ("pictures of bench", "pip install 'opcompile[plot]'"),
     "psutil": ("tuning", "pip install 'opcompile[tune]'"),
     "cloudpickle": ("tuning", "pip install 'opcompile[tune]'"),
     "tornado": ("tuning over a tracker", "pip install 'opcompile[tune]'"),

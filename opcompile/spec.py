@@ -125,6 +125,17 @@ class Axis:
         return -(-self.out // self.stride)
 
     @property
+    def landing(self) -> int:
+        """How many (input element, tap) pairs meet an output that is kept: the multiplications that are needed."""
+        pairs = 0
+        for tap in range(self.kernel):
+            # x[i] lands on output i*stride + shift
+            shift = tap * self.dilation - self.begin
+            first, last = max(0, -(shift // self.stride)), min(self.size - 1, (self.out - 1 - shift) // self.stride)
+            pairs += max(0, last - first + 1)
+        return pairs
+
+    @property
     def tap_step(self) -> int:
         """Distance between two taps that meet the same output."""
         return self.stride // math.gcd(self.stride, self.dilation)
@@ -274,6 +285,12 @@ class ConvTranspose3d:
     def flops(self) -> int:
         """Floating-point operations of the uncropped operator for one batch element (or the whole batch)."""
         return 2 * (self.batch or 1) * math.prod(self.w_shape) * math.prod(a.size for a in self.axes)
+
+    @property
+    def needed_flops(self) -> int:
+        """The part of `flops` that ends in Y: products that cropping drops are not counted."""
+        channels = self.channels_in * (self.channels_out // self.groups)
+        return 2 * (self.batch or 1) * channels * math.prod(a.landing for a in self.axes)
 
     def bytes(self) -> int:
         """Bytes of X, W, B and Y together, each counted once; a dynamic batch counts as 1."""

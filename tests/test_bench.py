@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from opcompile import compile, probes, summary
+from opcompile._memory import weigh
 from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
+from opcompile.engines import PEERS, Engine, Job, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.plot import plot
+from opcompile.roofline import Roof, Sample
 from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
 
 SPEC = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2")
 
+# 100 GFLOP/s and 10 GB/s
+ROOF = Roof("float32", (Sample(99.0, 10.0), Sample(100.0, 8.0)), (Sample(98.0, 9.5),))
 
-def report_of(samples: dict[str, list[float]]) -> BenchReport:
+
+def report_of(samples: dict[str, list[float]], roof: Roof = ROOF) -> BenchReport:
     """A report on made-up samples in microseconds; ours first."""
     timings = tuple(Timing(engine, "1.0", 1, tuple(times)) for engine, times in samples.items())
     return BenchReport(
@@ -33,9 +46,14 @@ def report_of(samples: dict[str, list[float]]) -> BenchReport:
         machine="an example",
         versions={},
         flop=SPEC.flops,
+        needed_flop=SPEC.needed_flops,
         bytes=SPEC.bytes(),
+        roof=roof,
+        cpu_share=1.0,
         timings=timings,
+        memory={"opcompile": 3 << 20},
         not_asked={"torch": "pip install 'opcompile[peers]'"},
+        not_weighed={"onnxruntime": "it was tired"},
     )
 
 
@@ -92,9 +110,7 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     import opcompile.bench as module
 
     calls: list[str] = []
-    engines = {
-        name: module._Engine("1", lambda name=name: calls.append(name), np.empty, "float32") for name in ("a", "b", "c")
-    }
+    engines = {name: Engine("1", lambda name=name: calls.append(name), np.empty, "float32") for name in ("a", "b", "c")}
     monkeypatch.setattr(module, "_calls", lambda _: (1, 1e6))
     timings = module._take_turns(engines, 0.01)
     assert [len(timing.samples_us) for timing in timings] == [11, 11, 11]
@@ -103,13 +119,14 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     import opcompile.bench as module
+    import opcompile.engines as engines
 
     def bent(*args: Any) -> Any:
         engine = honest(*args)
         return replace(engine, y=lambda: engine.y() + np.float32([0, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
 
-    honest = module._onnxruntime
-    monkeypatch.setitem(module._MAKERS, "onnxruntime", bent)
+    honest = engines._onnxruntime
+    monkeypatch.setitem(engines._MAKERS, "onnxruntime", bent)
     monkeypatch.setattr(module, "_take_turns", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(VerificationError, match=r"onnxruntime is wrong .* nothing was timed"):
         bench(SPEC, plan="baseline")
@@ -125,13 +142,15 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_kind_of_layer_is_timed(text: str) -> None:
-    report = bench(ConvTranspose3d.parse(text), plan="baseline", seconds=0.01)
+    report = bench(ConvTranspose3d.parse(text), plan="baseline", seconds=0.01, memory=False)
     assert [timing.engine for timing in report.timings] == ["opcompile", "onnxruntime"]
     assert report.not_asked == {}
 
 
 def test_bfloat16_is_timed_alone() -> None:
-    report = bench(ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=1 dtype=bfloat16"), plan="baseline", seconds=0.01)
+    report = bench(
+        ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=1 dtype=bfloat16"), plan="baseline", seconds=0.01, memory=False
+    )
     assert [timing.engine for timing in report.timings] == ["opcompile"]
     assert "bfloat16" in report.not_asked["onnxruntime"]
     assert report.best is None
@@ -142,24 +161,54 @@ def test_bfloat16_is_timed_alone() -> None:
     ("text", "reason"),
     [
         ("in=1x1x2x2x2 co=1 k=1 dtype=float16", "float16"),
-        ("in=1x1x2x2x2 co=1 k=1 layout=NDHWC", "NCDHW"),
         ("in=1x1x2x2x2 co=1 k=1 act=relu", "relu"),
         ("in=1x1x2x2x2 co=1 k=3 p=1:0", "asymmetric padding 1:0"),
         ("in=1x1x2x2x2 co=1 k=3 s=2 op=2", "output_padding 2"),
     ],
 )
 def test_what_torch_cannot_say_is_said(text: str, reason: str) -> None:
-    from opcompile.bench import _require_torch_can
+    from opcompile.engines import _require_torch_can
 
     with pytest.raises(EngineError, match=reason):
         _require_torch_can(ConvTranspose3d.parse(text))
 
 
 @pytest.mark.peers
-def test_torch_is_timed() -> None:
-    spec = ConvTranspose3d.parse("in=2x4x3x4x5 co=6 k=3x2x3 s=3x2x1 d=2x1x1 p=1x0x1 op=2x1x0 g=2")
-    report = bench(spec, against=("torch",), plan="baseline", seconds=0.02)
-    assert [timing.engine for timing in report.timings] == ["opcompile", "torch"]
+@pytest.mark.parametrize(
+    ("text", "peers"),
+    [
+        ("in=2x4x3x4x5 co=6 k=3x2x3 s=3x2x1 d=2x1x1 p=1x0x1 op=2x1x0 g=2", PEERS),
+        ("in=1x4x3x4x5 co=6 k=3 s=2 p=1 op=1 layout=NDHWC", ("onnxruntime", "torch-channels-last", "openvino")),
+        ("in=1x4x3x4x5 co=6 k=2 s=2 dtype=float64", ("onnxruntime", "torch", "torch-channels-last")),
+        ("in=Nx4x3x4x5 co=6 k=2 s=2 dtype=float16 act=relu", ("onnxruntime", "openvino")),
+    ],
+)
+def test_every_peer_is_timed_where_it_can_say_the_layer(text: str, peers: tuple[str, ...]) -> None:
+    report = bench(
+        ConvTranspose3d.parse(text), against=PEERS, plan="baseline", seconds=0.02, memory=text.startswith("in=2")
+    )
+    assert [timing.engine for timing in report.timings] == ["opcompile", *peers]
+    assert report.not_asked.keys() == set(PEERS) - set(peers)
+    assert report.memory.keys() == ({"opcompile", *peers} if text.startswith("in=2") else set())
+
+
+@pytest.mark.peers
+def test_torch_is_given_channels_last() -> None:
+    import torch
+
+    given = []
+
+    def looking(x: Any, w: Any, *rest: Any, **options: Any) -> Any:
+        given.append([t.is_contiguous(memory_format=torch.channels_last_3d) for t in (x, w)])
+        return honest(x, w, *rest, **options)
+
+    honest = torch.nn.functional.conv_transpose3d
+    spec = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=3 s=2 p=1 op=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "conv_transpose3d", looking)
+        prepare("torch-channels-last", job_of(spec)).run()
+        prepare("torch", job_of(spec)).run()
+    assert given == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +222,180 @@ def test_torch_is_timed() -> None:
 def test_wrong_arguments_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(CallError, match=words):
         bench(SPEC, **options)
+
+
+# --- the limits of the machine ---
+
+
+def assembly(name: str, dtype: str) -> list[str]:
+    """The multiply-adds of the probe, in the assembly of a machine that need not be at hand."""
+    import tvm
+
+    machine = target(name)
+    function = probes.multiply_add(dtype, *probes.vectors(machine.machine, dtype))
+    with tvm.target.Target(machine.tvm()) as tvm_target:
+        compiled = tvm.compile(tvm.IRModule({"multiply_add": function}), target=tvm_target)
+    return [line.strip() for line in compiled.mod.inspect_source("asm").splitlines() if "fmadd" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "instruction", "register", "count"),
+    [
+        ("llvm:x86-64-v4", "float32", "ps", "zmm", 24),
+        ("llvm:x86-64-v4", "float64", "pd", "zmm", 24),
+        ("llvm:x86-64-v3", "float32", "ps", "ymm", 12),
+    ],
+)
+def test_the_probe_adds_in_registers_alone(name: str, dtype: str, instruction: str, register: str, count: int) -> None:
+    lines = assembly(name, dtype)
+    assert len(lines) % count == 0
+    assert {line.split()[0][-2:] for line in lines} == {instruction}
+    assert all(line.count(register) == 3 for line in lines), "an operand in memory"
+    assert len({line.split(",")[-1] for line in lines}) == count, "sums of their own"
+
+
+def test_the_probes_compute_what_they_say() -> None:
+    import tvm
+
+    multiply_add, copy, lanes, sums = probes._compiled("float32")
+    y = tvm.runtime.tensor(np.zeros(lanes * sums, np.float32))
+    multiply_add(y, 3)
+    assert (y.numpy() == 1.75).all()
+    source = np.arange(640, dtype=np.uint8)
+    x, y = tvm.runtime.tensor(source), tvm.runtime.tensor(np.zeros_like(source))
+    copy(x, y, 10)
+    assert (y.numpy() == source).all()
+
+
+def test_a_machine_has_limits(measured: BenchReport) -> None:
+    assert len(measured.roof.before) == len(measured.roof.after) == 5
+    assert 0.1 < measured.roof.gflops < 1e6
+    assert 0.1 < measured.roof.gbytes < 1e5
+
+
+def test_every_thread_has_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_largest_cache", lambda: 1 << 20)
+    monkeypatch.setattr(probes, "_STEPS", 1000)
+    found = probes.Probes("float32", 3)
+    for x, y in found._buffers:
+        assert x.shape[0] * 3 >= 2 << 20
+        assert (y.numpy() == 1).all()
+    assert all((y.numpy() > 1.9).all() for y in found._registers)
+
+
+def test_the_roofline_is_the_larger_of_two_times() -> None:
+    assert (ROOF.gflops, ROOF.gbytes) == (100, 10)
+    assert (ROOF.time_us(10**8, 10**6), ROOF.bound(10**8, 10**6)) == (1000, "compute")
+    assert (ROOF.time_us(10**8, 10**8), ROOF.bound(10**8, 10**8)) == (10000, "memory")
+
+
+def test_the_share_counts_no_product_that_is_cropped() -> None:
+    report = report_of({"opcompile": [10.0] * 20})
+    report = replace(report, flop=10**9, needed_flop=500_000, bytes=1)
+    assert report.roofline_us == 5
+    assert report.share(report.timings[0]) == 0.5
+    assert report.gflops(report.timings[0]) == 1e5
+
+
+def test_limits_that_change_are_noise() -> None:
+    steady = (Sample(100, 10), Sample(99, 9), Sample(50, 9))
+    assert not Roof("float32", steady, steady).noisy
+    assert Roof("float32", steady, (Sample(79, 10),) * 3).noisy
+    assert Roof("float32", (Sample(100, 7.9),) * 3, steady).noisy
+    for report in (
+        report_of({"opcompile": [1.0] * 20}, Roof("float32", steady, (Sample(79, 10),) * 3)),
+        replace(report_of({"opcompile": [1.0] * 20}), cpu_share=0.6),
+    ):
+        assert report.noisy
+        assert f"too noisy: {report.noisy}" in shown(report)
+    assert report_of({"opcompile": [1.0] * 20}).noisy == ""
+
+
+# --- peak memory ---
+
+
+def job_of(spec: ConvTranspose3d) -> Job:
+    x, w, b = (np.ones([n or 1 for n in shape], spec.dtype) for shape in (spec.x_shape, spec.w_shape, (6,)))
+    return Job(spec, compile(spec, plan="baseline", weight=w, bias=b).directory, x, w, b, 1)
+
+
+def test_every_engine_is_weighed(measured: BenchReport) -> None:
+    assert measured.not_weighed == {}
+    assert measured.memory.keys() == {timing.engine for timing in measured.timings}
+    assert all(0 < size < 2**30 for size in measured.memory.values())
+
+
+def test_weights_weigh() -> None:
+    spec = ConvTranspose3d.parse("in=1x512x1x1x1 co=6 k=8")
+    job = job_of(spec)
+    assert job.w.nbytes <= weigh("opcompile", job) < 4 * job.w.nbytes
+    assert job.w.nbytes <= weigh("onnxruntime", job) < 4 * job.w.nbytes
+
+
+def test_x_and_y_do_not_weigh() -> None:
+    job = job_of(ConvTranspose3d.parse("in=1x6x64x64x64 co=6 k=1"))
+    assert job.x.nbytes == 6 << 20
+    assert weigh("opcompile", job) < 5 << 20
+
+
+def test_what_cannot_be_weighed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    report = bench(SPEC, plan="baseline", seconds=0.01)
+    assert report.memory == {}
+    assert "status 1" in report.not_weighed["onnxruntime"]
+    assert "peak memory of onnxruntime is unknown: the weighing process" in shown(report)
+
+
+# --- several layers ---
+
+
+def test_a_summary_has_a_line_a_layer() -> None:
+    one = report_of({"opcompile": [1000.0] * 20, "onnxruntime": [2000.0] * 20, "torch": [3000.0] * 20})
+    two = replace(report_of({"opcompile": [1000.0] * 20, "onnxruntime": [500.0] * 20}), cpu_share=0.5)
+    three = report_of({"opcompile": [1000.0] * 20})
+    lines = summary.markdown({"a|b": one, "two": two, "three": three}).splitlines()
+    assert lines[0].startswith("| layer | time | GFLOP/s | of roofline |")
+    assert lines[2].startswith("| a\\|b | 1 ms | ")
+    assert lines[2].endswith("| 3 MiB | onnxruntime | 2 ms | 2.00 |")
+    assert "(too noisy)" in lines[3]
+    assert lines[4].endswith("| - | - | - |")
+    assert "1.00 times as fast (geometric mean of 2; faster 1, slower 1)" in lines[6]
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(summary.table({"a": one}))
+    assert "onnxruntime" in printed.get()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_shows_every_layer_and_engine(tmp_path: Path, suffix: str) -> None:
+    one = report_of({"opcompile": [1000.0] * 20, "onnxruntime": [2000.0] * 20, "openvino": [3000.0] * 20})
+    path = tmp_path / f"picture.{suffix}"
+    with matplotlib_text():
+        plot({"this layer": one, "that layer": one}, path)
+    content = path.read_bytes()
+    if suffix == "png":
+        assert content.startswith(b"\x89PNG")
+        return
+    for words in ("1  this layer", "2  that layer", "openvino", "100 GFLOP/s, 10.0 GB/s", "an example; 1 thread"):
+        assert words in content.decode(), words
+
+
+@contextmanager
+def matplotlib_text() -> Iterator[None]:
+    """Let SVG hold text as text."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        yield
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_before_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CallError, match=r"f\.bmp .*\.png"):
+        plot({}, "f.bmp")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(EngineError, match=r"opcompile\[plot\]"):
+        plot({}, "f.png")
 
 
 # --- the judgement ---
@@ -234,10 +457,15 @@ def test_nothing_is_concluded_from_noise() -> None:
     assert not report.slower_than(3.9)
 
 
+def shown(report: BenchReport) -> str:
+    console = Console(width=120)
+    with console.capture() as printed:
+        console.print(report.table())
+    return printed.get()
+
+
 def test_the_table_tells_all() -> None:
-    console = Console(width=100, record=True)
-    with console.capture() as shown:
-        console.print(report_of({"opcompile": [1000.0] * 20, "onnxruntime": [1500.0] * 20}).table())
+    report = report_of({"opcompile": [1000.0] * 20, "onnxruntime": [1500.0] * 20})
     for words in (
         "in=1x4x3x4x5 co=6 k=2 s=2",
         "1.50 ms",
@@ -245,5 +473,9 @@ def test_the_table_tells_all() -> None:
         "not asked: torch: pip install 'opcompile[peers]'",
         "1 thread on CPU 1; 20 rounds",
         "an example",
+        "3 MiB",
+        "peak memory of onnxruntime is unknown: it was tired",
+        "bound by memory (23.0 kFLOP at 100 GFLOP/s, ",
     ):
-        assert words in shown.get()
+        assert words in shown(report)
+    assert "too noisy" not in shown(report)

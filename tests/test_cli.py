@@ -23,6 +23,7 @@ from onnx_engine import model_of, value
 from test_bench import report_of as bench_report
 
 import opcompile
+from opcompile.cases import tagged
 from opcompile.cli import _progress, cli
 from opcompile.doctor import Finding
 from opcompile.errors import EngineError, OpcompileError, VerificationError
@@ -140,6 +141,10 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--against", "abacus"], 2, ["abacus", "onnxruntime"]),
         ([LAYER, "--threads", "1000"], 2, ["threads is 1000"]),
         ([LAYER, "--threads", "none"], 2, ["--threads"]),
+        ([], 2, ["SOURCE", "--tag"]),
+        (["--tag", "nothing"], 2, ["nothing", "the tags are"]),
+        ([LAYER, "--plot", "{tmp}/f.bmp"], 2, ["f.bmp", ".png"]),
+        ([LAYER, "--markdown", "--json"], 2, ["--markdown", "--json"]),
     ],
     "export": [
         (["no-such-case", "-o", "{tmp}/a.onnx"], 2, ["no-such-case"]),
@@ -567,6 +572,37 @@ def test_bench_prints_and_saves(tmp_path: Path) -> None:
     assert "times as fast as onnxruntime" in result.stdout
     saved = json.loads((tmp_path / "f.json").read_text())["layers"]["layer"]
     assert [timing["engine"] for timing in saved["timings"]] == ["opcompile", "onnxruntime"]
+
+
+def test_bench_takes_several_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    timed: list[ConvTranspose3d] = []
+
+    def noted(spec: ConvTranspose3d, **_: Any) -> Any:
+        timed.append(spec)
+        return bench_report({"opcompile": [1.0] * 20, "onnxruntime": [2.0] * 20})
+
+    monkeypatch.setattr("opcompile.bench.bench", noted)
+    other = "in=1x1x1x1x1 co=1 k=1"
+    args = ("bench", LAYER, other, "plain", MODELS / "unet.onnx", "--tag", "depthwise", "--save", tmp_path / "f.json")
+    result = invoke(*args)
+    assert result.exit_code == 0
+    names = list(json.loads((tmp_path / "f.json").read_text())["layers"])
+    assert names[:3] == [brief(ConvTranspose3d.parse(LAYER)), other, "plain"]
+    assert len(names) == len(timed) == 5 + len(tagged("depthwise"))
+    assert f"geometric mean of {len(names)}; faster {len(names)}" in result.stdout
+    assert invoke("bench", LAYER, "plain", "--markdown").stdout.startswith("| layer | time |")
+
+
+def test_a_long_benchmark_that_ends_early_leaves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(spec: ConvTranspose3d, **_: Any) -> Any:
+        if spec.channels_in == 1:
+            raise VerificationError("it is wrong")
+        return bench_report({"opcompile": [1.0] * 20})
+
+    monkeypatch.setattr("opcompile.bench.bench", wrong)
+    result = invoke("bench", "plain", "in=1x1x1x1x1 co=1 k=1", "--save", tmp_path / "f.json")
+    assert result.exit_code == 1
+    assert list(json.loads((tmp_path / "f.json").read_text())["layers"]) == ["plain"]
 
 
 @pytest.mark.parametrize(("ratio", "asked", "code"), [(1.9, 1.5, 0), (1.9, 2.5, 1), (1.9, None, 0)])

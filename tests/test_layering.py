@@ -28,6 +28,9 @@ BELOW = {
     "opcompile.target": {"opcompile.errors"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.engines": {"opcompile.errors", "opcompile.spec", "opcompile.runtime"},
+    "opcompile.roofline": set(),
+    "opcompile.probes": {"opcompile.roofline", "opcompile.target"},
 }
 # Nobody below the command line knows of it.
 TOP = "opcompile.cli"

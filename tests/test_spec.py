@@ -215,3 +215,20 @@ def test_counts_by_hand() -> None:
     assert dynamic.y_shape[0] is None
     assert dynamic.with_batch(2) == spec
     assert dynamic.flops * 2 == spec.flops
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=2x3x4x5x6 co=4 k=2 s=2",
+        "in=1x2x4x5x6 co=2 k=4 s=2 p=3",
+        "in=1x4x3x4x5 co=6 k=3x5x2 s=2x1x3 d=1x2x1 p=0:1x3:0x1:1 op=1x0x2 g=2",
+        "in=1x3x4x4x4 co=2 k=3 s=2 p=4",
+        "in=1x1x2x2x2 co=1 k=1 s=3 op=5",
+    ],
+)
+def test_needed_work_counts_the_products_that_reach_the_output(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, _ = arrays(spec)
+    assert spec.needed_flops == 2 * linear(spec, x * 0 + 1, w * 0 + 1).sum()
+    assert spec.needed_flops <= spec.flops
