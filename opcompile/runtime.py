@@ -42,6 +42,8 @@ HEADER = "conv_transpose3d.h"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 WEIGHTS = "weights.npz"
+# Bytes of a cache line, or of the widest vector: packed weights begin at a multiple.
+ALIGNMENT = 64
 REPORT = "report.json"
 
 KERNEL = "__tvm_ffi_conv_transpose3d"
@@ -243,8 +245,20 @@ class Packed:
         """Wrap ``data``, which must be contiguous and of ``packing.shape``; it becomes read-only."""
         if data.shape != packing.shape or data.dtype != STORAGE[dtype] or not data.flags.c_contiguous:
             raise ArtifactError(f"packed weights are {data.dtype} {data.shape}, not {dtype} {packing.shape}")
+        data = _aligned(data)
         data.flags.writeable = False
         return cls(w_shape, dtype, packing, data, int(data.ctypes.data))
+
+
+def _aligned(data: NDArray[Any]) -> NDArray[Any]:
+    """The same values where vectors of them lie in one cache line each: NumPy's own memory starts anywhere."""
+    if data.ctypes.data % ALIGNMENT == 0:
+        return data
+    room = np.empty(data.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    aligned: NDArray[Any] = room[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
+    aligned[...] = data
+    return aligned
 
 
 # --- the test vector ---
@@ -436,7 +450,7 @@ class Artifact:
     def _read_weights(self) -> tuple[Packed | None, _Borrowed | None]:
         """Packed W and B that were known at compile time, each or none."""
         stored, spec = _arrays(_read(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
-        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, stored["W"]) if "W" in stored else None
+        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, stored.pop("W")) if "W" in stored else None
         if "B" not in stored:
             return weight, None
         bias = stored["B"]

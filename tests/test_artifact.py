@@ -31,7 +31,7 @@ from opcompile.link import link
 from opcompile.lower import Lowered, lower
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import MANIFEST, REPORT, Artifact, digest, golden_values, load
+from opcompile.runtime import ALIGNMENT, MANIFEST, REPORT, Artifact, digest, golden_values, load
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.target import target
 
@@ -111,6 +111,14 @@ def test_the_model_beside_is_the_layer_with_its_weights(original: Path) -> None:
     session = onnxruntime.InferenceSession(str(original / "model.onnx"))
     (name,) = [i.name for i in session.get_inputs()]
     assert np.allclose(session.run(None, {name: x})[0], layer(x))
+
+
+def test_packed_weights_begin_at_a_cache_line(original: Path) -> None:
+    artifact = load(original)
+    held, _ = artifact._weights
+    assert held is not None
+    packed = [artifact.pack(np.ones(ONE.w_shape, np.float32)) for _ in range(9)]
+    assert {w.address % ALIGNMENT for w in (held, *packed)} == {0}
 
 
 def test_equal_input_gives_equal_files(lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path) -> None:
