@@ -195,8 +195,8 @@ def _as_numpy(tensor: Any, storage: np.dtype[Any]) -> NDArray[Any]:
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an uninitialised array at a multiple of 64 bytes: some frameworks take no other without a copy."""
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
@@ -245,20 +245,11 @@ class Packed:
         """Wrap ``data``, which must be contiguous and of ``packing.shape``; it becomes read-only."""
         if data.shape != packing.shape or data.dtype != STORAGE[dtype] or not data.flags.c_contiguous:
             raise ArtifactError(f"packed weights are {data.dtype} {data.shape}, not {dtype} {packing.shape}")
-        data = _aligned(data)
+        if data.ctypes.data % ALIGNMENT:  # NumPy's own memory starts anywhere, and each vector would straddle lines
+            unaligned, data = data, _aligned(data.shape, data.dtype)
+            data[...] = unaligned
         data.flags.writeable = False
         return cls(w_shape, dtype, packing, data, int(data.ctypes.data))
-
-
-def _aligned(data: NDArray[Any]) -> NDArray[Any]:
-    """The same values where vectors of them lie in one cache line each: NumPy's own memory starts anywhere."""
-    if data.ctypes.data % ALIGNMENT == 0:
-        return data
-    room = np.empty(data.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    aligned: NDArray[Any] = room[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
-    aligned[...] = data
-    return aligned
 
 
 # --- the test vector ---
