@@ -200,6 +200,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def _moved(data: NDArray[Any]) -> NDArray[Any]:
+    """Return the same values aligned: NumPy's own memory starts anywhere, and each vector would straddle lines."""
+    moved = _aligned(data.shape, data.dtype)
+    moved[...] = data
+    return moved
+
+
 def _memory(address: int, size: int) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
@@ -245,9 +252,6 @@ class Packed:
         """Wrap ``data``, which must be contiguous and of ``packing.shape``; it becomes read-only."""
         if data.shape != packing.shape or data.dtype != STORAGE[dtype] or not data.flags.c_contiguous:
             raise ArtifactError(f"packed weights are {data.dtype} {data.shape}, not {dtype} {packing.shape}")
-        if data.ctypes.data % ALIGNMENT:  # NumPy's own memory starts anywhere, and each vector would straddle lines
-            unaligned, data = data, _aligned(data.shape, data.dtype)
-            data[...] = unaligned
         data.flags.writeable = False
         return cls(w_shape, dtype, packing, data, int(data.ctypes.data))
 
@@ -364,7 +368,7 @@ class Artifact:
         slot = self._slots["w"]
         address, shape, owner = slot.borrow(w)
         canonical = np.ndarray(shape, slot.storage, _memory(address, math.prod(shape) * slot.storage.itemsize))
-        packed = self.packing(canonical)
+        packed = _moved(self.packing(canonical))
         del owner  # it had to live until here
         return Packed.of(shape, self.spec.dtype, self.packing, packed)
 
@@ -441,7 +445,7 @@ class Artifact:
     def _read_weights(self) -> tuple[Packed | None, _Borrowed | None]:
         """Packed W and B that were known at compile time, each or none."""
         stored, spec = _arrays(_read(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
-        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, stored.pop("W")) if "W" in stored else None
+        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, _moved(stored.pop("W"))) if "W" in stored else None
         if "B" not in stored:
             return weight, None
         bias = stored["B"]
