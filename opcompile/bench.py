@@ -21,11 +21,11 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from opcompile.lower import PlanName
+
+T = TypeVar("T")
 
 _FEWEST_ROUNDS = 11
 _MOST_ROUNDS = 500
@@ -294,7 +296,7 @@ def bench(
         timings = _take_turns(engines, seconds)
         cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
-        weights, not_weighed = _weighed(tuple(engines), job) if memory else ({}, {})
+        weights, not_weighed = _of_each(engines if memory else (), lambda name: weigh(name, job))
     return BenchReport(
         spec=str(spec),
         target=str(artifact.manifest["target"]["name"]),
@@ -319,24 +321,20 @@ def bench(
 
 def _prepared(names: Sequence[str], job: Job) -> tuple[dict[str, Engine], dict[str, str]]:
     """Return the engines that can compute the layer, ours first, and the reasons of those that cannot."""
-    engines, not_asked = {OURS: prepare(OURS, job)}, {}
+    ours = prepare(OURS, job)
+    peers, not_asked = _of_each(names, lambda name: prepare(name, job))
+    return {OURS: ours, **peers}, not_asked
+
+
+def _of_each(names: Iterable[str], ask: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """Return what each engine answers, and the reasons of those that cannot."""
+    answers, reasons = {}, {}
     for name in names:
         try:
-            engines[name] = prepare(name, job)
+            answers[name] = ask(name)
         except EngineError as error:
-            not_asked[name] = str(error)
-    return engines, not_asked
-
-
-def _weighed(engines: Sequence[str], job: Job) -> tuple[dict[str, int], dict[str, str]]:
-    """Return the peak memory of each engine, and the reasons of those that have none."""
-    weights, not_weighed = {}, {}
-    for name in engines:
-        try:
-            weights[name] = weigh(name, job)
-        except EngineError as error:
-            not_weighed[name] = str(error)
-    return weights, not_weighed
+            reasons[name] = str(error)
+    return answers, reasons
 
 
 @contextmanager

@@ -37,8 +37,6 @@ from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 # Above this many phases, one block each would cost more compile time and code than it saves.
 MOST_PHASE_BLOCKS = 27
 
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class Grain:
@@ -91,7 +89,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
         name="output",
     )
     func = te.create_prim_func([x, w, b, y] if spec.bias else [x, w, y])
-    return _unaligned(func, dict.fromkeys(("X", "W", "B", "output"), spec.dtype))
+    return _unaligned(func, spec.itemsize)
 
 
 Picker = Callable[[Any, Any, Sequence[Any]], Any]
@@ -107,9 +105,8 @@ class _Window:
 
     @classmethod
     def of(cls, axis: Axis, grain: int) -> _Window:
-        positions = round_up(axis.positions, grain)
-        reads = [offset for phase in axis.phases for offset in phase.offsets()] or [0]
-        return cls(min(reads), max(reads) - min(reads) + positions, positions)
+        positions, (first, last) = round_up(axis.positions, grain), axis.reads
+        return cls(first, last - first + positions, positions)
 
     @classmethod
     def with_all_taps(cls, axis: Axis, grain: int) -> _Window:
@@ -286,8 +283,8 @@ def _first(axis: Axis, f: Any) -> tuple[Any, Any]:
     return tap, (f + axis.begin - tap * axis.dilation) // axis.stride
 
 
-def _unaligned(func: tirx.PrimFunc, params: dict[str, str]) -> tirx.PrimFunc:
-    """The same function for tensors at any address that suits their element type.
+def _unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
+    """The same function for tensors at any address that is a multiple of ``alignment``, the bytes of an element.
 
     TVM assumes 64-byte aligned tensors and emits instructions that fault on others. A Buffer's
     alignment can only be given when it is made, which `te` does, so it is changed in the
@@ -300,8 +297,8 @@ def _unaligned(func: tirx.PrimFunc, params: dict[str, str]) -> tirx.PrimFunc:
             continue
         data = node["data"]
         kind = nodes[data["ty"]]
-        if kind["type"] == "tirx.BufferType" and (name := nodes[data["name"]]["data"]) in params:
-            kind["data"]["data_alignment"] = _ITEMSIZE[params[name]]
+        if kind["type"] == "tirx.BufferType" and nodes[data["name"]]["data"] in ("X", "W", "B", "output"):
+            kind["data"]["data_alignment"] = alignment
     return tvm.ir.load_json(json.dumps(graph))
 
 

@@ -49,11 +49,15 @@ class Packing:
 
     def __call__(self, w: NDArray[Any]) -> NDArray[Any]:
         """Return the packed copy of a canonical ``w``, contiguous, in the same dtype. Raises `CallError`."""
+        return np.ascontiguousarray(self.arranged(w))
+
+    def arranged(self, w: NDArray[Any]) -> NDArray[Any]:
+        """Return the same elements, with strides that are not those of the packed weight yet. Raises `CallError`."""
         if w.ndim != len(self.padded) or any(n > most for n, most in zip(w.shape, self.padded, strict=True)):
             raise CallError(f"w has shape {w.shape}, which does not fit into the packing's {self.padded}")
         whole = np.zeros(self.padded, w.dtype)
         whole[tuple(slice(n) for n in w.shape)] = w
-        return np.ascontiguousarray(whole.reshape(self.view).transpose(self.order))
+        return whole.reshape(self.view).transpose(self.order)
 
     @classmethod
     def identity(cls, w_shape: Sequence[int]) -> Packing:

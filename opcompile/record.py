@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from opcompile.errors import RecordError
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
+from schedules.tiles import Tiles
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -283,43 +284,43 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
 
     The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow.
     """
-    names = ("vector", "lanes", "vectors", "scalars", "rows", "task", "depth", "height", "chunk", "copy")
+    names = [f.name for f in fields(Tiles)]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     if tiles["vector"] not in ("channels", "row"):
         return f"vector is {tiles['vector']!r}, but must be 'channels' or 'row'"
     if tiles["copy"] not in ("task", "whole"):
         return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
-    for name in names[1:-1]:
-        if type(tiles[name]) is not int or tiles[name] < 1:
+    for name in names:
+        if name not in ("vector", "copy") and (type(tiles[name]) is not int or tiles[name] < 1):
             return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
-    lanes, vectors, scalars, rows, task, depth, height, chunk = (tiles[name] for name in names[1:-1])
+    t = Tiles(**tiles)
     machine = target.machine
     itemsize = 8 if spec.sum_dtype == "float64" else 4
-    if lanes != machine.vector_bytes // itemsize:
+    if t.lanes != machine.vector_bytes // itemsize:
         return (
-            f"lanes is {lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
+            f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
             f"{machine.vector_bytes // itemsize} sums"
         )
-    if vectors * scalars * rows >= machine.registers:
-        sums = vectors * scalars * rows
+    sums = t.vectors * t.scalars * t.rows
+    if sums >= machine.registers:
         return f"the {sums} sums of the register tile fill all registers, but {target.name} has {machine.registers}"
-    channels = vectors * lanes if tiles["vector"] == "channels" else scalars
-    if task % channels:
-        return f"task is {task}, but must be a multiple of the register tile's {channels} channels"
+    if t.task % t.channels:
+        return f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
     m = spec.channels_out // spec.groups
-    whole = -(-m // channels) * channels
-    if task > whole:
-        return f"task is {task}, but a group has {m} channels, {whole} with its last tile"
-    if spec.groups > 1 and task != whole and m % task:
-        return f"task is {task}, but must divide the {m} channels of a group, or cover them"
+    whole = -(-m // t.channels) * t.channels
+    if t.task > whole:
+        return f"task is {t.task}, but a group has {m} channels, {whole} with its last tile"
+    if spec.groups > 1 and t.task != whole and m % t.task:
+        return f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
     planes, lines, _ = (axis.positions for axis in spec.axes)
-    if depth > planes:
-        return f"depth is {depth}, but the layer has {planes} planes of positions"
-    if height % rows or height >= lines + rows:
+    if t.depth > planes:
+        return f"depth is {t.depth}, but the layer has {planes} planes of positions"
+    if t.height % t.rows or t.height >= lines + t.rows:
         return (
-            f"height is {height}, but must be a multiple of the register tile's {rows} rows, and cover {lines} at most"
+            f"height is {t.height}, but must be a multiple of the register tile's {t.rows} rows, "
+            f"and cover {lines} at most"
         )
-    if (spec.channels_in // spec.groups) % chunk:
-        return f"chunk is {chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+    if (spec.channels_in // spec.groups) % t.chunk:
+        return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     return None

@@ -42,11 +42,11 @@ HEADER = "conv_transpose3d.h"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 WEIGHTS = "weights.npz"
-# Bytes of a cache line, or of the widest vector: packed weights begin at a multiple.
-ALIGNMENT = 64
 REPORT = "report.json"
 
 KERNEL = "__tvm_ffi_conv_transpose3d"
+# Bytes of a cache line, or of the widest vector: packed weights begin at a multiple.
+ALIGNMENT = 64
 EXPORTS = ("opcompile_run", "opcompile_error")
 MOST_THREADS = 1024
 
@@ -201,7 +201,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _moved(data: NDArray[Any]) -> NDArray[Any]:
-    """Return the same values aligned: NumPy's own memory starts anywhere, and each vector would straddle lines."""
+    """Copy to aligned, contiguous memory: NumPy's own starts anywhere, and each vector would straddle two lines."""
     moved = _aligned(data.shape, data.dtype)
     moved[...] = data
     return moved
@@ -368,7 +368,7 @@ class Artifact:
         slot = self._slots["w"]
         address, shape, owner = slot.borrow(w)
         canonical = np.ndarray(shape, slot.storage, _memory(address, math.prod(shape) * slot.storage.itemsize))
-        packed = _moved(self.packing(canonical))
+        packed = _moved(self.packing.arranged(canonical))
         del owner  # it had to live until here
         return Packed.of(shape, self.spec.dtype, self.packing, packed)
 

@@ -145,6 +145,12 @@ class Axis:
         """Distance between the input elements that two such neighbouring taps read."""
         return self.dilation // math.gcd(self.stride, self.dilation)
 
+    @property
+    def reads(self) -> tuple[int, int]:
+        """The least and the greatest input offset of any phase's taps; both 0 where no tap meets an output."""
+        offsets = [offset for phase in self.phases for offset in phase.offsets()] or [0]
+        return min(offsets), max(offsets)
+
     def phase(self, index: int) -> Phase:
         """The taps of output phase ``index``; possibly none (then the output is zero)."""
         solutions = (t for t in range(min(self.kernel, self.tap_step)) if self._meets(index, t))
@@ -276,6 +282,11 @@ class ConvTranspose3d:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element of X, W, B and Y."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
     def terms(self) -> int:
         """The largest number of products summed into one output element."""
         taps = math.prod(max(p.taps for p in axis.phases) for axis in self.axes)
@@ -294,9 +305,8 @@ class ConvTranspose3d:
 
     def bytes(self) -> int:
         """Bytes of X, W, B and Y together, each counted once; a dynamic batch counts as 1."""
-        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
         sizes = [math.prod(n or 1 for n in shape) for shape in (self.x_shape, self.w_shape, self.y_shape)]
-        return itemsize * (sum(sizes) + (self.channels_out if self.bias else 0))
+        return self.itemsize * (sum(sizes) + (self.channels_out if self.bias else 0))
 
     def with_batch(self, batch: int | None) -> ConvTranspose3d:
         """The same layer for another batch."""

@@ -138,7 +138,6 @@ class _Layer:
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
-        stored = {"float64": 8, "float32": 4}.get(spec.dtype, 2)
         return cls(
             itemsize=8 if spec.sum_dtype == "float64" else 4,
             m=spec.channels_out // spec.groups,
@@ -153,7 +152,7 @@ class _Layer:
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
-            tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * stored,
+            tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else spec.groups,
             widened=spec.dtype != spec.sum_dtype,
@@ -162,8 +161,11 @@ class _Layer:
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
-        tasks = self.images * _over(self.m, t.task) * _over(self.depth, t.depth) * _over(self.height, t.height)
-        return tasks // self.together
+        return self.spans(t.depth, t.height) * _over(self.m, t.task)
+
+    def spans(self, depth: int, height: int) -> int:
+        """How many pieces of ``depth`` planes and ``height`` rows there are."""
+        return self.images // self.together * _over(self.depth, depth) * _over(self.height, height)
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
@@ -176,8 +178,8 @@ class _Layer:
 
 
 def _reach(axis: Axis) -> int:
-    reads = [offset for phase in axis.phases for offset in phase.offsets()] or [0]
-    return max(reads) - min(reads) + axis.positions
+    first, last = axis.reads
+    return last - first + axis.positions
 
 
 def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
@@ -227,14 +229,7 @@ def _task(layer: _Layer, machine: Machine, channels: int, depth: int, height: in
     positions = depth * height * _up(layer.width, columns)
     a_tile = layer.itemsize * layer.together * channels * (layer.phases * positions + layer.kernel * layer.c)
     fits = machine.l2_bytes // 2 // a_tile
-    spread = (
-        layer.images
-        // layer.together
-        * _over(layer.depth, depth)
-        * _over(layer.height, height)
-        * tiles
-        // machine.cores
-    )
+    spread = layer.spans(depth, height) * tiles // machine.cores
     return channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
 
 
