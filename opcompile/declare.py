@@ -6,7 +6,8 @@ padded input, with no zero-stuffing and no bounds test inside. The blocks, whose
 contract with `schedules` (renaming one orphans every tuned record):
 
 ``pad``
-    ``(N, G, C/g, eD, eH, eW)``: the part of X that is read, with zeros around it.
+    ``(N, G, C/g, eD, eH, eW)``: the part of X that is read, with zeros around it. Annotated with
+    ``pitch``, the distance between two rows.
 ``phase_<fd>_<fh>_<fw>``
     ``(N, G, M/g, qD, qH, qW)``: one a phase that has taps, reduced over ``(tD, tH, tW, c)``.
 ``phase``
@@ -18,6 +19,11 @@ contract with `schedules` (renaming one orphans every tuned record):
 A schedule works in tiles, and tiles need sizes they divide. Rather than predicates in the inner
 loop, the declaration rounds the sizes of ``phase`` blocks up to a `Grain`; what is computed beyond
 the output is never stored.
+
+Where vectors run along positions, rows would have to be rounded up one by one. Instead a `Grain`
+with ``rows`` lays so many of them end to end: ``pad`` is ``(N, G, C/g, eD, blocks, rows read * eW)``,
+a ``phase`` ``(N, G, M/g, qD, blocks, line)``, and a tap is a distance along the line. Between two
+rows a line computes the few sums whose taps reach from one into the other; they are never stored.
 """
 
 from __future__ import annotations
@@ -40,10 +46,14 @@ MOST_PHASE_BLOCKS = 27
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW."""
+    """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW.
+
+    With ``rows``, so many rows of qH form one line, and the last multiple is that of its length.
+    """
 
     channels: int = 1
     positions: tuple[int, int, int] = (1, 1, 1)
+    rows: int = 0
 
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
@@ -121,12 +131,62 @@ def _taps(axis: Axis) -> int:
     return max(1, *(phase.taps for phase in axis.phases), 0)
 
 
+class _Grid:
+    """Positions axis by axis: ``pad (eD, eH, eW)``, ``phase (qD, qH, qW)``."""
+
+    def __init__(self, windows: Sequence[_Window]) -> None:
+        self._windows = windows
+        self.pitch = windows[-1].extent
+        self.read_from = tuple(win.extent for win in windows)
+        self.positions = tuple(win.positions for win in windows)
+
+    def element(self, at: Sequence[Any]) -> list[Any]:
+        """The element of X that ``pad`` holds at ``at``."""
+        return [i + win.start for i, win in zip(at, self._windows, strict=True)]
+
+    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
+        """Where ``pad`` holds what position ``q`` of a phase reads at ``offsets``."""
+        return [i + (offset - win.start) for i, offset, win in zip(q, offsets, self._windows, strict=True)]
+
+    def place(self, q: Sequence[Any]) -> list[Any]:
+        """Where a phase holds the sum of positions ``q``."""
+        return list(q)
+
+
+class _Lines:
+    """The same with ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``."""
+
+    def __init__(self, windows: Sequence[_Window], rows: int, columns: int) -> None:
+        self._windows, self._rows = windows, rows
+        plane, row, column = windows
+        self.pitch = column.extent
+        blocks = -(-row.positions // rows)
+        line = round_up((rows - 1) * self.pitch + column.positions, columns)
+        beyond = (row.extent - row.positions) * self.pitch + column.extent - column.positions
+        self.read_from = (plane.extent, blocks, round_up(line + beyond, self.pitch))
+        self.positions = (plane.positions, blocks, line)
+
+    def element(self, at: Sequence[Any]) -> list[Any]:
+        d, block, i = at
+        of_axes = (d, block * self._rows + tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch))
+        return [i + win.start for i, win in zip(of_axes, self._windows, strict=True)]
+
+    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
+        of_d, of_h, of_w = (offset - win.start for offset, win in zip(offsets, self._windows, strict=True))
+        d, block, i = q
+        return [d + of_d, block, i + (of_h * self.pitch + of_w)]
+
+    def place(self, q: Sequence[Any]) -> list[Any]:
+        d, h, w = q
+        return [d, tirx.floordiv(h, self._rows), tirx.floormod(h, self._rows) * self.pitch + w]
+
+
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What the blocks of one declaration share: rounded sizes, and the type and unknowns of their indices."""
+    """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices."""
 
     spec: ConvTranspose3d
-    windows: tuple[_Window, ...]
+    where: _Grid | _Lines
     channels: int
     index: str
     batch: Any
@@ -134,11 +194,17 @@ class _Scope:
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> _Scope:
         window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
-        windows = tuple(window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True))
+        where: _Grid | _Lines
+        if grain.rows:
+            depth, _, columns = grain.positions
+            windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
+            where = _Lines(windows, grain.rows, columns)
+        else:
+            where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
         channels = round_up(spec.channels_out // spec.groups, grain.channels)
-        index = _index_dtype(spec, windows, grain)
+        index = _index_dtype(spec, where, packed_from(spec, grain))
         batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
-        return cls(spec, windows, channels, index, batch)
+        return cls(spec, where, channels, index, batch)
 
     def sizes(self, *sizes: int | None) -> list[Any]:
         return [tirx.IntImm(self.index, n) for n in sizes]
@@ -158,40 +224,39 @@ class _Scope:
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
 
         def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
-            where = [i + win.start for i, win in zip(at, self.windows, strict=True)]
+            where = self.where.element(at)
             tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
             channel = g * c_in + c
             value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
             return tirx.if_then_else(tirx.all(*tests), _sum_type(spec, value), tirx.const(0, spec.sum_dtype))
 
-        shape = self.batched(spec.groups, c_in, *(win.extent for win in self.windows))
-        return te.compute(shape, element, name="pad")
+        shape = self.batched(spec.groups, c_in, *self.where.read_from)
+        return te.compute(shape, element, name="pad", attrs={"pitch": self.where.pitch})
 
     def contract(
-        self, pad: Any, w: Any, lead: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any, Any]]
+        self, pad: Any, w: Any, lead: Sequence[Any], q: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any]]
     ) -> Any:
-        """Sum over taps and channels; ``firsts`` holds (position, first tap, first offset) of each axis."""
+        """Sum over taps and channels at ``q``; ``firsts`` holds the first tap and its offset along each axis."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
         n, g, m = lead
         c = te.reduce_axis((tirx.IntImm(self.index, 0), tirx.IntImm(self.index, c_in)), "c")
-        reads, kernel = [], []
-        for (q, tap, offset), t, axis, win in zip(firsts, taps, spec.axes, self.windows, strict=True):
-            reads.append(q + (offset - win.start) - t * axis.offset_step)
-            kernel.append(tap + t * axis.tap_step)
-        product = pad(n, g, c, *reads) * w(g * c_in + c, m, *kernel)
+        along = list(zip(firsts, taps, spec.axes, strict=True))
+        kernel = [tap + t * axis.tap_step for (tap, _), t, axis in along]
+        offsets = [offset - t * axis.offset_step for (_, offset), t, axis in along]
+        product = pad(n, g, c, *self.where.read(q, offsets)) * w(g * c_in + c, m, *kernel)
         return te.sum(product, axis=[*taps, c])
 
 
-def _index_dtype(spec: ConvTranspose3d, windows: Sequence[_Window], grain: Grain) -> str:
+def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence[int]) -> str:
     if spec.batch is None:
         return "int64"
-    x, y, w = (math.prod(n or 1 for n in s) for s in (spec.x_shape, spec.y_shape, packed_from(spec, grain)))
-    pad = spec.batch * spec.channels_in * math.prod(win.extent for win in windows)
-    phase = spec.batch * (w // spec.w_shape[2]) * math.prod(win.positions for win in windows)
+    pad = spec.batch * spec.channels_in * math.prod(where.read_from)
+    phase = spec.batch * spec.groups * w_shape[1] * math.prod(where.positions)
     if phases_as_axes(spec):
         phase *= math.prod(len(a.phases) for a in spec.axes)
+    shapes = (spec.x_shape, spec.y_shape, w_shape)
     # rounding up and fusing loops may double a range: leave a factor of two below 2^31
-    return "int64" if max(x, y, w, pad, phase) >= 2**30 else "int32"
+    return "int64" if max(*(math.prod(n or 1 for n in s) for s in shapes), pad, phase) >= 2**30 else "int32"
 
 
 def _sum_type(spec: ConvTranspose3d, value: Any) -> Any:
@@ -225,9 +290,9 @@ def _pick_blocks(scope: _Scope, pad: Any, w: Any) -> Picker:
     def block(phases: Sequence[Phase]) -> Any:
         taps = scope.reduced([p.taps for p in phases])
         return te.compute(
-            scope.batched(spec.groups, scope.channels, *(win.positions for win in scope.windows)),
+            scope.batched(spec.groups, scope.channels, *scope.where.positions),
             lambda n, g, m, *q: scope.contract(
-                pad, w, (n, g, m), taps, [(i, p.first_tap, p.first_offset) for i, p in zip(q, phases, strict=True)]
+                pad, w, (n, g, m), q, taps, [(p.first_tap, p.first_offset) for p in phases]
             ),
             name="phase_" + "_".join(str(p.index) for p in phases),
         )
@@ -239,7 +304,7 @@ def _pick_blocks(scope: _Scope, pad: Any, w: Any) -> Picker:
         q, f = _split(spec, o)
         value = None if len(blocks) == len(every) else tirx.const(0, spec.sum_dtype)
         for phases, computed in reversed(blocks):
-            here = computed(n, *_grouped(spec, m), *q)
+            here = computed(n, *_grouped(spec, m), *scope.where.place(q))
             tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
             value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
         return value
@@ -253,16 +318,15 @@ def _pick_axes(scope: _Scope, pad: Any, w: Any) -> Picker:
     taps = scope.reduced([_taps(a) for a in spec.axes])
 
     def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
-        firsts = [(q, *_first(a, f)) for a, f, q in zip(spec.axes, fq[:3], fq[3:], strict=True)]
-        return scope.contract(pad, w, (n, g, m), taps, firsts)
+        firsts = [_first(a, f) for a, f in zip(spec.axes, fq[:3], strict=True)]
+        return scope.contract(pad, w, (n, g, m), fq[3:], taps, firsts)
 
     phases = [len(a.phases) for a in spec.axes]
-    positions = [win.positions for win in scope.windows]
-    block = te.compute(scope.batched(spec.groups, scope.channels, *phases, *positions), at, name="phase")
+    block = te.compute(scope.batched(spec.groups, scope.channels, *phases, *scope.where.positions), at, name="phase")
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = block(n, *_grouped(spec, m), *f, *q)
+        value = block(n, *_grouped(spec, m), *f, *scope.where.place(q))
         gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
         tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
         return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value

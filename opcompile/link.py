@@ -1,4 +1,4 @@
-"""Kernel object + ``runtime.c`` -> one shared library that needs the C library alone.
+"""Kernel objects + C sources -> one shared library that needs the C library alone.
 
 The system's ``cc`` (or ``$CC``) links for this kind of machine; the ``ziglang`` package brings a
 compiler and the C libraries of the others, and stands in for ``cc`` where there is none.
@@ -13,13 +13,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opcompile.errors import EngineError
 from opcompile.runtime import EXPORTS, HEADER, KERNEL, host
 from opcompile.target import Target
 
-_RUNTIME = Path(__file__).with_name("runtime.c")
+_HERE = Path(__file__).parent
+# What every host of a kernel includes.
+_SHARED = "kernel.h"
 _COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared")
 # The oldest C library that both architectures have: what zig links runs on every later one.
 _OLDEST_GLIBC = "2.17"
@@ -28,17 +31,31 @@ _OLDEST_GLIBC = "2.17"
 def link(object_code: bytes, header: str, target: Target) -> bytes:
     """Return the library for ``target``, made of a relocatable kernel and the run-time half.
 
-    ``header`` is the layer's C header, which ``runtime.c`` includes. Raises `EngineError` when no
-    linker is there for this target, or when it fails, with its own words.
+    ``header`` is the layer's C header, which ``runtime.c`` includes. Raises what `link_library` raises.
+    """
+    sources = {HEADER: header, "runtime.c": (_HERE / "runtime.c").read_text()}
+    return link_library(sources, [object_code], (KERNEL, *EXPORTS), target)
+
+
+def link_library(
+    sources: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target
+) -> bytes:
+    """Return the library for ``target`` of C files and relocatable ``objects``, which shows ``exports`` alone.
+
+    ``sources`` are texts by file name; ``kernel.h`` is put beside them, and ``.c`` files are compiled.
+    Raises `EngineError` when no linker is there for this target, or when it fails, with its own words.
     """
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
         folder = Path(name)
-        (folder / "kernel.o").write_bytes(object_code)
-        (folder / HEADER).write_text(header)
-        # a copy, so that no path of this machine gets into the library
-        (folder / _RUNTIME.name).write_bytes(_RUNTIME.read_bytes())
-        command = [*_linker(target), *_COMPILE, "-I.", _RUNTIME.name, "kernel.o", "-o", "library"]
-        command += _for_mach_o(folder) if target.system == "darwin" else _for_elf(folder)
+        # texts, so that no path of this machine gets into the library
+        for file, text in {_SHARED: (_HERE / _SHARED).read_text(), **sources}.items():
+            (folder / file).write_text(text)
+        linked = [file for file in sources if file.endswith(".c")]
+        for number, code in enumerate(objects):
+            linked.append(f"kernel{number}.o")
+            (folder / linked[-1]).write_bytes(code)
+        command = [*_linker(target), *_COMPILE, "-I.", *linked, "-o", "library"]
+        command += (_for_mach_o if target.system == "darwin" else _for_elf)(folder, exports)
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -68,15 +85,14 @@ def _linker(target: Target) -> list[str]:
     return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.architecture}-{system}"]
 
 
-def _for_elf(folder: Path) -> list[str]:
-    """Export the entries alone, stay loaded (workers live in the code), leave no symbol open."""
-    names = " ".join(f"{name};" for name in (KERNEL, *EXPORTS))
-    (folder / "exports").write_text(f"{{ global: {names} local: *; }};\n")
+def _for_elf(folder: Path, exports: Sequence[str]) -> list[str]:
+    """Export the entries alone, stay loaded (threads may be in the code), leave no symbol open."""
+    (folder / "exports").write_text(f"{{ global: {' '.join(f'{name};' for name in exports)} local: *; }};\n")
     flags = ("--version-script=exports", "-z,nodelete", "-z,noexecstack", "-z,defs", "--build-id=none")
     return [*(f"-Wl,{flag}" for flag in flags), "-lm", "-lpthread", "-ldl"]
 
 
-def _for_mach_o(folder: Path) -> list[str]:
+def _for_mach_o(folder: Path, exports: Sequence[str]) -> list[str]:
     """Do the same for macOS, whose C library holds all three, and where the code pins itself (``runtime.c``)."""
-    (folder / "exports").write_text("".join(f"_{name}\n" for name in (KERNEL, *EXPORTS)))
+    (folder / "exports").write_text("".join(f"_{name}\n" for name in exports))
     return ["-Wl,-exported_symbols_list,exports"]

@@ -90,13 +90,13 @@ def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.
 
 
 def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:
-    family = "channel-vectors" if tiles["vector"] == "channels" else "row-vectors"
+    family = "channel-vectors" if tiles["vector"] == "channels" else "position-vectors"
     return Plan(name, family, tiles, why, record.key if record else None)
 
 
 def grain(tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
-    return Grain(tiles.task, tiles.positions)
+    return Grain(tiles.task, tiles.positions, tiles.line)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:

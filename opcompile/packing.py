@@ -49,14 +49,16 @@ class Packing:
 
     def __call__(self, w: NDArray[Any]) -> NDArray[Any]:
         """Return the packed copy of a canonical ``w``, contiguous, in the same dtype. Raises `CallError`."""
-        return np.ascontiguousarray(self.arranged(w))
+        return np.array(self.arranged(w), order="C")
 
     def arranged(self, w: NDArray[Any]) -> NDArray[Any]:
-        """Return the same elements, with strides that are not those of the packed weight yet. Raises `CallError`."""
+        """Return the same elements, a view of ``w`` where nothing is filled up, not yet contiguous. Raises `CallError`."""
         if w.ndim != len(self.padded) or any(n > most for n, most in zip(w.shape, self.padded, strict=True)):
             raise CallError(f"w has shape {w.shape}, which does not fit into the packing's {self.padded}")
-        whole = np.zeros(self.padded, w.dtype)
-        whole[tuple(slice(n) for n in w.shape)] = w
+        whole = w
+        if w.shape != self.padded:
+            whole = np.zeros(self.padded, w.dtype)
+            whole[tuple(slice(n) for n in w.shape)] = w
         return whole.reshape(self.view).transpose(self.order)
 
     @classmethod

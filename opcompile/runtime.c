@@ -22,14 +22,12 @@
 
 #define HIDDEN __attribute__((visibility("hidden")))
 #define MOST_THREADS 1024
-#define ALIGNMENT 64
 
 /* What this thread is doing. */
 static __thread struct {
   int threads;          /* most threads for the running call; 0: none was given */
   int in_run;           /* inside opcompile_run */
   int is_worker;
-  struct block *blocks; /* workspaces this thread has in use, newest first */
   char kind[32], text[1024];
 } self;
 
@@ -53,121 +51,12 @@ static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromC
 
 const char *opcompile_error(void) { return self.text; }
 
-/* --- workspaces: freed ones are kept, because a fresh large one costs a page fault every 4 KiB ---
- *
- * What is kept and what is in use never exceed together what was once in use at the same time. */
-
-struct block {
-  size_t bytes; /* of the data, which begins ALIGNMENT bytes after the block */
-  struct block *next;
-};
-
-static pthread_mutex_t cache_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct block *cache; /* newest first */
-static size_t cached, used, most_used;
-
-static void *data_of(struct block *block) { return (char *)block + ALIGNMENT; }
-static struct block *block_of(void *data) { return (struct block *)((char *)data - ALIGNMENT); }
-
-/* The smallest kept block that is large enough, taken out of the cache; or NULL. Lock held. */
-static struct block *take_kept(size_t bytes) {
-  struct block **best = NULL;
-  for (struct block **at = &cache; *at; at = &(*at)->next)
-    if ((*at)->bytes >= bytes && (!best || (*at)->bytes < (*best)->bytes)) best = at;
-  if (!best) return NULL;
-  struct block *block = *best;
-  *best = block->next;
-  cached -= block->bytes;
-  return block;
-}
-
-/* Frees kept blocks, oldest first, until at most `most` bytes are kept. Lock held. */
-static void shrink_cache(size_t most) {
-  while (cache && cached > most) {
-    struct block **oldest = &cache;
-    while ((*oldest)->next) oldest = &(*oldest)->next;
-    cached -= (*oldest)->bytes;
-    free(*oldest);
-    *oldest = NULL;
-  }
-}
-
-static struct block *new_block(size_t bytes) {
-  void *memory = NULL;
-  if (bytes > SIZE_MAX - ALIGNMENT || posix_memalign(&memory, ALIGNMENT, bytes + ALIGNMENT)) return NULL;
-  ((struct block *)memory)->bytes = bytes;
-  return memory;
-}
-
-static void *allocate(int device, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
-  (void)device, (void)device_id, (void)dtype_code, (void)dtype_bits;
-  pthread_mutex_lock(&cache_lock);
-  struct block *block = take_kept((size_t)bytes);
-  if (!block) {
-    size_t needed = used + (size_t)bytes;
-    shrink_cache(needed < most_used ? most_used - needed : 0);
-    block = new_block((size_t)bytes);
-    if (!block) {
-      shrink_cache(0);
-      block = new_block((size_t)bytes);
-    }
-  }
-  if (block) {
-    used += block->bytes;
-    if (used > most_used) most_used = used;
-  }
-  pthread_mutex_unlock(&cache_lock);
-  if (!block) {
-    char text[96];
-    snprintf(text, sizeof text, "%llu bytes of workspace are needed and cannot be allocated", (unsigned long long)bytes);
-    fail("MemoryError", text);
-    return NULL; /* the kernel returns -1 at once */
-  }
-  block->next = self.blocks;
-  self.blocks = block;
-  return data_of(block);
-}
-
-static void keep(struct block *block) {
-  pthread_mutex_lock(&cache_lock);
-  used -= block->bytes;
-  cached += block->bytes;
-  block->next = cache;
-  cache = block;
-  pthread_mutex_unlock(&cache_lock);
-}
-
-static int release(int device, int device_id, void *data) {
-  (void)device, (void)device_id;
-  struct block *block = block_of(data);
-  for (struct block **at = &self.blocks; *at; at = &(*at)->next)
-    if (*at == block) {
-      *at = block->next;
-      break;
-    }
-  keep(block);
-  return 0;
-}
-
-/* A kernel that fails returns without freeing its workspaces. */
-static void release_all(void) {
-  while (self.blocks) {
-    struct block *block = self.blocks;
-    self.blocks = block->next;
-    keep(block);
-  }
-}
+#include "kernel.h" /* how a kernel is called; its workspaces, which call fail */
 
 /* --- parallel loops: a pool of sleeping workers that grows on demand ---
  *
  * One loop at a time has the pool. A caller that finds it taken (another thread has it, or this loop
  * is inside a task) runs its own tasks one after the other: it would only wait for the cores otherwise. */
-
-struct environment {
-  void *sync_handle;
-  int32_t num_task;
-};
-typedef int (*task_fn)(int task, struct environment *, void *closure);
 
 struct job {
   task_fn run;
@@ -215,7 +104,7 @@ static void *work(void *unused) {
     job->helpers--;
     job->running++;
     run_tasks(job);
-    release_all();
+    release_until(NULL);
     if (--job->running == 0) pthread_cond_signal(&pool.done);
   }
   return NULL;
@@ -347,27 +236,6 @@ __attribute__((constructor)) static void loaded(void) {
 
 /* --- the entry for everybody who holds four pointers --- */
 
-/* DLPack's DLTensor and TVM FFI's tagged value: both are stable ABIs, and repeating them here spares
- * the artifact two third-party headers. */
-struct tensor {
-  void *data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t dtype_code, dtype_bits;
-  uint16_t dtype_lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct value {
-  int32_t type_index;
-  uint32_t unused;
-  union {
-    int64_t integer;
-    void *pointer;
-  } content;
-};
-enum { ON_CPU = 1, TENSOR_POINTER = 7, MOST_AXES = 16 };
-
 int __tvm_ffi_conv_transpose3d(void *handle, const struct value *arguments, int32_t count, struct value *result);
 
 static const int64_t x_shape[] = OPCOMPILE_X_SHAPE, w_shape[] = OPCOMPILE_W_SHAPE, b_shape[] = OPCOMPILE_B_SHAPE,
@@ -416,7 +284,7 @@ int opcompile_run(int threads, int64_t batch, const void *x, const void *w, cons
     struct value arguments[4], result = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
     status = __tvm_ffi_conv_transpose3d(NULL, arguments, count, &result);
-    if (status) release_all();
+    if (status) release_until(NULL);
     if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");
   }
   self.threads = self.in_run = 0;

@@ -9,9 +9,9 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
   still in cache.
 * A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
   With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
-  X: right when there are many channels, however short the rows. With ``vector="row"`` the vectors
-  run along the row and the scalars are weights: right for few channels, and when writing the
-  output matters most, for the tile then needs no transposition.
+  X: right when there are many channels, however few the positions. With ``vector="positions"`` the
+  vectors run along the rows of a task, laid end to end, and the scalars are weights: right for few
+  channels, and when writing the output matters most, for the tile then needs no transposition.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
     task = sch.fuse(*of_task)
     for p in phases:
+        if tiles.line:
+            _claim_whole_lines(sch, p)
         sch.compute_at(p, task, preserve_unit_loops=True)
         _tile(sch, tiles, p, sch.get_loops(p)[1:])
     if phases and tiles.copy == "task":
@@ -99,8 +101,10 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
     if phases:
-        n, g, c, d, h, w = sch.get_loops(sch.get_sblock("pad"))[-6:]
-        sch.reorder(n, g, d, h, c, w)
+        n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
+        if tiles.line:
+            row = sch.split(row[0], [None, int(sch.get(sch.get_sblock("pad")).annotations["pitch"])])
+        sch.reorder(n, g, d, h, c, *row)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
 
@@ -131,11 +135,13 @@ def _lay_out(
         return c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block
 
     sch.transform_layout(sch.get_sblock("pad"), ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    if t.line:  # each channel's line begins where a vector may
+        sch.storage_align(sch.get_sblock("pad"), 0, 4, t.lanes, 0)
     sch.transform_layout(phases[0], ("read", 1), blocked)
     if wide:
         sch.transform_layout(wide, ("read", 0), blocked)
         sch.transform_block_layout(wide, blocked)
-    if t.vector == "row":
+    if t.vector == "positions":
         return
     # an index map is asked for its number of arguments, so each rank has its own
     six: Any = lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)  # noqa: E731
@@ -195,7 +201,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     else:  # without groups the remainder is m itself, which a ragged last task needs to see
         first_m = tirx.floordiv(m if spec.groups == 1 else tirx.floormod(m, m_out), t.task) * t.task
     first_d = tirx.floordiv(q[0], t.depth) * t.depth
-    first_h = tirx.floordiv(q[1], t.height) * t.height
+    first_h, rows = (tirx.floordiv(q[1], t.height), 1) if t.line else (tirx.floordiv(q[1], t.height) * t.height, t.height)
 
     def one(start: Any) -> Span:
         return (start, start + 1)
@@ -219,13 +225,27 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
             spans += [whole(shape[5])]
         spans += [
             (first_d, first_d + t.depth),
-            (first_h, first_h + t.height),
+            (first_h, first_h + rows),
             whole(shape[-2] if in_channels else shape[-1]),
         ]
         if in_channels:
             spans.append(whole(shape[-1]))
-        claim = tirx.IndexMap(
-            initial_indices=of, final_indices=[end for span in spans for end in span], inverse_index_map=None
-        )
-        # the Python method demands as many ranges as the block has iterators; the function below it does not
-        _ffi_api.ScheduleAnnotateBufferAccess(sch, output, i, 0, claim)
+        _claim(sch, output, i, spans)
+
+
+def _claim_whole_lines(sch: Schedule, phase: Any) -> None:
+    """Let each sum claim the lines of X that it reads from whole, so that they are copied row by row."""
+    pad = sch.get(phase).reads[0]
+    spans = [(r.min, r.min + r.extent) for r in pad.region[:-1]]
+    _claim(sch, phase, 0, [*spans, (tirx.const(0, pad.source.shape[-1].ty.dtype), pad.source.shape[-1])])
+
+
+def _claim(sch: Schedule, block: Any, read: int, spans: Sequence[Span]) -> None:
+    """Say that ``block`` reads ``spans`` (first and end of each axis) of its operand number ``read``."""
+    claim = tirx.IndexMap(
+        initial_indices=[v.var for v in sch.get(block).iter_vars],
+        final_indices=[end for span in spans for end in span],
+        inverse_index_map=None,
+    )
+    # the Python method demands as many ranges as the block has iterators; the function below it does not
+    _ffi_api.ScheduleAnnotateBufferAccess(sch, block, read, 0, claim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -21,12 +21,13 @@ class Tiles:
     """The numbers of one schedule.
 
     ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
-    tile, ``rows`` how many rows of qH it spans. One task covers ``task`` channels of ``height`` rows
-    of qH in ``depth`` planes of qD. The sums take ``chunk`` input channels at a time through all taps.
-    ``copy`` says who copies X: each task the rows that it reads, or all tasks together before the first.
+    tile, ``rows`` how many rows of qH it spans (vectors of positions run over rows laid end to end:
+    it is 1). One task covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD.
+    The sums take ``chunk`` input channels at a time through all taps. ``copy`` says who copies X:
+    each task the rows that it reads, or all tasks together before the first.
     """
 
-    vector: Literal["channels", "row"]
+    vector: Literal["channels", "positions"]
     lanes: int
     vectors: int
     scalars: int
@@ -44,7 +45,7 @@ class Tiles:
 
     @property
     def columns(self) -> int:
-        """Columns of the row in the register tile."""
+        """Columns of the row, or positions of the line, in the register tile."""
         return self.scalars if self.vector == "channels" else self.vectors * self.lanes
 
     @property
@@ -53,8 +54,13 @@ class Tiles:
         return self.lanes if self.vector == "channels" else self.scalars
 
     @property
+    def line(self) -> int:
+        """How many rows of qH are laid end to end; 0 where each is by itself."""
+        return self.height if self.vector == "positions" else 0
+
+    @property
     def positions(self) -> tuple[int, int, int]:
-        """Multiples to which qD, qH, qW are rounded up."""
+        """Multiples to which qD, qH, qW are rounded up; the last is the line's where rows form lines."""
         return (self.depth, self.height, self.columns)
 
 
@@ -72,12 +78,14 @@ class Estimate:
     def why(self) -> tuple[str, ...]:
         """The argument in words, one line a fact."""
         t = self.tiles
-        along = "output channels" if t.vector == "channels" else "columns of the row"
+        along = "output channels" if t.vector == "channels" else "positions"
         return (
             f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"a task covers {t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase",
+            f"a task covers {t.task} channels of {t.height} row(s)"
+            + (", laid end to end," if t.line > 1 else "")
+            + f" in {t.depth} plane(s) of every phase",
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
@@ -129,6 +137,8 @@ class _Layer:
     most_taps: tuple[int, int, int]
     phases: int
     outputs: int
+    row: int
+    strides: tuple[int, int, int]
     tensors: int
     channels_first: bool
     together: int
@@ -152,6 +162,8 @@ class _Layer:
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
+            row=spec.axes[2].out,
+            strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else spec.groups,
@@ -172,9 +184,23 @@ class _Layer:
         planes, rows = t.depth + self.reach[0] - self.depth, t.height + self.reach[1] - self.height
         return self.itemsize * self.together * self.c * planes * rows * self.reach[2]
 
+    def plane(self, t: Tiles) -> int:
+        """Positions that a task computes in each of its planes, those that it throws away included."""
+        if t.line:
+            return _up((t.height - 1) * self.reach[2] + self.width, t.columns)
+        return t.height * _up(self.width, t.columns)
+
+    def stretch(self, t: Tiles) -> int:
+        """Elements of Y that a task writes side by side."""
+        if not self.channels_first and t.task < self.m:
+            return t.task
+        rows = min(t.height, self.height) * self.strides[1]
+        planes = min(t.depth, self.depth) * self.strides[0] if t.height >= self.height else 1
+        return rows * planes * self.row * (1 if self.channels_first else self.together * self.m)
+
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a task."""
-        return self.together * self.itemsize * self.phases * t.task * t.depth * t.height * _up(self.width, t.columns)
+        return self.together * self.itemsize * self.phases * t.task * t.depth * self.plane(t)
 
 
 def _reach(axis: Axis) -> int:
@@ -184,21 +210,25 @@ def _reach(axis: Axis) -> int:
 
 def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
-    for vector, vectors, scalars, rows in product(
-        ("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, layer.height) + 1)
-    ):
+    shapes = [
+        *product(("channels",), range(1, 7), range(1, 17), range(1, min(4, layer.height) + 1)),
+        *product(("positions",), range(1, 9), range(1, 17), (1,)),
+    ]
+    for vector, vectors, scalars, rows in shapes:
         # beside the sums: the factors of one side, and one of the other at a time
         if vectors * scalars * rows + min(factors(vector, vectors, scalars, rows)) + 1 > machine.registers:
             continue
         channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
         if channels >= layer.m + (lanes if vector == "channels" else 1):
             continue
-        if columns >= layer.width + (lanes if vector == "row" else 1):
+        if vector == "channels" and columns > layer.width:
             continue
-        chunk = _chunk(layer, machine, vector, rows, columns)
-        for (depth, height), copy in product(_spans(layer, rows), ("task", "whole")):
-            task = _task(layer, machine, channels, depth, height, columns)
-            tiles = Tiles(vector, lanes, vectors, scalars, rows, task, depth, height, chunk, copy)  # type: ignore[arg-type]
+        chunk = _chunk(layer, machine, vector, columns)
+        for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
+            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
+            if vector == "positions" and columns >= height * layer.reach[2] + lanes:
+                continue
+            tiles = replace(tiles, task=_task(layer, machine, tiles))
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, tiles):
                 yield tiles
 
@@ -210,59 +240,63 @@ def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     return small and layer.tasks(t) >= machine.cores
 
 
-def _spans(layer: _Layer, rows: int) -> list[tuple[int, int]]:
-    """Planes and rows that a task may cover: one register tile's rows, twice as many, all."""
-    plane = _up(layer.height, rows)
-    return sorted(set(product((1, min(2, layer.depth), layer.depth), (rows, min(2 * rows, plane), plane))))
+def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
+    """Planes and rows that a task may cover: one register tile's rows, twice as many, all; of lines, any even part."""
+    if vector == "positions":
+        heights = {_over(layer.height, parts) for parts in range(1, layer.height + 1)}
+    else:
+        plane = _up(layer.height, rows)
+        heights = {rows, min(2 * rows, plane), plane}
+    return sorted(product({1, min(2, layer.depth), layer.depth}, heights))
 
 
-def _task(layer: _Layer, machine: Machine, channels: int, depth: int, height: int, columns: int) -> int:
+def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     """Channels a task covers: as many tiles as leave its phases and weights in the second cache, and work for all.
 
     Whole tasks only, where the tiles divide the channels: a ragged last task costs a test for each
     output element, and in a grouped layer it would straddle two groups, for which the packed
-    weight has no place.
+    weight has no place. ``t.task`` is the channels of one tile.
     """
-    tiles = _over(layer.m, channels)
-    if layer.grouped and layer.m % channels:
-        return channels * tiles
-    positions = depth * height * _up(layer.width, columns)
-    a_tile = layer.itemsize * layer.together * channels * (layer.phases * positions + layer.kernel * layer.c)
+    tiles = _over(layer.m, t.channels)
+    if layer.grouped and layer.m % t.channels:
+        return t.channels * tiles
+    a_tile = layer.held(t) + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c
     fits = machine.l2_bytes // 2 // a_tile
-    spread = layer.spans(depth, height) * tiles // machine.cores
-    return channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
+    spread = layer.spans(t.depth, t.height) * tiles // machine.cores
+    return t.channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
 
 
-def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
+def _chunk(layer: _Layer, machine: Machine, vector: str, columns: int) -> int:
     """Input channels that go through all taps together: those of which what the taps read stays in the first cache."""
     taps_d, taps_h, taps_w = layer.most_taps
     if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
-    fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + 64)))
+    fits = max(1, machine.l1_bytes // (taps_d * taps_h * (columns * layer.itemsize + 64)))
     return max(n for n in range(1, layer.c + 1) if layer.c % n == 0 and n <= fits)
 
 
 # --- what they cost ---
 #
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
-# constants were fitted to 600 measured candidates of 24 layers on a core with AVX-512. They are to
-# rank, not to predict: the first of the ranking was 3% slower than the best that was measured, in the
-# geometric mean.
+# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512. They are to
+# rank, not to predict: the first of the ranking was 4 to 9% slower than the best that was measured, in
+# the geometric mean, on a machine whose own speed varied more than that.
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
-    planes, rows, width = _up(layer.depth, t.depth), _up(layer.height, t.height), _up(layer.width, t.columns)
+    positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
-    tiles = layer.images * planes * (rows // t.rows) * (channels // t.channels) * (width // t.columns)
+    tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
     computing = tiles * (layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (2 * sums + 100))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
-    if layer.widened and t.vector == "row":  # each task widens its weights
+    if layer.widened and t.vector == "positions":  # each task widens its weights
         computing += layer.tasks(t) * t.task * layer.c * layer.kernel / 6
     if layer.held(t) < layer.phases * _LEAST_BUFFER:
         computing *= 2
     transposed = (t.vector == "channels") == layer.channels_first
-    storing = layer.outputs * (6.5 if transposed else 5.5)
-    used = layer.m * layer.depth * layer.height * layer.width / (channels * planes * rows * width)
+    # a new stretch is a new page and a new stream for the prefetcher
+    storing = layer.outputs * ((3 if transposed else 1.5) + 800 / (layer.stretch(t) * layer.itemsize))
+    used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
 
@@ -290,7 +324,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 50, 1 / (50 if t.task * a_channel <= machine.l2_bytes // 2 else 11)
-    again = 1 - t.columns * t.rows / (_up(layer.width, t.columns) * t.height * t.depth)
+    again = 1 - t.columns * t.rows / (layer.plane(t) * t.depth)
     a_tile = t.channels * a_channel // layer.phases
     a_weight = layer.itemsize * (again * (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) * far)
     if t.vector == "channels":
@@ -301,13 +335,13 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         if t.rows * a_row * layer.c > machine.l1_bytes // 2:
             waiting += t.rows * a_row / 100
     else:
-        # vectors of a row start anywhere: most of them straddle two cache lines
-        loads = 1.7 * t.vectors * t.rows + t.scalars
+        # where there is more than one tap, most vectors straddle two cache lines
+        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors + t.scalars
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
-        if t.rows * a_row * layer.c > machine.l1_bytes:
+        if a_row * layer.c > machine.l1_bytes:
             _, taps_h, taps_w = layer.most_taps
-            waiting += (t.rows + taps_h - 1) * a_row / (140 * taps_h * taps_w)
+            waiting += taps_h * a_row / (140 * taps_h * taps_w)
     # to begin a loop over channels costs a few multiply-adds
     return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting + 20 / t.chunk
 
