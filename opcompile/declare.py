@@ -154,7 +154,7 @@ class _Grid:
 
 
 class _Lines:
-    """The same with ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``."""
+    """Lines of ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``."""
 
     def __init__(self, windows: Sequence[_Window], rows: int, columns: int) -> None:
         self._windows, self._rows = windows, rows
@@ -234,13 +234,19 @@ class _Scope:
         return te.compute(shape, element, name="pad", attrs={"pitch": self.where.pitch})
 
     def contract(
-        self, pad: Any, w: Any, lead: Sequence[Any], q: Sequence[Any], taps: list[Any], firsts: Sequence[tuple[Any, Any]]
+        self,
+        pad: Any,
+        w: Any,
+        lead: Sequence[Any],
+        q: Sequence[Any],
+        taps: list[Any],
+        first: Sequence[tuple[Any, Any]],
     ) -> Any:
-        """Sum over taps and channels at ``q``; ``firsts`` holds the first tap and its offset along each axis."""
+        """Sum over taps and channels at ``q``; ``first`` holds the first tap and its offset along each axis."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
         n, g, m = lead
         c = te.reduce_axis((tirx.IntImm(self.index, 0), tirx.IntImm(self.index, c_in)), "c")
-        along = list(zip(firsts, taps, spec.axes, strict=True))
+        along = list(zip(first, taps, spec.axes, strict=True))
         kernel = [tap + t * axis.tap_step for (tap, _), t, axis in along]
         offsets = [offset - t * axis.offset_step for (_, offset), t, axis in along]
         product = pad(n, g, c, *self.where.read(q, offsets)) * w(g * c_in + c, m, *kernel)

@@ -37,9 +37,7 @@ def link(object_code: bytes, header: str, target: Target) -> bytes:
     return link_library(sources, [object_code], (KERNEL, *EXPORTS), target)
 
 
-def link_library(
-    sources: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target
-) -> bytes:
+def link_library(sources: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target) -> bytes:
     """Return the library for ``target`` of C files and relocatable ``objects``, which shows ``exports`` alone.
 
     ``sources`` are texts by file name; ``kernel.h`` is put beside them, and ``.c`` files are compiled.

@@ -90,7 +90,7 @@ def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.
 
 
 def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:
-    family = "channel-vectors" if tiles["vector"] == "channels" else "position-vectors"
+    family = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors"}[str(tiles["vector"])]
     return Plan(name, family, tiles, why, record.key if record else None)
 
 

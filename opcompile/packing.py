@@ -52,7 +52,7 @@ class Packing:
         return np.array(self.arranged(w), order="C")
 
     def arranged(self, w: NDArray[Any]) -> NDArray[Any]:
-        """Return the same elements, a view of ``w`` where nothing is filled up, not yet contiguous. Raises `CallError`."""
+        """Return the same elements, not yet contiguous, a view of ``w`` if nothing is filled up. Raises `CallError`."""
         if w.ndim != len(self.padded) or any(n > most for n, most in zip(w.shape, self.padded, strict=True)):
             raise CallError(f"w has shape {w.shape}, which does not fit into the packing's {self.padded}")
         whole = w

@@ -287,8 +287,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
     names = [f.name for f in fields(Tiles)]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
-    if tiles["vector"] not in ("channels", "positions"):
-        return f"vector is {tiles['vector']!r}, but must be 'channels' or 'positions'"
+    if tiles["vector"] not in ("channels", "row", "line"):
+        return f"vector is {tiles['vector']!r}, but must be 'channels', 'row' or 'line'"
     if tiles["copy"] not in ("task", "whole"):
         return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
     for name in names:
@@ -316,8 +316,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
         return f"depth is {t.depth}, but the layer has {planes} planes of positions"
-    if t.vector == "positions" and t.rows > 1:
-        return f"rows is {t.rows}, but vectors of positions run over the rows of a task: it must be 1"
+    if t.line and t.rows > 1:
+        return f"rows is {t.rows}, but the rows of a task form one line: it must be 1"
     if t.height % t.rows or t.height >= rows + t.rows:
         return (
             f"height is {t.height}, but must be a multiple of the register tile's {t.rows} rows, "

@@ -2,16 +2,17 @@
 
 Every schedule here is the same straight line of moves with other numbers (`Tiles`):
 
-* X is copied, zero-padded, to ``(n, g, d, h, c, w)``: the reduction over channels then walks
-  through neighbouring cache lines.
+* X is copied, zero-padded, to ``(n, g, d, h, c, w)``, or tile by tile where tiles read the same
+  positions in all taps: the reduction over channels then walks through neighbouring cache lines.
 * A task is a block of positions ``(n, g, channels, planes of qD, rows of qH)``. It computes all
   phases of them, tile by tile, and then writes the interleaved output while the phases are
   still in cache.
 * A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
   With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
-  X: right when there are many channels, however few the positions. With ``vector="positions"`` the
-  vectors run along the rows of a task, laid end to end, and the scalars are weights: right for few
-  channels, and when writing the output matters most, for the tile then needs no transposition.
+  X: right when there are many channels, however few the positions. Else the scalars are weights:
+  right for few channels, and when writing the output matters most, for the tile then needs no
+  transposition. Vectors run along each row (``"row"``), or along all rows of a task laid end to end
+  (``"line"``), which wastes less where rows are short or not a multiple of a vector.
 """
 
 from __future__ import annotations
@@ -134,20 +135,32 @@ def _lay_out(
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         return c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block
 
-    sch.transform_layout(sch.get_sblock("pad"), ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
-    if t.line:  # each channel's line begins where a vector may
-        sch.storage_align(sch.get_sblock("pad"), 0, 4, t.lanes, 0)
+    _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
     if wide:
         sch.transform_layout(wide, ("read", 0), blocked)
         sch.transform_block_layout(wide, blocked)
-    if t.vector == "positions":
+    if t.vector != "channels":
         return
     # an index map is asked for its number of arguments, so each rank has its own
     six: Any = lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)  # noqa: E731
     nine: Any = lambda n, g, m, i, j, k, d, h, w: (n, g, m // t.lanes, i, j, k, d, h, w, m % t.lanes)  # noqa: E731
     for p in phases:
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
+
+
+def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
+    pad = sch.get_sblock("pad")
+    length = int(sch.get(pad).writes[0].source.shape[-1])
+    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
+    if t.line and one_offset and length % t.columns == 0:
+        # what a register tile reads lies together, in the order in which it is read
+        of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, c, w % t.columns)  # noqa: E731
+        sch.transform_layout(pad, ("write", 0), of_tile)
+        return
+    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    if t.line:  # each channel's line begins where a vector may
+        sch.storage_align(pad, 0, 4, t.lanes, 0)
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
@@ -201,13 +214,15 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     else:  # without groups the remainder is m itself, which a ragged last task needs to see
         first_m = tirx.floordiv(m if spec.groups == 1 else tirx.floormod(m, m_out), t.task) * t.task
     first_d = tirx.floordiv(q[0], t.depth) * t.depth
-    first_h, rows = (tirx.floordiv(q[1], t.height), 1) if t.line else (tirx.floordiv(q[1], t.height) * t.height, t.height)
 
     def one(start: Any) -> Span:
         return (start, start + 1)
 
     def whole(extent: Any) -> Span:
         return (tirx.const(0, index), extent)
+
+    height = tirx.floordiv(q[1], t.height)
+    rows = one(height) if t.line else (height * t.height, (height + 1) * t.height)
 
     for i, read in enumerate(block.reads):
         if not read.source.name.startswith("phase"):
@@ -225,7 +240,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
             spans += [whole(shape[5])]
         spans += [
             (first_d, first_d + t.depth),
-            (first_h, first_h + rows),
+            rows,
             whole(shape[-2] if in_channels else shape[-1]),
         ]
         if in_channels:

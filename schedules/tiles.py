@@ -21,13 +21,13 @@ class Tiles:
     """The numbers of one schedule.
 
     ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
-    tile, ``rows`` how many rows of qH it spans (vectors of positions run over rows laid end to end:
-    it is 1). One task covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD.
-    The sums take ``chunk`` input channels at a time through all taps. ``copy`` says who copies X:
-    each task the rows that it reads, or all tasks together before the first.
+    tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). One task
+    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD. The sums take ``chunk``
+    input channels at a time through all taps. ``copy`` says who copies X: each task the rows that it
+    reads, or all tasks together before the first.
     """
 
-    vector: Literal["channels", "positions"]
+    vector: Literal["channels", "row", "line"]
     lanes: int
     vectors: int
     scalars: int
@@ -56,7 +56,7 @@ class Tiles:
     @property
     def line(self) -> int:
         """How many rows of qH are laid end to end; 0 where each is by itself."""
-        return self.height if self.vector == "positions" else 0
+        return self.height if self.vector == "line" else 0
 
     @property
     def positions(self) -> tuple[int, int, int]:
@@ -78,14 +78,12 @@ class Estimate:
     def why(self) -> tuple[str, ...]:
         """The argument in words, one line a fact."""
         t = self.tiles
-        along = "output channels" if t.vector == "channels" else "positions"
+        along = {"channels": "output channels", "row": "columns of a row", "line": "rows laid end to end"}[t.vector]
         return (
             f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"a task covers {t.task} channels of {t.height} row(s)"
-            + (", laid end to end," if t.line > 1 else "")
-            + f" in {t.depth} plane(s) of every phase",
+            f"a task covers {t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase",
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
@@ -211,8 +209,8 @@ def _reach(axis: Axis) -> int:
 def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
     shapes = [
-        *product(("channels",), range(1, 7), range(1, 17), range(1, min(4, layer.height) + 1)),
-        *product(("positions",), range(1, 9), range(1, 17), (1,)),
+        *product(("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, layer.height) + 1)),
+        *product(("line",), range(1, 9), range(1, 17), (1,)),
     ]
     for vector, vectors, scalars, rows in shapes:
         # beside the sums: the factors of one side, and one of the other at a time
@@ -221,12 +219,12 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
         channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
         if channels >= layer.m + (lanes if vector == "channels" else 1):
             continue
-        if vector == "channels" and columns > layer.width:
+        if vector != "line" and columns >= layer.width + (1 if vector == "channels" else lanes):
             continue
-        chunk = _chunk(layer, machine, vector, columns)
+        chunk = _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
             tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
-            if vector == "positions" and columns >= height * layer.reach[2] + lanes:
+            if vector == "line" and columns >= height * layer.reach[2] + lanes:
                 continue
             tiles = replace(tiles, task=_task(layer, machine, tiles))
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, tiles):
@@ -241,9 +239,9 @@ def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
-    """Planes and rows that a task may cover: one register tile's rows, twice as many, all; of lines, any even part."""
-    if vector == "positions":
-        heights = {_over(layer.height, parts) for parts in range(1, layer.height + 1)}
+    """Planes and rows that a task may cover: a register tile's rows, twice as many, all; of lines, any even part."""
+    if vector == "line":
+        heights = {_over(layer.height, parts) for parts in range(1, layer.height)}
     else:
         plane = _up(layer.height, rows)
         heights = {rows, min(2 * rows, plane), plane}
@@ -266,12 +264,12 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     return t.channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
 
 
-def _chunk(layer: _Layer, machine: Machine, vector: str, columns: int) -> int:
+def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
     """Input channels that go through all taps together: those of which what the taps read stays in the first cache."""
     taps_d, taps_h, taps_w = layer.most_taps
     if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
-    fits = max(1, machine.l1_bytes // (taps_d * taps_h * (columns * layer.itemsize + 64)))
+    fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + 64)))
     return max(n for n in range(1, layer.c + 1) if layer.c % n == 0 and n <= fits)
 
 
@@ -289,7 +287,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
     computing = tiles * (layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (2 * sums + 100))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
-    if layer.widened and t.vector == "positions":  # each task widens its weights
+    if layer.widened and t.vector != "channels":  # each task widens its weights
         computing += layer.tasks(t) * t.task * layer.c * layer.kernel / 6
     if layer.held(t) < layer.phases * _LEAST_BUFFER:
         computing *= 2
@@ -336,12 +334,12 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += t.rows * a_row / 100
     else:
         # where there is more than one tap, most vectors straddle two cache lines
-        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors + t.scalars
+        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors * t.rows + t.scalars
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
-        if a_row * layer.c > machine.l1_bytes:
+        if t.rows * a_row * layer.c > machine.l1_bytes:
             _, taps_h, taps_w = layer.most_taps
-            waiting += taps_h * a_row / (140 * taps_h * taps_w)
+            waiting += (t.rows + taps_h - 1) * a_row / (140 * taps_h * taps_w)
     # to begin a loop over channels costs a few multiply-adds
     return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting + 20 / t.chunk
 

@@ -38,7 +38,7 @@ def report_of(samples: dict[str, list[float]], roof: Roof = ROOF) -> BenchReport
     return BenchReport(
         spec=str(SPEC),
         target="llvm:x86-64-v3",
-        plan="baseline, position-vectors",
+        plan="baseline, row-vectors",
         threads=1,
         pinned=(1,),
         seed=0,

@@ -236,13 +236,13 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"lanes": 0}, "lanes is 0, but must be a whole number of at least 1"),
         ({"rows": 1.0}, "rows is 1.0, but must be a whole number"),
         ({"rows": True}, "rows is True, but must be a whole number"),
-        ({"vector": "columns"}, "vector is 'columns', but must be 'channels' or 'positions'"),
+        ({"vector": "columns"}, "vector is 'columns', but must be 'channels', 'row' or 'line'"),
         ({"vectors": 6, "scalars": 6}, "registers, but llvm:x86-64-v3 has 16"),
         (
             {"vectors": 2, "task": 24},
             "task is 24, but must be a multiple of the register",
         ),
-        ({"vector": "positions"}, "rows is 2, but vectors of positions run over the rows of a task: it must be 1"),
+        ({"vector": "line"}, "rows is 2, but the rows of a task form one line: it must be 1"),
         ({"vectors": 1, "task": 32}, "task is 32, but a group has 24 channels"),
         ({"depth": 4}, "depth is 4, but the layer has 3 planes of positions"),
         ({"height": 3}, "height is 3, but must be a multiple of the register tile's 2 rows"),
@@ -265,7 +265,7 @@ def test_tiles_that_the_machine_cannot_hold_are_refused(own: Path, change: dict[
 
 def test_tasks_that_straddle_groups_are_illegal() -> None:
     grouped = ConvTranspose3d.parse("in=1x6x3x4x5 co=18 k=2 s=2 g=3")
-    tile = {"vector": "positions", "lanes": 8, "vectors": 1, "scalars": 2, "rows": 1}
+    tile = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 2, "rows": 1}
     tiles = {**tile, "task": 4, "depth": 1, "height": 1, "chunk": 2, "copy": "whole"}
     assert "must divide the 6 channels of a group" in str(illegal(tiles, grouped, MACHINE))
     assert illegal(tiles | {"task": 2}, grouped, MACHINE) is None
