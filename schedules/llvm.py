@@ -38,15 +38,21 @@ Span = tuple[Any, Any]
 def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How the declared W of ``shape`` is laid out for these tiles: a view of it, and an order of the view's axes.
 
-    W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD, kH, kW)``, becomes
-    ``(g, M/block, kD, kH, kW, C/g, block)``. A layer whose taps all fall beyond the output reads no
-    weight: W stays as it is.
+    W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
+    ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
+    (`_periods`). A layer whose taps all fall beyond the output reads no weight: W stays as it is.
     """
     if not spec.terms:
         return shape, tuple(range(5))
     c, m, *kernel = shape
-    view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *kernel)
-    return view, (0, 2, 4, 5, 6, 1, 3)
+    taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
+    view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
+    return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+
+
+def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
+    """How far apart the taps of a phase are along each axis, where they divide the kernel; else 1, which leaves it."""
+    return [a.tap_step if k % a.tap_step == 0 else 1 for k, a in zip(kernel, spec.axes, strict=True)]
 
 
 def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
@@ -132,8 +138,11 @@ def _lay_out(
 ) -> None:
     c_in = spec.channels_in // spec.groups
 
+    p_d, p_h, p_w = _periods(spec, [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]])
+
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
-        return c // c_in, m // t.block, kd, kh, kw, c % c_in, m % t.block
+        taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
+        return c // c_in, m // t.block, *taps, c % c_in, m % t.block
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
