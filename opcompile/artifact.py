@@ -433,7 +433,7 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         b_shape=_c_shape((spec.channels_out,)),
         y_shape=_c_shape(spec.y_shape),
         has_bias=int(spec.bias),
-        useful_threads=_useful_threads(spec),
+        useful_threads=useful_threads(spec),
         x_salt=X_SALT,
         w_salt=W_SALT,
         b_salt=B_SALT,
@@ -449,7 +449,7 @@ def _c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
     return "{" + ", ".join(str(n or 0) for n in shape) + "}"
 
 
-def _useful_threads(spec: ConvTranspose3d) -> int:
+def useful_threads(spec: ConvTranspose3d) -> int:
     """Count a thread for each 25 us of work, for one batch element of a dynamic batch: waking one takes about 10.
 
     The work is estimated at 20 GFLOP/s and 5 GB/s, which a core of any supported machine reaches.

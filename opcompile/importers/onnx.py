@@ -57,6 +57,7 @@ class Found:
     ``name`` is the node's name or that of its output, made unique. ``weight (C, M/g, kD, kH, kW)`` and
     ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
     An initializer that is also listed as a graph input counts as known: its value is the file's.
+    ``output`` is the tensor that the node writes: its name in the model, unless a function holds the node.
     """
 
     name: str
@@ -64,11 +65,16 @@ class Found:
     weight: NDArray[Any] | None
     bias: NDArray[Any] | None
     reason: str | None
+    output: str
 
 
-def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found]:
+Shapes = Mapping[str, Sequence[int | str]]
+
+
+def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Shapes | None = None) -> list[Found]:
     """Return the 5-D ConvTranspose nodes of a model, in graph order.
 
+    ``shapes`` gives inputs of the model other shapes than the file does, as ints or names of open sizes.
     Nodes in the subgraphs of If, Loop and Scan are included, and model-local functions where they are
     called. A node whose rank cannot be inferred is listed with that reason. External data are looked up
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
@@ -77,6 +83,8 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found
     try:
         model, folder = _read(source)
         outline, tensors = _outline(model)
+        if shapes:
+            _reshape_inputs(outline.graph, shapes)
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
         for step in (_check, _inline, _infer):
             outline = _refine(outline, step)
@@ -139,6 +147,26 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
         helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in tensors.items() if name not in inputs
     )
     return outline, tensors
+
+
+def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes) -> None:
+    """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
+    inputs = {value.name: value for value in graph.input}
+    _forget_shapes(graph)
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
+        dimensions = inputs[name].type.tensor_type.shape.dim
+        if inputs[name].type.tensor_type.HasField("shape") and len(dimensions) != len(shape):
+            raise ModelError(f"input {name} has {len(dimensions)} axes, but {len(shape)} sizes were given for it")
+        for given, dimension in zip(shape, dimensions, strict=False):
+            if dimension.HasField("dim_value") and dimension.dim_value != given:
+                raise ModelError(
+                    f"input {name} has the fixed sizes {[d.dim_value or d.dim_param for d in dimensions]}, "
+                    f"and {list(shape)} is another shape; only open sizes can be given"
+                )
+        element_type = inputs[name].type.tensor_type.elem_type
+        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, list(shape)))
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
@@ -309,8 +337,8 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        return Found(name, None, None, None, str(error))
-    return Found(name, spec, weight, bias, None)
+        return Found(name, None, None, None, str(error), node.output[0])
+    return Found(name, spec, weight, bias, None, node.output[0])
 
 
 def _weights(node: onnx.NodeProto, scope: _Scope) -> tuple[_Value, _Value | None]:
@@ -540,6 +568,7 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
             None,
             f"it is in function {function.domain}.{function.name}, whose opset is not the model's; "
             "convert one of them with onnx.version_converter",
+            node.output[0],
         )
         for function in outline.functions
         for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)
