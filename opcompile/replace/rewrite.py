@@ -139,14 +139,21 @@ def _link_or_copy(source: Path, place: Path) -> None:
 # --- models that prove ---
 
 
-def alone(spec: ConvTranspose3d, operator: str, domain: str, packed: tuple[int, ...] | None) -> onnx.ModelProto:
-    """Return a model of one node that calls an operator: X, W (packed, or as ONNX has it) and B in, Y out."""
-    shapes = {"X": spec.x_shape, "W": packed or spec.w_shape} | ({"B": (spec.channels_out,)} if spec.bias else {})
-    inputs = [_value(name, shape) for name, shape in shapes.items()]
+def alone(
+    spec: ConvTranspose3d, operator: str, domain: str, w_shape: Sequence[int], **constants: NDArray[Any] | None
+) -> onnx.ModelProto:
+    """Return a model of one node that calls an operator: X, W (of ``w_shape``) and B in, Y out.
+
+    Those of ``constants`` that are given are held by the model instead.
+    """
+    shapes = {"X": spec.x_shape, "W": tuple(w_shape)} | ({"B": (spec.channels_out,)} if spec.bias else {})
+    known = {name: array for name, array in constants.items() if array is not None and name in shapes}
+    inputs = [_value(name, shape) for name, shape in shapes.items() if name not in known]
     node = helper.make_node(operator, list(shapes), ["Y"], domain=domain)
     node.attribute.extend(a for a in _geometry(spec) if a.name != "activation")
     imports = [helper.make_opsetid("", 17)] + ([helper.make_opsetid(domain, 1)] if domain else [])
-    graph = helper.make_graph([node], "alone", inputs, [_value("Y", spec.y_shape)])
+    held = [numpy_helper.from_array(array, name) for name, array in known.items()]
+    graph = helper.make_graph([node], "alone", inputs, [_value("Y", spec.y_shape)], held)
     return helper.make_model(graph, opset_imports=imports, ir_version=helper.find_min_ir_version_for(imports[:1]))
 
 
