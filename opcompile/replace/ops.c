@@ -518,6 +518,7 @@ struct custom {
   OrtCustomOp functions; /* first: ONNX Runtime hands back its address */
   const struct operator *operator;
   int element_type;
+  int type_only; /* the model may have this type, but no kernel does */
 };
 
 static const struct operator *operator_of(const OrtCustomOp *op) { return ((const struct custom *)op)->operator; }
@@ -607,56 +608,78 @@ static OrtStatus *compute(void *of, OrtKernelContext *context) {
   return node->operator->is_packed ? compute_packed(node->operator, context) : compute_open(node, context);
 }
 
-/* The shape of the output, where it follows from those of the inputs; -1 stands for a size that is not known. */
-static OrtStatus *infer_shape(const struct operator *operator, OrtShapeInferContext *context, int64_t *shape,
-                              size_t *rank, int *element_type) {
+/* A shape while the model is loaded: a size that is not known is -1 and has a name, a known one has none. */
+struct inferred {
+  size_t rank; /* 0: nothing is known */
+  int element_type;
+  int64_t sizes[MOST_AXES];
+  const char *names[MOST_AXES];
+  char new_names[MOST_AXES][48];
+};
+
+/* ONNX Runtime takes sizes of the same name, or of the same value, for equal: what is unknown needs a new name. */
+static void name_unknown(struct inferred *y, size_t axis) {
+  static _Atomic unsigned made;
+  y->names[axis] = y->new_names[axis];
+  snprintf(y->new_names[axis], sizeof *y->new_names, "opcompile_unknown_%u", atomic_fetch_add(&made, 1));
+}
+
+static OrtStatus *infer_shape(const struct operator *operator, OrtShapeInferContext *context, struct inferred *y) {
   struct given inputs[2];
-  *rank = 0;
-  for (size_t i = 0; i < 2; i++) {
-    OrtTensorTypeAndShapeInfo *info;
-    /* released by ONNX Runtime, which owns it */
-    OR_RETURN(ORT_ShapeInferContext_GetInputTypeShape(context, i, &info));
-    OR_RETURN(describe(info, &inputs[i]));
-  }
+  const char *names[MOST_AXES];
+  OrtTensorTypeAndShapeInfo *info; /* ONNX Runtime owns it */
+  y->rank = 0;
+  OR_RETURN(ORT_ShapeInferContext_GetInputTypeShape(context, 1, &info));
+  OR_RETURN(describe(info, &inputs[1]));
+  OR_RETURN(ORT_ShapeInferContext_GetInputTypeShape(context, 0, &info));
+  OR_RETURN(describe(info, &inputs[0]));
+  OR_RETURN(ORT_GetSymbolicDimensions(info, names, inputs[0].rank));
   const struct given *x = &inputs[0], *w = &inputs[1];
-  *element_type = x->element_type;
+  y->element_type = x->element_type;
+  for (size_t i = 0; i < MOST_AXES; i++) y->names[i] = "";
   if (operator->is_packed) {
     const struct kernel *kernel = &kernels[operator->first];
-    y_shape(kernel, kernel->batch ? kernel->batch : x->rank == IMAGE_AXES ? x->shape[0] : -1, shape);
-    *rank = IMAGE_AXES;
-    return NULL;
+    y_shape(kernel, kernel->batch ? kernel->batch : -1, y->sizes);
+    y->rank = IMAGE_AXES;
+  } else {
+    if (x->rank < 3 || x->rank != w->rank) return NULL;
+    struct attributes attributes;
+    read_attributes_early(context, &attributes);
+    y->sizes[0] = -1;
+    y->sizes[1] = w->shape[1] > 0 ? w->shape[1] * attributes.group : -1;
+    for (size_t i = 2; i < x->rank; i++) {
+      struct axis axis = axis_of(&attributes, i - 2, x->rank - 2, x->shape[i], w->shape[i]);
+      y->sizes[i] = x->shape[i] > 0 && w->shape[i] > 0 ? axis.out : -1;
+    }
+    y->rank = x->rank;
   }
-  if (x->rank < 3 || x->rank != w->rank) return NULL;
-  struct attributes attributes;
-  read_attributes_early(context, &attributes);
-  shape[0] = x->shape[0];
-  shape[1] = w->shape[1] > 0 ? w->shape[1] * attributes.group : -1;
-  for (size_t i = 2; i < x->rank; i++) {
-    int known = x->shape[i] > 0 && w->shape[i] > 0;
-    struct axis axis = axis_of(&attributes, i - 2, x->rank - 2, x->shape[i], w->shape[i]);
-    shape[i] = known ? axis.out : -1;
+  if (y->sizes[0] < 0 && x->rank) { /* the batch is that of X */
+    y->sizes[0] = x->shape[0];
+    if (x->shape[0] < 0 && *names[0]) y->names[0] = names[0];
   }
-  *rank = x->rank;
+  for (size_t i = 0; i < y->rank; i++)
+    if (y->sizes[i] < 0 && !*y->names[i]) name_unknown(y, i);
   return NULL;
 }
 
 static OrtStatus *infer(const OrtCustomOp *op, OrtShapeInferContext *context) {
-  int64_t shape[MOST_AXES];
-  size_t rank;
-  int element_type = ORT_FLOAT;
-  OR_RETURN(infer_shape(operator_of(op), context, shape, &rank, &element_type));
-  if (!rank) return NULL;
+  struct inferred y;
+  OR_RETURN(infer_shape(operator_of(op), context, &y));
+  if (!y.rank) return NULL;
   OrtTensorTypeAndShapeInfo *info;
   OR_RETURN(ORT_CreateTensorTypeAndShapeInfo(&info));
-  OrtStatus *status = ORT_SetTensorElementType(info, element_type);
-  if (!status) status = ORT_SetDimensions(info, shape, rank);
+  OrtStatus *status = ORT_SetTensorElementType(info, y.element_type);
+  if (!status) status = ORT_SetDimensions(info, y.sizes, y.rank);
+  if (!status) status = ORT_SetSymbolicDimensions(info, y.names, y.rank);
   if (!status) status = ORT_ShapeInferContext_SetOutputTypeShape(context, 0, info);
   ORT_ReleaseTensorTypeAndShapeInfo(info);
   return status;
 }
 
 static const char *name(const OrtCustomOp *op) { return operator_of(op)->name; }
-static const char *provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static const char *provider(const OrtCustomOp *op) {
+  return ((const struct custom *)op)->type_only ? "OpcompileNoProvider" : "CPUExecutionProvider";
+}
 static int type(const OrtCustomOp *op, size_t i) { return (void)i, ((const struct custom *)op)->element_type; }
 static size_t inputs(const OrtCustomOp *op) { return (size_t)operator_of(op)->inputs; }
 static size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }
@@ -724,8 +747,10 @@ static int lacks_feature(char *missing, size_t size) {
 static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;
 static OrtCustomOpDomain *domain; /* sessions refer to it: made once, and kept as long as the process */
 
+static const int onnx_types[] = {ORT_FLOAT, ORT_FLOAT16, ORT_DOUBLE, ORT_BFLOAT16};
+
 static OrtStatus *make_domain(void) {
-  static struct custom customs[OPERATORS];
+  static struct custom customs[OPERATORS * (sizeof onnx_types / sizeof *onnx_types)];
   char missing[64], text[256];
   if (lacks_feature(missing, sizeof missing)) {
     snprintf(text, sizeof text,
@@ -735,13 +760,20 @@ static OrtStatus *make_domain(void) {
   }
   OrtCustomOpDomain *made;
   OR_RETURN(ORT_CreateCustomOpDomain(operators[0].domain, &made));
-  for (int i = 0; i < OPERATORS; i++) {
-    customs[i] = (struct custom){functions, &operators[i], kernels[operators[i].first].element_type};
-    OrtStatus *status = ORT_CustomOpDomain_Add(made, &customs[i].functions);
-    if (status) {
-      ORT_ReleaseCustomOpDomain(made);
-      return status;
+  OrtStatus *status = NULL;
+  int count = 0;
+  for (int i = 0; i < OPERATORS && !status; i++) {
+    /* ONNX's own operator has more types than our kernels: ONNX Runtime inserts Casts, if the operator allows */
+    int types = *operators[i].domain ? 1 : (int)(sizeof onnx_types / sizeof *onnx_types);
+    for (int j = 0; j < types && !status; j++) {
+      int type = *operators[i].domain ? kernels[operators[i].first].element_type : onnx_types[j];
+      customs[count] = (struct custom){functions, &operators[i], type, j > 0};
+      status = ORT_CustomOpDomain_Add(made, &customs[count++].functions);
     }
+  }
+  if (status) {
+    ORT_ReleaseCustomOpDomain(made);
+    return status;
   }
   domain = made;
   return NULL;

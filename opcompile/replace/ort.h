@@ -73,6 +73,7 @@ static const OrtApi *ort; /* the table, once the library is registered */
 #define ORT_GetTensorElementType ORT_CALL(60, OrtStatus *, const OrtTensorTypeAndShapeInfo *, int *)
 #define ORT_GetDimensionsCount ORT_CALL(61, OrtStatus *, const OrtTensorTypeAndShapeInfo *, size_t *)
 #define ORT_GetDimensions ORT_CALL(62, OrtStatus *, const OrtTensorTypeAndShapeInfo *, int64_t *, size_t)
+#define ORT_GetSymbolicDimensions ORT_CALL(63, OrtStatus *, const OrtTensorTypeAndShapeInfo *, const char **, size_t)
 #define ORT_GetTensorTypeAndShape ORT_CALL(65, OrtStatus *, const OrtValue *, OrtTensorTypeAndShapeInfo **)
 #define ORT_KernelInfoGetAttribute_int64 ORT_CALL(86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define ORT_KernelInfoGetAttribute_string \
@@ -104,6 +105,7 @@ static const OrtApi *ort; /* the table, once the library is registered */
   ORT_CALL(269, OrtStatus *, const OrtShapeInferContext *, const char *, const OrtOpAttr **)
 #define ORT_ShapeInferContext_SetOutputTypeShape \
   ORT_CALL(270, OrtStatus *, const OrtShapeInferContext *, size_t, const OrtTensorTypeAndShapeInfo *)
+#define ORT_SetSymbolicDimensions ORT_CALL(271, OrtStatus *, OrtTensorTypeAndShapeInfo *, const char **, size_t)
 #define ORT_ReadOpAttr ORT_CALL(272, OrtStatus *, const OrtOpAttr *, int, void *, size_t, size_t *)
 #define ORT_KernelContext_ParallelFor \
   ORT_CALL(274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *)
