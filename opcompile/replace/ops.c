@@ -689,6 +689,9 @@ static int need(const OrtCustomOp *op, size_t i) {
 static int required(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_REQUIRED; }
 static int any_memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int one(const OrtCustomOp *op) { return (void)op, 1; }
+/* Of ONNX's own operator version 0: ONNX Runtime then finds no kernel of its own for a node of another type, and
+ * inserts Casts around it as ever. With a version that its kernels have it would hold their types against ours. */
+static int since(const OrtCustomOp *op) { return *operator_of(op)->domain ? 1 : 0; }
 static int every_later(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 
 static const OrtCustomOp functions = {
@@ -710,7 +713,7 @@ static const OrtCustomOp functions = {
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
     .InferOutputShapeFn = infer,
-    .GetStartVersion = one,
+    .GetStartVersion = since,
     .GetEndVersion = every_later,
 };
 
