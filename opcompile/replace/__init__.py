@@ -73,20 +73,20 @@ def replace(
     if mode not in ("rewrite", "override"):
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
     job = Job(
-        Path(model),
-        Path(into),
-        mode,
-        target,
-        plan,
-        tuple(shapes),
-        tuple(nodes),
-        everything,
-        verify,
-        measure,
-        tuple(threads),
-        seconds,
-        seed,
-        progress or (lambda _done, _total, _name: None),
+        model=Path(model),
+        into=Path(into),
+        mode=mode,
+        target=target,
+        plan=plan,
+        shapes=tuple(shapes),
+        nodes=tuple(nodes),
+        everything=everything,
+        verify=verify,
+        measure=measure,
+        threads=tuple(threads),
+        seconds=seconds,
+        seed=seed,
+        progress=progress or (lambda _done, _total, _name: None),
     )
     return job.run()
 

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +59,8 @@ class Job:
     seconds: float
     seed: int
     progress: Callable[[int, int, str | None], None]
+    # by the operators that they hold: where every kernel is kept, the library that was tried is the one
+    libraries: dict[tuple[str, ...], bytes] = field(default_factory=dict)
 
     def run(self) -> Report:
         """Take all steps."""
@@ -148,6 +150,13 @@ class Job:
     def _operator_of(self, f: Found) -> str:
         return Operator.of(f.kernels, packed=f.node.packed).name if self.mode == "rewrite" else "ConvTranspose"
 
+    def _library(self, found: Sequence[Found], machine: Target) -> bytes:
+        operators = list(self._operators(found).values())
+        key = tuple(f"{operator.name} {kernel.key}" for operator in operators for kernel in operator.kernels)
+        if key not in self.libraries:
+            self.libraries[key] = build(operators, machine)
+        return self.libraries[key]
+
     # --- proof and speed of each kernel ---
 
     def _tried(
@@ -160,7 +169,7 @@ class Job:
         reports = {}
         with tempfile.TemporaryDirectory(prefix="opcompile-") as folder:
             library = Path(folder) / LIBRARY
-            library.write_bytes(build(list(self._operators(found).values()), machine))
+            library.write_bytes(self._library(found, machine))
             for number, (operator, kernel) in enumerate(pairs):
                 if kernel.key not in reports:
                     self.progress(number, len(pairs), f"try {kernel.spec}")
@@ -199,7 +208,7 @@ class Job:
         """Write library and model; return the names of the files."""
         files = []
         if kept:
-            (folder / LIBRARY).write_bytes(build(list(self._operators(kept).values()), machine))
+            (folder / LIBRARY).write_bytes(self._library(kept, machine))
             files.append(LIBRARY)
         if self.mode == "override":
             return files

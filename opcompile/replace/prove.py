@@ -56,7 +56,9 @@ def prove(operator: Operator, kernel: Kernel, library: Path, threads: Sequence[i
     return tuple(found)
 
 
-def race(operator: Operator, kernel: Kernel, library: Path, threads: Sequence[int], seconds: float) -> tuple[Speed, ...]:
+def race(
+    operator: Operator, kernel: Kernel, library: Path, threads: Sequence[int], seconds: float
+) -> tuple[Speed, ...]:
     """Time one node of a kernel and one of ONNX Runtime's own in turns, weights constant, on each number of threads."""
     spec, rng = kernel.spec, np.random.default_rng(0)
     shapes = ((spec.batch or 1, *(n or 0 for n in spec.x_shape[1:])), spec.w_shape, (spec.channels_out,))

@@ -38,14 +38,18 @@ class Node:
     reason: str | None = None
 
 
-def survey(path: str | os.PathLike[str], shapes: Sequence[Shapes] = (), *, fused: bool = True) -> tuple[Model, list[Node]]:
+def survey(
+    path: str | os.PathLike[str], shapes: Sequence[Shapes] = (), *, fused: bool = True
+) -> tuple[Model, list[Node]]:
     """Read a model and find its nodes, in graph order; ``shapes`` are more shapes of its inputs to compile for.
 
     Raises `ModelError` for a file that is no valid model, or has no such node.
     """
     found = find(path)
     if not found:
-        raise ModelError(f"{os.fspath(path)} has no ConvTranspose node on 5-D tensors; there is nothing to replace in it")
+        raise ModelError(
+            f"{os.fspath(path)} has no ConvTranspose node on 5-D tensors; there is nothing to replace in it"
+        )
     given = [{f.output: f for f in find(path, shapes=alternative)} for alternative in shapes]
     model = Model.read(path)
     sites = model.sites()
