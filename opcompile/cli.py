@@ -528,7 +528,7 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
     for text in shapes:
         name, equals, sizes = text.rpartition("=")
         parts = sizes.split("x")
-        if not equals or not name or not all(p.isdecimal() and int(p) > 0 or p.isidentifier() for p in parts):
+        if not equals or not name or not all(_is_size(p) for p in parts):
             raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
         named.setdefault(name, []).append(tuple(int(p) if p.isdecimal() else p for p in parts))
     count = max(map(len, named.values()), default=0)
@@ -538,6 +538,11 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
             f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count}"
         )
     return [{name: given[i % len(given)] for name, given in named.items()} for i in range(count)]
+
+
+def _is_size(text: str) -> bool:
+    """Whether a text is a positive number, or the name of an open size."""
+    return int(text) > 0 if text.isdecimal() else text.isidentifier()
 
 
 @cli.command()

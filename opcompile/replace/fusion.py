@@ -32,6 +32,8 @@ _LONGEST = 12
 _SAMPLES = np.concatenate([np.linspace(-12, 12, 241), np.array([-1e-3, 1e-3, -30.0, 20.0])])
 _TOLERANCE = 1e-6
 
+_NONE = Activation()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fusion:
@@ -42,7 +44,7 @@ class Fusion:
 
     result: str
     bias: Array | None = None
-    activation: Activation = Activation()
+    activation: Activation = _NONE
     nodes: tuple[onnx.NodeProto, ...] = ()
 
 

@@ -49,5 +49,5 @@ def require_replaceable(place: Path) -> None:
     foreign = sorted(present - ours)
     if foreign:
         raise ArtifactError(
-            f"{place} holds {', '.join(foreign[:3])}, which replace has not written; empty it, or name another directory"
+            f"{place} holds {', '.join(foreign[:3])}, which replace has not written; empty it, or name another place"
         )

@@ -16,6 +16,8 @@ from opcompile.replace.fusion import Fusion, fuse
 from opcompile.replace.model import Graph, Model, Site
 from opcompile.spec import ConvTranspose3d
 
+_UNFUSED = Fusion("")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
@@ -34,7 +36,7 @@ class Node:
     packed: bool = False
     weight: NDArray[Any] | None = None
     bias: NDArray[Any] | None = None
-    fusion: Fusion = Fusion("")
+    fusion: Fusion = _UNFUSED
     reason: str | None = None
 
 
