@@ -309,7 +309,8 @@ def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodePro
 
 
 def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
-    return (attribute.g, *attribute.graphs)
+    # to touch a graph that is not there would set it
+    return (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
 
 
 def _is_conv_transpose(node: onnx.NodeProto) -> bool:
