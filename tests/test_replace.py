@@ -329,7 +329,7 @@ def test_opset_22(override: Path) -> None:
 
 @pytest.mark.parametrize("shape", [("n", 3, "d", 5, 6), ("n", 3, 4, 5, 6), (1, 3, 4, 5, 6)])
 def test_output_shapes_are_inferred_as_ever(shape: tuple[int | str, ...], override: Path) -> None:
-    """Where a size is not known it has a name that no other size has: ONNX Runtime takes equal names for equal sizes."""
+    """An unknown size has a name that no other has: ONNX Runtime takes equal names for equal sizes."""
     import onnxruntime
 
     model, _ = one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), strides=[2, 2, 2])

@@ -158,9 +158,9 @@ def test_two_libraries_in_one_session(large: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((1, 8, 8, 8, 9), "must fit|Expected: 8|expected"),
+        ((1, 8, 8, 8, 9), "invalid dimensions"),
         ((1, 8, 8, 8), "Invalid rank"),
-        ((1, 7, 8, 8, 8), "Expected: 8|expected"),
+        ((1, 7, 8, 8, 8), "invalid dimensions"),
     ],
 )
 def test_another_shape(shape: tuple[int, ...], words: str, large: Path) -> None:
@@ -191,13 +191,13 @@ def test_no_images(loose: tuple[onnx.ModelProto, Path]) -> None:
 
 
 def our_node(model: onnx.ModelProto) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.domain == "opcompile")
+    return next(node for node in model.graph.node if node.domain.startswith("opcompile"))
 
 
 def test_a_missing_bias(loose: tuple[onnx.ModelProto, Path]) -> None:
     model, library = loose
     our_node(model).input.pop()
-    with pytest.raises(opcompile.OpcompileError, match="input|Input"):
+    with pytest.raises(opcompile.OpcompileError, match=r"input|Input"):
         run(model, np.zeros((1, 8, 8, 8, 8), np.float32), library)
 
 
@@ -205,7 +205,7 @@ def test_a_weight_of_another_shape(loose: tuple[onnx.ModelProto, Path]) -> None:
     model, library = loose
     tensor = next(t for t in model.graph.initializer if t.name == our_node(model).input[1])
     tensor.dims[:] = [int(np.prod(tensor.dims))]
-    with pytest.raises(opcompile.OpcompileError, match=r"W has shape \(1024\), but this kernel was compiled for"):
+    with pytest.raises(opcompile.OpcompileError, match=r"W has shape \(\d+\), but this kernel was compiled for"):
         run(model, np.zeros((1, 8, 8, 8, 8), np.float32), library)
 
 
@@ -238,9 +238,8 @@ def test_an_input_at_any_address(offset: int, large: Path) -> None:
     start = -memory.ctypes.data % 64 + offset
     memory[start : start + x.nbytes] = x.view(np.uint8).reshape(-1)
     session = Session(path, large / "out" / LIBRARY)
-    device = onnxruntime.OrtDevice.make("cpu", 0)
     binding = session._session.io_binding()
-    binding._iobinding.bind_input("x", device, np.float32, x.shape, memory.ctypes.data + start)
+    binding.bind_input("x", "cpu", 0, np.float32, x.shape, memory.ctypes.data + start)
     binding.bind_output("y")
     if offset % 4:
         with pytest.raises(Exception, match="no multiple of 4 bytes"):

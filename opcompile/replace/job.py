@@ -16,7 +16,7 @@ import opcompile
 from opcompile.errors import CallError, EngineError, ModelError, OpcompileError, TargetError
 from opcompile.machine import processor, system
 from opcompile.replace import sessions
-from opcompile.replace.library import DOMAIN, Kernel, Operator, build, compiled
+from opcompile.replace.library import Kernel, Operator, build, compiled, in_one_domain
 from opcompile.replace.model import Model
 from opcompile.replace.place import LIBRARY, REPORT, require_replaceable, written
 from opcompile.replace.prove import compare_models, prove, race, race_models
@@ -145,7 +145,7 @@ class Job:
             kernels = {kernel.key: kernel for f in found for kernel in f.kernels}
             return {"ConvTranspose": Operator.override(list(kernels.values()))} if kernels else {}
         operators = [Operator.of(f.kernels, packed=f.node.packed) for f in found if f.kernels]
-        return {operator.name: operator for operator in operators}
+        return {operator.name: operator for operator in in_one_domain(operators)}
 
     def _operator_of(self, f: Found) -> str:
         return Operator.of(f.kernels, packed=f.node.packed).name if self.mode == "rewrite" else "ConvTranspose"
@@ -223,7 +223,8 @@ class Job:
             )
             for f in kept
         ]
-        data = rewrite(model, edits, DOMAIN)
+        domain = next((operator.domain for operator in self._operators(kept).values()), "")
+        data = rewrite(model, edits, domain)
         return [*files, *save(model, folder / self.model.name, data)]
 
     # --- the whole model ---

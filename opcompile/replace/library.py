@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ from opcompile.target import Target
 if TYPE_CHECKING:
     from opcompile.lower import Lowered, PlanName
 
-DOMAIN = "opcompile"
 EXPORTS = ("RegisterCustomOps", "opcompile_calls")
 
 # ONNX's number of the element type, and DLPack's code and bits.
@@ -57,15 +56,22 @@ class Operator:
 
     @classmethod
     def of(cls, kernels: Sequence[Kernel], *, packed: bool) -> Operator:
-        """Return a new operator for rewritten models. Equal names mean equal code, in whatever library."""
+        """Return a new operator for rewritten models, named by what it computes and how."""
         kind = "" if packed else "Open"
         key = kernels[0].key if packed else _digest("+".join(kernel.key for kernel in kernels))
-        return cls(DOMAIN, f"ConvTranspose3d{kind}_{key}", packed, tuple(kernels))
+        return cls("opcompile", f"ConvTranspose3d{kind}_{key}", packed, tuple(kernels))
 
     @classmethod
     def override(cls, kernels: Sequence[Kernel]) -> Operator:
         """Return the one that takes ONNX's own operator over."""
         return cls("", "ConvTranspose", False, tuple(kernels))
+
+
+def in_one_domain(operators: Sequence[Operator]) -> list[Operator]:
+    """Return different ``operators`` in a domain of their library's own: a session knows each domain once."""
+    distinct = {operator.name: operator for operator in operators}
+    domain = f"opcompile.{_digest('+'.join(distinct))[:8]}"
+    return [replace(operator, domain=domain) for operator in distinct.values()]
 
 
 @lru_cache(maxsize=256)
