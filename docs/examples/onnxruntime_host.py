@@ -1,4 +1,7 @@
-"""Run a model whose nodes were replaced: python onnxruntime_host.py DIR/model.onnx DIR/opcompile_ops.so"""
+"""Run a model whose nodes were replaced.
+
+python onnxruntime_host.py DIR/model.onnx DIR/opcompile_ops.so
+"""
 
 import sys
 

@@ -96,6 +96,29 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
 
 
+def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
+
+    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
+    A node that cannot be read stays as it is. Raises `ModelError` as `find` does.
+    """
+    specs = {found.output: found.spec for found in find(source) if found.spec is not None}
+    model, folder = _read(source)
+    if folder is not None:
+        onnx.load_external_data_for_model(model, str(folder))
+
+    def spell_out(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            if _is_conv_transpose(node) and node.output[0] in specs:
+                _write_pads(node, specs[node.output[0]])
+            for attribute in node.attribute:
+                for subgraph in _subgraphs(attribute):
+                    spell_out(subgraph)
+
+    spell_out(model.graph)
+    return model
+
+
 # --- reading: from a source to an outline that shape inference understands ---
 
 
@@ -489,15 +512,20 @@ def _settle(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> 
     for node, scope in _nodes(graph, _Scope.of(tensors)):
         spec = _disputed(node, scope)
         if spec is not None:
-            kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
-            pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
-            kept.append(helper.make_attribute("pads", pads))
-            kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            _write_pads(node, spec)
             _forget_shapes(graph)
             return True
     return False
+
+
+def _write_pads(node: onnx.NodeProto, spec: ConvTranspose3d) -> None:
+    """Say the paddings of ``spec`` in numbers."""
+    kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
+    pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
+    kept.append(helper.make_attribute("pads", pads))
+    kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:
