@@ -96,7 +96,8 @@ def test_rewritten_models_that_were_damaged(folder: Path, data: Any) -> None:
     x = integers((1, 4, 3, 4, 5))
     right = answer(model, x, library)
     node = next(n for n in model.graph.node if n.domain.startswith("opcompile"))
-    tensor = next(t for t in model.graph.initializer if t.name == node.input[data.draw(st.sampled_from([1, 2]))])
+    damaged = node.input[data.draw(st.sampled_from([1, 2]))]
+    tensor = next(t for t in model.graph.initializer if t.name == damaged)
     match data.draw(st.sampled_from(["data", "sizes", "type", "inputs", "attributes", "input"])):
         case "data":
             tensor.raw_data = tensor.raw_data[: data.draw(st.integers(0, len(tensor.raw_data)))]
