@@ -76,7 +76,7 @@ def test_real_models(name: str, tmp_path: Path) -> None:
     check_real_model(name, tmp_path)
 
 
-@pytest.mark.peers
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet"])
 def test_more_real_models(name: str, tmp_path: Path) -> None:
     check_real_model(name, tmp_path)

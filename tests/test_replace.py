@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import opcompile
+from opcompile.cli import cli
 from opcompile.errors import ArtifactError, CallError, ModelError
 from opcompile.replace import calls, job, library
 from opcompile.replace.job import Job
@@ -65,6 +66,15 @@ def test_real_models(name: str, mode: Any, tmp_path: Path) -> None:
         assert len(edited.graph.initializer) == len(original.graph.initializer)
     else:
         assert sorted(path.name for path in out.iterdir()) == ["opcompile_ops.so", "report.json"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+@pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet", "vqvae"])
+def test_every_real_model(name: str, mode: Any, tmp_path: Path) -> None:
+    report, _ = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, plan="best", verify=True)
+    assert report.passed
+    assert report.replaced == len(report.nodes) >= 2
 
 
 def test_a_dynamic_batch_has_one_kernel(tmp_path: Path) -> None:
@@ -444,3 +454,37 @@ def test_the_job_holds_what_was_asked() -> None:
 
     asked = set(inspect.signature(opcompile.replace).parameters)
     assert asked == set(Job.__dataclass_fields__) - {"libraries"}
+
+
+# --- the command line ---
+
+
+def command(*words: str | Path) -> Any:
+    from click.testing import CliRunner
+
+    return CliRunner().invoke(cli, ["replace", *map(str, words)], standalone_mode=False)
+
+
+def test_the_command_prints_the_report(tmp_path: Path) -> None:
+    path = saved(upsampling(("n", 4, "d", 4, 5)), tmp_path)
+    given = ("--plan", "baseline", "--shape", "x=nx4x3x4x5", "--shape", "x=1x4x2x4x5", "--no-bench")
+    told = command(path, "-o", tmp_path / "out", *given, "--json")
+    assert told.return_value == 0
+    content = json.loads(told.stdout)
+    assert content == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [kernel["spec"].split()[0] for kernel in content["kernels"]] == ["in=Nx4x3x4x5", "in=1x4x2x4x5"]
+    told = command(path, "-o", tmp_path / "out", *given, "--no-verify")
+    assert "1 of 1 nodes replaced" in told.stdout
+    assert "not asked: verification: it was not asked for" in told.stdout
+
+
+@pytest.mark.parametrize("shape", ["x", "x=", "x=0x1", "x=1x-2", "=1x2", "x=1xx2"])
+def test_a_shape_that_is_none(shape: str, tmp_path: Path) -> None:
+    told = command(saved(upsampling(), tmp_path), "-o", tmp_path / "out", "--shape", shape)
+    assert "is not of the form NAME=NxCxDxHxW" in str(told.exception)
+
+
+def test_shapes_that_do_not_go_together(tmp_path: Path) -> None:
+    shapes = ("--shape", "x=1x2", "--shape", "x=1x3", "--shape", "x=1x4", "--shape", "y=1", "--shape", "y=2")
+    told = command(saved(upsampling(), tmp_path), "-o", tmp_path / "out", *shapes)
+    assert "2 times for y; give it once, or 3 times" in str(told.exception)
