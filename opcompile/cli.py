@@ -535,7 +535,7 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
     uneven = [name for name, given in named.items() if len(given) not in (1, count)]
     if uneven:
         raise click.UsageError(
-            f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count}"
+            f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count} times"
         )
     return [{name: given[i % len(given)] for name, given in named.items()} for i in range(count)]
 

@@ -153,7 +153,7 @@ def _spec(call: relax.Call) -> ConvTranspose3d:
     rows = zip(
         sizes, kernel, attributes.strides, attributes.dilation, begin, end, attributes.output_padding, strict=True
     )
-    axes = [Axis(n, k, int(s), int(d), (int(p), int(q)), int(o)) for n, k, s, d, p, q, o in rows]  # type: ignore[arg-type]
+    axes = [Axis(n, k, int(s), int(d), (int(p), int(q)), int(o)) for n, k, s, d, p, q, o in rows]
     groups = int(attributes.groups)
     return ConvTranspose3d(
         batch, channels, per_group * groups, (axes[0], axes[1], axes[2]), groups, False, dtype=str(x.dtype)
@@ -185,7 +185,11 @@ def _bias(
     if isinstance(other, tvm.ir.GenericConst):
         return relax.const(other.value.numpy().reshape(-1), spec.dtype)
     made = values.get(other)
-    if _operator(made) == "relax.reshape" and [_size(n) for n in made.args[0].ty.shape] == [spec.channels_out]:
+    if (
+        made is not None
+        and _operator(made) == "relax.reshape"
+        and [_size(n) for n in made.args[0].ty.shape] == [spec.channels_out]
+    ):
         return made.args[0]
     return relax.op.reshape(other, (spec.channels_out,))
 
