@@ -454,8 +454,15 @@ static int may_compute(const struct kernel *kernel, const struct node *node, con
   return computes(kernel, node, &x, w, b);
 }
 
+static _Atomic int alive; /* nodes of all sessions */
+
 static void destroy(void *of) {
   struct node *node = of;
+  if (atomic_fetch_sub(&alive, 1) == 1) { /* nobody is left who would use a kept workspace */
+    pthread_mutex_lock(&cache_lock);
+    shrink_cache(0);
+    pthread_mutex_unlock(&cache_lock);
+  }
   if (node->own) ORT_ReleaseOp(node->own);
   for (int i = 0; i < KERNELS; i++) {
     for (int j = i + 1; j < KERNELS; j++) /* equal packings share one copy */
@@ -527,6 +534,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
   (void)api;
   struct node *node = calloc(1, sizeof *node);
   if (!node) return ORT_CreateStatus(ORT_FAIL, "opcompile: there is no memory for a node");
+  atomic_fetch_add(&alive, 1);
   node->operator = operator_of(op);
   OrtStatus *status = ORT_KernelInfo_GetInputCount(info, &node->inputs);
   if (!status && !node->operator->is_packed) {
