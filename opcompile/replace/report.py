@@ -201,6 +201,8 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield from (f"{node.name}: {node.status}: {node.reason}" for node in self.nodes if node.reason)
+        unasked = {kernel.reason: kernel.spec for kernel in self.kernels if kernel.reason}
+        yield from (f"not asked alone inside ONNX Runtime: {spec}: {reason}" for reason, spec in unasked.items())
         worst = max(self.checks, key=lambda c: c.error / c.bound if c.bound else math.inf * c.error, default=None)
         if worst is not None:
             verdict = "equal to stock ONNX Runtime within the bound" if self.passed else "WRONG"

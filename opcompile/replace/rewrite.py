@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ _DATA = "opcompile.data"
 _PAGE = 4096
 
 
-def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | None]], domain: str) -> bytes:
+def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | None]], domain: str) -> dict[str, bytes]:
     """Let nodes call operators of ``domain`` instead, in place: each with the operator's name and its packed weight.
 
-    Returns the external data of the packed weights, for a file ``opcompile.data``; it is empty where the
-    originals were in the model itself.
+    Returns a file with the packed weights, by its name, where originals lay in a file beside the model;
+    else nothing.
     """
     taken, unread, data = model.names(), set[str](), bytearray()
+    file = _new_name(_DATA, model.external_files())
     for node, operator, packed in replaced:
         if node.site is None:
             raise ModelError(f"{node.name} cannot be edited")
@@ -39,7 +41,7 @@ def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | Non
             name = _new_name(f"{inputs[1]}_packed", taken)
             tensor = numpy_helper.from_array(packed, name)
             if model.is_external(inputs[1]):
-                _move_out(tensor, data)
+                _move_out(tensor, file, data)
             model.proto.graph.initializer.append(tensor)
             inputs[1:2] = [name]
             if node.bias is not None:
@@ -50,7 +52,7 @@ def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | Non
     model.drop_unread(unread)
     if replaced:
         model.proto.opset_import.append(helper.make_opsetid(domain, 1))
-    return bytes(data)
+    return {file: bytes(data)} if data else {}
 
 
 def _replace(node: Node, operator: str, domain: str, inputs: Sequence[str]) -> None:
@@ -98,22 +100,22 @@ def _new_name(wanted: str, taken: set[str]) -> str:
     return name
 
 
-def _move_out(tensor: onnx.TensorProto, data: bytearray) -> None:
-    """Move the data of a tensor to the end of ``data``, and let the tensor refer to them."""
+def _move_out(tensor: onnx.TensorProto, file: str, data: bytearray) -> None:
+    """Move the data of a tensor to the end of ``data``, and let the tensor refer to them as part of ``file``."""
     data.extend(bytes(-len(data) % _PAGE))
-    where = {"location": _DATA, "offset": len(data), "length": len(tensor.raw_data)}
+    where = {"location": file, "offset": len(data), "length": len(tensor.raw_data)}
     data.extend(tensor.raw_data)
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(v)) for key, v in where.items())
 
 
-def save(model: Model, path: Path, data: bytes = b"") -> list[str]:
+def save(model: Model, path: Path, data: Mapping[str, bytes] = MappingProxyType({})) -> list[str]:
     """Write a model, the files that its tensors refer to and ``data``; return the names of all, the model's first.
 
     Raises `ModelError` where a file is missing or reaches out of the model's folder.
     """
-    files = sorted(model.external_files() - ({_DATA} if data else set()))
+    files = sorted(model.external_files() - set(data))
     for name in files:
         source, place = model.folder / name, path.parent / name
         if Path(name).is_absolute() or ".." in Path(name).parts or place == path:
@@ -123,10 +125,10 @@ def save(model: Model, path: Path, data: bytes = b"") -> list[str]:
             _link_or_copy(source, place)
         except OSError as error:
             raise ModelError(f"{source}, where the model keeps data, cannot be read: {error.strerror}") from error
-    if data:
-        (path.parent / _DATA).write_bytes(data)
+    for name, content in data.items():
+        (path.parent / name).write_bytes(content)
     path.write_bytes(model.proto.SerializeToString())
-    return [path.name, *files, *([_DATA] if data else [])]
+    return [path.name, *files, *data]
 
 
 def _link_or_copy(source: Path, place: Path) -> None:
