@@ -42,6 +42,7 @@ typedef struct OrtRunOptions OrtRunOptions;
 #define GetTensorShapeElementCount ORT_CALL(64, OrtStatus *, const OrtTensorTypeAndShapeInfo *, size_t *)
 #define GetTensorTypeAndShape ORT_GetTensorTypeAndShape
 #define CreateCpuMemoryInfo ORT_CALL(69, OrtStatus *, int, int, OrtMemoryInfo **)
+#define AllocatorFree ORT_CALL(76, OrtStatus *, OrtAllocator *, void *)
 #define GetAllocatorWithDefaultOptions ORT_CALL(78, OrtStatus *, OrtAllocator **)
 #define ReleaseEnv ORT_CALL(92, void, OrtEnv *)
 #define ReleaseMemoryInfo ORT_CALL(94, void, OrtMemoryInfo *)
@@ -58,8 +59,8 @@ static void check(OrtStatus *status) {
   exit(1);
 }
 
-/* A tensor of ones, of the shape that input `index` has. */
-static OrtValue *ones(const OrtSession *session, size_t index, const OrtMemoryInfo *memory) {
+/* A tensor of ones, of the shape that input `index` has; it borrows `*data`, which is the caller's to free. */
+static OrtValue *ones(const OrtSession *session, size_t index, const OrtMemoryInfo *memory, float **data) {
   OrtTypeInfo *type;
   const OrtTensorTypeAndShapeInfo *info;
   int64_t shape[MOST];
@@ -71,11 +72,11 @@ static OrtValue *ones(const OrtSession *session, size_t index, const OrtMemoryIn
   check(GetDimensions(info, shape, rank));
   ReleaseTypeInfo(type);
   for (size_t i = 0; i < rank; i++) elements *= (size_t)(shape[i] = shape[i] < 0 ? 1 : shape[i]);
-  float *data = malloc(elements * sizeof *data); /* the tensor borrows it, for as long as the program runs */
-  if (!data) exit(1);
-  for (size_t i = 0; i < elements; i++) data[i] = 1;
+  *data = malloc(elements * sizeof **data);
+  if (!*data) exit(1);
+  for (size_t i = 0; i < elements; i++) (*data)[i] = 1;
   OrtValue *value;
-  check(CreateTensorWithDataAsOrtValue(memory, data, elements * sizeof *data, shape, rank, FLOAT, &value));
+  check(CreateTensorWithDataAsOrtValue(memory, *data, elements * sizeof **data, shape, rank, FLOAT, &value));
   return value;
 }
 
@@ -114,6 +115,7 @@ int main(int count, char **arguments) {
   check(GetAllocatorWithDefaultOptions(&allocator));
 
   char *inputs[MOST], *outputs[MOST];
+  float *data[MOST];
   OrtValue *given[MOST], *results[MOST] = {0};
   size_t in, out;
   check(SessionGetInputCount(session, &in));
@@ -121,15 +123,22 @@ int main(int count, char **arguments) {
   if (in > MOST || out > MOST) return 1;
   for (size_t i = 0; i < in; i++) {
     check(SessionGetInputName(session, i, allocator, &inputs[i]));
-    given[i] = ones(session, i, memory);
+    given[i] = ones(session, i, memory, &data[i]);
   }
   for (size_t i = 0; i < out; i++) check(SessionGetOutputName(session, i, allocator, &outputs[i]));
   check(Run(session, NULL, (const char *const *)inputs, (const OrtValue *const *)given, in,
             (const char *const *)outputs, out, results));
   for (size_t i = 0; i < out; i++) print(outputs[i], results[i]);
 
-  for (size_t i = 0; i < in; i++) ReleaseValue(given[i]);
-  for (size_t i = 0; i < out; i++) ReleaseValue(results[i]);
+  for (size_t i = 0; i < in; i++) {
+    ReleaseValue(given[i]);
+    free(data[i]);
+    check(AllocatorFree(allocator, inputs[i]));
+  }
+  for (size_t i = 0; i < out; i++) {
+    ReleaseValue(results[i]);
+    check(AllocatorFree(allocator, outputs[i]));
+  }
   ReleaseMemoryInfo(memory);
   ReleaseSession(session);
   ReleaseSessionOptions(options);
