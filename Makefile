@@ -3,6 +3,7 @@
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
 #   make test-peers  the same operator in PyTorch, every peer, links for other machines; TORCH=torch==2.13.0 picks a version
+#   make test-onnxruntime  replaced nodes at length, inside the oldest and the newest ONNX Runtime
 #   make lint types  what must hold of the code
 #   make bench       every real layer against all peers: bench.json, bench.svg, and a table in Markdown
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-peers lint types bench clean
+.PHONY: demo test test-peers test-onnxruntime lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -26,11 +27,18 @@ demo: $(VENV)/.installed
 	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
 
 test: $(VENV)/.installed-test
-	$(RUN) pytest -n auto --dist loadfile -m "not peers" $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy" $(ARGS)
 
 test-peers: $(VENV)/.installed-test
 	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot]"
 	$(RUN) pytest -m peers $(ARGS)
+
+# The oldest lies in a folder of its own, before the newest on Python's path.
+test-onnxruntime: $(VENV)/.installed-test
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/oldest onnxruntime==1.20.1
+	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
+	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
+	$(RUN) pytest -m heavy $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

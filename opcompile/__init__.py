@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile.cases import CASES, Case
 from opcompile.errors import OpcompileError
-from opcompile.spec import Activation, Axis, ConvTranspose3d
 
 # A submodule of the same name would shadow these functions if they were imported only on use.
+from opcompile.replace import replace
+from opcompile.spec import Activation, Axis, ConvTranspose3d
 from opcompile.tune import tune
 from opcompile.verify import verify
 
@@ -40,6 +41,7 @@ __all__ = [
     "export_onnx",
     "find",
     "load",
+    "replace",
     "tune",
     "verify",
 ]

@@ -28,7 +28,7 @@ import platform
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -99,7 +99,7 @@ def write(
     suffix = "dylib" if lowered.target.system == "darwin" else "so"
     name = f"{_STEM}-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
 
-    beside = _new_beside(place)
+    beside = new_beside(place)
     try:
         (beside / name).write_bytes(library)
         (beside / HEADER).write_text(text)
@@ -109,7 +109,7 @@ def write(
             (beside / WEIGHTS).write_bytes(_archive(stored))
         export_onnx(spec, beside / MODEL, weight=weight, bias=bias)
         _write_manifest(beside, _manifest(lowered, name, sorted(stored)))
-        _put(beside, place)
+        put(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return place
@@ -123,17 +123,17 @@ def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     place = Path(directory).resolve()
     before = read_manifest(place)
     manifest = parse_manifest(before, place)
-    beside = _new_beside(place)
+    beside = new_beside(place)
     try:
         for name in manifest["files"]:
             if name != REPORT:
                 _link_or_copy(place / name, beside / name)
         (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         _write_manifest(beside, manifest)
-        _put(beside, place)
+        put(beside, place)
         # what was in the place is beside it now
         if (beside / MANIFEST).read_bytes() != before:
-            _put(beside, place)
+            put(beside, place)
             raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again")
     except FileNotFoundError as error:
         raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again") from error
@@ -152,7 +152,7 @@ def _checked(name: str, given: NDArray[Any] | None, shape: tuple[int, ...], dtyp
 # --- the directory ---
 
 
-def _new_beside(place: Path) -> Path:
+def new_beside(place: Path) -> Path:
     """Make a directory on the same file system, with the permissions that the user's are made with."""
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
@@ -199,8 +199,10 @@ def _objection(place: Path) -> str | None:
     return f"holds {', '.join(foreign[:3])}, which no artifact wrote" if foreign else None
 
 
-def _put(beside: Path, place: Path) -> None:
+def put(beside: Path, place: Path, require: Callable[[Path], None] | None = None) -> None:
     """Make ``beside`` the directory at ``place``; what was there lies at ``beside`` then.
+
+    ``require`` raises where what is there must not be replaced; by default, what is no artifact.
 
     Directories are exchanged in one step where the system can: nobody ever finds the place empty.
     Elsewhere the old one is moved away first; then the place is empty for an instant, which
@@ -213,10 +215,10 @@ def _put(beside: Path, place: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _require_replaceable(place)
+        (require or _require_replaceable)(place)
         try:
             if not _exchange(beside, place):
-                _exchange_in_steps(beside, place)
+                _exchange_in_steps(beside, place, require)
             return
         except FileNotFoundError:
             if not beside.exists():
@@ -243,7 +245,7 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
-def _exchange_in_steps(beside: Path, place: Path) -> None:
+def _exchange_in_steps(beside: Path, place: Path, require: Callable[[Path], None] | None) -> None:
     aside = place.with_name(f"{beside.name}.old")
     os.rename(place, aside)
     try:
@@ -254,7 +256,7 @@ def _exchange_in_steps(beside: Path, place: Path) -> None:
             raise
         # another writer filled the empty place: replace that one instead
         shutil.rmtree(aside, ignore_errors=True)
-        _put(beside, place)
+        put(beside, place, require)
         return
     os.rename(aside, beside)
 
@@ -433,7 +435,7 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         b_shape=_c_shape((spec.channels_out,)),
         y_shape=_c_shape(spec.y_shape),
         has_bias=int(spec.bias),
-        useful_threads=_useful_threads(spec),
+        useful_threads=useful_threads(spec),
         x_salt=X_SALT,
         w_salt=W_SALT,
         b_salt=B_SALT,
@@ -449,7 +451,7 @@ def _c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
     return "{" + ", ".join(str(n or 0) for n in shape) + "}"
 
 
-def _useful_threads(spec: ConvTranspose3d) -> int:
+def useful_threads(spec: ConvTranspose3d) -> int:
     """Count a thread for each 25 us of work, for one batch element of a dynamic batch: waking one takes about 10.
 
     The work is estimated at 20 GFLOP/s and 5 GB/s, which a core of any supported machine reaches.

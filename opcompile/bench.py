@@ -136,7 +136,7 @@ class BenchReport:
     def ratios(self) -> tuple[Ratio, ...]:
         """One for each peer that was timed."""
         ours, *peers = self.timings
-        return tuple(_ratio(ours, peer) for peer in peers)
+        return tuple(ratio_of(ours, peer) for peer in peers)
 
     @property
     def best(self) -> Ratio | None:
@@ -235,7 +235,8 @@ class BenchReport:
         yield self.machine
 
 
-def _ratio(ours: Timing, peer: Timing) -> Ratio:
+def ratio_of(ours: Timing, peer: Timing) -> Ratio:
+    """Compare two engines that took turns: the median over the rounds, and where it lies."""
     ratios = sorted(p / o for o, p in zip(ours.samples_us, peer.samples_us, strict=True))
     low, high = median_interval(len(ratios))
     return Ratio(peer.engine, statistics.median(ratios), ratios[low], ratios[high])
@@ -287,13 +288,13 @@ def bench(
     inputs, exact = _inputs(spec, np.random.default_rng(seed))
     artifact = compile(spec, target, plan, weight=inputs.w, bias=inputs.b)
     job = Job(spec, artifact.directory, inputs.x, inputs.w, inputs.b, threads)
-    with _pinned(threads) as pinned:
+    with pinned_to(threads) as pinned:
         engines, not_asked = _prepared(tuple(dict.fromkeys(against)), job)
         _require_equal(inputs, engines, exact)
         probes = Probes(spec.sum_dtype, threads)
         before = probes.samples()
         cpu, wall = time.process_time(), time.perf_counter()
-        timings = _take_turns(engines, seconds)
+        timings = take_turns(engines, seconds)
         cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
         weights, not_weighed = _of_each(engines if memory else (), lambda name: weigh(name, job))
@@ -338,7 +339,7 @@ def _of_each(names: Iterable[str], ask: Callable[[str], T]) -> tuple[dict[str, T
 
 
 @contextmanager
-def _pinned(threads: int) -> Iterator[tuple[int, ...]]:
+def pinned_to(threads: int) -> Iterator[tuple[int, ...]]:
     """Keep this thread, and those it starts, on as many processors; afterwards as before."""
     if not hasattr(os, "sched_setaffinity"):
         yield ()
@@ -376,7 +377,7 @@ def _stored(dtype: str, values: Tensor) -> Tensor:
     return values.astype(bfloat16)
 
 
-def _take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]:
+def take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]:
     """Warm up, find out how many calls fill a sample, then time round after round."""
     calls = {name: _calls(engine.run) for name, engine in engines.items()}
     round_us = sum(count * us for count, us in calls.values())

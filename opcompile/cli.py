@@ -456,6 +456,96 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as
 
 
 @cli.command()
+@click.argument("model", metavar="MODEL.onnx")
+@click.option("-o", "--output", "into", required=True, metavar="DIR", help="Directory to write.")
+@click.option(
+    "--mode",
+    type=click.Choice(["rewrite", "override"]),
+    default="rewrite",
+    show_default=True,
+    help="rewrite: a new model names our operators; override: the library takes ONNX's own operator over.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=NxCxDxHxW",
+    help="Compile for this shape of an input with open sizes (repeatable); ONNX Runtime does the others.",
+)
+@_target
+@_plan
+@_nodes
+@click.option("--all", "everything", is_flag=True, help="Replace the nodes that do not gain, too.")
+@click.option("--no-verify", is_flag=True, help="Write the result unchecked.")
+@click.option("--no-bench", is_flag=True, help="Measure nothing, and replace every node.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=0.5, show_default=True, metavar="S", help="For each timing."
+)
+@_json
+def replace(
+    model: str,
+    into: str,
+    mode: Any,
+    shapes: tuple[str, ...],
+    target: str,
+    plan: Any,
+    nodes: tuple[str, ...],
+    everything: bool,
+    no_verify: bool,
+    no_bench: bool,
+    seconds: float,
+    as_json: bool,
+) -> int:
+    """Let MODEL.onnx run our kernels inside ONNX Runtime: write DIR/opcompile_ops.so, and the model that uses it.
+
+    Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
+    whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower.
+    """
+    from opcompile.replace import replace as replace_nodes
+
+    with _progress("replacing") as show:
+        report = replace_nodes(
+            model,
+            into,
+            mode=mode,
+            target=target,
+            plan=plan,
+            shapes=_alternatives(shapes),
+            nodes=nodes,
+            everything=everything,
+            verify=not no_verify,
+            measure=not no_bench,
+            seconds=seconds,
+            progress=show,
+        )
+    _emit(as_json, report.to_json(), report.renderables)
+    return int(not report.passed or report.slower)
+
+
+def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]]]:
+    """Read ``name=1x2x8x8x8``: of several for one name each is an alternative; one for a name holds for all."""
+    named: dict[str, list[tuple[int | str, ...]]] = {}
+    for text in shapes:
+        name, equals, sizes = text.rpartition("=")
+        parts = sizes.split("x")
+        if not equals or not name or not all(_is_size(p) for p in parts):
+            raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
+        named.setdefault(name, []).append(tuple(int(p) if p.isdecimal() else p for p in parts))
+    count = max(map(len, named.values()), default=0)
+    uneven = [name for name, given in named.items() if len(given) not in (1, count)]
+    if uneven:
+        raise click.UsageError(
+            f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count} times"
+        )
+    return [{name: given[i % len(given)] for name, given in named.items()} for i in range(count)]
+
+
+def _is_size(text: str) -> bool:
+    """Whether a text is a positive number, or the name of an open size."""
+    return int(text) > 0 if text.isdecimal() else text.isidentifier()
+
+
+@cli.command()
 @click.argument("source", metavar="SOURCE|DIR")
 @_target
 @_plan

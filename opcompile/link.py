@@ -23,7 +23,7 @@ from opcompile.target import Target
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.
 _SHARED = "kernel.h"
-_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared")
+_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-shared")
 # The oldest C library that both architectures have: what zig links runs on every later one.
 _OLDEST_GLIBC = "2.17"
 

@@ -55,16 +55,18 @@ class Lowered:
     workspace_bytes: int
 
 
-def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best") -> Lowered:
+def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, symbol: str = KERNEL) -> Lowered:
     """Compile ``spec`` for ``target``.
 
     ``plan`` is ``baseline`` (tiles by arithmetic), ``tuned`` (by a record; `RecordError` where there
-    is none) or ``best`` (the record where there is one, else the baseline).
+    is none) or ``best`` (the record where there is one, else the baseline). The object code defines
+    ``__tvm_ffi_<symbol>``: kernels that are linked together need different ones.
     """
     tiles, chosen = choose(spec, target, plan)
     module = scheduled(spec, tiles)
+    named = tvm.IRModule({symbol: module[KERNEL].with_attr("global_symbol", symbol)})
     with tvm.target.Target(target.tvm()) as tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
+        executable = tvm.compile(named, target=tvm_target)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from opcompile.runtime import Artifact
 
-__all__ = ["NotAsked", "Report", "Row", "bounds", "compare", "verify"]
+__all__ = ["InputSet", "NotAsked", "Report", "Row", "bounds", "compare", "first_line", "input_sets", "verify"]
 
 Tensor = NDArray[Any]
 
@@ -188,7 +188,7 @@ def _most_frequent(lines: Iterable[tuple[str, ...]], calls: Iterable[str], kind:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class InputSet:
     """One input set: how to draw it, at which batch, and whether with the weights compiled in."""
 
     name: str
@@ -257,25 +257,25 @@ def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
     return x * smallest if spec.dtype == "float64" else x * np.float32(smallest), w, b * 0
 
 
-def _questions(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[_Question]]:
+def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSet]]:
     """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
     large = spec.flops > _LARGE_FLOPS or spec.bytes() > _LARGE_BYTES
     main, *others = [spec.batch] if spec.batch else [2, 1, 3]
     integers = [("integers", _integers)] if _largest_integer(spec) else []
-    asked = [_Question(name, draw, main, exact=True) for name, draw in integers]
+    asked = [InputSet(name, draw, main, exact=True) for name, draw in integers]
     if large:
-        asked.append(_Question("normal", _normal, main, compiled))
+        asked.append(InputSet("normal", _normal, main, compiled))
         size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
         rule = f"two input sets, because the layer is larger than {size}"
     else:
         rule = "all input sets"
-        asked += [_Question("ones", _ones, main, exact=True)] if integers else []
+        asked += [InputSet("ones", _ones, main, exact=True)] if integers else []
         reals = {"normal": _normal, "impulse": _impulse, "alternating": _alternating, "wide": _wide, "tiny": _tiny}
-        asked += [_Question(name, draw, main) for name, draw in reals.items()]
-        asked += [_Question(name, reals[name], main, True) for name in ("normal", "impulse") if compiled]
+        asked += [InputSet(name, draw, main) for name, draw in reals.items()]
+        asked += [InputSet(name, reals[name], main, True) for name in ("normal", "impulse") if compiled]
     for batch in others:
-        asked += [_Question(name, draw, batch, exact=True) for name, draw in integers]
-        asked += [] if large else [_Question("normal", _normal, batch, compiled)]
+        asked += [InputSet(name, draw, batch, exact=True) for name, draw in integers]
+        asked += [] if large else [InputSet("normal", _normal, batch, compiled)]
     return rule, asked
 
 
@@ -335,7 +335,7 @@ class _OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except self._refusals as error:
-            raise EngineError(_first_line(error)) from error
+            raise EngineError(first_line(error)) from error
         self.inputs = tuple(given.name for given in self._session.get_inputs())
 
     def __call__(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
@@ -349,7 +349,7 @@ class _OnnxRuntime:
             binding.bind_ortvalue_output("Y", self._wrapped(y))
             self._session.run_with_iobinding(binding)
         except self._refusals as error:
-            raise EngineError(_first_line(error)) from error
+            raise EngineError(first_line(error)) from error
         return y
 
     def _wrapped(self, array: Tensor | None) -> Any:
@@ -359,7 +359,8 @@ class _OnnxRuntime:
         return self._value.ortvalue_from_numpy_with_onnx_type(bits, self._ELEMENT_TYPES[self._spec.dtype])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an exception says first, after its name."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -406,7 +407,7 @@ class _Asked:
 
 def _ask(
     artifact: Artifact,
-    question: _Question,
+    question: InputSet,
     own: tuple[Tensor | None, Tensor | None],
     runtime: _OnnxRuntime | None,
     rng: np.random.Generator,
@@ -469,7 +470,7 @@ def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINE
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
     started, spec = time.perf_counter(), artifact.spec
     own = _compiled_in(artifact)
-    rule, questions = _questions(spec, any(mine is not None for mine in own))
+    rule, questions = input_sets(spec, any(mine is not None for mine in own))
     threads = (1, max(2, _cpus()))
     rows: list[Row] = []
     not_asked: list[NotAsked] = []

@@ -99,7 +99,7 @@ def test_the_process_is_pinned_while_timing_and_not_after(monkeypatch: pytest.Mo
         raise EngineError("far enough")
 
     before = os.sched_getaffinity(0)
-    monkeypatch.setattr(module, "_take_turns", looking)
+    monkeypatch.setattr(module, "take_turns", looking)
     with pytest.raises(EngineError):
         bench(SPEC, against=(), plan="baseline")
     assert [len(cpus) for cpus in seen] == [1]
@@ -112,7 +112,7 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     engines = {name: Engine("1", lambda name=name: calls.append(name), np.empty, "float32") for name in ("a", "b", "c")}
     monkeypatch.setattr(module, "_calls", lambda _: (1, 1e6))
-    timings = module._take_turns(engines, 0.01)
+    timings = module.take_turns(engines, 0.01)
     assert [len(timing.samples_us) for timing in timings] == [11, 11, 11]
     assert "".join(calls[:9]) == "abcbcacab"
 
@@ -127,7 +127,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = engines._onnxruntime
     monkeypatch.setitem(engines._MAKERS, "onnxruntime", bent)
-    monkeypatch.setattr(module, "_take_turns", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(module, "take_turns", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(VerificationError, match=r"onnxruntime is wrong .* nothing was timed"):
         bench(SPEC, plan="baseline")
 

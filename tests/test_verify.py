@@ -257,7 +257,7 @@ def test_integers_are_exact_in_every_case(c) -> None:
 
 def test_large_layers_are_asked_twice() -> None:
     for c in CASES:
-        rule, questions = module._questions(c.spec, False)
+        rule, questions = module.input_sets(c.spec, False)
         large = rule.startswith("two input sets")
         assert large == (len({q.name for q in questions}) == 2), c.name
         assert large or "large" not in c.tags

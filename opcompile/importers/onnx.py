@@ -57,6 +57,7 @@ class Found:
     ``name`` is the node's name or that of its output, made unique. ``weight (C, M/g, kD, kH, kW)`` and
     ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
     An initializer that is also listed as a graph input counts as known: its value is the file's.
+    ``output`` is the tensor that the node writes: its name in the model, unless a function holds the node.
     """
 
     name: str
@@ -64,11 +65,16 @@ class Found:
     weight: NDArray[Any] | None
     bias: NDArray[Any] | None
     reason: str | None
+    output: str
 
 
-def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found]:
+Shapes = Mapping[str, Sequence[int | str]]
+
+
+def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Shapes | None = None) -> list[Found]:
     """Return the 5-D ConvTranspose nodes of a model, in graph order.
 
+    ``shapes`` gives inputs of the model other shapes than the file does, as ints or names of open sizes.
     Nodes in the subgraphs of If, Loop and Scan are included, and model-local functions where they are
     called. A node whose rank cannot be inferred is listed with that reason. External data are looked up
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
@@ -77,6 +83,8 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found
     try:
         model, folder = _read(source)
         outline, tensors = _outline(model)
+        if shapes:
+            _reshape_inputs(outline.graph, shapes)
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
         for step in (_check, _inline, _infer):
             outline = _refine(outline, step)
@@ -86,6 +94,29 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> list[Found
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
+
+
+def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
+
+    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
+    A node that cannot be read stays as it is. Raises `ModelError` as `find` does.
+    """
+    specs = {found.output: found.spec for found in find(source) if found.spec is not None}
+    model, folder = _read(source)
+    if folder is not None:
+        onnx.load_external_data_for_model(model, str(folder))
+
+    def spell_out(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            if _is_conv_transpose(node) and node.output[0] in specs:
+                _write_pads(node, specs[node.output[0]])
+            for attribute in node.attribute:
+                for subgraph in _subgraphs(attribute):
+                    spell_out(subgraph)
+
+    spell_out(model.graph)
+    return model
 
 
 # --- reading: from a source to an outline that shape inference understands ---
@@ -139,6 +170,26 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
         helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in tensors.items() if name not in inputs
     )
     return outline, tensors
+
+
+def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes) -> None:
+    """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
+    inputs = {value.name: value for value in graph.input}
+    _forget_shapes(graph)
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
+        dimensions = inputs[name].type.tensor_type.shape.dim
+        if inputs[name].type.tensor_type.HasField("shape") and len(dimensions) != len(shape):
+            raise ModelError(f"input {name} has {len(dimensions)} axes, but {len(shape)} sizes were given for it")
+        for given, dimension in zip(shape, dimensions, strict=False):
+            if dimension.HasField("dim_value") and dimension.dim_value != given:
+                raise ModelError(
+                    f"input {name} has the fixed sizes {[d.dim_value or d.dim_param for d in dimensions]}, "
+                    f"and {list(shape)} is another shape; only open sizes can be given"
+                )
+        element_type = inputs[name].type.tensor_type.elem_type
+        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, list(shape)))
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
@@ -281,7 +332,8 @@ def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodePro
 
 
 def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
-    return (attribute.g, *attribute.graphs)
+    # to touch a graph that is not there would set it
+    return (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
 
 
 def _is_conv_transpose(node: onnx.NodeProto) -> bool:
@@ -309,8 +361,8 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        return Found(name, None, None, None, str(error))
-    return Found(name, spec, weight, bias, None)
+        return Found(name, None, None, None, str(error), node.output[0])
+    return Found(name, spec, weight, bias, None, node.output[0])
 
 
 def _weights(node: onnx.NodeProto, scope: _Scope) -> tuple[_Value, _Value | None]:
@@ -460,15 +512,20 @@ def _settle(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> 
     for node, scope in _nodes(graph, _Scope.of(tensors)):
         spec = _disputed(node, scope)
         if spec is not None:
-            kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
-            pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
-            kept.append(helper.make_attribute("pads", pads))
-            kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            _write_pads(node, spec)
             _forget_shapes(graph)
             return True
     return False
+
+
+def _write_pads(node: onnx.NodeProto, spec: ConvTranspose3d) -> None:
+    """Say the paddings of ``spec`` in numbers."""
+    kept = [a for a in node.attribute if a.name not in ("auto_pad", "output_shape", "pads", "output_padding")]
+    pads = [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)]
+    kept.append(helper.make_attribute("pads", pads))
+    kept.append(helper.make_attribute("output_padding", [a.output_pad for a in spec.axes]))
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:
@@ -540,6 +597,7 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
             None,
             f"it is in function {function.domain}.{function.name}, whose opset is not the model's; "
             "convert one of them with onnx.version_converter",
+            node.output[0],
         )
         for function in outline.functions
         for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)

@@ -1,0 +1,112 @@
+"""An ONNX model -> the same model running our kernels inside ONNX Runtime, without TVM.
+
+Two modes. *rewrite*: the 5-D ConvTranspose nodes, with the additions and the activation behind them, become
+nodes of our own operators; weights are packed in the new file. *override*: the model file stays as it is, and
+the library takes ONNX's own operator over; where no kernel was compiled for a shape it calls ONNX Runtime's.
+
+=============  =====================================================================
+`model`        the graphs of a model: who reads what, which values are constants
+`survey`       which nodes there are, and what could be compiled for each
+`fusion`       what follows a node and is computed with it
+`library`      kernels -> one shared library: ``ops.c``, ``ort.h`` and a table
+`rewrite`      edits of a model
+`sessions`     ONNX Runtime, with and without the library
+`prove`        right? faster? kernels alone, and the whole model
+`place`        the directory that is written
+`job`          the steps, one after the other
+`report`       the answers
+=============  =====================================================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from opcompile.errors import CallError
+
+if TYPE_CHECKING:
+    from opcompile.lower import PlanName
+    from opcompile.replace.report import Report
+
+Mode = Literal["rewrite", "override"]
+Progress = Callable[[int, int, str | None], None]
+
+__all__ = ["calls", "replace"]
+
+
+def replace(
+    model: str | os.PathLike[str],
+    into: str | os.PathLike[str],
+    *,
+    mode: Mode = "rewrite",
+    target: str = "llvm",
+    plan: PlanName = "best",
+    shapes: Sequence[Mapping[str, Sequence[int | str]]] = (),
+    nodes: Sequence[str] = (),
+    everything: bool = False,
+    verify: bool = True,
+    measure: bool = True,
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 0.5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Compile a model's 5-D ConvTranspose nodes into a library for ONNX Runtime; write it and the model ``into`` it.
+
+    ``shapes`` give inputs whose sizes the model leaves open sizes to compile for, by name; every other shape
+    is ONNX Runtime's. ``nodes`` chooses some by name. Every kernel runs alone inside ONNX Runtime first: one
+    that is not faster there on some of ``threads``, or is slower on any, is left out, unless ``everything`` is
+    asked for. Then the whole model is verified and timed against the stock one. ``verify`` and ``measure``
+    turn either off; code for another machine is neither. ``seconds`` is the time for each engine and timing.
+
+    The directory is written whole or not at all; an older one of ours is replaced. What was found stands in
+    the report, which is stored in the directory as well: a result that is wrong (``passed``) or slower
+    (``slower``) is no exception. Raises `ModelError` for a file that is no model with such nodes,
+    `ArtifactError` for a directory that holds other files, `TargetError`, `EngineError`, `CallError`.
+    """
+    from opcompile.replace.job import Job  # on use: it brings onnx
+
+    if mode not in ("rewrite", "override"):
+        raise CallError(f"mode is {mode!r}, but must be rewrite or override")
+    job = Job(
+        model=Path(model),
+        into=Path(into),
+        mode=mode,
+        target=target,
+        plan=plan,
+        shapes=tuple(shapes),
+        nodes=tuple(nodes),
+        everything=everything,
+        verify=verify,
+        measure=measure,
+        threads=tuple(threads),
+        seconds=seconds,
+        seed=seed,
+        progress=progress or (lambda _done, _total, _name: None),
+    )
+    return job.run()
+
+
+def calls(library: str | os.PathLike[str]) -> dict[str, int]:
+    """Return how often each kernel of a library was called in this process, by its spec, since it was loaded.
+
+    ``onnxruntime`` counts the calls of ONNX Runtime's own kernel, for shapes that were not compiled. Of
+    two kernels for the same layer the numbers are added. Raises `CallError` for what is no such library.
+    """
+    try:
+        loaded = ctypes.CDLL(os.path.abspath(library))
+        ask = loaded.opcompile_calls
+    except (OSError, AttributeError) as error:
+        raise CallError(f"{os.fspath(library)} is no library that replace has written: {error}") from error
+    name, count = ctypes.c_char_p(), ctypes.c_uint64()
+    found: dict[str, int] = {}
+    index = 0
+    while ask(index, ctypes.byref(name), ctypes.byref(count)):
+        spec = (name.value or b"").decode()
+        found[spec] = found.get(spec, 0) + count.value
+        index += 1
+    return found

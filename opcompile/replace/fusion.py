@@ -1,0 +1,220 @@
+"""What follows a ConvTranspose and can be computed with it: additions per channel, then one activation.
+
+An activation may be one operator or several (``x * Sigmoid(x)``, the five nodes of a Gelu). Several are
+recognised by their *values*: a region of elementwise operators with scalar constants, into which only the
+layer's sum goes and out of which only one value comes, is evaluated on a row of numbers and held against
+each formula of `opcompile.reference`. So it does not matter in which order an exporter multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from opcompile.errors import SpecError
+from opcompile.reference import activate
+from opcompile.replace.model import Graph, Model
+from opcompile.spec import ACTIVATIONS, Activation
+
+Array = NDArray[Any]
+
+_DOMAINS = ("", "ai.onnx")
+_MICROSOFT = "com.microsoft"
+_LONGEST = 12
+# Where functions bend and where they are flat. The constants of models have float32's precision.
+_SAMPLES = np.concatenate([np.linspace(-12, 12, 241), np.array([-1e-3, 1e-3, -30.0, 20.0])])
+_TOLERANCE = 1e-6
+
+_NONE = Activation()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fusion:
+    """Nodes after a layer that go away with it: ``result`` is the value that the last of them writes.
+
+    ``bias`` is what they add to each output channel, in float64; None where they add nothing.
+    """
+
+    result: str
+    bias: Array | None = None
+    activation: Activation = _NONE
+    nodes: tuple[onnx.NodeProto, ...] = ()
+
+
+def fuse(model: Model, graph: Graph, output: str, channels: int) -> Fusion:
+    """Return what can be computed with the ConvTranspose that writes ``output`` to ``channels`` channels."""
+    bias, nodes = None, []
+    while (found := _addition(model, graph, output, channels)) is not None:
+        node, added = found
+        bias = added if bias is None else bias + added
+        nodes.append(node)
+        output = node.output[0]
+    region, activation = _activation(model, graph, output)
+    return Fusion(region[-1].output[0] if region else output, bias, activation, (*nodes, *region))
+
+
+def _addition(model: Model, graph: Graph, value: str, channels: int) -> tuple[onnx.NodeProto, Array] | None:
+    """Return the only reader of ``value`` where it adds a constant to each channel, and that constant."""
+    readers = graph.readers(value)
+    if len(readers) != 1 or graph.leaves(value):
+        return None
+    node = readers[0]
+    if node.op_type != "Add" or node.domain not in _DOMAINS or list(node.input).count(value) != 1:
+        return None
+    other = model.constant(next(name for name in node.input if name != value), graph)
+    if other is None or other.dtype != np.float32 or other.ndim > 5:
+        return None
+    whole = other.reshape((1,) * (5 - other.ndim) + other.shape)
+    if whole.shape not in ((1, channels, 1, 1, 1), (1, 1, 1, 1, 1)):
+        return None
+    return node, np.broadcast_to(whole.reshape(-1), (channels,)).astype(np.float64)
+
+
+def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeProto], Activation]:
+    """Return the largest region after ``value`` that is an activation, and which one; no nodes where none is."""
+    values: dict[str, Array] = {value: _SAMPLES}
+    region: list[onnx.NodeProto] = []
+    best: tuple[list[onnx.NodeProto], Activation] = ([], Activation())
+    while len(region) < _LONGEST:
+        grown = next((n for n in _candidates(graph, values) if all(n is not r for r in region)), None)
+        computed = None if grown is None else _computed(model, graph, grown, values)
+        if grown is None or computed is None:
+            break
+        region.append(grown)
+        values[grown.output[0]] = computed
+        if _is_closed(graph, region, values):
+            single = _single(model, graph, grown) if len(region) == 1 else None
+            recognised = single or _recognised(computed)
+            if recognised is not None:
+                best = (list(region), recognised)
+    return best
+
+
+def _candidates(graph: Graph, values: dict[str, Array]) -> list[onnx.NodeProto]:
+    return [node for node in graph.proto.node if set(node.input) & set(values)]
+
+
+def _is_closed(graph: Graph, region: list[onnx.NodeProto], values: dict[str, Array]) -> bool:
+    """Whether nothing but the last value is read outside of the region."""
+    *inner, _ = values
+    return not any(
+        graph.leaves(name) or any(all(reader is not node for node in region) for reader in graph.readers(name))
+        for name in inner
+    )
+
+
+def _recognised(computed: Array) -> Activation | None:
+    for name in ACTIVATIONS:
+        expected = activate(Activation(name), _SAMPLES)
+        if name != "none" and np.all(np.abs(computed - expected) <= _TOLERANCE * (1 + np.abs(expected))):
+            return Activation(name)
+    return None
+
+
+# --- operators ---
+
+
+def _computed(model: Model, graph: Graph, node: onnx.NodeProto, values: dict[str, Array]) -> Array | None:
+    """Return what an elementwise node makes of the samples; None for any other node."""
+    if len(node.output) != 1 or (node.domain not in _DOMAINS and node.domain != _MICROSOFT):
+        return None
+    single = _single(model, graph, node)
+    if single is not None:
+        return np.asarray(activate(single, values[node.input[0]])) if node.input[0] in values else None
+    formula = _FORMULAS.get(node.op_type) if node.domain in _DOMAINS else None
+    if formula is None or node.attribute:
+        return None
+    given = [values[name] if name in values else _scalar(model, graph, name) for name in node.input]
+    if any(array is None for array in given):
+        return None
+    with np.errstate(all="ignore"):
+        return np.asarray(formula(*given))
+
+
+def _scalar(model: Model, graph: Graph, name: str) -> Array | None:
+    array = model.constant(name, graph) if name else None
+    if array is None or array.size != 1 or array.ndim > 5 or array.dtype.kind not in "fiu":
+        return None
+    return np.asarray(array.reshape(()).astype(np.float64))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+_FORMULAS: dict[str, Callable[..., Array]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Erf": _erf,
+    "Min": np.minimum,
+    "Max": np.maximum,
+}
+
+
+def _single(model: Model, graph: Graph, node: onnx.NodeProto) -> Activation | None:
+    """Return the activation that one operator is."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    try:
+        if node.domain == _MICROSOFT:
+            return _of_microsoft(node, attributes)
+        if node.op_type == "PRelu":
+            slope = _scalar(model, graph, node.input[1])
+            return None if slope is None else Activation("leaky_relu", (float(slope),))
+        if node.op_type == "Clip":
+            return _of_clip(model, graph, node, attributes)
+        if node.op_type == "Gelu":
+            return Activation("gelu_tanh" if attributes.get("approximate") == b"tanh" else "gelu")
+        if node.op_type == "Swish":
+            return Activation("silu") if attributes.get("alpha", 1.0) == 1 else None
+        if node.op_type not in _OPERATORS:
+            return None
+        name, parameters = _OPERATORS[node.op_type]
+        return Activation(name, tuple(float(attributes.get(key, default)) for key, default in parameters))
+    except SpecError:
+        return None  # a parameter that is no finite number: ONNX Runtime may make of it what it likes
+
+
+# name, and the attributes that are its parameters with ONNX's defaults
+_OPERATORS: dict[str, tuple[str, tuple[tuple[str, float], ...]]] = {
+    "Relu": ("relu", ()),
+    "LeakyRelu": ("leaky_relu", (("alpha", 0.01),)),
+    "Elu": ("elu", (("alpha", 1.0),)),
+    "Selu": ("selu", (("alpha", 1.67326319217681884765625), ("gamma", 1.05070102214813232421875))),
+    "Sigmoid": ("sigmoid", ()),
+    "HardSigmoid": ("hard_sigmoid", (("alpha", 0.2), ("beta", 0.5))),
+    "HardSwish": ("hard_silu", ()),
+    "Mish": ("mish", ()),
+    "Softplus": ("softplus", ()),
+    "Softsign": ("softsign", ()),
+    "Tanh": ("tanh", ()),
+    "Exp": ("exponential", ()),
+}
+
+
+def _of_microsoft(node: onnx.NodeProto, attributes: dict[str, Any]) -> Activation | None:
+    if node.op_type == "Gelu" and len(node.input) == 1:
+        return Activation("gelu")
+    if node.op_type == "FastGelu" and len(node.input) == 1:
+        return Activation("gelu_tanh")
+    return Activation("silu") if node.op_type == "QuickGelu" and attributes.get("alpha", 1.702) == 1 else None
+
+
+def _of_clip(model: Model, graph: Graph, node: onnx.NodeProto, attributes: dict[str, Any]) -> Activation | None:
+    limits = [attributes.get(key) for key in ("min", "max")]
+    for index, name in enumerate(node.input[1:]):
+        if name:
+            limit = _scalar(model, graph, name)
+            if limit is None:
+                return None
+            limits[index] = float(limit)
+    if limits[0] != 0 or limits[1] not in (6, None):
+        return None
+    return Activation("relu" if limits[1] is None else "relu6")

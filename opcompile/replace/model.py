@@ -1,0 +1,173 @@
+"""The ONNX model that is rewritten: its graphs, who reads what, and which values are constants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from opcompile.errors import ModelError
+
+# Before this version every initializer is an input of the graph as well, and still a constant.
+_IR_WITH_OVERRIDABLE = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """One graph of a model, and the graphs around it, the outermost first."""
+
+    proto: onnx.GraphProto
+    outer: tuple[onnx.GraphProto, ...]
+
+    def readers(self, value: str) -> list[onnx.NodeProto]:
+        """Return the nodes of this graph that read ``value``, those with it inside of a subgraph included."""
+        return [node for node in self.proto.node if value in _reads(node)]
+
+    def leaves(self, value: str) -> bool:
+        """Whether ``value`` is an output of the graph."""
+        return any(output.name == value for output in self.proto.output)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """Where a node stands."""
+
+    graph: Graph
+    node: onnx.NodeProto
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """A model as it was read, without the data that lie beside it in ``folder``; edited in place."""
+
+    proto: onnx.ModelProto
+    folder: Path
+    overridable: frozenset[str] = field(default=frozenset())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Model:
+        """Read a model file that `opcompile.find` has accepted; functions of its own are inlined."""
+        place = Path(path)
+        proto = onnx.load_model_from_string(place.read_bytes())
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        inputs = {value.name for value in proto.graph.input}
+        constants = {t.name for t in proto.graph.initializer} if proto.ir_version >= _IR_WITH_OVERRIDABLE else set()
+        return cls(proto, place.parent, frozenset(inputs & constants))
+
+    def graphs(self) -> Iterator[Graph]:
+        """Yield the graph, and those inside of its nodes."""
+        yield from _graphs(self.proto.graph, ())
+
+    def sites(self) -> dict[str, Site]:
+        """Return every ConvTranspose by the name of its output."""
+        return {
+            node.output[0]: Site(graph, node)
+            for graph in self.graphs()
+            for node in graph.proto.node
+            if node.op_type == "ConvTranspose" and node.domain in ("", "ai.onnx")
+        }
+
+    def constant(self, name: str, graph: Graph) -> NDArray[Any] | None:
+        """Return the data of a value that no caller can change, None for any other. Raises `ModelError`."""
+        tensor = None if name in self.overridable else self._tensor(name, (*graph.outer, graph.proto))
+        if tensor is None:
+            return None
+        try:
+            return np.asarray(numpy_helper.to_array(tensor, str(self.folder)))
+        except (ValueError, OSError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"{name} cannot be read: {error}; export the model again") from error
+
+    def is_external(self, name: str) -> bool:
+        """Whether the data of an initializer lie in a file of their own."""
+        return any(_is_external(t) for graph in self.graphs() for t in graph.proto.initializer if t.name == name)
+
+    def _tensor(self, name: str, graphs: Sequence[onnx.GraphProto]) -> onnx.TensorProto | None:
+        for graph in reversed(graphs):
+            for tensor in graph.initializer:
+                if tensor.name == name:
+                    return tensor
+            for node in graph.node:
+                if name in node.output:
+                    return self._of_node(node, graphs)
+        return None
+
+    def _of_node(self, node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> onnx.TensorProto | None:
+        if node.op_type == "Identity" and node.domain in ("", "ai.onnx"):
+            return None if node.input[0] in self.overridable else self._tensor(node.input[0], graphs)
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value":
+                return attribute.t
+            if attribute.name in ("value_float", "value_floats"):
+                values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                return numpy_helper.from_array(np.array(values, np.float32))
+        return None
+
+    def external_files(self) -> set[str]:
+        """Return the files beside the model that its tensors refer to, relative to it."""
+        tensors = (t for graph in self.graphs() for t in _tensors(graph.proto))
+        return {e.value for t in tensors if _is_external(t) for e in t.external_data if e.key == "location"}
+
+    def names(self) -> set[str]:
+        """Return every name that a value or a node has."""
+        taken = set()
+        for graph in self.graphs():
+            taken |= {v.name for v in (*graph.proto.input, *graph.proto.output, *graph.proto.initializer)}
+            taken |= {name for node in graph.proto.node for name in (node.name, *node.input, *node.output)}
+        return taken
+
+    def drop_unread(self, names: set[str]) -> None:
+        """Remove those constants of ``names`` that nothing reads any more, wherever they are defined."""
+        read = {value for graph in self.graphs() for node in graph.proto.node for value in node.input}
+        read |= {output.name for graph in self.graphs() for output in graph.proto.output}
+        gone = names - read
+        for graph in self.graphs():
+            for values in (graph.proto.initializer, graph.proto.input, graph.proto.value_info):
+                _remove(values, lambda value: value.name in gone)
+            _remove(graph.proto.node, lambda n: n.op_type == "Constant" and set(n.output) <= gone)
+
+
+def _graphs(graph: onnx.GraphProto, outer: tuple[onnx.GraphProto, ...]) -> Iterator[Graph]:
+    yield Graph(graph, outer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    yield from _graphs(inner, (*outer, graph))
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Return what a node reads, and what the graphs inside of it read and do not define."""
+    read = set(node.input)
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            of_inner = {name for n in inner.node for name in _reads(n)} | {o.name for o in inner.output}
+            defined = {name for n in inner.node for name in n.output}
+            defined |= {v.name for v in (*inner.input, *inner.initializer)}
+            read |= of_inner - defined
+    return read
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _remove(values: Any, unwanted: Any) -> None:
+    for index in reversed(range(len(values))):
+        if unwanted(values[index]):
+            del values[index]

@@ -1,0 +1,253 @@
+"""What `replace` did, found and measured: for people a table, for machines JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from opcompile.bench import Ratio
+from opcompile.bounds import Check
+from opcompile.units import binary, duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+FORMAT = "opcompile-replacement"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Median times in microseconds of ONNX Runtime's own and of ours, in turns, on so many threads."""
+
+    threads: int
+    before_us: float
+    after_us: float
+    ratio: Ratio
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the verdict."""
+        return {**asdict(self), "verdict": self.ratio.verdict}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One comparison of a kernel that runs inside ONNX Runtime, on one input set."""
+
+    inputs: str
+    answer: str
+    against: str
+    check: Check
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One layer that was compiled, and what was found when it ran alone inside ONNX Runtime.
+
+    ``reason`` says why nothing was asked, where ``proofs`` are empty.
+    """
+
+    key: str
+    spec: str
+    plan: str
+    proofs: tuple[Proof, ...] = ()
+    speeds: tuple[Speed, ...] = ()
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """No comparison failed."""
+        return all(proof.check.passed for proof in self.proofs)
+
+    @property
+    def worst(self) -> float | None:
+        """The largest error as a share of its bound; None where nothing was asked."""
+        return max((p.check.worst for p in self.proofs if p.answer.startswith("opcompile")), default=None)
+
+    @property
+    def gains(self) -> bool:
+        """Faster on some number of threads and slower on none, as far as was measured."""
+        verdicts = [speed.ratio.verdict for speed in self.speeds]
+        return not verdicts or ("faster" in verdicts and "slower" not in verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """One node: ``status`` is ``replaced``, ``kept`` (with ONNX Runtime) or ``refused``; ``reason`` says why.
+
+    ``kernels`` are keys, one for each shape that was compiled; ``fused`` are the operators that went into them.
+    """
+
+    name: str
+    status: str
+    kernels: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCheck:
+    """One output of the whole model on one input set: the largest error against stock ONNX Runtime, and its bound.
+
+    Where the two differ in shape, dtype or in which elements are not finite, the error is infinite.
+    """
+
+    inputs: str
+    output: str
+    threads: int
+    error: float
+    bound: float
+    largest: float
+
+    @property
+    def passed(self) -> bool:
+        """The error keeps within the bound."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything about one model; ``library`` and ``model`` are names in the directory (``model`` None: untouched).
+
+    ``checks`` hold the whole model against stock ONNX Runtime, ``speeds`` time the two in turns; what was not
+    done stands in ``not_asked``, with its reason.
+    """
+
+    source: str
+    mode: str
+    target: str
+    library: str | None
+    library_bytes: int
+    model: str | None
+    files: tuple[str, ...]
+    nodes: tuple[NodeReport, ...]
+    kernels: tuple[KernelReport, ...]
+    checks: tuple[OutputCheck, ...]
+    speeds: tuple[Speed, ...]
+    not_asked: dict[str, str]
+    versions: dict[str, str]
+    machine: str
+    date: str
+
+    @property
+    def passed(self) -> bool:
+        """Neither a kernel nor the whole model was found wrong."""
+        return all(kernel.passed for kernel in self.kernels) and all(check.passed for check in self.checks)
+
+    @property
+    def slower(self) -> bool:
+        """Whether the whole model is slower than with stock ONNX Runtime, on some number of threads."""
+        return any(speed.ratio.verdict == "slower" for speed in self.speeds)
+
+    @property
+    def replaced(self) -> int:
+        """How many nodes our kernels compute."""
+        return sum(node.status == "replaced" for node in self.nodes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dictionaries, lists, strings and finite numbers."""
+        kernels = [
+            {
+                **asdict(kernel),
+                "passed": kernel.passed,
+                "proofs": [{**asdict(p), "check": p.check.to_json()} for p in kernel.proofs],
+                "speeds": [speed.to_json() for speed in kernel.speeds],
+            }
+            for kernel in self.kernels
+        ]
+        fields = {
+            **asdict(self),
+            "kernels": kernels,
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "speeds": [speed.to_json() for speed in self.speeds],
+        }
+        verdicts = {"passed": self.passed, "slower": self.slower, "replaced": self.replaced}
+        plain: dict[str, Any] = _plain({"format": FORMAT, "version": VERSION, **verdicts, **fields})
+        return plain
+
+    def renderables(self) -> Iterator[RenderableType]:
+        """Yield the table of nodes, and what is to be said of the whole model."""
+        from rich.text import Text
+
+        yield self._table()
+        yield from (Text(line) for line in self._lines())
+
+    def _table(self) -> RenderableType:
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for heading, justify in (("node", "left"), ("plan", "left"), ("of bound", "right"), ("before", "right")):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for heading in ("after", "ratio"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        by_key = {kernel.key: kernel for kernel in self.kernels}
+        for node in self.nodes:
+            fused = f"\n[dim]with {escape(', '.join(node.fused))}[/]" if node.fused else ""
+            verdict = f"[{_COLOURS[node.status]}]{node.status}[/]"
+            if not node.kernels:
+                table.add_row(escape(node.name), *["-"] * 5, verdict)
+            for number, kernel in enumerate(by_key[key] for key in node.kernels):
+                name = f"{escape(node.name)}{fused}" if number == 0 else ""
+                times = kernel.speeds or (None,)
+                cells = [[_before(s), _after(s), _ratio(s)] for s in times]
+                columns = ["\n".join(column) for column in zip(*cells, strict=True)]
+                table.add_row(name, kernel.plan, _share(kernel.worst), *columns, verdict if number == 0 else "")
+        return table
+
+    def _lines(self) -> Iterator[str]:
+        yield from (f"{node.name}: {node.status}: {node.reason}" for node in self.nodes if node.reason)
+        unasked = {kernel.reason: kernel.spec for kernel in self.kernels if kernel.reason}
+        yield from (f"not asked alone inside ONNX Runtime: {spec}: {reason}" for reason, spec in unasked.items())
+        worst = max(self.checks, key=lambda c: c.error / c.bound if c.bound else math.inf * c.error, default=None)
+        if worst is not None:
+            verdict = "equal to stock ONNX Runtime within the bound" if self.passed else "WRONG"
+            yield (
+                f"whole model: {verdict}; largest error {worst.error:.2e} of {worst.bound:.2e} allowed "
+                f"({worst.output} on {worst.inputs}), {len(self.checks)} comparisons"
+            )
+        for speed in self.speeds:
+            r = speed.ratio
+            yield (
+                f"whole model, {_threads(speed.threads)}: {duration(speed.before_us)} -> {duration(speed.after_us)}, "
+                f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {r.verdict}"
+            )
+        yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
+        made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
+        yield f"{self.replaced} of {len(self.nodes)} nodes replaced, mode {self.mode}, for {self.target}; {made}"
+        yield "Times are those of one node alone inside ONNX Runtime. Errors are shares of the derived bound."
+
+
+_COLOURS = {"replaced": "green", "kept": "yellow", "refused": "yellow"}
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _before(speed: Speed | None) -> str:
+    return "-" if speed is None else duration(speed.before_us)
+
+
+def _after(speed: Speed | None) -> str:
+    return "-" if speed is None else duration(speed.after_us)
+
+
+def _ratio(speed: Speed | None) -> str:
+    return "-" if speed is None else f"{speed.ratio.ratio:.2f}x on {_threads(speed.threads)}"
+
+
+def _share(worst: float | None) -> str:
+    return "-" if worst is None else "equal" if worst == 0 else f"{worst:.1%}" if worst <= 1 else "beyond"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

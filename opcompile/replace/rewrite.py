@@ -1,0 +1,240 @@
+"""Edits of a model: nodes that name our operators, and the models that prove them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from opcompile.errors import ModelError
+from opcompile.replace.model import Graph, Model, Site
+from opcompile.replace.survey import Node
+from opcompile.spec import ConvTranspose3d
+
+# Where packed weights lie when the originals lay in a file of their own; a page, so that they can be mapped.
+_DATA = "opcompile.data"
+_PAGE = 4096
+
+
+def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | None]], domain: str) -> dict[str, bytes]:
+    """Let nodes call operators of ``domain`` instead, in place: each with the operator's name and its packed weight.
+
+    Returns a file with the packed weights, by its name, where originals lay in a file beside the model;
+    else nothing.
+    """
+    taken, unread, data = model.names(), set[str](), bytearray()
+    file = _new_name(_DATA, model.external_files())
+    for node, operator, packed in replaced:
+        if node.site is None:
+            raise ModelError(f"{node.name} cannot be edited")
+        inputs = list(node.site.node.input)
+        if packed is not None:
+            unread |= {name for name in inputs[1:] if name}
+            name = _new_name(f"{inputs[1]}_packed", taken)
+            tensor = numpy_helper.from_array(packed, name)
+            if model.is_external(inputs[1]):
+                _move_out(tensor, file, data)
+            model.proto.graph.initializer.append(tensor)
+            inputs[1:2] = [name]
+            if node.bias is not None:
+                name = _new_name(f"{node.output}_bias", taken)
+                model.proto.graph.initializer.append(numpy_helper.from_array(node.bias, name))
+                inputs[2:] = [name]
+        _replace(node, operator, domain, inputs)
+    model.drop_unread(unread)
+    if replaced:
+        model.proto.opset_import.append(helper.make_opsetid(domain, 1))
+    return {file: bytes(data)} if data else {}
+
+
+def _replace(node: Node, operator: str, domain: str, inputs: Sequence[str]) -> None:
+    site = node.site
+    if site is None:
+        return
+    graph, old = site.graph.proto, site.node
+    new = helper.make_node(operator, inputs, [node.fusion.result], name=old.name, domain=domain)
+    new.doc_string = " | ".join(str(spec) for spec in node.specs)
+    new.metadata_props.extend(old.metadata_props)
+    if node.packed:
+        new.attribute.extend(_geometry(node.specs[0]))
+    else:  # every attribute: the operator's fallback is ONNX Runtime's own kernel
+        new.attribute.extend(old.attribute)
+    gone = [fused.output[0] for fused in node.fusion.nodes]
+    for fused in node.fusion.nodes:
+        graph.node.remove(fused)
+    old.CopyFrom(new)
+    vanished = {node.output, *gone} - {node.fusion.result}
+    for index in reversed(range(len(graph.value_info))):
+        if graph.value_info[index].name in vanished:
+            del graph.value_info[index]
+
+
+def _geometry(spec: ConvTranspose3d) -> list[onnx.AttributeProto]:
+    """Return what the kernel computes, for people and for tools that read the model."""
+    attributes = {
+        "kernel_shape": [a.kernel for a in spec.axes],
+        "strides": [a.stride for a in spec.axes],
+        "dilations": [a.dilation for a in spec.axes],
+        "pads": [*(a.pad[0] for a in spec.axes), *(a.pad[1] for a in spec.axes)],
+        "output_padding": [a.output_pad for a in spec.axes],
+        "group": spec.groups,
+        "activation": str(spec.activation),
+    }
+    return [helper.make_attribute(name, value) for name, value in attributes.items()]
+
+
+def _new_name(wanted: str, taken: set[str]) -> str:
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
+
+
+def _move_out(tensor: onnx.TensorProto, file: str, data: bytearray) -> None:
+    """Move the data of a tensor to the end of ``data``, and let the tensor refer to them as part of ``file``."""
+    data.extend(bytes(-len(data) % _PAGE))
+    where = {"location": file, "offset": len(data), "length": len(tensor.raw_data)}
+    data.extend(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(v)) for key, v in where.items())
+
+
+def save(model: Model, path: Path, data: Mapping[str, bytes] = MappingProxyType({})) -> list[str]:
+    """Write a model, the files that its tensors refer to and ``data``; return the names of all, the model's first.
+
+    Raises `ModelError` where a file is missing or reaches out of the model's folder.
+    """
+    files = sorted(model.external_files() - set(data))
+    for name in files:
+        source, place = model.folder / name, path.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or place == path:
+            raise ModelError(f"the model keeps data in {name!r}, which is outside of its folder; save it anew")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _link_or_copy(source, place)
+        except OSError as error:
+            raise ModelError(f"{source}, where the model keeps data, cannot be read: {error.strerror}") from error
+    for name, content in data.items():
+        (path.parent / name).write_bytes(content)
+    path.write_bytes(model.proto.SerializeToString())
+    return [path.name, *files, *data]
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, place)
+
+
+# --- models that prove ---
+
+
+def alone(
+    spec: ConvTranspose3d, operator: str, domain: str, w_shape: Sequence[int], **constants: NDArray[Any] | None
+) -> onnx.ModelProto:
+    """Return a model of one node that calls an operator: X, W (of ``w_shape``) and B in, Y out.
+
+    Those of ``constants`` that are given are held by the model instead.
+    """
+    shapes = {"X": spec.x_shape, "W": tuple(w_shape)} | ({"B": (spec.channels_out,)} if spec.bias else {})
+    known = {name: array for name, array in constants.items() if array is not None and name in shapes}
+    inputs = [_value(name, shape) for name, shape in shapes.items() if name not in known]
+    node = helper.make_node(operator, list(shapes), ["Y"], domain=domain)
+    node.attribute.extend(a for a in _geometry(spec) if a.name != "activation")
+    imports = [helper.make_opsetid("", 17)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    held = [numpy_helper.from_array(array, name) for name, array in known.items()]
+    graph = helper.make_graph([node], "alone", inputs, [_value("Y", spec.y_shape)], held)
+    return helper.make_model(graph, opset_imports=imports, ir_version=helper.find_min_ir_version_for(imports[:1]))
+
+
+def _value(name: str, shape: Sequence[int | None]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N" if n is None else n for n in shape])
+
+
+# Half a unit in the last place of float32, and what an activation may err in such units (see `bounds`), with room.
+_UNIT = 2.0**-24
+_OF_ACTIVATION = 32.0
+
+
+def perturbed(model: Model, nodes: Sequence[Node]) -> None:
+    """Let every node that was replaced err as far as its bound allows, with signs drawn anew in each run; in place.
+
+    ONNX Runtime's kernel and ours may each be ``gamma_t * (sum of magnitudes)`` away from the exact sum of t
+    products (`bounds`), and then an activation's error: so much is added to what stock nodes compute. How far
+    the outputs move says how far two right answers may be apart.
+    """
+    graphs = list(model.graphs())
+    behind: dict[str, list[onnx.NodeProto]] = {}
+    for number, node in enumerate(nodes):
+        if node.site is not None:
+            _perturb_sum(node, node.site, number, behind)
+            if node.fusion.activation.name != "none":
+                _perturb_activation(node, node.site.graph, number, behind)
+    for graph in graphs:
+        rows = [[node, *behind.get(node.output[0], ())] for node in graph.proto.node]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for row in rows for node in row]
+        del graph.proto.node[:]
+        graph.proto.node.extend(copies)
+
+
+def _perturb_sum(node: Node, site: Site, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
+    made = _Made(site.graph.proto, node.output)
+    magnitude = made.node("ConvTranspose", *(made.node("Abs", name) if name else "" for name in site.node.input))
+    made.nodes[-1].attribute.extend(site.node.attribute)
+    if node.fusion.bias is not None:
+        magnitude = made.node("Add", magnitude, made.constant(np.abs(node.fusion.bias).reshape(1, -1, 1, 1, 1)))
+    terms = max(spec.terms for spec in node.specs) + 2
+    spread = made.node("Mul", magnitude, made.constant(2 * terms * _UNIT))
+    behind[made.vary(site.node, spread, 2 * number)] = made.nodes
+
+
+def _perturb_activation(node: Node, graph: Graph, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
+    last, result = node.fusion.nodes[-1], node.fusion.result
+    made = _Made(graph.proto, result)
+    # the node itself writes under another name from now on
+    size = made.node("Add", made.node("Abs", f"{result}_exact"), made.node("Abs", node.output))
+    size = made.node("Add", size, made.constant(1))
+    factor = _OF_ACTIVATION * max(1.0, *(abs(p) for p in node.fusion.activation.parameters), 0.0)
+    spread = made.node("Mul", size, made.constant(2 * factor * _UNIT))
+    behind[made.vary(last, spread, 2 * number + 1)] = made.nodes
+
+
+class _Made:
+    """Nodes that are put behind the one that writes ``value``."""
+
+    def __init__(self, graph: onnx.GraphProto, value: str) -> None:
+        self.graph, self.value = graph, value
+        self.nodes: list[onnx.NodeProto] = []
+
+    def node(self, op: str, *inputs: str, **attributes: object) -> str:
+        """Append a node and return the name of its output."""
+        output = f"{self.value}_perturbed_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def constant(self, values: Any) -> str:
+        """Add an initializer and return its name."""
+        name = f"{self.value}_perturbed_constant_{len(self.graph.initializer)}"
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values, np.float32), name))
+        return name
+
+    def vary(self, node: onnx.NodeProto, spread: str, seed: int) -> str:
+        """Add plus or minus ``spread`` to what ``node`` writes, which is renamed; return the new name."""
+        exact = f"{self.value}_exact"
+        node.output[0] = exact
+        sign = self.node("Sign", self.node("RandomUniformLike", spread, low=-1.0, high=1.0, seed=float(seed)))
+        change = self.node("Mul", sign, spread)
+        self.nodes.append(helper.make_node("Add", [exact, change], [self.value]))
+        return exact

@@ -1,0 +1,90 @@
+"""A model -> its 5-D ConvTranspose nodes, each with what could be compiled for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.errors import ModelError
+from opcompile.importers.onnx import Found, Shapes, find
+from opcompile.replace.fusion import Fusion, fuse
+from opcompile.replace.model import Graph, Model, Site
+from opcompile.spec import ConvTranspose3d
+
+_UNFUSED = Fusion("")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One node: ``specs`` are what to compile, one for each shape of X, or the ``reason`` why there are none.
+
+    With ``packed`` there is one, ``weight`` (canonical) and, where the spec has a bias that is known, ``bias``
+    are constants, and ``fusion`` goes into the kernel. Otherwise the node calls ONNX Runtime's own kernel for
+    every other shape, and nothing is fused, so that its result is the same in both.
+    ``site`` is None for a node that cannot be edited, and then there is a reason.
+    """
+
+    name: str
+    output: str
+    site: Site | None
+    specs: tuple[ConvTranspose3d, ...] = ()
+    packed: bool = False
+    weight: NDArray[Any] | None = None
+    bias: NDArray[Any] | None = None
+    fusion: Fusion = _UNFUSED
+    reason: str | None = None
+
+
+def survey(
+    path: str | os.PathLike[str], shapes: Sequence[Shapes] = (), *, fused: bool = True
+) -> tuple[Model, list[Node]]:
+    """Read a model and find its nodes, in graph order; ``shapes`` are more shapes of its inputs to compile for.
+
+    Raises `ModelError` for a file that is no valid model, or has no such node.
+    """
+    found = find(path)
+    if not found:
+        raise ModelError(
+            f"{os.fspath(path)} has no ConvTranspose node on 5-D tensors; there is nothing to replace in it"
+        )
+    given = [{f.output: f for f in find(path, shapes=alternative)} for alternative in shapes]
+    model = Model.read(path)
+    sites = model.sites()
+    return model, [_node(model, sites, f, [alt[f.output] for alt in given if f.output in alt], fused) for f in found]
+
+
+def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[Found], fused: bool) -> Node:
+    site = sites.get(found.output)
+    if site is None:
+        return Node(found.name, found.output, None, reason=found.reason or "its name in the model is not known")
+    specs = tuple(dict.fromkeys(f.spec for f in (found, *others) if f.spec is not None))
+    if not specs:
+        reasons = [f.reason for f in (*others, found) if f.reason]
+        return Node(found.name, found.output, site, reason=f"{reasons[0]}; or name shapes to compile for by --shape")
+    if specs[0].dtype != "float32":
+        reason = f"it computes in {specs[0].dtype}, and only float32 is replaced"
+        return Node(found.name, found.output, site, reason=reason)
+    inputs = site.node.input
+    weight = model.constant(inputs[1], site.graph)
+    bias = model.constant(inputs[2], site.graph) if len(inputs) > 2 and inputs[2] else None
+    if found.spec is None or weight is None:
+        return Node(found.name, found.output, site, specs, fusion=Fusion(found.output))
+    spec, fusion = found.spec, Fusion(found.output)
+    if fused:
+        fusion = _fusion(model, site.graph, spec, bias, found.output)
+    if fusion.bias is not None:
+        own = 0.0 if bias is None else bias.astype(np.float64)
+        bias = (own + fusion.bias).astype(np.float32)
+    spec = replace(spec, bias=spec.bias or bias is not None, activation=fusion.activation)
+    return Node(found.name, found.output, site, (spec,), True, weight, bias, fusion)
+
+
+def _fusion(model: Model, graph: Graph, spec: ConvTranspose3d, bias: NDArray[Any] | None, output: str) -> Fusion:
+    """Return what is fused: nothing that adds to a bias which arrives at run time only."""
+    fusion = fuse(model, graph, output, spec.channels_out)
+    return Fusion(output) if fusion.bias is not None and spec.bias and bias is None else fusion

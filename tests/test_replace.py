@@ -1,0 +1,490 @@
+"""A model with replaced nodes is the same model: equal to stock ONNX Runtime, in both modes, whatever it holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import opcompile
+from opcompile.cli import cli
+from opcompile.errors import ArtifactError, CallError, ModelError
+from opcompile.replace import calls, job, library
+from opcompile.replace.job import Job
+from opcompile.replace.report import Report
+from opcompile.replace.sessions import Session
+from opcompile.target import target
+from tests.onnx_engine import integers, model_of, value
+from tests.replaced import MODELS, operators, run, saved, upsampling
+
+OURS = "ConvTranspose3d"
+OPEN = "ConvTranspose3dOpen"
+X = integers((1, 4, 3, 4, 5))
+
+
+def replaced(model: Path | onnx.ModelProto, folder: Path, **how: Any) -> tuple[Report, Path]:
+    """Replace without measuring; return the report and the directory."""
+    path = model if isinstance(model, Path) else saved(model, folder)
+    how = {"plan": "baseline", "measure": False, "verify": False, **how}
+    return opcompile.replace(path, folder / "out", **how), folder / "out"
+
+
+def agree(folder: Path, x: np.ndarray = X, *, original: Path | None = None, model: str = "model.onnx") -> None:
+    """On small integers every sum is exact: the replaced model must be equal to the bit."""
+    right = run(original or folder / model, x)
+    for threads in (1, 2):
+        y = run(folder / "out" / model, x, folder / "out" / "opcompile_ops.so", threads)
+        assert y.dtype == right.dtype
+        assert np.array_equal(y, right)
+
+
+# --- whole models ---
+
+
+@pytest.mark.parametrize(("name", "mode"), [("unet", "rewrite"), ("vqvae", "rewrite"), ("unet", "override")])
+def test_real_models(name: str, mode: Any, tmp_path: Path) -> None:
+    report, out = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, verify=True)
+    assert report.passed
+    assert [node.status for node in report.nodes] == ["replaced"] * 2
+    assert {proof.check.criterion for kernel in report.kernels for proof in kernel.proofs} >= {"bits", "bound"}
+    assert len(report.checks) >= 8
+    assert all(check.error < check.bound for check in report.checks if check.bound)
+    if mode == "rewrite":
+        original = onnx.load(MODELS / f"{name}.onnx")
+        edited = onnx.load(out / f"{name}.onnx")
+        assert operators(out / f"{name}.onnx").count(OURS) == 2
+        for field in ("producer_name", "producer_version", "doc_string", "metadata_props", "ir_version"):
+            assert getattr(edited, field) == getattr(original, field)
+        assert (edited.graph.input, edited.graph.output) == (original.graph.input, original.graph.output)
+        # weights are held packed, and only so
+        assert len(edited.graph.initializer) == len(original.graph.initializer)
+    else:
+        assert sorted(path.name for path in out.iterdir()) == ["opcompile_ops.so", "report.json"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+@pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet", "vqvae"])
+def test_every_real_model(name: str, mode: Any, tmp_path: Path) -> None:
+    report, _ = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, plan="best", verify=True)
+    assert report.passed
+    assert report.replaced == len(report.nodes) >= 2
+
+
+def test_a_dynamic_batch_has_one_kernel(tmp_path: Path) -> None:
+    report, out = replaced(upsampling(("n", 4, 3, 4, 5)), tmp_path)
+    assert [kernel.spec.split()[0] for kernel in report.kernels] == ["in=Nx4x3x4x5"]
+    for batch in (1, 2, 5):
+        agree(tmp_path, integers((batch, 4, 3, 4, 5)))
+    assert run(out / "model.onnx", integers((0, 4, 3, 4, 5)), out / "opcompile_ops.so").shape == (0, 6, 6, 8, 10)
+
+
+GELU = [
+    helper.make_node("Add", ["up", "more"], ["s"]),
+    helper.make_node("Div", ["s", "root"], ["d"]),
+    helper.make_node("Erf", ["d"], ["e"]),
+    helper.make_node("Add", ["e", "one"], ["o"]),
+    helper.make_node("Mul", ["s", "o"], ["m"]),
+    helper.make_node("Mul", ["m", "half"], ["g"]),
+    helper.make_node("Abs", ["g"], ["y"]),
+]
+GELU_CONSTANTS = {
+    "more": integers((6, 1, 1, 1), 3),
+    "root": np.array(2**0.5, np.float32),
+    "one": np.array(1, np.float32),
+    "half": np.array(0.5, np.float32),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_follows_is_fused(bias: bool, tmp_path: Path) -> None:
+    model = upsampling(bias=bias, after=GELU, constants=GELU_CONSTANTS)
+    report, out = replaced(model, tmp_path, verify=True)
+    assert operators(out / "model.onnx") == ["Neg", OURS, "Abs"]
+    assert report.nodes[0].fused == ("Add", "Div", "Erf", "Add", "Mul", "Mul")
+    assert report.passed
+    assert 0 < max(check.bound for check in report.checks) < 1e-3
+
+
+def test_a_wrong_whole_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse another activation than the model has: each kernel is right by itself, and the model is not."""
+    module = __import__("opcompile.replace.fusion", fromlist=["fusion"])
+    monkeypatch.setitem(module._OPERATORS, "Elu", ("relu", ()))
+    report, _ = replaced(upsampling(after=[helper.make_node("Elu", ["up"], ["y"])]), tmp_path, verify=True)
+    assert all(kernel.passed for kernel in report.kernels)
+    assert not report.passed
+
+
+# --- kinds of models ---
+
+
+def test_external_data_stay_external(tmp_path: Path) -> None:
+    model = upsampling(
+        after=[helper.make_node("Mul", ["up", "more"], ["y"])], constants={"more": integers((6, 1, 1, 1))}
+    )
+    how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    path = saved(model, tmp_path, "big.onnx", **how)
+    report, out = replaced(path, tmp_path)
+    assert set(report.files) == {"opcompile_ops.so", "big.onnx", "weights.bin", "opcompile.data"}
+    assert (out / "weights.bin").read_bytes() == (tmp_path / "weights.bin").read_bytes()
+    agree(tmp_path, model="big.onnx")
+
+
+def test_a_node_in_a_subgraph(tmp_path: Path) -> None:
+    branch = upsampling().graph
+    outer = upsampling()
+    del outer.graph.node[:]
+    del branch.input[:]
+    del branch.initializer[:]
+    other = helper.make_graph([helper.make_node("ConvTranspose", ["x", "w", "b"], ["y_other"], strides=[2, 2, 2])],
+                              "other", [], [value("y_other", None)])  # fmt: skip
+    outer.graph.node.append(helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=other))
+    branch_output = outer.graph.node[0].attribute[0].g
+    branch_output.output[0].name = branch_output.node[-1].output[0] = "y_then"
+    outer.graph.initializer.append(numpy_helper.from_array(np.array(True), "flag"))
+    report, out = replaced(outer, tmp_path)
+    assert report.replaced == 2
+    assert operators(out / "model.onnx").count(OURS) == 2
+    agree(tmp_path)
+
+
+def test_a_node_in_a_function(tmp_path: Path) -> None:
+    body = [helper.make_node("ConvTranspose", ["fx", "fw"], ["fy"], strides=[2, 2, 2])]
+    imports = [helper.make_opsetid("", 20)]
+    function = helper.make_function("local", "Up", ["fx", "fw"], ["fy"], body, imports)
+    model = upsampling()
+    model.graph.node[1].CopyFrom(helper.make_node("Up", ["negated", "w"], ["up"], domain="local"))
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    report, _ = replaced(model, tmp_path)
+    assert report.replaced == 1
+    agree(tmp_path)
+
+
+def test_weights_that_two_nodes_share(tmp_path: Path) -> None:
+    model = upsampling(after=[helper.make_node("ConvTranspose", ["negated", "w", "b"], ["v"], strides=[2, 2, 2]),
+                              helper.make_node("Add", ["up", "v"], ["y"])])  # fmt: skip
+    report, out = replaced(model, tmp_path)
+    assert (report.replaced, len(report.kernels)) == (2, 1)
+    agree(tmp_path)
+    assert "w" not in {t.name for t in onnx.load(out / "model.onnx").graph.initializer}
+
+
+def test_weights_that_somebody_else_reads(tmp_path: Path) -> None:
+    after = [helper.make_node("ReduceSum", ["w"], ["s"]), helper.make_node("Mul", ["up", "s"], ["y"])]
+    _, out = replaced(upsampling(after=after), tmp_path)
+    assert "w" in {t.name for t in onnx.load(out / "model.onnx").graph.initializer}
+    agree(tmp_path)
+
+
+def test_initializers_of_old_models_are_inputs_as_well(tmp_path: Path) -> None:
+    model = upsampling(opset=8)
+    model.ir_version = 3
+    model.graph.input.extend([value("w", (4, 6, 2, 2, 2)), value("b", (6,))])
+    _, out = replaced(model, tmp_path)
+    assert [i.name for i in onnx.load(out / "model.onnx").graph.input if i.name in "xwb"] == ["x"]
+    assert np.array_equal(run(out / "model.onnx", X, out / "opcompile_ops.so"), run(upsampling(), X))
+
+
+def test_weights_that_a_caller_may_change_are_packed_in_each_call(tmp_path: Path) -> None:
+    model = upsampling()
+    model.graph.input.append(value("w", (4, 6, 2, 2, 2)))
+    _, out = replaced(model, tmp_path)
+    assert OPEN in operators(out / "model.onnx")
+    stock = Session(tmp_path / "model.onnx")
+    ours = Session(out / "model.onnx", out / "opcompile_ops.so", 2)
+    for seed in (7, 8):
+        feeds = {"x": X, "w": integers((4, 6, 2, 2, 2), seed)}
+        # ONNX Runtime lists an initializer that may be overridden apart from the inputs
+        ours.inputs = stock.inputs = {"x": ours.inputs["x"], "w": ours.inputs["x"]}
+        assert np.array_equal(ours(feeds)["y"], stock(feeds)["y"])
+    spec = next(iter(calls(out / "opcompile_ops.so")))
+    assert calls(out / "opcompile_ops.so")[spec] == 2
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"auto_pad": "SAME_UPPER"},
+        {"auto_pad": "SAME_LOWER"},
+        {"output_shape": [5, 7, 10]},
+        {"pads": [1, 0, 0, 0, 1, 1], "output_padding": [1, 0, 1]},
+        {"group": 2, "channels": 3},
+    ],
+    ids=str,
+)
+def test_attributes(attributes: dict[str, Any], tmp_path: Path) -> None:
+    attributes = dict(attributes)
+    channels = attributes.pop("channels", 6)
+    model = upsampling(channels=channels, bias=channels == 6, **attributes)
+    for mode in ("rewrite", "override"):
+        report, out = replaced(model, tmp_path, mode=mode)
+        assert report.replaced == 1
+        edited = out / "model.onnx" if mode == "rewrite" else tmp_path / "model.onnx"
+        assert np.array_equal(run(edited, X, out / "opcompile_ops.so"), run(model, X))
+        assert calls(out / "opcompile_ops.so")["onnxruntime"] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced"),
+        (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes"),
+    ],
+)
+def test_nodes_that_stay(model: onnx.ModelProto, words: str, tmp_path: Path) -> None:
+    report, out = replaced(model, tmp_path)
+    assert report.nodes[0].status == "refused"
+    assert words in str(report.nodes[0].reason)
+    assert report.library is None
+    assert [path.name for path in sorted(out.iterdir())] == ["model.onnx", "report.json"]
+    assert onnx.load(out / "model.onnx") == model
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+def test_shapes_that_were_named_and_others(mode: Any, tmp_path: Path) -> None:
+    model = upsampling(("n", 4, "d", "h", "w"), after=[helper.make_node("Sigmoid", ["up"], ["y"])])
+    shapes = [{"x": (1, 4, 3, 4, 5)}, {"x": ("n", 4, 2, 2, 6)}]
+    report, out = replaced(model, tmp_path, mode=mode, shapes=shapes, verify=True)
+    assert report.passed
+    assert [kernel.spec.split()[0] for kernel in report.kernels] == ["in=1x4x3x4x5", "in=Nx4x2x2x6"]
+    path = out / "model.onnx" if mode == "rewrite" else tmp_path / "model.onnx"
+    before = list(calls(out / "opcompile_ops.so").values())
+    session = Session(path, out / "opcompile_ops.so", 2)
+    rng = np.random.default_rng(0)
+    counted = []
+    for shape in [(1, 4, 3, 4, 5), (2, 4, 3, 4, 5), (3, 4, 2, 2, 6), (1, 4, 2, 2, 6), (1, 4, 1, 1, 1), (0, 4, 2, 2, 6)]:
+        x = rng.standard_normal(shape, np.float32)
+        y, right = session({"x": x})["y"], run(model, x)
+        after = list(calls(out / "opcompile_ops.so").values())
+        counted.append([n - m for n, m in zip(after, before, strict=True)].index(1))
+        before = after
+        if counted[-1] == 2:
+            assert np.array_equal(y, right)
+        else:
+            assert np.abs(y - right).max(initial=0) < 1e-6
+    assert counted == [0, 2, 1, 1, 2, 2]
+
+
+def test_a_shape_of_no_input(tmp_path: Path) -> None:
+    model = upsampling(("n", 4, "d", "h", "w"))
+    for shape, words in (({"z": (1,)}, "no input 'z'"), ({"x": (1, 4)}, "5 axes"), ({"x": (1, 5, 2, 2, 2)}, "fixed")):
+        with pytest.raises(ModelError, match=words):
+            replaced(model, tmp_path, shapes=[shape])
+
+
+# --- override: everything that it does not compute ---
+
+
+@pytest.fixture(scope="module")
+def override(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("override")
+    _, out = replaced(upsampling(), folder, mode="override")
+    return out / "opcompile_ops.so"
+
+
+def one_node(x: tuple[int, ...], w: tuple[int, ...], *, dtype: int = 1, opset: int = 17, b: int = 0, **attributes: Any):
+    numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
+    rng = np.random.default_rng(0)
+    held = {"w": rng.standard_normal(w).astype(numpy_type)} | (
+        {"b": rng.standard_normal(b).astype(numpy_type)} if b else {}
+    )
+    nodes = [
+        helper.make_node("ConvTranspose", ["x", *held], ["c"], **attributes),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    initializers = [numpy_helper.from_array(a, n) for n, a in held.items()]
+    model = model_of(nodes, [value("x", x, dtype)], [value("y", None, dtype)], initializers=initializers, opset=opset)
+    return model, rng.standard_normal(x).astype(numpy_type)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        one_node((1, 3, 8), (3, 4, 3), strides=[2]),
+        one_node((2, 3, 8, 9), (3, 4, 3, 3), b=4, strides=[2, 2], pads=[1, 0, 1, 1], output_padding=[1, 0]),
+        one_node((2, 4, 8, 9), (4, 4, 3, 3), b=8, group=2, dilations=[2, 1]),
+        one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), b=4, strides=[2, 2, 2], auto_pad="SAME_UPPER"),
+        one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), strides=[2, 2, 2], auto_pad="SAME_LOWER", opset=11),
+        one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), strides=[2, 2, 2], output_shape=[8, 10, 12]),
+        one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), strides=[2, 2, 2], opset=7),
+        one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), b=4, dtype=TensorProto.FLOAT16, strides=[2, 2, 2]),
+        one_node((1, 3, 4, 5), (3, 4, 3, 3), dtype=TensorProto.FLOAT16),
+    ],
+)
+def test_what_was_not_compiled_is_onnxruntimes_own_to_the_bit(case: Any, override: Path) -> None:
+    model, x = case
+    given = model.SerializeToString()
+    stock, ours = Session(given), Session(given, override)
+    assert np.array_equal(ours({"x": x})["y"], stock({"x": x})["y"])
+
+
+def test_opset_22(override: Path) -> None:
+    model, x = one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), opset=22)
+    try:
+        right = run(model, x)
+    except opcompile.OpcompileError as error:
+        pytest.skip(f"this ONNX Runtime does not know opset 22: {error}")
+    assert np.array_equal(run(model, x, override), right)
+
+
+@pytest.mark.parametrize("shape", [("n", 3, "d", 5, 6), ("n", 3, 4, 5, 6), (1, 3, 4, 5, 6)])
+def test_output_shapes_are_inferred_as_ever(shape: tuple[int | str, ...], override: Path) -> None:
+    """An unknown size has a name that no other has: ONNX Runtime takes equal names for equal sizes."""
+    import onnxruntime
+
+    model, _ = one_node((1, 3, 4, 5, 6), (3, 4, 3, 3, 3), strides=[2, 2, 2])
+    model.graph.input[0].CopyFrom(value("x", shape))
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(override))
+    found = onnxruntime.InferenceSession(model.SerializeToString(), options).get_outputs()[0].shape
+    expected = [shape[0], 4, 9 if shape[2] == 4 else None, 11, 13]
+    assert [None if str(size).startswith("opcompile_unknown") else size for size in found] == expected
+
+
+# --- choosing, writing, saying ---
+
+
+def test_a_node_that_does_not_gain_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.bench import Ratio
+    from opcompile.replace.report import Speed
+
+    def slow(*_: Any) -> tuple[Speed, ...]:
+        return (Speed(1, 1.0, 2.0, Ratio("onnxruntime", 0.5, 0.4, 0.6)),)
+
+    monkeypatch.setattr(job, "race", slow)
+    monkeypatch.setattr(job, "race_models", slow)
+    report, _ = replaced(upsampling(), tmp_path, measure=True)
+    assert (report.nodes[0].status, report.library) == ("kept", None)
+    assert "not faster" in str(report.nodes[0].reason)
+    report, out = replaced(upsampling(), tmp_path, measure=True, everything=True)
+    assert (report.nodes[0].status, report.slower) == ("replaced", True)
+    assert json.loads((out / "report.json").read_text())["slower"] is True
+
+
+def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = library.compiled
+
+    def bent(*given: Any) -> library.Kernel:
+        """Compile a layer with another padding under the name of this one."""
+        kernel = compiled(*given)
+        axes = tuple(changed(axis, pad=(1, 0), output_pad=1) for axis in kernel.spec.axes)
+        wrong = compiled(changed(kernel.spec, axes=axes), *given[1:])
+        return library.Kernel(wrong.key, changed(wrong.lowered, spec=kernel.spec))
+
+    monkeypatch.setattr(job, "compiled", bent)
+    report, _ = replaced(upsampling(), tmp_path, verify=True)
+    assert not report.passed
+    assert (report.nodes[0].status, report.library) == ("kept", None)
+    assert "found wrong" in str(report.nodes[0].reason)
+
+
+def test_chosen_nodes(tmp_path: Path) -> None:
+    after = [helper.make_node("ConvTranspose", ["up", "v"], ["y"], name="second", strides=[2, 2, 2])]
+    model = upsampling(after=after, constants={"v": integers((6, 2, 2, 2, 2))})
+    report, _ = replaced(model, tmp_path, nodes=["second"])
+    assert [node.status for node in report.nodes] == ["refused", "replaced"]
+    agree(tmp_path)
+    with pytest.raises(ModelError, match=r"no 5-D ConvTranspose node 'third'; it has: up, second"):
+        replaced(model, tmp_path, nodes=["third"])
+
+
+def test_the_directory(tmp_path: Path) -> None:
+    report, out = replaced(upsampling(), tmp_path)
+    stored = json.loads((out / "report.json").read_text())
+    assert stored == json.loads(json.dumps(report.to_json()))
+    assert stored["library_bytes"] == (out / "opcompile_ops.so").stat().st_size < 200_000
+    replaced(upsampling(), tmp_path)  # an older one of ours may go
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt"):
+        replaced(upsampling(), tmp_path)
+    assert (out / "notes.txt").exists()
+
+
+def test_the_library_needs_the_c_library_alone_and_shows_two_functions(override: Path) -> None:
+    import shutil
+    import subprocess
+
+    if not shutil.which("nm") or not shutil.which("readelf"):
+        pytest.skip("no nm, no readelf")
+    shown = subprocess.run(["nm", "-D", "--defined-only", override], capture_output=True, text=True, check=True).stdout
+    assert sorted(line.split()[-1] for line in shown.splitlines()) == ["RegisterCustomOps", "opcompile_calls"]
+    needed = subprocess.run(["readelf", "-d", override], capture_output=True, text=True, check=True).stdout
+    libraries = {line.split("[")[1].split(".so")[0] for line in needed.splitlines() if "(NEEDED)" in line}
+    assert libraries <= {"libc", "libm", "libpthread", "libdl", "ld-linux-x86-64"}
+
+
+def test_another_machine(tmp_path: Path) -> None:
+    """A library for a processor with more than this one has says so when it is loaded."""
+    here = target("llvm")
+    lacking = changed(here, name="llvm:better", features=(*here.features, "telepathy"))
+    spec = opcompile.ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2")
+    operator = library.Operator.of([library.compiled(spec, here, "baseline")], packed=True)
+    place = tmp_path / "ops.so"
+    place.write_bytes(library.build([operator], lacking))
+    with pytest.raises(opcompile.OpcompileError, match="compiled for llvm:better, and this processor has no telepathy"):
+        run(upsampling(), X, place)
+
+
+def test_bad_words(tmp_path: Path) -> None:
+    path = saved(upsampling(), tmp_path)
+    with pytest.raises(CallError, match="mode is 'other'"):
+        opcompile.replace(path, tmp_path / "out", mode="other")  # type: ignore[arg-type]
+    with pytest.raises(CallError, match="threads"):
+        opcompile.replace(path, tmp_path / "out", threads=(0,))
+    with pytest.raises(ModelError, match="no ConvTranspose node on 5-D tensors"):
+        opcompile.replace(saved(one_node((1, 3, 8), (3, 4, 3))[0], tmp_path), tmp_path / "out")
+    with pytest.raises(CallError, match="no library that replace has written"):
+        calls(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_job_holds_what_was_asked() -> None:
+    """Every argument of `replace` is a field of the job."""
+    import inspect
+
+    asked = set(inspect.signature(opcompile.replace).parameters)
+    assert asked == set(Job.__dataclass_fields__) - {"libraries"}
+
+
+# --- the command line ---
+
+
+def command(*words: str | Path) -> Any:
+    from click.testing import CliRunner
+
+    return CliRunner().invoke(cli, ["replace", *map(str, words)], standalone_mode=False)
+
+
+def test_the_command_prints_the_report(tmp_path: Path) -> None:
+    path = saved(upsampling(("n", 4, "d", 4, 5)), tmp_path)
+    given = ("--plan", "baseline", "--shape", "x=nx4x3x4x5", "--shape", "x=1x4x2x4x5", "--no-bench")
+    told = command(path, "-o", tmp_path / "out", *given, "--json")
+    assert told.return_value == 0
+    content = json.loads(told.stdout)
+    assert content == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [kernel["spec"].split()[0] for kernel in content["kernels"]] == ["in=Nx4x3x4x5", "in=1x4x2x4x5"]
+    told = command(path, "-o", tmp_path / "out", *given, "--no-verify")
+    assert "1 of 1 nodes replaced" in told.stdout
+    assert "not asked: verification: it was not asked for" in told.stdout
+
+
+@pytest.mark.parametrize("shape", ["x", "x=", "x=0x1", "x=1x-2", "=1x2", "x=1xx2"])
+def test_a_shape_that_is_none(shape: str, tmp_path: Path) -> None:
+    told = command(saved(upsampling(), tmp_path), "-o", tmp_path / "out", "--shape", shape)
+    assert "is not of the form NAME=NxCxDxHxW" in str(told.exception)
+
+
+def test_shapes_that_do_not_go_together(tmp_path: Path) -> None:
+    shapes = ("--shape", "x=1x2", "--shape", "x=1x3", "--shape", "x=1x4", "--shape", "y=1", "--shape", "y=2")
+    told = command(saved(upsampling(), tmp_path), "-o", tmp_path / "out", *shapes)
+    assert "2 times for y; give it once, or 3 times" in str(told.exception)
