@@ -3,6 +3,7 @@
     OpcompileError                    (1)
     ├── SpecError        ValueError   (2)  a layer that no system could compute
     ├── ModelError       ValueError   (2)  an ONNX file or node that cannot be used
+    ├── WordsError       ValueError   (2)  a layer in another system's words that this system refuses
     ├── RecordError      ValueError   (2)  a tuned record that is corrupt or made for something else
     ├── ArtifactError    ValueError   (2)  a directory that is not, or is no longer, an artifact
     ├── CallError        ValueError   (2)  arguments that do not fit the compiled kernel
@@ -30,6 +31,12 @@ class SpecError(OpcompileError, ValueError):
 
 class ModelError(OpcompileError, ValueError):
     """An ONNX file that cannot be read, or a node in it that cannot be compiled."""
+
+    exit_code = 2
+
+
+class WordsError(OpcompileError, ValueError):
+    """A layer said in another system's words, that this system itself would refuse; its rule is in the message."""
 
     exit_code = 2
 

@@ -1,0 +1,284 @@
+"""What every importer gives: a layer in another system's words, in ours.
+
+An importer answers three questions: which operator it is (the spec), how the system stores the weight, and
+in which order X and Y have their axes. Letters name axes: N, C (input channels), M (output channels), D, H, W.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.errors import EngineError, SpecError, WordsError
+from opcompile.spec import AXIS_NAMES, DTYPES, Axis, ConvTranspose3d
+
+Tensor = NDArray[Any]
+Axes = tuple[Axis, Axis, Axis]
+Triple = tuple[int, int, int]
+
+CANONICAL = "CMDHW"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOrder:
+    """How a system stores W, beside our ``(C, M/g, kD, kH, kW)``.
+
+    ``axes`` are its axes by letter; of C and M, ``shared`` is the one of which it stores one group's share;
+    ``flipped`` says that its taps run backwards along every axis.
+    """
+
+    axes: str = CANONICAL
+    shared: str = "M"
+    flipped: bool = False
+
+    def canonical(self, w: Tensor, groups: int) -> Tensor:
+        """Return the system's weight as ``(C, M/g, kD, kH, kW)``."""
+        w = w.transpose([self.axes.index(letter) for letter in CANONICAL])
+        if self.shared == "C":
+            c, m, *kernel = w.shape
+            w = w.reshape(c, groups, m // groups, *kernel).swapaxes(0, 1).reshape(c * groups, m // groups, *kernel)
+        return np.ascontiguousarray(w[:, :, ::-1, ::-1, ::-1] if self.flipped else w)
+
+    def own(self, w: Tensor, groups: int) -> Tensor:
+        """Return a canonical weight as the system stores it."""
+        w = w[:, :, ::-1, ::-1, ::-1] if self.flipped else w
+        if self.shared == "C":
+            c, m, *kernel = w.shape
+            w = w.reshape(groups, c // groups, m, *kernel).swapaxes(0, 1).reshape(c // groups, m * groups, *kernel)
+        return np.ascontiguousarray(w.transpose([CANONICAL.index(letter) for letter in self.axes]))
+
+    def sizes(self, shape: Sequence[int], groups: int) -> tuple[int, int, Triple]:
+        """Return C, M and the kernel of a weight stored with ``shape``."""
+        by_letter = dict(zip(self.axes, (int(n) for n in shape), strict=True))
+        by_letter[self.shared] *= groups
+        return by_letter["C"], by_letter["M"], (by_letter["D"], by_letter["H"], by_letter["W"])
+
+    def shape(self, spec: ConvTranspose3d) -> tuple[int, ...]:
+        """Return the shape in which the system stores the weight of ``spec``."""
+        kernel = dict(zip(AXIS_NAMES, (a.kernel for a in spec.axes), strict=True))
+        by_letter = {"C": spec.channels_in, "M": spec.channels_out, **kernel}
+        by_letter[self.shared] //= spec.groups
+        return tuple(by_letter[letter] for letter in self.axes)
+
+    def __str__(self) -> str:
+        """How our weight becomes the system's, as NumPy says it (one group)."""
+        order = ", ".join(str(CANONICAL.index(letter)) for letter in self.axes)
+        flip = "w[:, :, ::-1, ::-1, ::-1]" if self.flipped else "w"
+        return flip if self.axes == CANONICAL else f"{flip}.transpose({order})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Imported:
+    """A layer that came in ``system``'s words.
+
+    ``spec`` is the operator; ``weight (C, M/g, kD, kH, kW)`` and ``bias (M,)`` are None where no values were
+    given. ``x_layout`` and ``y_layout`` are the system's own ("NDHWC", or "CDHW" without a batch): `to_x` and
+    `from_y` translate. ``zero_taps`` are zeros put before the kernel's taps, where the system leaves zeros at
+    the low side of its output. ``remarks`` name what was said and has no effect here. ``target`` is the
+    machine, where the system's words name one.
+    """
+
+    system: str
+    spec: ConvTranspose3d
+    order: WeightOrder = WeightOrder()
+    x_layout: str = "NCDHW"
+    y_layout: str = "NCDHW"
+    zero_taps: Triple = (0, 0, 0)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    remarks: tuple[str, ...] = ()
+    target: str = "llvm"
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        """The shape in which the system stores the weight."""
+        axes = tuple(replace(a, kernel=a.kernel - z) for a, z in zip(self.spec.axes, self.zero_taps, strict=True))
+        return self.order.shape(_kernels(self.spec, axes))
+
+    def to_w(self, w: Any) -> Tensor:
+        """Return the system's weight in canonical form. Raises `WordsError` for another shape."""
+        own = array(w)
+        if own.shape != self.w_shape:
+            raise WordsError(
+                f"the weight has shape {own.shape}, but {self.system} stores this layer's as {self.w_shape}"
+            )
+        canonical = self.order.canonical(own, self.spec.groups)
+        return np.pad(canonical, [(0, 0), (0, 0), *((zeros, 0) for zeros in self.zero_taps)])
+
+    def to_x(self, x: Any) -> Tensor:
+        """Return the system's input as X, in the spec's layout."""
+        own = array(x)
+        return np.ascontiguousarray(_moved(own, self.x_layout, self.spec.layout))
+
+    def from_y(self, y: Tensor) -> Tensor:
+        """Return Y as the system would have given it."""
+        return _moved(y, self.spec.layout, self.y_layout)
+
+    def with_weights(self, weight: Any, bias: Any = None) -> Imported:
+        """Return the layer with values, both as the system stores them. Raises `WordsError` for other shapes."""
+        own = None if bias is None else array(bias)
+        if own is not None and own.shape != (self.spec.channels_out,):
+            raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
+        if own is None and self.spec.bias:
+            own = np.zeros(self.spec.channels_out, array(weight).dtype)
+        return replace(self, weight=self.to_w(weight), bias=own, spec=replace(self.spec, bias=own is not None))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """One transposed convolution inside a model: a ``layer``, or the ``reason`` why there is none."""
+
+    name: str
+    layer: Imported | None
+    reason: str | None = None
+
+
+def _kernels(spec: ConvTranspose3d, axes: tuple[Axis, ...]) -> ConvTranspose3d:
+    """Give ``spec`` other kernels; nothing but their sizes is read from the result."""
+    unpadded = tuple(Axis(1, a.kernel) for a in axes)
+    return replace(spec, axes=unpadded)
+
+
+def _moved(a: Tensor, have: str, want: str) -> Tensor:
+    """Reorder axes by letter; a missing N is added in front or taken away."""
+    if "N" not in have:
+        a, have = a[None], "N" + have
+    batched = want if "N" in want else "N" + want
+    a = a.transpose([have.index(letter) for letter in batched])
+    return a if "N" in want else a[0]
+
+
+# --- rules: what a system refuses, in its own words ---
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What ``system`` refuses; with ``strict`` off, only what nobody could compute."""
+
+    system: str
+    strict: bool
+
+    def must(self, fine: bool, rule: str) -> None:
+        """Raise `WordsError` with the system's ``rule`` unless ``fine``: no such operator exists."""
+        if not fine:
+            raise WordsError(f"{self.system} refuses this: {rule}")
+
+    def strictly(self, fine: bool, rule: str) -> None:
+        """Raise `WordsError` unless ``fine``, where the operator exists and only this system refuses it."""
+        if self.strict and not fine:
+            raise WordsError(f"{self.system} refuses this: {rule}; opcompile computes it with strict=False")
+
+
+# --- sizes ---
+
+
+def symmetric(
+    spatial: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Axes, Triple]:
+    """Return the axes of PyTorch's formula, which MLX and Lucid share, and the zero taps they need.
+
+    ``out = (size-1)*stride - 2*padding + dilation*(kernel-1) + output_padding + 1``. Negative paddings, which
+    some systems let pass, put zeros at that side.
+    """
+    begins, outs = list(padding), []
+    for i, k, s, p, op, d in zip(spatial, kernel, stride, padding, output_padding, dilation, strict=True):
+        outs.append((i - 1) * s - 2 * p + d * (k - 1) + op + 1)
+    if min(*padding, *output_padding) < 0:
+        return cropped(spatial, kernel, stride, dilation, begins, outs)
+    axes = []
+    for at, name in enumerate(AXIS_NAMES):
+        pad = (padding[at], padding[at])
+        axes.append(_axis(name, spatial[at], kernel[at], stride[at], dilation[at], pad, output_padding[at]))
+    return (axes[0], axes[1], axes[2]), (0, 0, 0)
+
+
+def cropped(
+    spatial: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    begins: Sequence[int],
+    outs: Sequence[int],
+) -> tuple[Axes, Triple]:
+    """Return the axes whose output has ``outs`` elements and begins at ``begins`` of the full one.
+
+    A negative begin means zeros at the low side: the kernel gets taps in front that are zero.
+    """
+    axes, taps = [], []
+    for at, name in enumerate(AXIS_NAMES):
+        i, k, s, d = spatial[at], kernel[at], stride[at], dilation[at]
+        zeros = max(0, -(begins[at] // d)) if d > 0 else 0
+        begin = begins[at] + zeros * d
+        end = (i - 1) * s + d * (k + zeros - 1) + 1 - begin - outs[at]
+        axes.append(_axis(name, i, k + zeros, s, d, (begin, max(0, end)), max(0, -end)))
+        taps.append(zeros)
+    return (axes[0], axes[1], axes[2]), (taps[0], taps[1], taps[2])
+
+
+def _axis(name: str, size: int, kernel: int, stride: int, dilation: int, pad: tuple[int, int], extra: int) -> Axis:
+    try:
+        return Axis(size, kernel, stride, dilation, pad, extra)
+    except SpecError as error:
+        raise SpecError(f"axis {name}: {error}") from None
+
+
+# --- values: arrays of any system, or the shapes of such ---
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """Return the shape of an array, or a shape itself."""
+    return tuple(value.shape) if hasattr(value, "shape") else tuple(value)
+
+
+def values_of(value: Any) -> Tensor | None:
+    """Return an array's values, None for a shape or None."""
+    return array(value) if hasattr(value, "shape") else None
+
+
+def dtype_of(dtype: str | None, *values: Any) -> str:
+    """Return the dtype that was asked for, else that of the first array, else float32. Raises `SpecError`."""
+    found = [str(v.dtype) for v in values if hasattr(v, "dtype")]
+    name = dtype or (found[0] if found else "float32")
+    known = re.search(r"(?<![a-z])(bfloat16|float(?:16|32|64))(?!\d)", name)
+    if known is None:
+        raise SpecError(f"the dtype is {name}, which opcompile does not compute; use one of {', '.join(DTYPES)}")
+    return known.group(1)
+
+
+def array(value: Any) -> Tensor:
+    """Return an array of NumPy, PyTorch, MLX, JAX, TensorFlow, Keras or Lucid as NumPy's, its dtype kept."""
+    if isinstance(value, np.ndarray):
+        return value
+    is_bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))
+    kind = type(value).__module__.split(".")[0]
+    if kind == "torch":
+        value = value.detach().cpu()
+        value = value.float() if is_bfloat16 else value
+    elif kind == "mlx" and is_bfloat16:
+        import mlx.core
+
+        value = value.astype(mlx.core.float32)
+    elif kind == "lucid":
+        value = value.numpy()
+    elif hasattr(value, "numpy") and kind == "keras":
+        value = value.numpy()
+    found = np.asarray(value)
+    return found.astype(_bfloat16()) if is_bfloat16 else found
+
+
+def _bfloat16() -> Any:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise EngineError(f"bfloat16 arrays need the package ml_dtypes ({error}); pip install ml_dtypes") from error
+    return bfloat16

@@ -1,0 +1,155 @@
+"""JAX's words: ``jax.lax.conv_transpose``, of JAX 0.10, as a list of arguments.
+
+Two traps. Without ``transpose_kernel`` the taps run backwards (W reversed along every axis, against every other
+system here); with it, I and O of W change places as well. And explicit padding is that of the stuffed input,
+``reach - 1 - padding`` of everybody else's, unless ``use_consistent_padding`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from opcompile.errors import SpecError
+from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of, values_of
+from opcompile.spec import ConvTranspose3d as Spec
+
+SYSTEM = "JAX"
+_DEFAULT = ("NHWDC", "HWDIO", "NHWDC")
+
+
+def conv_transpose(
+    lhs: Any,
+    rhs: Any,
+    strides: Sequence[int],
+    padding: Any,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    transpose_kernel: bool = False,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    use_consistent_padding: bool = False,
+    *,
+    bias: bool = False,
+    dtype: str | None = None,
+    strict: bool = True,
+) -> Imported:
+    """Read a call of ``jax.lax.conv_transpose`` on 5-D arrays, which may be given by their shapes.
+
+    The three spatial letters may be any; their order in W is that of the strides, and is our D, H, W. JAX's
+    call has no bias; with ``bias`` the layer takes one. Raises `WordsError` where JAX refuses.
+    """
+    rules = Rules(SYSTEM, strict)
+    x, w = shape_of(lhs), shape_of(rhs)
+    rules.must(len(x) == len(w) == 5, f"lhs and rhs have the shapes {x} and {w}, but a 3-D call takes 5-D arrays")
+    x_layout, kernel_axes, y_layout = _letters(rules, dimension_numbers, len(x))
+    order = WeightOrder(_kernel_letters(kernel_axes, transpose_kernel), flipped=not transpose_kernel)
+    channels_in, channels_out, kernel = order.sizes(w, 1)
+    s, d = _triple(rules, strides), _triple(rules, (1, 1, 1) if rhs_dilation is None else rhs_dilation)
+    sizes = dict(zip(x_layout, x, strict=True))
+    rules.must(
+        sizes["C"] == channels_in,
+        "conv_general_dilated lhs feature dimension size divided by feature_group_count must equal the rhs input "
+        f"feature dimension size, but {sizes['C']} // 1 != {channels_in}.",
+    )
+    spatial = [sizes[letter] for letter in "DHW"]
+    for n in (*spatial, channels_in):
+        if not isinstance(n, int):
+            raise SpecError(f"lhs has the shape {x}; only the batch may be dynamic, so give the other sizes")
+    reach = [e * (k - 1) + 1 for k, e in zip(kernel, d, strict=True)]
+    pads = _pads(rules, padding, reach, s, use_consistent_padding)
+    begins = [r - 1 - low for r, (low, _) in zip(reach, pads, strict=True)]
+    outs = [(i - 1) * a + 2 + low + high - r for i, a, r, (low, high) in zip(spatial, s, reach, pads, strict=True)]
+    axes, zeros = cropped(spatial, kernel, s, d, begins, outs)
+    spec = Spec(
+        batch=sizes["N"],
+        channels_in=channels_in,
+        channels_out=channels_out,
+        axes=axes,
+        bias=bias,
+        dtype=dtype_of(dtype, lhs, rhs),
+        layout="NDHWC" if x_layout == "NDHWC" else "NCDHW",
+    )
+    unused = {"precision": precision, "preferred_element_type": preferred_element_type}
+    remarks = tuple(f"{name}={value} has no effect here" for name, value in unused.items() if value is not None)
+    read = Imported(SYSTEM, spec, order, x_layout, y_layout, zeros, remarks=remarks)
+    values = values_of(rhs)
+    return read if values is None else read.with_weights(values)
+
+
+# --- dimension numbers -> our letters ---
+
+
+def _letters(rules: Rules, numbers: Any, rank: int) -> tuple[str, str, str]:
+    """Return the layouts of X, W and Y; spatial letters become D, H, W in the order they have in W."""
+    given = _DEFAULT if numbers is None else _spelled(numbers)
+    rules.must(len(given) == 3, f"convolution dimension_numbers list/tuple must be length 3, got {len(given)}.")
+    for at, (text, (a, b)) in enumerate(zip(given, ("NC", "OI", "NC"), strict=True)):
+        rules.must(
+            len(text) == rank,
+            f"convolution dimension_numbers[{at}] must have len equal to the ndim of lhs and rhs, got {len(text)}",
+        )
+        rules.must(
+            text.count(a) == text.count(b) == 1,
+            f"convolution dimension_numbers[{at}] must contain the characters '{a}' and '{b}' exactly once, got {text}.",
+        )
+        rules.must(
+            len(set(text)) == len(text),
+            f"convolution dimension_numbers[{at}] cannot have duplicate characters, got {text}.",
+        )
+    spatial = [letter for letter in given[1] if letter not in "OI"]
+    rules.must(
+        set(given[0]) - set("NC") == set(spatial) == set(given[2]) - set("NC"),
+        f"convolution dimension_numbers elements must each have the same set of spatial characters, got {given}.",
+    )
+    ours = dict(zip(spatial, "DHW", strict=True))
+    x, w, y = ("".join(ours.get(letter, letter) for letter in text) for text in given)
+    return x, w, y
+
+
+def _spelled(numbers: Any) -> tuple[str, ...]:
+    """Return a ``ConvDimensionNumbers`` (positions of batch, feature, spatial) as letters; others as they are."""
+    specs = [getattr(numbers, name, None) for name in ("lhs_spec", "rhs_spec", "out_spec")]
+    if None in specs:
+        return tuple(numbers)
+    texts = []
+    for positions, letters in zip(specs, ("NCDHW", "OIDHW", "NCDHW"), strict=True):
+        by_position = dict(zip(positions, letters, strict=True))
+        texts.append("".join(by_position[at] for at in range(len(positions))))
+    return tuple(texts)
+
+
+def _kernel_letters(axes: str, transposed: bool) -> str:
+    return axes.translate(str.maketrans("OI", "CM" if transposed else "MC"))
+
+
+# --- paddings ---
+
+
+def _triple(rules: Rules, values: Any) -> Triple:
+    rules.must(not isinstance(values, int), "object of type 'int' has no len()")
+    given = tuple(int(n) for n in values)
+    rules.must(len(given) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(given)}.")
+    rules.must(min(given) > 0, f"All dilations must be positive, got {given}.")
+    a, b, c = given
+    return a, b, c
+
+
+def _pads(rules: Rules, padding: Any, reach: Sequence[int], strides: Triple, consistent: bool) -> list[tuple[int, int]]:
+    """Return the zeros (low, high) around the stuffed input."""
+    if isinstance(padding, str):
+        rules.must(padding in ("SAME", "VALID"), f"Invalid padding mode: {padding}; String padding is not implemented")
+        return [_named(padding, r, s) for r, s in zip(reach, strides, strict=True)]
+    rules.must(
+        all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in padding),
+        f"padding argument to conv_general_dilated should be a string or a sequence of (low, high) pairs, got {padding}",
+    )
+    rules.must(len(padding) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(padding)}.")
+    pairs = [(int(low), int(high)) for low, high in padding]
+    return [(r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, pairs, strict=True)] if consistent else pairs
+
+
+def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:
+    total = reach + stride - 2 + (max(reach - stride, 0) if padding == "VALID" else 0)
+    low = reach - 1 if padding == "VALID" or stride > reach - 1 else -(-total // 2)
+    return low, total - low

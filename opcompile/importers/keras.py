@@ -1,0 +1,395 @@
+"""Keras 3's words: ``Conv3DTranspose``, and ``layer_conv_3d_transpose`` of R's keras3; Keras 3.15.
+
+W is ``(kD, kH, kW, filters, C)``: a permutation of ours, without a flip. Sizes follow Keras's own formulas,
+which all its backends compute: "valid" begins at the first element of the full output; "same" aims at
+``size * stride``, and crops the smaller half at the low side. So "same" with an odd kernel and stride 2 has
+the shape that PyTorch gives with padding and output_padding, one voxel further along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opcompile.errors import EngineError, ModelError, OpcompileError, SpecError, WordsError
+from opcompile.importers.imported import (
+    Found,
+    Imported,
+    Rules,
+    Triple,
+    WeightOrder,
+    cropped,
+    dtype_of,
+    shape_of,
+)
+from opcompile.spec import Activation
+from opcompile.spec import ConvTranspose3d as Spec
+
+SYSTEM = "Keras"
+ORDER = WeightOrder("DHWMC")
+
+# Keras's elementwise activations with their defaults -> ours
+ACTIVATIONS = {
+    "linear": "none",
+    "relu": "relu",
+    "relu6": "relu6",
+    "leaky_relu": "leaky_relu:0.2",
+    "elu": "elu",
+    "celu": "elu",
+    "selu": "selu",
+    "gelu": "gelu",
+    "sigmoid": "sigmoid",
+    "hard_sigmoid": "hard_sigmoid",
+    "sparse_sigmoid": "hard_sigmoid:0.5:0.5",
+    "silu": "silu",
+    "swish": "silu",
+    "hard_silu": "hard_silu",
+    "hard_swish": "hard_silu",
+    "mish": "mish",
+    "softplus": "softplus",
+    "softsign": "softsign",
+    "tanh": "tanh",
+    "exponential": "exponential",
+}
+# Of these no element stands alone, so that no kernel can apply them while it writes.
+_ACROSS = ("softmax", "log_softmax", "glu", "sparsemax")
+_OTHERS = (
+    "hard_shrink",
+    "hard_tanh",
+    "log_sigmoid",
+    "soft_shrink",
+    "sparse_plus",
+    "squareplus",
+    "tanh_shrink",
+    "threshold",
+)
+# What only training reads.
+_TRAINING = (
+    "kernel_regularizer",
+    "bias_regularizer",
+    "activity_regularizer",
+    "kernel_constraint",
+    "bias_constraint",
+    "trainable",
+)
+_LAYOUTS = {"channels_last": "NDHWC", "channels_first": "NCDHW"}
+
+
+def Conv3DTranspose(
+    filters: int,
+    kernel_size: Any,
+    strides: Any = (1, 1, 1),
+    padding: str = "valid",
+    data_format: str | None = None,
+    output_padding: Any = None,
+    dilation_rate: Any = (1, 1, 1),
+    activation: Any = None,
+    use_bias: bool = True,
+    kernel_initializer: Any = "glorot_uniform",
+    bias_initializer: Any = "zeros",
+    kernel_regularizer: Any = None,
+    bias_regularizer: Any = None,
+    activity_regularizer: Any = None,
+    kernel_constraint: Any = None,
+    bias_constraint: Any = None,
+    trainable: bool = True,
+    name: str | None = None,
+    dtype: Any = None,
+    *,
+    input: Any,
+    initialize: bool = False,
+    strict: bool = True,
+) -> Imported:
+    """Read the constructor of ``keras.layers.Conv3DTranspose``, for an ``input`` or its shape.
+
+    N may be None for a dynamic batch. Without ``data_format``, that of ``keras.json`` counts. With
+    ``initialize`` the initializers build the weights, as Keras itself does (which must then be installed);
+    without it the layer has none yet. Regularizers and constraints are remarked: they change nothing here.
+    Raises `WordsError` where Keras refuses, or for an activation that cannot be fused.
+    """
+    rules = Rules(SYSTEM, strict)
+    kernel, strides, dilation = (
+        _triple(rules, name, value)
+        for name, value in (("kernel_size", kernel_size), ("strides", strides), ("dilation_rate", dilation_rate))
+    )
+    same = _is_same(rules, padding)
+    extra = None if output_padding is None else _triple(rules, "output_padding", output_padding, least=0)
+    layout = _layout(rules, data_format)
+    rules.must(
+        isinstance(filters, int) and filters > 0,
+        f"Invalid value for argument `filters`. Expected a strictly positive value. Received filters={filters}.",
+    )
+    _require_strides(rules, strides, dilation, extra)
+    x = shape_of(input)
+    rules.must(
+        len(x) == 5, f"incompatible with the layer: expected min_ndim=5, found ndim={len(x)}. Full shape received: {x}"
+    )
+    sizes = dict(zip(layout, x, strict=True))
+    spatial = [sizes[letter] for letter in "DHW"]
+    for n in (*spatial, sizes["C"]):
+        if not isinstance(n, int):
+            raise SpecError(f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes")
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    places = [
+        _place(i, k, s, same, None if extra is None else extra[at])
+        for at, (i, k, s) in enumerate(zip(spatial, reach, strides, strict=True))
+    ]
+    axes, zeros = cropped(spatial, kernel, strides, dilation, *zip(*places, strict=True))
+    spec = Spec(
+        batch=sizes["N"],
+        channels_in=sizes["C"],
+        channels_out=filters,
+        axes=axes,
+        bias=use_bias,
+        activation=_activation(activation),
+        dtype=dtype_of(_policy(dtype), input),
+        layout=layout,
+    )
+    words = locals()
+    remarks = tuple(f"{key} has no effect on inference" for key in _TRAINING if words[key] not in (None, True))
+    read = Imported(SYSTEM, spec, ORDER, layout, layout, zeros, remarks=remarks)
+    return _initialized(read, kernel_initializer, bias_initializer) if initialize else read
+
+
+def layer_conv_3d_transpose(
+    object: Any,
+    filters: Any,
+    kernel_size: Any,
+    strides: Any = (1, 1, 1),
+    padding: str = "valid",
+    output_padding: Any = None,
+    data_format: str | None = None,
+    dilation_rate: Any = (1, 1, 1),
+    activation: Any = None,
+    use_bias: bool = True,
+    **words: Any,
+) -> Imported:
+    """Read a call of R keras3's ``layer_conv_3d_transpose``: ``object`` is the input or its shape.
+
+    R's whole numbers may be floats, as its own ``as_integer`` takes them. The other ``words`` are those of
+    `Conv3DTranspose`. Raises as that.
+    """
+    read = Conv3DTranspose(
+        _as_integer(filters),
+        _as_integer(kernel_size),
+        _as_integer(strides),
+        padding,
+        data_format,
+        None if output_padding is None else _as_integer(output_padding),
+        _as_integer(dilation_rate),
+        activation,
+        use_bias,
+        input=object,
+        **words,
+    )
+    return replace(read, system="R keras3")
+
+
+def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -> Imported:
+    """Read the configuration of a layer, as ``layer.get_config()`` gives it. Raises as `Conv3DTranspose`."""
+    return Conv3DTranspose(**config, input=input, strict=strict)
+
+
+def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Imported:
+    """Read a ``keras.layers.Conv3DTranspose`` with its weights; without ``input``, for the shape it was built with.
+
+    Raises as `Conv3DTranspose`, and `SpecError` for a layer whose spatial sizes are not known.
+    """
+    config = {key: value for key, value in layer.get_config().items() if key != "name"}
+    if input is None:
+        built = layer.get_build_config() or {}
+        if "input_shape" not in built:
+            raise WordsError("the layer was not built yet; give the input's shape")
+        input = built["input_shape"]
+    read = from_config(config, shape_of(input), strict=strict)
+    if not layer.built:
+        return read
+    return read.with_weights(layer.kernel, layer.bias if layer.use_bias else None)
+
+
+def find(source: Any) -> list[Found]:
+    """Return the ``Conv3DTranspose`` layers of a Keras model, or of its ``.keras`` file, nested ones included.
+
+    Loading such a file runs no code of it (Keras's safe mode). Raises `ModelError` for what is no such
+    model, `EngineError` without Keras.
+    """
+    model = source
+    if isinstance(source, (str, os.PathLike)):
+        keras = _keras()
+        try:
+            model = keras.models.load_model(source, compile=False, safe_mode=True)
+        except Exception as error:  # of many kinds, and each means that it cannot be read
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"cannot read {source} as a Keras model: {reason}; save it again as .keras") from error
+    if not hasattr(model, "layers"):
+        raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
+    return [_found(layer) for layer in _layers(model)]
+
+
+def _found(layer: Any) -> Found:
+    try:
+        return Found(layer.name, from_layer(layer))
+    except OpcompileError as error:
+        return Found(layer.name, None, str(error))
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            yield from _layers(layer)
+        elif type(layer).__name__ in ("Conv3DTranspose", "Convolution3DTranspose"):
+            yield layer
+
+
+# --- sizes: Keras's formulas ---
+
+
+def _place(size: int, reach: int, stride: int, same: bool, extra: int | None) -> tuple[int, int]:
+    """Return where the output begins in the full one, and its size; ``reach`` is dilation*(kernel-1) + 1."""
+    if not same:
+        return 0, (size - 1) * stride + (max(reach, stride) if extra is None else reach + extra)
+    padded = stride + reach - 2 if extra is None else reach + reach % 2 - 2 + extra
+    low = min(padded // 2 + padded % 2, reach - 1)
+    out = size * stride if extra is None else (size - 1) * stride + reach % 2 + extra
+    return reach - 1 - low, out
+
+
+# --- Keras's rules ---
+
+
+def _triple(rules: Rules, name: str, value: Any, least: int = 1) -> Triple:
+    said = f"The `{name}` argument must be a tuple of 3 integers. Received {name}={value}"
+    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    rules.must(len(given) == 3 and all(isinstance(n, int) for n in given), said)
+    wrong = {n for n in given if n < least}
+    rules.must(
+        not wrong, f"{said}, including values {wrong} that do not satisfy `value {'>= 0' if least == 0 else '> 0'}`"
+    )
+    a, b, c = given
+    return a, b, c
+
+
+def _is_same(rules: Rules, padding: Any) -> bool:
+    word = padding.lower() if isinstance(padding, str) else padding
+    rules.must(
+        word in ("valid", "same"),
+        f"The `padding` argument must be a list/tuple or one of {{'same', 'valid'}}. Received: {word}",
+    )
+    return bool(word == "same")
+
+
+def _layout(rules: Rules, data_format: Any) -> str:
+    word = _configured() if data_format is None else str(data_format).lower()
+    rules.must(
+        word in _LAYOUTS,
+        "The `data_format` argument must be one of {'channels_first', 'channels_last'}. "
+        f"Received: data_format={word}",
+    )
+    return _LAYOUTS[word]
+
+
+def _configured() -> str:
+    """Return the format of ``keras.json``, or Keras's own default where there is none."""
+    home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
+    path = Path(home) / "keras.json"
+    if not path.is_file():
+        return "channels_last"
+    try:
+        return str(json.loads(path.read_text()).get("image_data_format", "channels_last"))
+    except (ValueError, AttributeError, OSError) as error:
+        raise WordsError(f"cannot read {path}: {error}; correct it, or say data_format") from error
+
+
+def _require_strides(rules: Rules, strides: Triple, dilation: Triple, extra: Triple | None) -> None:
+    for at, (op, s) in enumerate(zip(extra or (0, 0, 0), strides, strict=True)):
+        rules.strictly(
+            op < s,
+            f"`output_padding` must be strictly less than `strides` for all dimensions. At dimension {at}, "
+            f"`output_padding` is {op} but `strides` is {s}. Received: output_padding={extra}, strides={strides}",
+        )
+    rules.strictly(
+        max(strides) == 1 or max(dilation) == 1,
+        "`strides > 1` not supported in conjunction with `dilation_rate > 1`. "
+        f"Received: strides={strides} and dilation_rate={dilation}",
+    )
+
+
+def _policy(dtype: Any) -> str | None:
+    """Return the dtype that a layer computes in, from a name, a policy or its configuration."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get("config", {}).get("name")
+    name = getattr(dtype, "name", dtype)
+    return None if name is None else str(name).removeprefix("mixed_")
+
+
+def _as_integer(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_as_integer(n) for n in value)
+    return int(value) if isinstance(value, float) and value == int(value) else value
+
+
+# --- activations ---
+
+
+def _activation(given: Any) -> Activation:
+    """Return ours for a name, a function, a layer or its configuration. Raises `WordsError`."""
+    if given is None:
+        return Activation()
+    if isinstance(given, Mapping):
+        return _configured_activation(str(given.get("class_name")), given.get("config") or {})
+    if hasattr(given, "get_config") and not isinstance(given, str):
+        return _configured_activation(type(given).__name__, given.get_config())
+    name = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    if name in ACTIVATIONS:
+        return Activation.parse(ACTIVATIONS[name])
+    if name in _ACROSS:
+        raise WordsError(f"the activation {name} is not elementwise, so it cannot be fused; apply it to the output")
+    if name in _OTHERS:
+        raise WordsError(f"the activation {name} is none that opcompile fuses; apply it to the output")
+    raise WordsError(f"{SYSTEM} refuses this: Could not interpret activation function identifier: {name}")
+
+
+def _configured_activation(kind: str, config: Any) -> Activation:
+    if kind == "function":
+        return _activation(config)
+    if kind == "Activation":
+        return _activation(config.get("activation"))
+    if kind == "LeakyReLU":
+        return Activation("leaky_relu", (float(config.get("negative_slope", 0.3)),))
+    if kind == "ELU":
+        return Activation("elu", (float(config.get("alpha", 1.0)),))
+    if kind == "ReLU" and not config.get("threshold"):
+        slope, top = config.get("negative_slope") or 0.0, config.get("max_value")
+        if top is None:
+            return Activation("leaky_relu", (float(slope),)) if slope else Activation("relu")
+        if top == 6 and not slope:
+            return Activation("relu6")
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+    if plain in ("softmax", "p_re_lu", "re_lu") or plain not in ACTIVATIONS:
+        raise WordsError(f"the activation layer {kind} with {config} cannot be fused; apply it to the output")
+    return _activation(plain)
+
+
+# --- weights by initializers ---
+
+
+def _initialized(read: Imported, kernel: Any, bias: Any) -> Imported:
+    keras = _keras()
+    make: Callable[..., Any] = keras.initializers.get
+    w = make(kernel)(shape=read.w_shape, dtype=read.spec.dtype)
+    b = make(bias)(shape=(read.spec.channels_out,), dtype=read.spec.dtype) if read.spec.bias else None
+    to_numpy = keras.ops.convert_to_numpy
+    return read.with_weights(to_numpy(w), None if b is None else to_numpy(b))
+
+
+def _keras() -> Any:
+    try:
+        import keras
+    except ImportError as error:
+        raise EngineError(f"the package keras is not usable ({error}); pip install 'opcompile[peers]'") from error
+    return keras

@@ -1,0 +1,139 @@
+"""MLX's words: ``mlx.core.conv_transpose3d`` and ``mlx.nn.ConvTranspose3d``, of MLX 0.32.
+
+NDHWC, and W ``(C_out, kD, kH, kW, C_in)``: a permutation of ours, without a flip. Its output_padding and its
+paddings are not checked: any that leaves an output is computed, negative ones too. Groups are refused in 3-D;
+with ``strict=False`` they mean what they mean to its 1-D and 2-D calls, W ``(C_out, kD, kH, kW, C_in/groups)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, dtype_of, shape_of, symmetric, values_of
+from opcompile.spec import ConvTranspose3d as Spec
+
+SYSTEM = "MLX"
+ORDER = WeightOrder("MDHWC", shared="C")
+
+
+def conv_transpose3d(
+    input: Any,
+    weight: Any,
+    /,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    output_padding: Any = 0,
+    groups: int = 1,
+    *,
+    bias: bool = False,
+    dtype: str | None = None,
+    strict: bool = True,
+) -> Imported:
+    """Read a call of ``mlx.core.conv_transpose3d``; arrays may be given by their shapes.
+
+    MLX's call has no bias; with ``bias`` the layer takes one, as MLX's module adds it. Arrays of two dtypes
+    are computed in float32, to which MLX promotes them. Raises `WordsError` where MLX refuses.
+    """
+    rules = Rules(SYSTEM, strict)
+    x, w = shape_of(input), shape_of(weight)
+    words = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    s, p, d, op = (triple(rules, name, value) for name, value in words.items())
+    _require(rules, x, w, groups, s, d)
+    channels_in, channels_out, kernel = ORDER.sizes(w, groups)
+    outs = [
+        (i - 1) * a - 2 * b + e * (k - 1) + c + 1 for i, k, a, b, c, e in zip(x[1:4], kernel, s, p, op, d, strict=True)
+    ]
+    rules.must(
+        min(outs) > 0,
+        "[conv] Spatial dimensions of input after padding cannot be smaller than weight spatial dimensions. "
+        f"The output would be {tuple(outs)}",
+    )
+    axes, zeros = symmetric(x[1:4], kernel, s, p, op, d)
+    spec = Spec(
+        batch=x[0],
+        channels_in=channels_in,
+        channels_out=channels_out,
+        axes=axes,
+        groups=groups,
+        bias=bias,
+        dtype=dtype or _promoted(input, weight),
+        layout="NDHWC",
+    )
+    read = Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros)
+    values = values_of(weight)
+    return read if values is None else read.with_weights(values)
+
+
+def ConvTranspose3d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Any,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    output_padding: Any = 0,
+    bias: bool = True,
+    *,
+    input: Any,
+    dtype: str | None = None,
+    strict: bool = True,
+) -> Imported:
+    """Read the constructor of ``mlx.nn.ConvTranspose3d``, for an ``input`` or its shape. Raises as above."""
+    kernel = triple(Rules(SYSTEM, strict), "kernel_size", kernel_size)
+    weight = (out_channels, *kernel, in_channels)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    return conv_transpose3d(shape_of(input), weight, **geometry, bias=bias, dtype=dtype, strict=strict)
+
+
+def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
+    """Read an ``mlx.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
+    geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "output_padding")}
+    bias = module["bias"] if "bias" in module else None
+    read = conv_transpose3d(
+        shape_of(input),
+        module.weight.shape,
+        **geometry,
+        bias=bias is not None,
+        dtype=dtype_of(None, module.weight),
+        strict=strict,
+    )
+    return read.with_weights(module.weight, bias)
+
+
+def triple(rules: Rules, name: str, value: Any) -> Triple:
+    """Return one value three times, or three. Raises `WordsError` as MLX's binding does."""
+    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    rules.must(
+        len(given) == 3 and all(isinstance(n, int) for n in given),
+        f"conv_transpose3d(): incompatible function arguments: {name}={value!r}, but {name} is int | tuple[int, int, int]",
+    )
+    a, b, c = given
+    return a, b, c
+
+
+def _promoted(*arrays: Any) -> str:
+    found = {dtype_of(None, a) for a in arrays if hasattr(a, "dtype")}
+    return "float32" if len(found) != 1 else found.pop()
+
+
+def _require(rules: Rules, x: tuple[Any, ...], w: tuple[int, ...], groups: int, s: Triple, d: Triple) -> None:
+    for what, shape, form in (("input", x, "[N, ..., C_in]"), ("weight", w, "[C_out, ..., C_in]")):
+        rules.must(
+            len(shape) == 5,
+            f"[conv] Invalid {what} array with {len(shape)} dimensions for 3D convolution. "
+            f"Expected an array with 5 dimensions following the format {form}.",
+        )
+    rules.must(min(s) > 0, f"[conv] Input dilation sizes must be positive. Got input dilation {_row(s)}.")
+    rules.must(min(d) > 0, f"[conv] Kernel dilation sizes must be positive. Got kernel dilation {_row(d)}.")
+    rules.must(groups > 0, "[conv] Can only handle groups != 1 in 1D or 2D convolutions.")
+    rules.strictly(groups == 1, "[conv] Can only handle groups != 1 in 1D or 2D convolutions.")
+    rules.must(
+        x[4] == w[4] * groups,
+        "[conv] Expect the input channels in the input and weight array to match but got shapes - "
+        f"input: {_row(x)} and weight: {_row(w)}",
+    )
+
+
+def _row(values: tuple[Any, ...]) -> str:
+    return "(" + ",".join(str(n) for n in values) + ")"
