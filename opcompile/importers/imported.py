@@ -58,10 +58,9 @@ class WeightOrder:
         by_letter[self.shared] *= groups
         return by_letter["C"], by_letter["M"], (by_letter["D"], by_letter["H"], by_letter["W"])
 
-    def shape(self, spec: ConvTranspose3d) -> tuple[int, ...]:
-        """Return the shape in which the system stores the weight of ``spec``."""
-        kernel = dict(zip(AXIS_NAMES, (a.kernel for a in spec.axes), strict=True))
-        by_letter = {"C": spec.channels_in, "M": spec.channels_out, **kernel}
+    def shape(self, spec: ConvTranspose3d, kernel: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape in which the system stores the weight of ``spec`` with this ``kernel``."""
+        by_letter = {"C": spec.channels_in, "M": spec.channels_out, **dict(zip(AXIS_NAMES, kernel, strict=True))}
         by_letter[self.shared] //= spec.groups
         return tuple(by_letter[letter] for letter in self.axes)
 
@@ -97,8 +96,8 @@ class Imported:
     @property
     def w_shape(self) -> tuple[int, ...]:
         """The shape in which the system stores the weight."""
-        axes = tuple(replace(a, kernel=a.kernel - z) for a, z in zip(self.spec.axes, self.zero_taps, strict=True))
-        return self.order.shape(_kernels(self.spec, axes))
+        kernel = [axis.kernel - zeros for axis, zeros in zip(self.spec.axes, self.zero_taps, strict=True)]
+        return self.order.shape(self.spec, kernel)
 
     def to_w(self, w: Any) -> Tensor:
         """Return the system's weight in canonical form. Raises `WordsError` for another shape."""
@@ -136,12 +135,6 @@ class Found:
     name: str
     layer: Imported | None
     reason: str | None = None
-
-
-def _kernels(spec: ConvTranspose3d, axes: tuple[Axis, ...]) -> ConvTranspose3d:
-    """Give ``spec`` other kernels; nothing but their sizes is read from the result."""
-    unpadded = tuple(Axis(1, a.kernel) for a in axes)
-    return replace(spec, axes=unpadded)
 
 
 def _moved(a: Tensor, have: str, want: str) -> Tensor:
@@ -268,9 +261,7 @@ def array(value: Any) -> Tensor:
         import mlx.core
 
         value = value.astype(mlx.core.float32)
-    elif kind == "lucid":
-        value = value.numpy()
-    elif hasattr(value, "numpy") and kind == "keras":
+    elif kind in ("keras", "lucid"):
         value = value.numpy()
     found = np.asarray(value)
     return found.astype(_bfloat16()) if is_bfloat16 else found

@@ -58,6 +58,12 @@ def conv_transpose(
             raise SpecError(f"lhs has the shape {x}; only the batch may be dynamic, so give the other sizes")
     reach = [e * (k - 1) + 1 for k, e in zip(kernel, d, strict=True)]
     pads = _pads(rules, padding, reach, s, use_consistent_padding)
+    stuffed = [(i - 1) * a + 1 for i, a in zip(spatial, s, strict=True)]
+    rules.must(
+        all(n + low + high >= 0 for n, (low, high) in zip(stuffed, pads, strict=True)),
+        f"Negative padding is larger than the size of the corresponding dimension: got padding={pads} for "
+        f"lhs_shape[2:]={stuffed}",
+    )
     begins = [r - 1 - low for r, (low, _) in zip(reach, pads, strict=True)]
     outs = [(i - 1) * a + 2 + low + high - r for i, a, r, (low, high) in zip(spatial, s, reach, pads, strict=True)]
     axes, zeros = cropped(spatial, kernel, s, d, begins, outs)
@@ -84,14 +90,15 @@ def _letters(rules: Rules, numbers: Any, rank: int) -> tuple[str, str, str]:
     """Return the layouts of X, W and Y; spatial letters become D, H, W in the order they have in W."""
     given = _DEFAULT if numbers is None else _spelled(numbers)
     rules.must(len(given) == 3, f"convolution dimension_numbers list/tuple must be length 3, got {len(given)}.")
-    for at, (text, (a, b)) in enumerate(zip(given, ("NC", "OI", "NC"), strict=True)):
+    for at, (text, (a, b)) in enumerate(zip(given, (("N", "C"), ("O", "I"), ("N", "C")), strict=True)):
         rules.must(
             len(text) == rank,
             f"convolution dimension_numbers[{at}] must have len equal to the ndim of lhs and rhs, got {len(text)}",
         )
         rules.must(
             text.count(a) == text.count(b) == 1,
-            f"convolution dimension_numbers[{at}] must contain the characters '{a}' and '{b}' exactly once, got {text}.",
+            f"convolution dimension_numbers[{at}] must contain the characters '{a}' and '{b}' exactly once, "
+            f"got {text}.",
         )
         rules.must(
             len(set(text)) == len(text),
@@ -109,9 +116,9 @@ def _letters(rules: Rules, numbers: Any, rank: int) -> tuple[str, str, str]:
 
 def _spelled(numbers: Any) -> tuple[str, ...]:
     """Return a ``ConvDimensionNumbers`` (positions of batch, feature, spatial) as letters; others as they are."""
-    specs = [getattr(numbers, name, None) for name in ("lhs_spec", "rhs_spec", "out_spec")]
-    if None in specs:
+    if not hasattr(numbers, "lhs_spec"):
         return tuple(numbers)
+    specs = [numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec]
     texts = []
     for positions, letters in zip(specs, ("NCDHW", "OIDHW", "NCDHW"), strict=True):
         by_position = dict(zip(positions, letters, strict=True))
@@ -142,7 +149,8 @@ def _pads(rules: Rules, padding: Any, reach: Sequence[int], strides: Triple, con
         return [_named(padding, r, s) for r, s in zip(reach, strides, strict=True)]
     rules.must(
         all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in padding),
-        f"padding argument to conv_general_dilated should be a string or a sequence of (low, high) pairs, got {padding}",
+        "padding argument to conv_general_dilated should be a string or a sequence of (low, high) pairs, "
+        f"got {padding}",
     )
     rules.must(len(padding) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(padding)}.")
     pairs = [(int(low), int(high)) for low, high in padding]

@@ -57,8 +57,8 @@ ACTIVATIONS = {
     "exponential": "exponential",
 }
 # Of these no element stands alone, so that no kernel can apply them while it writes.
-_ACROSS = ("softmax", "log_softmax", "glu", "sparsemax")
-_OTHERS = (
+NOT_ELEMENTWISE = ("softmax", "log_softmax", "glu", "sparsemax")
+NOT_FUSED = (
     "hard_shrink",
     "hard_tanh",
     "log_sigmoid",
@@ -347,9 +347,9 @@ def _activation(given: Any) -> Activation:
     name = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
     if name in ACTIVATIONS:
         return Activation.parse(ACTIVATIONS[name])
-    if name in _ACROSS:
+    if name in NOT_ELEMENTWISE:
         raise WordsError(f"the activation {name} is not elementwise, so it cannot be fused; apply it to the output")
-    if name in _OTHERS:
+    if name in NOT_FUSED:
         raise WordsError(f"the activation {name} is none that opcompile fuses; apply it to the output")
     raise WordsError(f"{SYSTEM} refuses this: Could not interpret activation function identifier: {name}")
 

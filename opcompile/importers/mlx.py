@@ -1,7 +1,8 @@
 """MLX's words: ``mlx.core.conv_transpose3d`` and ``mlx.nn.ConvTranspose3d``, of MLX 0.32.
 
 NDHWC, and W ``(C_out, kD, kH, kW, C_in)``: a permutation of ours, without a flip. Its output_padding and its
-paddings are not checked: any that leaves an output is computed, negative ones too. Groups are refused in 3-D;
+paddings are not checked: any that leaves an output is computed, negative ones too. A padding beyond
+``dilation*(kernel-1)`` takes whole elements off the input, so that it crops stride times as much as PyTorch's. Groups are refused in 3-D;
 with ``strict=False`` they mean what they mean to its 1-D and 2-D calls, W ``(C_out, kD, kH, kW, C_in/groups)``.
 """
 
@@ -9,7 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, dtype_of, shape_of, symmetric, values_of
+from opcompile.importers.imported import (
+    Imported,
+    Rules,
+    Triple,
+    WeightOrder,
+    cropped,
+    dtype_of,
+    shape_of,
+    symmetric,
+    values_of,
+)
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "MLX"
@@ -41,15 +52,17 @@ def conv_transpose3d(
     s, p, d, op = (triple(rules, name, value) for name, value in words.items())
     _require(rules, x, w, groups, s, d)
     channels_in, channels_out, kernel = ORDER.sizes(w, groups)
-    outs = [
-        (i - 1) * a - 2 * b + e * (k - 1) + c + 1 for i, k, a, b, c, e in zip(x[1:4], kernel, s, p, op, d, strict=True)
-    ]
+    places = [_place(*axis) for axis in zip(x[1:4], kernel, s, p, d, op, strict=True)]
+    outs = tuple(out for _, out in places)
     rules.must(
         min(outs) > 0,
         "[conv] Spatial dimensions of input after padding cannot be smaller than weight spatial dimensions. "
-        f"The output would be {tuple(outs)}",
+        f"The output would be {outs}",
     )
-    axes, zeros = symmetric(x[1:4], kernel, s, p, op, d)
+    if all(0 <= pad <= e * (k - 1) and extra >= 0 for k, e, pad, extra in zip(kernel, d, p, op, strict=True)):
+        axes, zeros = symmetric(x[1:4], kernel, s, p, op, d)
+    else:
+        axes, zeros = cropped(x[1:4], kernel, s, d, [begin for begin, _ in places], outs)
     spec = Spec(
         batch=x[0],
         channels_in=channels_in,
@@ -89,7 +102,7 @@ def ConvTranspose3d(
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read an ``mlx.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
     geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "output_padding")}
-    bias = module["bias"] if "bias" in module else None
+    bias = module.get("bias")
     read = conv_transpose3d(
         shape_of(input),
         module.weight.shape,
@@ -101,12 +114,26 @@ def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     return read.with_weights(module.weight, bias)
 
 
+def _place(size: int, kernel: int, stride: int, pad: int, dilation: int, extra: int) -> tuple[int, int]:
+    """Return where the output begins in the full one, and its size.
+
+    MLX pads the stuffed input with ``reach - pad`` zeros; where that is negative, it slices the input instead.
+    """
+    reach = dilation * (kernel - 1)
+    low, high = reach - pad, reach - pad + extra
+    off, rest = max(0, -low), size - max(0, -low) - max(0, -high)
+    if rest < 1:
+        return 0, 0
+    return off * stride + reach - max(0, low), (rest - 1) * stride + 1 + max(0, low) + max(0, high) - reach
+
+
 def triple(rules: Rules, name: str, value: Any) -> Triple:
     """Return one value three times, or three. Raises `WordsError` as MLX's binding does."""
     given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     rules.must(
         len(given) == 3 and all(isinstance(n, int) for n in given),
-        f"conv_transpose3d(): incompatible function arguments: {name}={value!r}, but {name} is int | tuple[int, int, int]",
+        f"conv_transpose3d(): incompatible function arguments: {name}={value!r}, "
+        f"but {name} is int | tuple[int, int, int]",
     )
     a, b, c = given
     return a, b, c

@@ -41,7 +41,7 @@ def mlx_conv_transpose3d(
         raise WordsError(f"{SYSTEM} refuses this: device is {device!r}, but must be 'cpu' or 'gpu'")
     rules = Rules(SYSTEM, strict)
     words = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
-    recycled = {name: _recycled(rules, name, value) for name, value in words.items()}
+    recycled: dict[str, Any] = {name: _recycled(rules, name, value) for name, value in words.items()}
     (count,) = set(_recycled(rules, "groups", groups))
     try:
         read = mlx.conv_transpose3d(input, weight, **recycled, groups=count, dtype=dtype, strict=strict)

@@ -27,7 +27,7 @@ def conv3d_transpose(
     padding: str = "SAME",
     data_format: str = "NDHWC",
     dilations: Any = None,
-    name: str | None = None,
+    name: str | None = None,  # noqa: ARG001 (TensorFlow's)
     *,
     bias: bool = False,
     dtype: str | None = None,

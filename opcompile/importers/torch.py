@@ -121,7 +121,7 @@ def from_module(module: Any, input: Any, output_size: Sequence[int] | None = Non
         raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
     fields = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups")
     read = ConvTranspose3d(
-        *(getattr(module, name) for name in fields),
+        **{name: getattr(module, name) for name in fields},
         bias=module.bias is not None,
         dilation=module.dilation,
         padding_mode=module.padding_mode,
@@ -196,7 +196,7 @@ def _words_of(node: Any, constants: Mapping[str, Any]) -> dict[str, Any] | None:
     return words
 
 
-def _shape(node: Any) -> tuple[int | None, ...]:
+def _shape(node: Any) -> tuple[Any, ...]:
     """Return the shape of a node's tensor; None for a symbolic batch. Other symbolic sizes fail as such later."""
     first, *rest = node.meta["val"].shape
     return (int(first) if isinstance(first, int) else None, *(n if isinstance(n, int) else str(n) for n in rest))
