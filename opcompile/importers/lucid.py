@@ -2,7 +2,7 @@
 
 Its operator is ours, as PyTorch's is. Lucid 2 takes the padding strings "same" (symmetric, ``dilation *
 (kernel-1) // 2``, so that the output is not ``size * stride``) and "valid" (none) in the layer, and wants
-``0 <= output_padding < stride``. Lucid 3 takes no strings, no groups and no dilation.
+``0 <= output_padding < stride`` and no padding beyond ``dilation*(kernel-1)``. Lucid 3 takes no strings, no groups and no dilation.
 The messages are those of Lucid 2.8.5. (The "stride=2" example of the functional's page says that
 (1, 1, 3, 3, 3) comes out; its own formula, its code and this module give (1, 1, 2, 2, 2).)
 """
@@ -57,6 +57,10 @@ def conv_transpose3d(
     rules.strictly(max(d) == 1 or version == 2, "conv_transpose3d supports dilation=1 only")
     _require_bias(rules, bias, w[1] * groups)
     _require_output(rules, x[2:], w[2:], s, p, op, d)
+    rules.strictly(
+        all(pad <= e * (k - 1) for k, pad, e in zip(w[2:], p, d, strict=True)) or version == 3,
+        f"index can't contain negative values: padding {p} exceeds dilation*(kernel-1)",
+    )
     axes, zeros = symmetric(x[2:], w[2:], s, p, op, d)
     has_bias = bias is not None and bias is not False
     spec = Spec(x[0], w[0], w[1] * groups, axes, groups, has_bias, dtype=dtype_of(dtype, input_, weight))

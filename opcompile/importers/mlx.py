@@ -2,8 +2,9 @@
 
 NDHWC, and W ``(C_out, kD, kH, kW, C_in)``: a permutation of ours, without a flip. Its output_padding and its
 paddings are not checked: any that leaves an output is computed, negative ones too. A padding beyond
-``dilation*(kernel-1)`` takes whole elements off the input, so that it crops stride times as much as PyTorch's. Groups are refused in 3-D;
-with ``strict=False`` they mean what they mean to its 1-D and 2-D calls, W ``(C_out, kD, kH, kW, C_in/groups)``.
+``dilation*(kernel-1)`` takes whole elements off the input, so that it crops stride times as much as PyTorch's.
+Groups are refused in 3-D; with ``strict=False`` they mean what they mean to its 1-D and 2-D calls, with W
+``(C_out, kD, kH, kW, C_in/groups)``.
 """
 
 from __future__ import annotations
