@@ -585,6 +585,28 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
     return 0
 
 
+@cli.command("diff")
+@_source
+@click.option("--no-measure", is_flag=True, help="Ask no system; say only what each call means.")
+@_nodes
+@_json
+def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) -> None:
+    """Show one layer as every system would say and compute it: same shape, same values?
+
+    PyTorch, MLX, Rmlx, Lucid, Keras, R keras3, TensorFlow, JAX, ONNX, ONNX Runtime, OpenVINO: the call to
+    paste, its output size, where it begins, how W is permuted, and the largest difference from SOURCE,
+    measured on a small layer of the same geometry where the system is installed.
+    """
+    from opcompile.diff import diff
+    from opcompile.source import read
+
+    _, spec = read(source, nodes).only()
+    with _progress("comparing") as show:
+        show(0, 1, "ask every system that is installed")
+        found = diff(spec, measure=not no_measure)
+    _emit(as_json, found.to_json(), found.renderables)
+
+
 @cli.command()
 @click.option("--tag", "tags", multiple=True, metavar="T", help="Only cases with this tag (repeatable: with all).")
 @_json
