@@ -591,7 +591,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
 @_nodes
 @_json
 def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) -> None:
-    """Show one layer as every system would say and compute it: same shape, same values?
+    """Show one layer as every system would say it, and whether shape and values are the same.
 
     PyTorch, MLX, Rmlx, Lucid, Keras, R keras3, TensorFlow, JAX, ONNX, ONNX Runtime, OpenVINO: the call to
     paste, its output size, where it begins, how W is permuted, and the largest difference from SOURCE,

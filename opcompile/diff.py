@@ -1,4 +1,4 @@
-"""One layer as every system would say and compute it: same shape, same values?
+"""One layer as every system would say and compute it: whether shapes and values are the same.
 
 A call is written by `say` and read back by that system's importer, so that what the table claims of a call
 is what was proved of the importer. Where the system is installed, `ask` runs the very text as well, on a
@@ -7,7 +7,7 @@ small layer of the same geometry, and the largest difference from the spec is me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ EXACT, CROPPED, SHIFTED, OTHER, REFUSED = "same", "same, cropped", "shifted", "o
 Pairs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 _UNCROPPED: Pairs = ((0, 0), (0, 0), (0, 0))
 _MEASURED_SIZE = 3
+_LABEL = 26
 _MEASURED_CHANNELS = 2
 
 
@@ -82,16 +83,24 @@ def diff(spec: ConvTranspose3d, *, measure: bool = True) -> Comparison:
 
     With ``measure``, systems that are installed compute a small layer of the same geometry.
     """
-    layer = replace(spec, activation=Activation(), dtype="float32")
+    layer = replace(spec, activation=Activation(), dtype="float32", batch=spec.batch or 1)
     small = _small(layer)
     rows: list[Row] = []
     for system in SYSTEMS:
         ways = _ways(system, layer)
-        smaller = _ways(system, small) if measure else []
-        for way, other in zip(ways, smaller or [None] * len(ways), strict=True):
-            rows.append(_measured(_row(way, layer), other, small))
-    rows += [_measured(_row(way, layer), other, small) for way, other in _onnx_pairs(layer, small, measure)]
+        rows += _answered(ways, _ways(system, small) if measure else [], layer, small)
+    rows += _answered(_onnx_ways(layer), _onnx_ways(small) if measure else [], layer, small)
     return Comparison(spec, small, tuple(rows))
+
+
+def _answered(
+    ways: Sequence[Way], smaller: Sequence[Way], spec: ConvTranspose3d, small: ConvTranspose3d
+) -> Iterator[Row]:
+    """Yield a row for each way, measured where the ``smaller`` layer is said in the same way."""
+    for at, way in enumerate(ways):
+        row = _row(way, spec)
+        alike = at < len(smaller) and _row(smaller[at], small).verdict == row.verdict
+        yield _measured(row, smaller[at], small) if alike else row
 
 
 def _small(spec: ConvTranspose3d) -> ConvTranspose3d:
@@ -240,11 +249,6 @@ def _crop(have: tuple[Triple, Triple], want: tuple[Triple, Triple]) -> Pairs | N
 # --- ONNX's ways ---
 
 
-def _onnx_pairs(spec: ConvTranspose3d, small: ConvTranspose3d, measure: bool) -> list[tuple[Way, Way | None]]:
-    ways, smaller = _onnx_ways(spec), _onnx_ways(small) if measure else []
-    return list(zip(ways, smaller or [None] * len(ways), strict=True))
-
-
 def _onnx_ways(spec: ConvTranspose3d) -> list[Way]:
     """Return explicit pads, which say any layer, and the auto_pads that give its shape.
 
@@ -254,16 +258,15 @@ def _onnx_ways(spec: ConvTranspose3d) -> list[Way]:
     axes = [(a.output_pad, a.stride) for a in spec.axes]
     ways = [Way("ONNX", onnx_call(spec), _placed(spec, spec.axes)), _runtime(spec, axes)]
     if any(a.out != a.size * a.stride for a in spec.axes):
-        return [*ways, Way("OpenVINO", openvino_call(spec), _placed(spec, spec.axes))]
+        return [*ways, _openvino(spec)]
     for auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        by_place: dict[Any, list[str]] = {}
+        by_place: dict[tuple[Triple, Triple], list[str]] = {}
         for who in ("ONNX 1", "ONNX 11+", "ONNX Runtime"):
             by_place.setdefault(_same(spec, auto_pad, who), []).append(who)
         for place, names in by_place.items():
             layer = _placed(spec, cropped(*_geometry(spec), *place)[0])
-            name = "ONNX" if len(names) == 3 else ", ".join(names)
-            ways.append(Way(f"{name} {auto_pad}", onnx_call(spec, auto_pad), layer))
-    return [*ways, Way("OpenVINO", openvino_call(spec), _placed(spec, spec.axes))]
+            ways.append(Way(f"{', '.join(names)} {auto_pad}", onnx_call(spec, auto_pad), layer))
+    return [*ways, _openvino(spec)]
 
 
 def _runtime(spec: ConvTranspose3d, axes: Sequence[tuple[int, int]]) -> Way:
@@ -272,6 +275,10 @@ def _runtime(spec: ConvTranspose3d, axes: Sequence[tuple[int, int]]) -> Way:
             "ONNX Runtime", reason="output_padding must be less than the stride; `opcompile export` writes it otherwise"
         )
     return Way("ONNX Runtime", onnx_call(spec), _placed(spec, spec.axes))
+
+
+def _openvino(spec: ConvTranspose3d) -> Way:
+    return Way("OpenVINO", openvino_call(spec), _placed(spec, spec.axes), adds_bias=spec.bias)
 
 
 def _same(spec: ConvTranspose3d, auto_pad: str, who: str) -> tuple[Triple, Triple]:
@@ -307,7 +314,7 @@ def _row(way: Way, spec: ConvTranspose3d) -> Row:
         system=way.system,
         verdict=verdict,
         why=why,
-        call=_written(way, spec),
+        call=_written(way),
         out=out,
         begin=begin,
         shift=(a, b, c),
@@ -331,7 +338,7 @@ def _verdict(spec: ConvTranspose3d, begin: Triple, out: Triple, *, cropped_too: 
     return SHIFTED, f"same shape, shifted by {by}"
 
 
-def _written(way: Way, spec: ConvTranspose3d) -> str:
+def _written(way: Way) -> str:
     """Write the call with what follows it: a crop, and the bias that the call itself cannot add."""
     if way.layer is None:
         return ""
@@ -348,12 +355,10 @@ def _cropped_call(way: Way, call: str) -> str:
         return call
     layout = way.layer.y_layout
     if way.system == "Keras":
-        last = "" if layout == "NDHWC" else ", data_format='channels_first'"
-        return f"keras.layers.Cropping3D({way.crop}{last})({call})"
+        return f"keras.layers.Cropping3D({way.crop})({call})"
     if way.system == "R keras3":
         pairs = ", ".join(f"c({low}, {high})" for low, high in way.crop)
-        last = "" if layout == "NDHWC" else ', data_format = "channels_first"'
-        return f"{call} |> layer_cropping_3d(list({pairs}){last})"
+        return f"{call} |> layer_cropping_3d(list({pairs}))"
     slices = [f"{low or ''}:{-high or ''}" for low, high in way.crop]
     if way.system == "Rmlx":
         outs = _place(way.layer)[1]
@@ -365,9 +370,9 @@ def _cropped_call(way: Way, call: str) -> str:
 # --- what is measured ---
 
 
-def _measured(row: Row, way: Way | None, small: ConvTranspose3d) -> Row:
+def _measured(row: Row, way: Way, small: ConvTranspose3d) -> Row:
     """Return the row with what the system computed on the ``small`` layer, said in the same ``way``."""
-    if way is None or way.layer is None or row.call is None:
+    if way.layer is None:
         return row
     x, w, b = _inputs(small)
     try:
@@ -408,18 +413,31 @@ def _shown(found: Comparison) -> Iterator[Any]:
     outs, begins = _outs(found.spec.axes), _begins(found.spec.axes)
     yield Text(f"{brief(found.spec)}: out {_x(outs)}, begins at {_x(begins)} of the full output")
     yield _table(found.rows)
-    yield Text("Calls, ready to paste (x, w and b as the table says):")
-    yield Text("\n".join(f"{row.system:<24}{row.call}" for row in found.rows if row.call))
-    refused = [f"{row.system:<24}{row.why}" for row in found.rows if row.verdict == REFUSED]
-    if refused:
-        yield Text("Cannot say it:\n" + "\n".join(refused))
-    silent: dict[str, list[str]] = {}
-    for row in found.rows:
-        if row.not_measured:
-            silent.setdefault(row.not_measured, []).append(row.system)
-    lines = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in silent.items()]
-    measured = f"Largest differences: measured on {brief(found.measured_on)}."
-    yield Text("\n".join([measured, *(f"not measured: {line}" for line in lines)]))
+    calls = _together((row.call, row.system) for row in found.rows if row.call)
+    yield Text("\n".join(_labelled(names, call) for call, names in calls.items()))
+    refused = _together((row.why, row.system) for row in found.rows if row.verdict == REFUSED)
+    silent = _together((row.not_measured, row.system) for row in found.rows if row.not_measured)
+    yield Text(
+        "\n".join(
+            [
+                *(f"{names} cannot say it: {why}" for why, names in refused.items()),
+                f"Differences were measured on {brief(found.measured_on)}.",
+                *(f"Not measured: {names}: {why}" for why, names in silent.items()),
+            ]
+        )
+    )
+
+
+def _labelled(names: str, call: str) -> str:
+    return f"{names:<{_LABEL}}{call}" if len(names) < _LABEL else f"{names}:\n{'':{_LABEL}}{call}"
+
+
+def _together(pairs: Iterable[tuple[str | None, str]]) -> dict[str, str]:
+    """Return what is said of several systems once, with their names."""
+    said: dict[str, list[str]] = {}
+    for words, name in pairs:
+        said.setdefault(words or "", []).append(name)
+    return {words: ", ".join(dict.fromkeys(names)) for words, names in said.items()}
 
 
 def _table(rows: Sequence[Row]) -> Table:

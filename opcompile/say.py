@@ -103,29 +103,30 @@ def _require_one_group(spec: ConvTranspose3d) -> None:
 _KERAS_DEFAULTS = {
     "strides": 1,
     "padding": "valid",
-    "data_format": "channels_last",
     "output_padding": None,
     "dilation_rate": 1,
     "use_bias": True,
+    "data_format": "channels_last",
+    "activation": None,
 }
 
 
-def keras_words(spec: ConvTranspose3d, form: str = "({})") -> Iterator[str]:
-    """Yield the arguments of ``Conv3DTranspose`` that may mean ``spec``. Raises `WordsError` for groups."""
+def keras_words(spec: ConvTranspose3d, form: str = "({})", more: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Yield arguments of ``Conv3DTranspose`` that may mean ``spec``, with ``more``. Raises `WordsError` for groups."""
     _require_one_group(spec)
     same = [a.out - (a.size - 1) * a.stride - _reach(a) % 2 for a in spec.axes]
     valid = [a.out + a.begin - (a.size - 1) * a.stride - _reach(a) for a in spec.axes]
-    said = [("same", None), ("same", same), ("valid", None), ("valid", [max(0, n) for n in valid])]
+    said = [("same", None), ("valid", None), ("same", same), ("valid", [max(0, n) for n in valid])]
     for padding, extra in said:
         if extra is not None and min(extra) < 0:
             continue
         words = {
             "strides": [a.stride for a in spec.axes],
             "padding": padding,
-            "data_format": "channels_first" if spec.layout == "NCDHW" else "channels_last",
             "output_padding": extra,
             "dilation_rate": [a.dilation for a in spec.axes],
             "use_bias": spec.bias,
+            **(more or {}),
         }
         kernel = _several([a.kernel for a in spec.axes], form)
         yield f"{spec.channels_out}, {kernel}{_keywords(words, _KERAS_DEFAULTS, form)}"
@@ -144,12 +145,10 @@ def _r_keras(spec: ConvTranspose3d) -> Iterator[str]:
 def _tensorflow(spec: ConvTranspose3d) -> Iterator[str]:
     _require_one_group(spec)
     strides = _several([a.stride for a in spec.axes], "({})")
-    words = {"data_format": spec.layout, "dilations": [a.dilation for a in spec.axes]}
-    more = _keywords(words, {"data_format": "NDHWC", "dilations": 1})
+    more = _keywords({"dilations": [a.dilation for a in spec.axes]}, {"dilations": 1})
     asked, covering = [a.out for a in spec.axes], [max(a.full, a.begin + a.out) for a in spec.axes]
     for padding, outs in (("SAME", asked), ("VALID", asked), ("VALID", covering)):
-        by_letter = {"N": spec.batch, "C": spec.channels_out, **dict(zip("DHW", outs, strict=True))}
-        shape = tuple(by_letter[letter] for letter in spec.layout)
+        shape = (spec.batch, *outs, spec.channels_out)
         yield f"tf.nn.conv3d_transpose(x, w, {shape}, {strides}, '{padding}'{more})"
 
 
@@ -170,9 +169,9 @@ SYSTEMS = (
     System("Rmlx", _rmlx, "NDHWC", "MDHWC", adds_bias=True),
     System("Lucid 2", _torch, "NCDHW"),
     System("Lucid 3", _torch, "NCDHW"),
-    System("Keras", _keras, None, "DHWMC"),
-    System("R keras3", _r_keras, None, "DHWMC"),
-    System("TensorFlow", _tensorflow, None, "DHWMC", adds_bias=True),
+    System("Keras", _keras, "NDHWC", "DHWMC"),
+    System("R keras3", _r_keras, "NDHWC", "DHWMC"),
+    System("TensorFlow", _tensorflow, "NDHWC", "DHWMC", adds_bias=True),
     System("JAX", _jax, None, adds_bias=True),
 )
 

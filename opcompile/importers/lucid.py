@@ -2,7 +2,8 @@
 
 Its operator is ours, as PyTorch's is. Lucid 2 takes the padding strings "same" (symmetric, ``dilation *
 (kernel-1) // 2``, so that the output is not ``size * stride``) and "valid" (none) in the layer, and wants
-``0 <= output_padding < stride`` and no padding beyond ``dilation*(kernel-1)``. Lucid 3 takes no strings, no groups and no dilation.
+``0 <= output_padding < stride`` and no padding beyond ``dilation*(kernel-1)``. Lucid 3 takes no strings, no
+groups and no dilation.
 The messages are those of Lucid 2.8.5. (The "stride=2" example of the functional's page says that
 (1, 1, 3, 3, 3) comes out; its own formula, its code and this module give (1, 1, 2, 2, 2).)
 """

@@ -1,4 +1,8 @@
-"""``python -m conformance with_torch``: run one system's suites here, and print their results as JSON."""
+"""``python -m conformance with_torch``: run one system's suites here; exit code 1 where a case failed.
+
+With ``--json`` the results are printed as JSON and nothing else. ``python -m conformance write`` runs every
+system whose environment is there, and writes ``docs/conformance.md``.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,22 @@ import sys
 from importlib import import_module
 
 
-def main() -> None:
-    module = import_module(f"conformance.{sys.argv[1]}")
-    print(json.dumps([result.to_json() for result in module.suites()]))
+def main(name: str, *flags: str) -> int:
+    if name == "write":
+        from conformance.page import write
+
+        return write()
+    results = list(import_module(f"conformance.{name}").suites())
+    if "--json" in flags:
+        print(json.dumps([result.to_json() for result in results]))
+        return 0
+    for r in results:
+        numbers = f"{r.cases} cases, {r.passed} passed, {r.refused} refused by both, {sum(r.not_run.values())} not run"
+        print(f"{r.system} {r.version}, {r.what}: {numbers}, {len(r.failed)} failed")
+        for line in r.failed:
+            print(f"  FAILED {line}")
+    return int(any(r.failed for r in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:]))

@@ -36,10 +36,10 @@ def of_call(name: str, x: Any, w: Any, bias: int, geometry: dict[str, Any], **mo
 def grid() -> Iterator[Case]:
     rows = sample(
         7,
-        120,
+        300,
         kernel=[(1, 1, 1), (2, 3, 1), (3, 3, 3), (2, 2, 3)],
         stride=[1, 2, (1, 2, 3)],
-        padding=[0, 1, (0, 1, 1)],
+        padding=[0, (0, 1, 1)],
         output_padding=[0, 1, (0, 1, 2)],
         dilation=[1, 2, (1, 2, 1)],
         groups=[1, 2],

@@ -29,7 +29,7 @@ def of_call(name: str, x: Any, w: Any, args: tuple[Any, ...], **more: Any) -> Ca
 def grid() -> Iterator[Case]:
     rows = sample(
         9,
-        140,
+        240,
         kernel=[(1, 1, 1), (2, 3, 1), (3, 3, 3), (4, 2, 5)],
         strides=[1, 2, (1, 2, 3), (1, 3, 2, 2, 1)],
         padding=["SAME", "VALID"],
