@@ -181,7 +181,7 @@ class Way:
         """Where the output begins in the full one, and its size."""
         if self.layer is None:
             raise TypeError(f"{self.system} has no call")
-        begins, outs = _place(self.layer)
+        begins, outs = self.layer.place
         low = [pair[0] for pair in self.crop or _UNCROPPED]
         both = [sum(pair) for pair in self.crop or _UNCROPPED]
         (a, b, c), (d, e, f) = (
@@ -229,13 +229,6 @@ def _outs(axes: Axes) -> Triple:
 def _begins(axes: Axes) -> Triple:
     a, b, c = (axis.begin for axis in axes)
     return a, b, c
-
-
-def _place(layer: Imported) -> tuple[Triple, Triple]:
-    """Return where the output begins, counted from the first tap that is no zero, and its size."""
-    taps = zip(layer.spec.axes, layer.zero_taps, strict=True)
-    a, b, c = (axis.begin - zeros * axis.dilation for axis, zeros in taps)
-    return (a, b, c), _outs(layer.spec.axes)
 
 
 def _crop(have: tuple[Triple, Triple], want: tuple[Triple, Triple]) -> Pairs | None:
@@ -361,7 +354,7 @@ def _cropped_call(way: Way, call: str) -> str:
         return f"{call} |> layer_cropping_3d(list({pairs}))"
     slices = [f"{low or ''}:{-high or ''}" for low, high in way.crop]
     if way.system == "Rmlx":
-        outs = _place(way.layer)[1]
+        outs = way.layer.place[1]
         slices = [f"{low + 1}:{out - high}" for (low, high), out in zip(way.crop, outs, strict=True)]
         return f"{call}[, {', '.join(slices)}, ]"
     return f"{call}[:, {', '.join([':', *slices] if layout == 'NCDHW' else [*slices, ':'])}]"

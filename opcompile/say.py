@@ -33,18 +33,18 @@ class System:
 # --- words that several systems share ---
 
 
-def _several(values: Sequence[int], form: str) -> str:
+def several(values: Sequence[int], form: str) -> str:
     """Write three values, equal ones as one."""
     return str(values[0]) if len(set(values)) == 1 else form.format(", ".join(str(n) for n in values))
 
 
-def _keywords(given: Mapping[str, Any], defaults: Mapping[str, Any], form: str = "({})") -> str:
+def keywords(given: Mapping[str, Any], defaults: Mapping[str, Any], form: str = "({})") -> str:
     """Write what differs from the defaults as keyword arguments, as Python or, for ``c({})``, as R does."""
     said = []
     for name, value in given.items():
         is_triple = isinstance(value, (list, tuple))
         if (value[0] if is_triple and len(set(value)) == 1 else value) != defaults[name]:
-            text = _several(value, form) if is_triple else repr(value)
+            text = several(value, form) if is_triple else repr(value)
             said.append(f", {name}={text}" if form == "({})" else f", {name} = {text}")
     return "".join(said)
 
@@ -55,7 +55,7 @@ def _reach(axis: Axis) -> int:
 
 # --- PyTorch's formula: PyTorch, MLX, Rmlx, Lucid ---
 
-_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
 
 def _symmetric(spec: ConvTranspose3d, form: str = "({})") -> Iterator[str]:
@@ -74,7 +74,7 @@ def _symmetric(spec: ConvTranspose3d, form: str = "({})") -> Iterator[str]:
             "groups": spec.groups,
             "dilation": [a.dilation for a in spec.axes],
         }
-        yield _keywords(words, _DEFAULTS, form)
+        yield keywords(words, DEFAULTS, form)
 
 
 def _torch(spec: ConvTranspose3d) -> Iterator[str]:
@@ -128,8 +128,8 @@ def keras_words(spec: ConvTranspose3d, form: str = "({})", more: Mapping[str, An
             "use_bias": spec.bias,
             **(more or {}),
         }
-        kernel = _several([a.kernel for a in spec.axes], form)
-        yield f"{spec.channels_out}, {kernel}{_keywords(words, _KERAS_DEFAULTS, form)}"
+        kernel = several([a.kernel for a in spec.axes], form)
+        yield f"{spec.channels_out}, {kernel}{keywords(words, _KERAS_DEFAULTS, form)}"
 
 
 def _keras(spec: ConvTranspose3d) -> Iterator[str]:
@@ -144,8 +144,8 @@ def _r_keras(spec: ConvTranspose3d) -> Iterator[str]:
 
 def _tensorflow(spec: ConvTranspose3d) -> Iterator[str]:
     _require_one_group(spec)
-    strides = _several([a.stride for a in spec.axes], "({})")
-    more = _keywords({"dilations": [a.dilation for a in spec.axes]}, {"dilations": 1})
+    strides = several([a.stride for a in spec.axes], "({})")
+    more = keywords({"dilations": [a.dilation for a in spec.axes]}, {"dilations": 1})
     asked, covering = [a.out for a in spec.axes], [max(a.full, a.begin + a.out) for a in spec.axes]
     for padding, outs in (("SAME", asked), ("VALID", asked), ("VALID", covering)):
         shape = (spec.batch, *outs, spec.channels_out)

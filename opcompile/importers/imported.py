@@ -99,6 +99,13 @@ class Imported:
         kernel = [axis.kernel - zeros for axis, zeros in zip(self.spec.axes, self.zero_taps, strict=True)]
         return self.order.shape(self.spec, kernel)
 
+    @property
+    def place(self) -> tuple[Triple, Triple]:
+        """Where the output begins in the full one, counted from the first tap that is no zero, and its size."""
+        a, b, c = (axis.begin - n * axis.dilation for axis, n in zip(self.spec.axes, self.zero_taps, strict=True))
+        d, e, f = (axis.out for axis in self.spec.axes)
+        return (a, b, c), (d, e, f)
+
     def to_w(self, w: Any) -> Tensor:
         """Return the system's weight in canonical form. Raises `WordsError` for another shape."""
         own = array(w)

@@ -13,7 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from opcompile.errors import EngineError, ModelError, OpcompileError, SpecError, WordsError
@@ -27,6 +29,7 @@ from opcompile.importers.imported import (
     dtype_of,
     shape_of,
 )
+from opcompile.say import keras_words
 from opcompile.spec import Activation
 from opcompile.spec import ConvTranspose3d as Spec
 
@@ -68,15 +71,6 @@ NOT_FUSED = (
     "tanh_shrink",
     "threshold",
 )
-# What only training reads.
-_TRAINING = (
-    "kernel_regularizer",
-    "bias_regularizer",
-    "activity_regularizer",
-    "kernel_constraint",
-    "bias_constraint",
-    "trainable",
-)
 _LAYOUTS = {"channels_last": "NDHWC", "channels_first": "NCDHW"}
 
 
@@ -97,8 +91,8 @@ def Conv3DTranspose(
     activity_regularizer: Any = None,
     kernel_constraint: Any = None,
     bias_constraint: Any = None,
-    trainable: bool = True,
-    name: str | None = None,
+    trainable: bool = True,  # noqa: ARG001 (Keras's)
+    name: str | None = None,  # noqa: ARG001
     dtype: Any = None,
     *,
     input: Any,
@@ -150,8 +144,14 @@ def Conv3DTranspose(
         dtype=dtype_of(_policy(dtype), input),
         layout=layout,
     )
-    words = locals()
-    remarks = tuple(f"{key} has no effect on inference" for key in _TRAINING if words[key] not in (None, True))
+    training = {
+        "kernel_regularizer": kernel_regularizer,
+        "bias_regularizer": bias_regularizer,
+        "activity_regularizer": activity_regularizer,
+        "kernel_constraint": kernel_constraint,
+        "bias_constraint": bias_constraint,
+    }
+    remarks = tuple(f"{key} has no effect on inference" for key, value in training.items() if value is not None)
     read = Imported(SYSTEM, spec, ORDER, layout, layout, zeros, remarks=remarks)
     return _initialized(read, kernel_initializer, bias_initializer) if initialize else read
 
@@ -244,6 +244,64 @@ def _layers(model: Any) -> Iterator[Any]:
             yield from _layers(layer)
         elif type(layer).__name__ in ("Conv3DTranspose", "Convolution3DTranspose"):
             yield layer
+
+
+# --- the other way ---
+
+
+def words(spec: Spec) -> str:
+    """Return ``spec`` as a Keras layer, activation included; its kernel is ours, permuted (2, 3, 4, 1, 0).
+
+    Raises `WordsError` with the reason where Keras's layer cannot say it.
+    """
+    more = {
+        "data_format": "channels_first" if spec.layout == "NCDHW" else "channels_last",
+        "activation": _name(spec.activation),
+    }
+    dtype = "" if spec.dtype == "float32" else f", dtype={spec.dtype!r}"
+    place = tuple(a.begin for a in spec.axes), tuple(a.out for a in spec.axes)
+    for said in keras_words(spec, "({})", more):
+        layer = f"keras.layers.Conv3DTranspose({said}{dtype})"
+        if _means(layer, spec.x_shape) == place:
+            return layer
+    raise WordsError(
+        'neither "same" nor "valid" begins and ends where this layer does; use "valid" and Cropping3D '
+        "(`opcompile diff` writes both)"
+    )
+
+
+def layer(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
+    """Return ``spec`` as a Keras layer, built, with canonical weights where they are given.
+
+    Raises `WordsError` as `words` does, `EngineError` without Keras.
+    """
+    made = eval(words(spec), {"__builtins__": {}}, {"keras": _keras()})  # noqa: S307 (a text of our own)
+    made.build(spec.x_shape)
+    if weight is not None:
+        made.kernel.assign(ORDER.own(weight, 1))
+    if bias is not None:
+        made.bias.assign(bias)
+    return made
+
+
+def _means(text: str, x: tuple[int | None, ...]) -> tuple[Triple, Triple] | None:
+    """Return where the output of a layer's text begins, and its size; None where Keras refuses it."""
+    reader = SimpleNamespace(layers=SimpleNamespace(Conv3DTranspose=partial(Conv3DTranspose, input=x)))
+    try:
+        read: Imported = eval(text, {"__builtins__": {}}, {"keras": reader})  # noqa: S307 (a text of our own)
+    except (WordsError, SpecError):
+        return None
+    return read.place
+
+
+def _name(activation: Activation) -> str | None:
+    if activation.name == "none":
+        return None
+    if activation == Activation("leaky_relu", (0.2,)):
+        return "leaky_relu"
+    if activation != Activation(activation.name) or activation.name in ("leaky_relu", "gelu_tanh"):
+        raise WordsError(f"{SYSTEM} has no name for the activation {activation}; give the layer a function")
+    return activation.name
 
 
 # --- sizes: Keras's formulas ---

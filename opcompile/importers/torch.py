@@ -19,11 +19,14 @@ from opcompile.importers.imported import (
     Rules,
     Triple,
     WeightOrder,
+    array,
     dtype_of,
     shape_of,
     symmetric,
     values_of,
 )
+from opcompile.say import DEFAULTS, keywords, several
+from opcompile.spec import Activation
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "PyTorch"
@@ -150,7 +153,7 @@ def channels_last(read: Imported) -> Imported:
 def find(source: Any) -> list[Found]:
     """Return the 3-D transposed convolutions of a ``torch.export`` program, or of its ``.pt2`` file, in order.
 
-    A batch that was exported as a dynamic dimension is dynamic. Loading such a file runs no code of it.
+    A batch that was exported as a dynamic dimension is dynamic. A file is loaded by ``torch.export.load``.
     Raises `ModelError` for what is no such program, `EngineError` without PyTorch.
     """
     torch = _torch()
@@ -217,6 +220,82 @@ def _torch() -> Any:
     except ImportError as error:
         raise EngineError(f"the package torch is not installed ({error}); pip install 'opcompile[peers]'") from error
     return torch
+
+
+# --- the other way ---
+
+_ACTIVATIONS = {
+    "relu": "ReLU()",
+    "relu6": "ReLU6()",
+    "leaky_relu": "LeakyReLU({0!r})",
+    "elu": "ELU({0!r})",
+    "selu": "SELU()",
+    "gelu": "GELU()",
+    "gelu_tanh": "GELU(approximate='tanh')",
+    "sigmoid": "Sigmoid()",
+    "hard_sigmoid": "Hardsigmoid()",
+    "silu": "SiLU()",
+    "hard_silu": "Hardswish()",
+    "mish": "Mish()",
+    "softplus": "Softplus()",
+    "softsign": "Softsign()",
+    "tanh": "Tanh()",
+}
+
+
+def words(spec: Spec) -> str:
+    """Return the layer as PyTorch's modules, activation included; its weight is ours as it is.
+
+    Raises `WordsError` with the reason where PyTorch's module cannot say it.
+    """
+    if spec.layout != "NCDHW":
+        raise WordsError("PyTorch's layer takes NCDHW: its channels_last_3d is a memory order, so permute X before")
+    padding, extra = [a.begin for a in spec.axes], []
+    for axis in spec.axes:
+        extra.append(axis.out - (axis.full - 2 * axis.begin))
+        if not 0 <= extra[-1] < max(axis.stride, axis.dilation):
+            raise WordsError(
+                f"PyTorch pads both sides alike: padding={axis.begin} would need output_padding={extra[-1]}, which "
+                f"must be at least 0 and less than the larger of stride {axis.stride} and dilation {axis.dilation}; "
+                "pad less there, and crop the output"
+            )
+    words = {
+        "stride": [a.stride for a in spec.axes],
+        "padding": padding,
+        "output_padding": extra,
+        "groups": spec.groups,
+        "bias": spec.bias,
+        "dilation": [a.dilation for a in spec.axes],
+    }
+    kernel = several([a.kernel for a in spec.axes], "({})")
+    said = keywords(words, {**DEFAULTS, "bias": True})
+    dtype = "" if spec.dtype == "float32" else f", dtype=torch.{spec.dtype}"
+    layer = f"torch.nn.ConvTranspose3d({spec.channels_in}, {spec.channels_out}, {kernel}{said}{dtype})"
+    if spec.activation.name == "none":
+        return layer
+    return f"torch.nn.Sequential({layer}, torch.nn.{_activation(spec.activation)})"
+
+
+def _activation(activation: Activation) -> str:
+    text = _ACTIVATIONS.get(activation.name)
+    if text is None or ("{" not in text and activation != Activation(activation.name)):
+        raise WordsError(f"PyTorch has no module for the activation {activation}; write a function")
+    return text.format(*activation.parameters)
+
+
+def module(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
+    """Return ``spec`` as a PyTorch module, with canonical weights where they are given.
+
+    Raises `WordsError` as `words` does, `EngineError` without PyTorch.
+    """
+    torch = _torch()
+    made = eval(words(spec), {"__builtins__": {}}, {"torch": torch})  # noqa: S307 (a text of our own)
+    layer = made[0] if spec.activation.name != "none" else made
+    with torch.no_grad():
+        for parameter, values in ((layer.weight, weight), (layer.bias, bias)):
+            if values is not None:
+                parameter.copy_(torch.from_numpy(array(values).astype("float64")))
+    return made
 
 
 # --- PyTorch's rules ---
