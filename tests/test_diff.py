@@ -1,0 +1,134 @@
+"""One layer in every system's words: what the table says is what the calls compute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from strategies import arrays, specs
+
+from opcompile import diff as module
+from opcompile.cli import cli
+from opcompile.diff import CROPPED, EXACT, OTHER, REFUSED, SHIFTED, diff
+from opcompile.importers.imported import cropped
+from opcompile.reference import reference
+from opcompile.say import SYSTEMS
+from opcompile.spec import Activation, ConvTranspose3d
+
+QUESTION = ConvTranspose3d.parse("in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1")
+
+
+def rows(spec: ConvTranspose3d, system: str) -> list[module.Row]:
+    return [row for row in diff(spec, measure=False).rows if row.system == system]
+
+
+def test_pytorch_and_keras_same_are_one_voxel_apart() -> None:
+    (torch,) = rows(QUESTION, "PyTorch")
+    same, then_cropped = rows(QUESTION, "Keras")
+    assert torch.verdict == EXACT
+    assert same.call == "keras.layers.Conv3DTranspose(64, 3, strides=2, padding='same')(x)"
+    assert same.out == torch.out == (24, 32, 64)
+    assert (same.verdict, same.shift) == (SHIFTED, (-1, -1, -1))
+    assert "one voxel" in same.why
+    assert then_cropped.verdict == CROPPED
+    assert then_cropped.call is not None
+    assert "Cropping3D(((1, 0), (1, 0), (1, 0)))" in then_cropped.call
+
+
+def test_the_opsets_of_onnx_stand_apart_where_they_differ() -> None:
+    by_name = {row.system: row.verdict for row in diff(QUESTION, measure=False).rows}
+    assert by_name["ONNX 1 SAME_UPPER"] == EXACT
+    assert by_name["ONNX 11+, ONNX Runtime SAME_UPPER"] == SHIFTED
+    narrow = diff(ConvTranspose3d.parse("in=1x2x3x3x3 co=2 k=1 s=2 op=1"), measure=False)
+    by_name = {row.system: row.verdict for row in narrow.rows}
+    assert by_name["ONNX 1, ONNX 11+ SAME_UPPER"] == EXACT
+    assert by_name["ONNX Runtime SAME_UPPER"] == OTHER
+    even = {row.system for row in diff(ConvTranspose3d.parse("in=1x2x3x3x3 co=2 k=4 s=2 p=1"), measure=False).rows}
+    assert "ONNX 1, ONNX 11+, ONNX Runtime SAME_UPPER" in even
+
+
+def test_a_layer_that_some_cannot_say() -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x3x3 co=4 k=3 s=2 op=2 g=2")
+    refused = {row.system: row.why for row in diff(spec, measure=False).rows if row.verdict == REFUSED}
+    assert set(refused) == {row.name for row in SYSTEMS} | {"ONNX Runtime"}
+    assert "groups" in refused["Keras"]
+    assert "stride" in refused["ONNX Runtime"]
+
+
+@settings(max_examples=60)
+@given(specs(dtypes=("float64",), largest=3))
+def test_what_a_row_says_is_what_the_importer_computes(spec: ConvTranspose3d) -> None:
+    spec = replace(spec, activation=Activation(), batch=1, layout="NCDHW", bias=False)
+    x, w, _ = arrays(spec, integers=4)
+    expected = reference(spec, x, w)
+    for system in SYSTEMS:
+        for way in module._ways(system, spec):
+            if way.layer is None:
+                assert way.reason
+                continue
+            layer = way.layer.with_weights(way.layer.order.own(w, spec.groups))
+            assert layer.weight is not None
+            own = np.moveaxis(x, 1, -1) if layer.x_layout == "NDHWC" else x
+            y = reference(replace(layer.spec, dtype="float64"), own, layer.weight)
+            y = module._sliced(np.moveaxis(y, -1, 1) if layer.y_layout == "NDHWC" else y, way.crop)
+            row = module._row(way, spec)
+            assert (row.verdict in (EXACT, CROPPED)) == (y.shape == expected.shape and row.begin == begins(spec))
+            if row.verdict in (EXACT, CROPPED):
+                np.testing.assert_array_equal(y, expected, err_msg=f"{system.name}: {row.call}")
+            else:
+                axes, zeros = cropped(*module._geometry(spec), *way.place)
+                wide = np.pad(w, [(0, 0), (0, 0), *((n, 0) for n in zeros)])
+                np.testing.assert_array_equal(y, reference(replace(spec, axes=axes), x, wide))
+
+
+def begins(spec: ConvTranspose3d) -> tuple[int, ...]:
+    return tuple(a.begin for a in spec.axes)
+
+
+def test_the_command_prints_a_table_and_json() -> None:
+    text = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure"], catch_exceptions=False).stdout
+    assert "shifted by one voxel" in text
+    assert "F.conv_transpose3d(x, w, b, stride=2, padding=1, output_padding=1)" in text
+    done = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure", "--json"], catch_exceptions=False)
+    content = json.loads(done.stdout)
+    assert content["begin"] == [1, 1, 1]
+    assert {row["system"] for row in content["systems"]} >= {system.name for system in SYSTEMS}
+
+
+def test_onnx_runtime_is_asked_for_the_very_node() -> None:
+    found = {row.system: row for row in diff(QUESTION).rows}
+    exact, shifted = found["ONNX Runtime"], found["ONNX 11+, ONNX Runtime SAME_UPPER"]
+    assert exact.version
+    assert exact.difference is not None
+    assert exact.difference < 1e-5 < 1 < (shifted.difference or 0)
+    assert shifted.own_difference is not None
+    assert shifted.own_difference < 1e-5
+    assert "definition" in found["ONNX 1 SAME_UPPER"].not_measured
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(QUESTION),
+        "in=1x2x4x4x4 co=3 k=4 s=2 p=1",
+        "in=1x4x4x5x3 co=6 k=3x2x1 s=2x3x1 p=1:0x0:1x0:0 op=0x2x0 g=2",
+        "in=1x2x4x5x3 co=2 k=2 s=3 op=2 bias=0",
+        "in=1x2x4x5x3 co=2 k=3 d=2 p=2 layout=NDHWC",
+    ],
+)
+def test_every_installed_system_computes_what_its_row_says(text: str) -> None:
+    from opcompile.bounds import bounds
+
+    found = diff(ConvTranspose3d.parse(text))
+    x, w, b = module._inputs(found.measured_on)
+    bound = bounds(replace(found.measured_on, layout="NCDHW"), x, w, b).max()
+    measured = [row for row in found.rows if row.own_difference is not None]
+    assert {"PyTorch", "ONNX Runtime", "OpenVINO"} & {row.system for row in measured}
+    for row in measured:
+        assert (row.own_difference or 0) <= bound, row
+        assert row.difference is None or (row.difference <= bound) == (row.verdict in (EXACT, CROPPED)), row
