@@ -2,8 +2,11 @@
 #
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
-#   make test-peers  the same operator in PyTorch, every peer, links for other machines; TORCH=torch==2.13.0 picks a version
+#   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, links for other machines;
+#                    TORCH=torch==2.13.0 picks a version
 #   make test-onnxruntime  replaced nodes at length, inside the oldest and the newest ONNX Runtime
+#   make test-tensorflow test-lucid   TensorFlow's and Lucid's grids, each in an environment of its own
+#   make conformance put every grid to the real systems, and write docs/conformance.md
 #   make lint types  what must hold of the code
 #   make bench       every real layer against all peers: bench.json, bench.svg, and a table in Markdown
 #
@@ -14,12 +17,17 @@ VENV ?= .venv
 TORCH ?= torch
 DEMO ?= tests/models/dynunet.onnx
 ARGS ?=
+# Lucid 2 runs on this Python alone
+LUCID_PYTHON ?= python3.12
+LUCID ?= lucid-dl==2.8.5
+# on macOS: tensorflow
+TENSORFLOW ?= tensorflow-cpu
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-peers test-onnxruntime lint types bench clean
+.PHONY: demo test test-peers test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -30,7 +38,7 @@ test: $(VENV)/.installed-test
 	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy" $(ARGS)
 
 test-peers: $(VENV)/.installed-test
-	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot]"
+	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot,words]"
 	$(RUN) pytest -m peers $(ARGS)
 
 # The oldest lies in a folder of its own, before the newest on Python's path.
@@ -39,6 +47,16 @@ test-onnxruntime: $(VENV)/.installed-test
 	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
 	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
 	$(RUN) pytest -m heavy $(ARGS)
+
+test-tensorflow: $(VENV)-tensorflow/.installed
+	TF_ENABLE_ONEDNN_OPTS=0 TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.:tests $(VENV)-tensorflow/bin/python -m conformance with_tensorflow
+
+test-lucid: $(VENV)-lucid/.installed
+	PYTHONPATH=.:tests $(VENV)-lucid/bin/python -m conformance with_lucid
+
+conformance: $(VENV)/.installed-test
+	$(INSTALL) "$(TORCH)" --editable ".[peers,words]"
+	PYTHONPATH=.:tests $(RUN) conformance write
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
@@ -52,7 +70,7 @@ bench: $(VENV)/.installed
 	$(BIN)/opcompile bench --tag real --against all --save bench.json --plot bench.svg --markdown
 
 clean:
-	rm -rf $(VENV) demo-artifacts bench.json bench.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-lucid demo-artifacts bench.json bench.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The package is installed in place, so that these need repeating only when pyproject.toml changes.
 $(BIN)/python:
@@ -69,3 +87,15 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[dev]"
 	touch $@ $(VENV)/.installed-test $(VENV)/.installed
+
+# Their requirements would disturb ours: TensorFlow pins protobuf, Lucid needs its own Python.
+$(VENV)-tensorflow/.installed:
+	$(PYTHON) -m venv $(VENV)-tensorflow
+	$(VENV)-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check $(TENSORFLOW)
+	touch $@
+
+$(VENV)-lucid/.installed:
+	$(LUCID_PYTHON) -m venv $(VENV)-lucid
+	$(VENV)-lucid/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$(LUCID)"
+	$(VENV)-lucid/bin/python -m pip install --quiet --disable-pip-version-check numpy scikit-learn pandas openml "mlx[cpu]"
+	touch $@

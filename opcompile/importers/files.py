@@ -105,7 +105,7 @@ def _package(module: str, name: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise EngineError(f"the package {name} is not installed ({error}); pip install 'opcompile[peers]'") from error
+        raise EngineError(f"the package {name} is not installed ({error}); pip install 'opcompile[words]'") from error
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {

@@ -449,5 +449,5 @@ def _keras() -> Any:
     try:
         import keras
     except ImportError as error:
-        raise EngineError(f"the package keras is not usable ({error}); pip install 'opcompile[peers]'") from error
+        raise EngineError(f"the package keras is not usable ({error}); pip install 'opcompile[words]'") from error
     return keras

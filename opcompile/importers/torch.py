@@ -218,7 +218,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EngineError(f"the package torch is not installed ({error}); pip install 'opcompile[peers]'") from error
+        raise EngineError(f"the package torch is not installed ({error}); pip install 'opcompile[words]'") from error
     return torch
 
 

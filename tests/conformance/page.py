@@ -24,7 +24,7 @@ class Environment:
     module: str
     system: str
     home: str = ""
-    needs: str = "pip install 'opcompile[peers]'"
+    needs: str = "pip install 'opcompile[words]'"
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
