@@ -157,6 +157,10 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["{tmp}"], 2, ["manifest.json"]),
         ([LAYER, "--target", "vax"], 3, ["vax"]),
     ],
+    "diff": [
+        (["no-such-case"], 2, ["no-such-case"]),
+        (["{models}/unet.onnx"], 2, ["has 2 such nodes", "--node"]),
+    ],
     "cases": [(["--tag", "nothing"], 2, ["nothing", "the tags are"])],
     "doctor": [(["--nothing"], 2, ["--nothing"])],
 }
