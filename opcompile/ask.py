@@ -36,9 +36,8 @@ def ask(system: str, call: str, layer: Imported, x: Tensor, w: Tensor, b: Tensor
     """
     name = "ONNX Runtime" if "ONNX Runtime" in system else system
     if name not in _PACKAGES:
-        raise EngineError(
-            "it is not asked from Python" if not name.startswith("ONNX") else "a definition computes nothing"
-        )
+        is_definition = name.startswith("ONNX")
+        raise EngineError("a definition computes nothing" if is_definition else "it is not asked from Python")
     module, found = _package(name)
     own = order(x, "NCDHW", layer.x_layout)
     groups = layer.spec.groups
@@ -48,8 +47,7 @@ def ask(system: str, call: str, layer: Imported, x: Tensor, w: Tensor, b: Tensor
     try:
         y = np.asarray(_RUNNERS[name](module, call, own, weight, b), np.float64)
     except Exception as error:  # they share no base, and each means that it cannot
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EngineError(f"{system} {found} fails: {reason}") from error
+        raise EngineError(f"{system} {found} fails: {_first_line(error)}") from error
     return found, order(y, layer.y_layout, "NCDHW")
 
 
@@ -59,15 +57,22 @@ def order(a: Tensor, have: str, want: str) -> Tensor:
 
 
 def _package(name: str) -> tuple[Any, str]:
+    """Import a system. Raises `EngineError` where it is not there, is another version, or cannot be imported."""
     module, distribution = _PACKAGES[name]
     try:
         found = version(distribution)
-        major = found.split(".")[0]
-        if name.startswith("Lucid") and name != f"Lucid {major}":
-            raise EngineError(f"the package lucid-dl is version {found}")
-        return import_module(module), found
-    except (ImportError, PackageNotFoundError) as error:
+    except PackageNotFoundError as error:
         raise EngineError(f"the package {distribution} is not installed") from error
+    if name.startswith("Lucid") and name != f"Lucid {found.split('.')[0]}":
+        raise EngineError(f"the package {distribution} is version {found}")
+    try:
+        return import_module(module), found
+    except Exception as error:  # whatever a package does at its import, like Keras without its backend
+        raise EngineError(f"the package {distribution} cannot be imported: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _evaluated(text: str, **names: Any) -> Any:

@@ -184,10 +184,8 @@ class Way:
         begins, outs = self.layer.place
         low = [pair[0] for pair in self.crop or _UNCROPPED]
         both = [sum(pair) for pair in self.crop or _UNCROPPED]
-        (a, b, c), (d, e, f) = (
-            [n + m for n, m in zip(begins, low, strict=True)],
-            [n - m for n, m in zip(outs, both, strict=True)],
-        )
+        a, b, c = (begin + n for begin, n in zip(begins, low, strict=True))
+        d, e, f = (out - n for out, n in zip(outs, both, strict=True))
         return (a, b, c), (d, e, f)
 
 
@@ -213,9 +211,8 @@ def _said(system: System, spec: ConvTranspose3d) -> tuple[list[Way], str]:
             try:
                 said.append(Way(system.name, call, read(system, call, spec), adds_bias=system.adds_bias and spec.bias))
             except (WordsError, SpecError) as error:
-                reasons.append(
-                    str(error).partition("; opcompile computes")[0].partition("refuses this: ")[2] or str(error)
-                )
+                rule = str(error).partition("; opcompile computes")[0]
+                reasons.append(rule.partition("refuses this: ")[2] or rule)
     except WordsError as error:
         reasons.append(str(error))
     return said, reasons[0] if reasons else ""
@@ -248,8 +245,7 @@ def _onnx_ways(spec: ConvTranspose3d) -> list[Way]:
     ONNX 1 and 11 place an odd SAME_* padding differently, and ONNX Runtime pads no kernel below the stride:
     these stand apart where they differ.
     """
-    axes = [(a.output_pad, a.stride) for a in spec.axes]
-    ways = [Way("ONNX", onnx_call(spec), _placed(spec, spec.axes)), _runtime(spec, axes)]
+    ways = [Way("ONNX", onnx_call(spec), _placed(spec, spec.axes)), _runtime(spec)]
     if any(a.out != a.size * a.stride for a in spec.axes):
         return [*ways, _openvino(spec)]
     for auto_pad in ("SAME_UPPER", "SAME_LOWER"):
@@ -262,11 +258,10 @@ def _onnx_ways(spec: ConvTranspose3d) -> list[Way]:
     return [*ways, _openvino(spec)]
 
 
-def _runtime(spec: ConvTranspose3d, axes: Sequence[tuple[int, int]]) -> Way:
-    if any(extra >= stride for extra, stride in axes):
-        return Way(
-            "ONNX Runtime", reason="output_padding must be less than the stride; `opcompile export` writes it otherwise"
-        )
+def _runtime(spec: ConvTranspose3d) -> Way:
+    if any(a.output_pad >= a.stride for a in spec.axes):
+        reason = "output_padding must be less than the stride; `opcompile export` writes it otherwise"
+        return Way("ONNX Runtime", reason=reason)
     return Way("ONNX Runtime", onnx_call(spec), _placed(spec, spec.axes))
 
 
@@ -322,13 +317,10 @@ def _verdict(spec: ConvTranspose3d, begin: Triple, out: Triple, *, cropped_too: 
     if out != _outs(spec.axes):
         return OTHER, f"it gives {out}"
     shifts = {theirs - ours.begin for theirs, ours in zip(begin, spec.axes, strict=True)}
-    (only,) = shifts if len(shifts) == 1 else (None,)
-    by = (
-        "one voxel"
-        if only in (1, -1)
-        else f"{tuple(b - a.begin for b, a in zip(begin, spec.axes, strict=True))} voxels"
-    )
-    return SHIFTED, f"same shape, shifted by {by}"
+    if shifts in ({1}, {-1}):
+        return SHIFTED, "same shape, shifted by one voxel"
+    each = "x".join(str(abs(theirs - ours.begin)) for theirs, ours in zip(begin, spec.axes, strict=True))
+    return SHIFTED, f"same shape, shifted by {each} voxels"
 
 
 def _written(way: Way) -> str:

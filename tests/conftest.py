@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # made the oracle six times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Keras chooses its backend when it is imported, and TensorFlow, its default, is not among our peers.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 settings.register_profile(
     "opcompile",
     deadline=None,

@@ -37,6 +37,8 @@ def test_pytorch_and_keras_same_are_one_voxel_apart() -> None:
     assert then_cropped.verdict == CROPPED
     assert then_cropped.call is not None
     assert "Cropping3D(((1, 0), (1, 0), (1, 0)))" in then_cropped.call
+    _, sliced = rows(QUESTION, "TensorFlow")
+    assert sliced.call == "tf.nn.conv3d_transpose(x, w, (1, 25, 33, 65, 64), 2, 'VALID')[:, 1:, 1:, 1:, :] + b"
 
 
 def test_the_opsets_of_onnx_stand_apart_where_they_differ() -> None:
@@ -76,6 +78,7 @@ def test_what_a_row_says_is_what_the_importer_computes(spec: ConvTranspose3d) ->
             y = reference(replace(layer.spec, dtype="float64"), own, layer.weight)
             y = module._sliced(np.moveaxis(y, -1, 1) if layer.y_layout == "NDHWC" else y, way.crop)
             row = module._row(way, spec)
+            assert row.verdict == EXACT or system.name != "JAX", "JAX says any layer without groups"
             assert (row.verdict in (EXACT, CROPPED)) == (y.shape == expected.shape and row.begin == begins(spec))
             if row.verdict in (EXACT, CROPPED):
                 np.testing.assert_array_equal(y, expected, err_msg=f"{system.name}: {row.call}")
@@ -111,6 +114,7 @@ def test_onnx_runtime_is_asked_for_the_very_node() -> None:
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "text",
     [

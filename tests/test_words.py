@@ -22,7 +22,7 @@ from opcompile.spec import Activation, ConvTranspose3d
 
 # --- documented examples ---
 
-X, W = (1, 4, 8, 8, 8), (4, 2, 3, 3, 3)
+X, V, W = (1, 4, 8, 8, 8), (1, 8, 8, 8, 4), (4, 2, 3, 3, 3)
 DOCUMENTED: list[tuple[str, Callable[[], Imported], tuple[int, ...]]] = [
     (
         "PyTorch's functional page",
@@ -76,6 +76,8 @@ DOCUMENTED: list[tuple[str, Callable[[], Imported], tuple[int, ...]]] = [
         (1, 2, 1, 1, 1),
     ),
     ("Lucid 2's same", lambda: lucid.ConvTranspose3d(4, 2, 3, 2, "same", input=X), (1, 2, 15, 15, 15)),
+    ("Lucid 2's same, k4", lambda: lucid.ConvTranspose3d(4, 2, 4, 2, "same", input=X), (1, 2, 16, 16, 16)),
+    ("Lucid 2's same, d2", lambda: lucid.ConvTranspose3d(4, 2, 3, 1, "same", 0, 2, input=X), (1, 2, 8, 8, 8)),
     ("Lucid 2's valid", lambda: lucid.ConvTranspose3d(4, 2, 3, 2, "valid", input=X), (1, 2, 17, 17, 17)),
     (
         "TensorFlow, SAME",
@@ -92,6 +94,27 @@ def test_a_documented_example_gives_its_shape(read: Callable[[], Imported], shap
     layer = read()
     y = layer.from_y(np.zeros([n or 1 for n in layer.spec.y_shape]))
     assert y.shape == shape
+
+
+PLACES = [
+    # the two traps: Keras and TensorFlow begin one voxel before PyTorch; even kernels agree
+    (lambda: keras.Conv3DTranspose(2, 3, 2, "same", input=V), 0, 16),
+    (lambda: torch.conv_transpose3d(X, W, stride=2, padding=1, output_padding=1), 1, 16),
+    (lambda: keras.Conv3DTranspose(2, 4, 2, "same", input=V), 1, 16),
+    (lambda: keras.Conv3DTranspose(2, 4, 1, "same", input=V), 1, 8),
+    (lambda: tensorflow.conv3d_transpose(V, (5, 5, 5, 2, 4), (1, 16, 16, 16, 2), 2), 1, 16),
+    (lambda: tensorflow.conv3d_transpose(V, (5, 5, 5, 2, 4), (1, 15, 15, 15, 2), 2), 2, 15),
+    (lambda: jax.conv_transpose(V, (5, 5, 5, 4, 2), (3, 3, 3), "SAME"), 1, 24),
+    (lambda: jax.conv_transpose(V, (5, 5, 5, 4, 2), (3, 3, 3), "VALID"), 0, 26),
+    (lambda: jax.conv_transpose(V, (5, 5, 5, 4, 2), (3, 3, 3), [(1, 2)] * 3, use_consistent_padding=True), 1, 23),
+    # MLX slices its input where its padding exceeds dilation*(kernel-1)
+    (lambda: mlx.conv_transpose3d(V, (2, 1, 1, 1, 4), 3, 1), 3, 16),
+]
+
+
+@pytest.mark.parametrize(("read", "begin", "out"), PLACES)
+def test_where_an_output_begins(read: Callable[[], Imported], begin: int, out: int) -> None:
+    assert read().place == ((begin,) * 3, (out,) * 3)
 
 
 def test_an_unbatched_input_gives_an_unbatched_output() -> None:
@@ -162,7 +185,6 @@ def test_every_activation_of_keras_is_one_of_ours() -> None:
 
 # --- wrong calls: the real messages are compared in `tests/conformance`, here their presence ---
 
-V = (1, 8, 8, 8, 4)
 REFUSED: list[tuple[Callable[..., Imported], dict[str, Any], str]] = [
     (torch.conv_transpose3d, {"input": X, "weight": W, "output_padding": 1}, "output padding must be smaller"),
     (mlx.ConvTranspose3d, {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "stride": 0, "input": V}, "positive"),
@@ -348,3 +370,6 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         files.read_arrays(tmp_path / "w.npz")
     with pytest.raises(ModelError, match="cannot read"):
         files.read_arrays(tmp_path / "absent.npz")
+    np.savez(tmp_path / "pickled.npz", weight=np.array([{}], dtype=object))
+    with pytest.raises(ModelError, match="allow_pickle"):
+        files.read_arrays(tmp_path / "pickled.npz")

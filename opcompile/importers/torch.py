@@ -120,7 +120,7 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, output_size: Sequence[int] | None = None, *, strict: bool = True) -> Imported:
     """Read a ``torch.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
-    if not hasattr(module, "output_padding") or not hasattr(module, "weight"):
+    if not getattr(module, "transposed", False):
         raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
     fields = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups")
     read = ConvTranspose3d(

@@ -1,0 +1,182 @@
+"""Objects and files of the real systems: modules, layers, models, programs, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opcompile.bounds import compare
+from opcompile.errors import ModelError, WordsError
+from opcompile.importers import files, keras, mlx, torch
+from opcompile.importers.imported import Imported
+from opcompile.spec import ConvTranspose3d
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+
+
+def holds(layer: Imported, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> None:
+    """The layer, with the weights it came with, gives the system's output."""
+    assert layer.weight is not None
+    ours = layer.to_x(x)
+    shape = layer.from_y(np.zeros([n or len(ours) for n in layer.spec.y_shape])).shape
+    assert shape == y.shape
+    back = {"NCDHW": 1, "NDHWC": -1, "CDHW": 0}
+    moved = np.moveaxis(y, back[layer.y_layout], back[layer.spec.layout]) if "N" in layer.y_layout else y[None]
+    assert compare(layer.spec, np.ascontiguousarray(moved), ours, layer.weight, layer.bias).passed
+
+
+def drawn(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def decoder() -> Any:
+    """Two transposed convolutions with something between them."""
+    real = pytest.importorskip("torch")
+    real.manual_seed(0)
+    return real.nn.Sequential(
+        real.nn.ConvTranspose3d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        real.nn.Conv3d(6, 4, 3),
+        real.nn.ReLU(),
+        real.nn.ConvTranspose3d(4, 2, 2, stride=2, bias=False),
+    ).eval()
+
+
+def test_a_pytorch_module() -> None:
+    real = pytest.importorskip("torch")
+    x, first = drawn(2, 4, 3, 4, 5), decoder()[0]
+    with real.no_grad():
+        y = first(real.from_numpy(x)).numpy()
+        unbatched = first(real.from_numpy(x[0])).numpy()
+        odd = first(real.from_numpy(x), output_size=(5, 8, 9)).numpy()
+    holds(torch.from_module(first, x), x, y)
+    holds(torch.from_module(first, x[0]), x[0], unbatched)
+    holds(torch.from_module(first, x.shape, output_size=(5, 8, 9)), x, odd)
+    holds(torch.channels_last(torch.from_module(first, x.shape)), x, y)
+    for other, name in zip(decoder()[1:3], ("Conv3d", "ReLU"), strict=True):
+        with pytest.raises(WordsError, match=f"{name} is not"):
+            torch.from_module(other, x)
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    real = pytest.importorskip("torch")
+    model, x = decoder(), drawn(2, 4, 3, 4, 5)
+    batch = real.export.Dim("n")
+    program = real.export.export(model, (real.from_numpy(x),), dynamic_shapes=({0: batch},))
+    real.export.save(program, tmp_path / "m.pt2")
+    for source in (program, program.run_decompositions({}), tmp_path / "m.pt2"):
+        first, second = torch.find(source)
+        assert first.layer is not None
+        assert second.layer is not None
+        assert first.layer.spec.batch is None
+        assert (second.layer.spec.bias, second.layer.spec.channels_out) == (False, 2)
+        with real.no_grad():
+            holds(first.layer, x, model[0](real.from_numpy(x)).numpy())
+    with pytest.raises(ModelError, match=r"torch\.export"):
+        torch.find(model)
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"bad\.pt2"):
+        torch.find(tmp_path / "bad.pt2")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
+def test_a_state_dict(name: str, tmp_path: Path) -> None:
+    real = pytest.importorskip("torch")
+    model, x = decoder(), drawn(2, 4, 3, 4, 5)
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), tmp_path / name)
+    else:
+        real.save(model.state_dict() if name == "w.pt" else {"state_dict": model.state_dict()}, tmp_path / name)
+    layer = torch.ConvTranspose3d(4, 6, 3, 2, 1, 1, 2, input=x)
+    with real.no_grad():
+        holds(layer.with_weights(*files.layer_arrays(tmp_path / name, "0")), x, model[0](real.from_numpy(x)).numpy())
+    assert files.layer_arrays(tmp_path / name, "3")[1] is None
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
+def test_an_mlx_module_and_its_weights(name: str, tmp_path: Path) -> None:
+    mx, nn = pytest.importorskip("mlx.core"), pytest.importorskip("mlx.nn")
+    x = drawn(2, 3, 4, 5, 4)
+    module = nn.ConvTranspose3d(4, 6, (3, 2, 3), 2, 1, 1, 1)
+    module.bias = mx.array(drawn(6))
+    y = np.array(module(mx.array(x)))
+    holds(mlx.from_module(module, x), x, y)
+    module.save_weights(str(tmp_path / name))
+    layer = mlx.ConvTranspose3d(4, 6, (3, 2, 3), 2, 1, 1, 1, input=x)
+    holds(layer.with_weights(*files.layer_arrays(tmp_path / name)), x, y)
+    half = nn.ConvTranspose3d(4, 6, 3)
+    half.set_dtype(mx.bfloat16)
+    assert mlx.from_module(half, x.shape).spec.dtype == "bfloat16"
+
+
+def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
+    real = pytest.importorskip("keras")
+    first = real.layers.Conv3DTranspose(6, 3, 2, padding="same", activation="relu", bias_initializer="ones", name="up")
+    inside = real.Sequential([real.layers.Conv3DTranspose(2, 2, 2, activation="softmax", name="last")])
+    x = drawn(2, 3, 4, 5, 4)
+    given = real.Input(x.shape[1:])
+    model = real.Model(given, inside(first(given)))
+    y = real.ops.convert_to_numpy(first(x))
+    holds(keras.from_layer(first), x, y)
+    model.save(tmp_path / "m.keras")
+    up, last = keras.find(tmp_path / "m.keras")
+    assert up.layer is not None
+    assert up.layer.spec.batch is None
+    holds(up.layer, x, y)
+    assert last.layer is None
+    assert last.reason is not None
+    assert "softmax" in last.reason
+    model.save_weights(tmp_path / "m.weights.h5")
+    layer = keras.Conv3DTranspose(6, 3, 2, padding="same", activation="relu", input=x)
+    for name in ("m.keras", "m.weights.h5"):
+        arrays = files.layer_arrays(tmp_path / name, "layers/conv3d_transpose")
+        holds(layer.with_weights(*arrays), x, y)
+    (tmp_path / "bad.keras").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"bad\.keras"):
+        keras.find(tmp_path / "bad.keras")
+    with pytest.raises(ModelError, match="is not a Keras model"):
+        keras.find(first)
+
+
+def test_initializers_build_weights() -> None:
+    pytest.importorskip("keras")
+    words = {"kernel_initializer": "ones", "bias_initializer": "zeros", "input": (1, 2, 2, 2, 4)}
+    layer = keras.Conv3DTranspose(3, 2, **words, initialize=True)
+    assert layer.weight is not None
+    assert layer.bias is not None
+    assert (layer.weight.shape, layer.weight.min(), layer.bias.max()) == ((4, 3, 2, 2, 2), 1, 0)
+
+
+# --- the other way ---
+
+SAID = [
+    "in=2x4x3x4x5 co=6 k=3x2x3 s=2x1x3 p=1 op=1x0x2 g=2",
+    "in=2x4x3x4x5 co=6 k=4 s=2 p=1 bias=0 act=leaky_relu:0.2",
+    "in=2x4x3x4x5 co=6 k=3 s=2 p=0:1 act=gelu layout=NDHWC",
+    "in=2x4x3x4x5 co=6 k=2 s=3 op=1 act=hard_silu layout=NDHWC",
+    "in=2x4x3x4x5 co=6 k=3 d=2 p=2 act=elu:0.5",
+]
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_a_spec_becomes_a_layer_of_theirs(text: str) -> None:
+    """PyTorch's and Keras's layer compute what the spec does, where they can say it; somebody always can."""
+    real, real_keras = pytest.importorskip("torch"), pytest.importorskip("keras")
+    spec = ConvTranspose3d.parse(text)
+    x, w = drawn(*(n or 1 for n in spec.x_shape)), drawn(*spec.w_shape)
+    b = drawn(6) if spec.bias else None
+    said = 0
+    for system in ("torch", "keras"):
+        try:
+            if system == "torch":
+                with real.no_grad():
+                    y = torch.module(spec, w, b)(real.from_numpy(x)).numpy()
+            else:
+                y = real_keras.ops.convert_to_numpy(keras.layer(spec, w, b)(x))
+        except WordsError:
+            continue
+        said += 1
+        assert compare(spec, y, x, w, b).passed, system
+    assert said
