@@ -29,6 +29,19 @@ BELOW = {
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
     "opcompile.engines": {"opcompile.errors", "opcompile.spec", "opcompile.runtime"},
+    "opcompile.say": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.importers.imported": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported"},
+    **{
+        f"opcompile.importers.{system}": {
+            "opcompile.errors",
+            "opcompile.importers.imported",
+            "opcompile.importers.mlx",
+            "opcompile.say",
+            "opcompile.spec",
+        }
+        for system in ("files", "jax", "keras", "lucid", "mlx", "rmlx", "tensorflow", "torch")
+    },
     "opcompile.roofline": set(),
     "opcompile.probes": {"opcompile.roofline", "opcompile.target"},
 }
@@ -91,7 +104,9 @@ def test_these_import_neither(module: str) -> None:
     assert not found & {"tvm", "onnx"}
 
 
-@pytest.mark.parametrize("module", ["reference", "bounds", "spec", "cases", "errors", "packing"])
+@pytest.mark.parametrize(
+    "module", ["reference", "bounds", "spec", "cases", "errors", "packing", "say", "importers.rmlx", "importers.jax"]
+)
 def test_these_need_numpy_at_most(module: str) -> None:
     import sys
 

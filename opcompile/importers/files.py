@@ -37,7 +37,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             except (EngineError, ModelError):
                 raise
             except Exception as error:  # of many kinds, and each means that it cannot be read
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise ModelError(f"cannot read {text}: {reason}; save it again as one of {_ENDINGS}") from error
     raise ModelError(f"{text} is not a file of weights known here; its name must end in one of {_ENDINGS}")
 

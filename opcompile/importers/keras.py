@@ -224,7 +224,7 @@ def find(source: Any) -> list[Found]:
         try:
             model = keras.models.load_model(source, compile=False, safe_mode=True)
         except Exception as error:  # of many kinds, and each means that it cannot be read
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelError(f"cannot read {source} as a Keras model: {reason}; save it again as .keras") from error
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")

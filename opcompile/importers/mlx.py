@@ -50,7 +50,7 @@ def conv_transpose3d(
     rules = Rules(SYSTEM, strict)
     x, w = shape_of(input), shape_of(weight)
     words = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
-    s, p, d, op = (triple(rules, name, value) for name, value in words.items())
+    s, p, d, op = (_triple(rules, name, value) for name, value in words.items())
     _require(rules, x, w, groups, s, d)
     channels_in, channels_out, kernel = ORDER.sizes(w, groups)
     places = [_place(*axis) for axis in zip(x[1:4], kernel, s, p, d, op, strict=True)]
@@ -94,7 +94,7 @@ def ConvTranspose3d(
     strict: bool = True,
 ) -> Imported:
     """Read the constructor of ``mlx.nn.ConvTranspose3d``, for an ``input`` or its shape. Raises as above."""
-    kernel = triple(Rules(SYSTEM, strict), "kernel_size", kernel_size)
+    kernel = _triple(Rules(SYSTEM, strict), "kernel_size", kernel_size)
     weight = (out_channels, *kernel, in_channels)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
     return conv_transpose3d(shape_of(input), weight, **geometry, bias=bias, dtype=dtype, strict=strict)
@@ -128,7 +128,7 @@ def _place(size: int, kernel: int, stride: int, pad: int, dilation: int, extra: 
     return off * stride + reach - max(0, low), (rest - 1) * stride + 1 + max(0, low) + max(0, high) - reach
 
 
-def triple(rules: Rules, name: str, value: Any) -> Triple:
+def _triple(rules: Rules, name: str, value: Any) -> Triple:
     """Return one value three times, or three. Raises `WordsError` as MLX's binding does."""
     given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     rules.must(
