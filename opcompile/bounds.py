@@ -73,7 +73,7 @@ _RATIONAL = 6.0
 
 
 # Selections only: a sum that is exact stays exact.
-EXACT_ACTIVATIONS = ("none", "relu", "relu6")
+EXACT_ACTIVATIONS = ("none", "relu", "relu6", "hard_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _carries(activation: Activation) -> _Carries:
     """Slopes given as numbers are the largest |f'|, rounded up; a test holds each against a grid."""
     alpha, second, *_ = (*(abs(p) for p in activation.parameters), 0.0, 0.0)
     match activation.name:
-        case "none" | "relu" | "relu6":
+        case "none" | "relu" | "relu6" | "hard_tanh":
             return _Carries(1.0)
         case "leaky_relu":
             return _Carries(max(1.0, alpha), of_y=_RATIONAL)
@@ -118,6 +118,12 @@ def _carries(activation: Activation) -> _Carries:
             return _Carries(1.0, of_y=_RATIONAL)
         case "tanh":
             return _Carries(1.0, own=_ELEMENTARY)
+        case "soft_shrink":
+            return _Carries(1.0, of_y=_RATIONAL)
+        case "tanh_shrink" | "log_sigmoid" | "squareplus":
+            return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
+        case "sparse_plus":
+            return _Carries(1.0, own=_RATIONAL, of_y=_RATIONAL)
     raise ValueError(f"activation {activation.name} has no error constants in verify")
 
 

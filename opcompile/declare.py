@@ -428,6 +428,18 @@ def _gelu_tanh(z: Any) -> Any:
     return _const(z, 0.5) * z * (_const(z, 1) + _tanh(inner))
 
 
+def _squareplus(z: Any) -> Any:
+    # (z + sqrt(z^2 + 4)) / 2 without its cancellation; where z^2 overflows, the quotient is 0 as it should be
+    root = tirx.sqrt(z * z + _const(z, 4))
+    return tirx.max(z, _const(z, 0)) + _const(z, 2) / (root + tirx.abs(z))
+
+
+def _sparse_plus(z: Any) -> Any:
+    # 0, then a parabola between -1 and 1, then z
+    inner = _clip(z, -1, 1) + _const(z, 1)
+    return _const(z, 0.25) * inner * inner + tirx.max(z - _const(z, 1), _const(z, 0))
+
+
 _FORMULAS: dict[str, Callable[..., Any]] = {
     "none": lambda z: z,
     "relu": lambda z: tirx.max(z, _const(z, 0)),
@@ -446,4 +458,10 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "softsign": lambda z: z / (_const(z, 1) + tirx.abs(z)),
     "tanh": _tanh,
     "exponential": tirx.exp,
+    "hard_tanh": lambda z: _clip(z, -1, 1),
+    "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
+    "tanh_shrink": lambda z: z - _tanh(z),
+    "log_sigmoid": lambda z: -_softplus(-z),
+    "squareplus": _squareplus,
+    "sparse_plus": _sparse_plus,
 }

@@ -287,6 +287,18 @@ def _mish(body: _Body, z: str) -> str:
     return body.add("Mul", z, body.add("Tanh", body.add("Softplus", z)))
 
 
+def _squareplus(body: _Body, z: str) -> str:
+    root = body.add("Sqrt", body.add("Add", body.add("Mul", z, z), body.constant(4)))
+    quotient = body.add("Div", body.constant(2), body.add("Add", root, body.add("Abs", z)))
+    return body.add("Add", body.add("Relu", z), quotient)
+
+
+def _sparse_plus(body: _Body, z: str) -> str:
+    inner = body.add("Add", body.add("Clip", z, body.constant(-1), body.constant(1)), body.constant(1))
+    parabola = body.add("Mul", body.add("Mul", inner, inner), body.constant(0.25))
+    return body.add("Add", parabola, body.add("Relu", body.add("Sub", z, body.constant(1))))
+
+
 _ACTIVATIONS: dict[str, Callable[..., str]] = {
     "none": lambda _, z: z,
     "relu": lambda body, z: body.add("Relu", z),
@@ -305,4 +317,10 @@ _ACTIVATIONS: dict[str, Callable[..., str]] = {
     "softsign": lambda body, z: body.add("Softsign", z),
     "tanh": lambda body, z: body.add("Tanh", z),
     "exponential": lambda body, z: body.add("Exp", z),
+    "hard_tanh": lambda body, z: body.add("Clip", z, body.constant(-1), body.constant(1)),
+    "soft_shrink": lambda body, z: body.add("Shrink", z, lambd=0.5, bias=0.5),
+    "tanh_shrink": lambda body, z: body.add("Sub", z, body.add("Tanh", z)),
+    "log_sigmoid": lambda body, z: body.add("Neg", body.add("Softplus", body.add("Neg", z))),
+    "squareplus": _squareplus,
+    "sparse_plus": _sparse_plus,
 }

@@ -95,4 +95,11 @@ _FORMULAS: dict[str, Callable[..., Array]] = {
     "softsign": lambda z: z / (1 + np.abs(z)),
     "tanh": np.tanh,
     "exponential": np.exp,
+    "hard_tanh": lambda z: np.clip(z, -1, 1),
+    "soft_shrink": lambda z: np.sign(z) * np.maximum(np.abs(z) - 0.5, 0),
+    "tanh_shrink": lambda z: z - np.tanh(z),
+    "log_sigmoid": lambda z: -np.logaddexp(0, -z),
+    # (z + sqrt(z^2 + 4)) / 2, without the cancellation
+    "squareplus": lambda z: np.maximum(z, 0) + 2 / (np.hypot(z, 2) + np.abs(z)),
+    "sparse_plus": lambda z: np.where(z <= -1, 0, np.where(z < 1, (z + 1) ** 2 / 4, z)),
 }

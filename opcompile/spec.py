@@ -42,6 +42,12 @@ ACTIVATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "softsign": (),
     "tanh": (),
     "exponential": (),
+    "hard_tanh": (),
+    "soft_shrink": (),
+    "tanh_shrink": (),
+    "log_sigmoid": (),
+    "squareplus": (),
+    "sparse_plus": (),
 }
 
 # Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.

@@ -86,6 +86,7 @@ def naive(activation: Activation, z: np.ndarray) -> np.ndarray:
     one, p = np.float32(1), [np.float32(v) for v in activation.parameters]
     erf = np.vectorize(lambda v: np.float32(__import__("math").erf(v)), otypes=[np.float32])
     with np.errstate(over="ignore"):
+        half = np.float32(0.5)
         sigmoid = one / (one + np.exp(-z))
         softplus = np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0)
         tanh_of = {"mish": softplus, "gelu_tanh": np.float32(0.7978846) * (z + np.float32(0.044715) * z * z * z)}
@@ -107,6 +108,12 @@ def naive(activation: Activation, z: np.ndarray) -> np.ndarray:
             "softsign": lambda: z / (one + np.abs(z)),
             "tanh": lambda: one - np.float32(2) / (np.exp(z + z) + one),
             "exponential": lambda: np.exp(z),
+            "hard_tanh": lambda: np.clip(z, -1, 1),
+            "soft_shrink": lambda: np.where(z > 0.5, z - half, np.where(z < -0.5, z + half, 0)).astype(np.float32),
+            "tanh_shrink": lambda: z - np.tanh(z),
+            "log_sigmoid": lambda: np.minimum(z, 0) - np.log1p(np.exp(-np.abs(z))),
+            "squareplus": lambda: half * (z + np.sqrt(z * z + np.float32(4))),
+            "sparse_plus": lambda: np.where(z < -1, 0, np.where(z < 1, half * half * (z + one) ** 2, z)),
         }[activation.name]()
     assert y.dtype == np.float32
     return y

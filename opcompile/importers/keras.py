@@ -58,19 +58,17 @@ ACTIVATIONS = {
     "softsign": "softsign",
     "tanh": "tanh",
     "exponential": "exponential",
+    "hard_tanh": "hard_tanh",
+    "soft_shrink": "soft_shrink",
+    "tanh_shrink": "tanh_shrink",
+    "log_sigmoid": "log_sigmoid",
+    "squareplus": "squareplus",
+    "sparse_plus": "sparse_plus",
 }
 # Of these no element stands alone, so that no kernel can apply them while it writes.
 NOT_ELEMENTWISE = ("softmax", "log_softmax", "glu", "sparsemax")
-NOT_FUSED = (
-    "hard_shrink",
-    "hard_tanh",
-    "log_sigmoid",
-    "soft_shrink",
-    "sparse_plus",
-    "squareplus",
-    "tanh_shrink",
-    "threshold",
-)
+# These jump, so that no error bound holds around the jump.
+NOT_FUSED = ("hard_shrink", "threshold")
 _LAYOUTS = {"channels_last": "NDHWC", "channels_first": "NCDHW"}
 
 
@@ -408,7 +406,9 @@ def _activation(given: Any) -> Activation:
     if name in NOT_ELEMENTWISE:
         raise WordsError(f"the activation {name} is not elementwise, so it cannot be fused; apply it to the output")
     if name in NOT_FUSED:
-        raise WordsError(f"the activation {name} is none that opcompile fuses; apply it to the output")
+        raise WordsError(
+            f"the activation {name} jumps, so that no error bound holds there, and is not fused; apply it to the output"
+        )
     raise WordsError(f"{SYSTEM} refuses this: Could not interpret activation function identifier: {name}")
 
 

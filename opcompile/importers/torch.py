@@ -240,6 +240,10 @@ _ACTIVATIONS = {
     "softplus": "Softplus()",
     "softsign": "Softsign()",
     "tanh": "Tanh()",
+    "hard_tanh": "Hardtanh()",
+    "soft_shrink": "Softshrink()",
+    "tanh_shrink": "Tanhshrink()",
+    "log_sigmoid": "LogSigmoid()",
 }
 
 

@@ -1,7 +1,7 @@
 """``python -m conformance with_torch``: run one system's suites here; exit code 1 where a case failed.
 
 With ``--json`` the results are printed as JSON and nothing else. ``python -m conformance write`` runs every
-system whose environment is there, and writes ``docs/conformance.md``.
+system whose environment is there, and writes ``docs/conformance.md``; ``write with_torch`` runs that one anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def main(name: str, *flags: str) -> int:
     if name == "write":
         from conformance.page import write
 
-        return write()
+        return write(*flags)
     results = list(import_module(f"conformance.{name}").suites())
     if "--json" in flags:
         print(json.dumps([result.to_json() for result in results]))

@@ -28,6 +28,11 @@ class Environment:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def rows(self) -> tuple[str, ...]:
+        """The names that its rows have on the page."""
+        return (self.system, "Rmlx") if self.module == "with_mlx" else (self.system,)
+
+    @property
     def python(self) -> Path | None:
         """The interpreter; None where the environment is not there. Beside the one at hand: ``.venv-lucid``."""
         if not self.home:
@@ -69,21 +74,30 @@ def results(environment: Environment) -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write() -> int:
-    """Run all, write the page, and return 1 where a case failed."""
-    rows: list[dict[str, Any]] = []
-    absent: list[Environment] = []
+def write(*only: str) -> int:
+    """Run all, write the page, and return 1 where a case failed.
+
+    With ``only``, modules like with_torch, the rows of the others stay as they are on the page.
+    """
+    before = PAGE.read_text().splitlines() if PAGE.exists() else []
+    lines: list[str] = []
+    failed = 0
     for environment in (*HERE, *APART):
-        if environment.python is None:
-            absent.append(environment)
-            continue
-        print(environment.system, file=sys.stderr)
-        rows += results(environment)
-    PAGE.write_text("\n".join([*_head(), *map(_row, rows), *_not_run(absent), *_tail()]) + "\n")
-    for row in rows:
-        for line in row["failed"]:
-            print(f"FAILED {row['suite']}: {line}", file=sys.stderr)
-    return int(any(row["failed"] for row in rows))
+        if only and environment.module not in only:
+            lines += [
+                line for line in before if line.split("|")[1:2][0:1] and line.split("|")[1].strip() in environment.rows
+            ]
+        elif environment.python is None:
+            lines.append(_not_run(environment))
+        else:
+            print(environment.system, file=sys.stderr)
+            for row in results(environment):
+                lines.append(_row(row))
+                failed += len(row["failed"])
+                for line in row["failed"]:
+                    print(f"FAILED {row['suite']}: {line}", file=sys.stderr)
+    PAGE.write_text("\n".join([*_head(), *lines, *_never_run(), *_tail()]) + "\n")
+    return int(failed > 0)
 
 
 def _head() -> Iterator[str]:
@@ -111,9 +125,11 @@ def _row(row: Mapping[str, Any]) -> str:
     return f"| {row['system']} | {row['version']} | {row['what']} | {' | '.join(map(str, numbers))} | {why} |"
 
 
-def _not_run(absent: list[Environment]) -> Iterator[str]:
-    for environment in absent:
-        yield f"| {environment.system} | - | - | 0 | 0 | - | 0 | 0 | all: it needs {environment.needs} |"
+def _not_run(environment: Environment) -> str:
+    return f"| {environment.system} | - | - | 0 | 0 | - | 0 | 0 | all: it needs {environment.needs} |"
+
+
+def _never_run() -> Iterator[str]:
     yield "| Rmlx, R keras3 | - | in R | 0 | 0 | - | 0 | 0 | all: they need R; their documented calls are unit tests |"
     yield "| Lucid 3 | - | - | 0 | 0 | - | 0 | 0 | all: it needs Python 3.14 and macOS 26; its rules were read |"
 

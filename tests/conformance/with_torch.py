@@ -60,7 +60,13 @@ def grid() -> Iterator[Case]:
         x = (*([batch] if batch else []), 4, 4, 5, 3)
         w = (4, 3, *kernel)
         geometry = {**row, "groups": groups}
-        yield of_call(described(x=x, w=w, **geometry, bias=bias), x, w, 3 * groups * bias, geometry)
+        # below zero, one of PyTorch's paths fails inside oneDNN, in words that name no rule
+        axes = zip(
+            x[-3:], kernel, *(np.broadcast_to(row[n], 3) for n in ("stride", "padding", "dilation")), strict=True
+        )
+        impossible = any((i - 1) * s - 2 * p + d * (k - 1) + 1 < 0 for i, k, s, p, d in axes)
+        name = described(x=x, w=w, **geometry, bias=bias)
+        yield of_call(name, x, w, 3 * groups * bias, geometry, wordless=impossible)
 
 
 def wrong() -> Iterator[Case]:
