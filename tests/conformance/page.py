@@ -84,9 +84,7 @@ def write(*only: str) -> int:
     failed = 0
     for environment in (*HERE, *APART):
         if only and environment.module not in only:
-            lines += [
-                line for line in before if line.split("|")[1:2][0:1] and line.split("|")[1].strip() in environment.rows
-            ]
+            lines += [line for line in before if line.partition(" | ")[0].removeprefix("| ") in environment.rows]
         elif environment.python is None:
             lines.append(_not_run(environment))
         else:

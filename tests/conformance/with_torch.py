@@ -61,12 +61,10 @@ def grid() -> Iterator[Case]:
         w = (4, 3, *kernel)
         geometry = {**row, "groups": groups}
         # below zero, one of PyTorch's paths fails inside oneDNN, in words that name no rule
-        axes = zip(
-            x[-3:], kernel, *(np.broadcast_to(row[n], 3) for n in ("stride", "padding", "dilation")), strict=True
-        )
-        impossible = any((i - 1) * s - 2 * p + d * (k - 1) + 1 < 0 for i, k, s, p, d in axes)
+        s, p, d = (np.broadcast_to(row[name], 3) for name in ("stride", "padding", "dilation"))
+        impossible = ((np.array(x[-3:]) - 1) * s - 2 * p + d * (np.array(kernel) - 1) + 1).min() < 0
         name = described(x=x, w=w, **geometry, bias=bias)
-        yield of_call(name, x, w, 3 * groups * bias, geometry, wordless=impossible)
+        yield of_call(name, x, w, 3 * groups * bias, geometry, wordless=bool(impossible))
 
 
 def wrong() -> Iterator[Case]:
