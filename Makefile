@@ -88,7 +88,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[dev]"
 	touch $@ $(VENV)/.installed-test $(VENV)/.installed
 
-# Their requirements would disturb ours: TensorFlow pins protobuf, Lucid needs its own Python.
+# Their requirements would disturb ours: TensorFlow bounds protobuf, Lucid needs its own Python.
 $(VENV)-tensorflow/.installed:
 	$(PYTHON) -m venv $(VENV)-tensorflow
 	$(VENV)-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check $(TENSORFLOW)

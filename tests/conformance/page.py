@@ -104,7 +104,7 @@ def _head() -> Iterator[str]:
     yield "# Conformance"
     yield ""
     yield "Each row is one grid of layers: the same words went to our importer and to the real system, installed here."
-    yield f"Run on {day}, Python {platform.python_version()} ({platform.machine()}), one CPU each."
+    yield f"Run on {day}, Python {platform.python_version()} ({platform.machine()})."
     yield ""
     yield "- **passed**: both compute. Shapes agree, small integers to the last bit, real numbers within the derived"
     yield "  bound ([numerics](numerics.md)). The system is held against the oracle, which every artifact is held"
@@ -112,6 +112,8 @@ def _head() -> Iterator[str]:
     yield "  seconds, so that a grid compiles a handful)."
     yield "- **refused**: the system itself refuses, and our importer does so in its words."
     yield "- **failed**: anything else."
+    yield ""
+    yield "Values are drawn here: small integers first, then normal numbers."
     yield ""
     yield "| System | Version | What | Cases | Passed | Compiled | Refused | Failed | Not run, and why |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -139,8 +141,8 @@ def _tail() -> Iterator[str]:
 _TAIL = """
 ## Other people's tests
 
-- **PyTorch**: the samples of its operator database for `nn.functional.conv_transpose3d` (10, in two dtypes) and
-  the module database's inputs (4), taken from the installed package.
+- **PyTorch**: shapes and arguments of the samples in its operator database for `nn.functional.conv_transpose3d`
+  (10, in two dtypes) and of the module database's inputs (4), taken from the installed package.
 - **Keras**: the parameters of its three shape tests and three value tests for `Conv3DTranspose`, and its own NumPy
   function `np_conv3d_transpose`, imported from the installed package and asked about the grid as well. (That
   function sizes dilated kernels as if they were not, so it is not asked about them.)
