@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -188,7 +187,3 @@ def sample(seed: int, count: int, **choices: Sequence[Any]) -> Iterator[dict[str
 def described(**words: Any) -> str:
     """A case's name: the words that it is made of."""
     return " ".join(f"{key}={value}".replace(" ", "") for key, value in words.items())
-
-
-def repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
