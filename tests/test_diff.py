@@ -92,7 +92,8 @@ def begins(spec: ConvTranspose3d) -> tuple[int, ...]:
     return tuple(a.begin for a in spec.axes)
 
 
-def test_the_command_prints_a_table_and_json() -> None:
+def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure"], catch_exceptions=False).stdout
     assert "shifted by one voxel" in text
     assert "F.conv_transpose3d(x, w, b, stride=2, padding=1, output_padding=1)" in text

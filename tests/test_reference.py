@@ -180,6 +180,12 @@ CLOSED_FORMS = {
     "softsign": lambda z: z / (1 + abs(z)),
     "tanh": _tanh,
     "exponential": lambda z: z.exp(),
+    "hard_tanh": lambda z: _clip(z, -1, 1),
+    "soft_shrink": lambda z: z - max(min(z, Decimal("0.5")), Decimal("-0.5")),
+    "tanh_shrink": lambda z: z - _tanh(z),
+    "log_sigmoid": lambda z: -_softplus(-z),
+    "squareplus": lambda z: (z + (z * z + 4).sqrt()) / 2,
+    "sparse_plus": lambda z: (max(z, Decimal(-1)) + 1) ** 2 / 4 if z < 1 else z,
 }
 POINTS = [*np.linspace(-9, 9, 73), -30.0, -3.0000001, -1e-3, -1e-9, 1e-9, 1e-3, 2.9999999, 5.9999999, 30.0]
 
