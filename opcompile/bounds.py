@@ -120,8 +120,11 @@ def _carries(activation: Activation) -> _Carries:
             return _Carries(1.0, own=_ELEMENTARY)
         case "soft_shrink":
             return _Carries(1.0, of_y=_RATIONAL)
-        case "tanh_shrink" | "log_sigmoid" | "squareplus":
+        case "tanh_shrink" | "log_sigmoid":
             return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
+        case "squareplus":
+            # as it is usually written, it cancels for negative z
+            return _Carries(1.0, own=_RATIONAL, of_z=_RATIONAL, of_y=_RATIONAL)
         case "sparse_plus":
             return _Carries(1.0, own=_RATIONAL, of_y=_RATIONAL)
     raise ValueError(f"activation {activation.name} has no error constants in verify")
