@@ -519,6 +519,19 @@ static OrtStatus *pack_constant(const OrtKernelInfo *info, struct node *node) {
   return NULL;
 }
 
+/* How many inputs the node has. One at the end that is left out has an empty name, and is none to ONNX Runtime's
+ * own kernel: up to 1.20 it would look for a tensor there. */
+static OrtStatus *count_inputs(const OrtKernelInfo *info, size_t *count) {
+  OR_RETURN(ORT_KernelInfo_GetInputCount(info, count));
+  while (*count) {
+    size_t size = 0; /* of the name and its end */
+    OR_RETURN(ORT_KernelInfo_GetInputName(info, *count - 1, NULL, &size));
+    if (size > 1) return NULL;
+    --*count;
+  }
+  return NULL;
+}
+
 /* --- what ONNX Runtime calls --- */
 
 struct custom {
@@ -536,7 +549,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
   if (!node) return ORT_CreateStatus(ORT_FAIL, "opcompile: there is no memory for a node");
   atomic_fetch_add(&alive, 1);
   node->operator = operator_of(op);
-  OrtStatus *status = ORT_KernelInfo_GetInputCount(info, &node->inputs);
+  OrtStatus *status = count_inputs(info, &node->inputs);
   if (!status && !node->operator->is_packed) {
     status = read_attributes(info, &node->attributes);
     if (!status) status = create_own(info, node);
@@ -760,7 +773,15 @@ static OrtCustomOpDomain *domain; /* sessions refer to it: made once, and kept a
 
 static const int onnx_types[] = {ORT_FLOAT, ORT_FLOAT16, ORT_DOUBLE, ORT_BFLOAT16};
 
-static OrtStatus *make_domain(void) {
+/* ONNX Runtime 1.20 to 1.23 crash before they ask for a shape, where a node leaves its last input out. Nodes of ONNX's
+ * own operator may; there the shape stays unknown in every version that was not seen to be sound, which costs nothing
+ * but the knowledge. */
+static int may_infer(const struct operator *operator, const char *version) {
+  int major = 0, minor = 0;
+  return *operator->domain || (sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 31));
+}
+
+static OrtStatus *make_domain(const char *version) {
   static struct custom customs[OPERATORS * (sizeof onnx_types / sizeof *onnx_types)];
   char missing[64], text[256];
   if (lacks_feature(missing, sizeof missing)) {
@@ -779,6 +800,7 @@ static OrtStatus *make_domain(void) {
     for (int j = 0; j < types && !status; j++) {
       int type = *operators[i].domain ? kernels[operators[i].first].element_type : onnx_types[j];
       customs[count] = (struct custom){functions, &operators[i], type, j > 0};
+      if (!may_infer(&operators[i], version)) customs[count].functions.InferOutputShapeFn = NULL;
       status = ORT_CustomOpDomain_Add(made, &customs[count++].functions);
     }
   }
@@ -803,7 +825,7 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     status = create_status(ORT_FAIL, "opcompile: another ONNX Runtime of this process has registered this library");
   } else {
     ort = api;
-    if (!domain) status = make_domain();
+    if (!domain) status = make_domain(base->GetVersionString());
   }
   pthread_mutex_unlock(&door);
   return status ? status : ORT_AddCustomOpDomain(options, domain);

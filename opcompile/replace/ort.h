@@ -96,6 +96,7 @@ static const OrtApi *ort; /* the table, once the library is registered */
   ORT_CALL(214, OrtStatus *, const OrtKernelContext *, const OrtOp *, const OrtValue *const *, int, OrtValue *const *, int)
 #define ORT_ReleaseOp ORT_CALL(215, void, OrtOp *)
 #define ORT_KernelInfo_GetInputCount ORT_CALL(230, OrtStatus *, const OrtKernelInfo *, size_t *)
+#define ORT_KernelInfo_GetInputName ORT_CALL(232, OrtStatus *, const OrtKernelInfo *, size_t, char *, size_t *)
 #define ORT_KernelInfoGetConstantInput_tensor \
   ORT_CALL(249, OrtStatus *, const OrtKernelInfo *, size_t, int *, const OrtValue **)
 #define ORT_ShapeInferContext_GetInputCount ORT_CALL(267, OrtStatus *, const OrtShapeInferContext *, size_t *)

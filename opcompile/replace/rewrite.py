@@ -36,6 +36,8 @@ def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | Non
         if node.site is None:
             raise ModelError(f"{node.name} cannot be edited")
         inputs = list(node.site.node.input)
+        if not inputs[-1]:  # a bias that is left out by an empty name
+            inputs.pop()
         if packed is not None:
             unread |= {name for name in inputs[1:] if name}
             name = _new_name(f"{inputs[1]}_packed", taken)
