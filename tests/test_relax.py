@@ -71,18 +71,9 @@ def test_weights_that_arrive_at_run_time(tmp_path: Path) -> None:
     assert np.array_equal(y, run(constant, x))
 
 
-@pytest.mark.parametrize("name", ["vqvae"])
-def test_real_models(name: str, tmp_path: Path) -> None:
-    check_real_model(name, tmp_path)
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet"])
-def test_more_real_models(name: str, tmp_path: Path) -> None:
-    check_real_model(name, tmp_path)
-
-
-def check_real_model(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet", "vqvae"])
+def test_real_models(name: str, tmp_path: Path) -> None:
     """Hold the model in TVM against ONNX Runtime; how far two right answers may be apart, a perturbation says."""
     from opcompile.replace.prove import _distance
     from opcompile.replace.rewrite import perturbed
@@ -90,7 +81,7 @@ def check_real_model(name: str, folder: Path) -> None:
     from opcompile.replace.survey import survey
 
     path = MODELS / f"{name}.onnx"
-    replacing, call = built(explicit(path), folder)
+    replacing, call = built(explicit(path), tmp_path)
     stock = Session(path)
     assert len(replacing.replaced) == len(survey(path)[1])
     model, nodes = survey(path)

@@ -47,7 +47,7 @@ def agree(folder: Path, x: np.ndarray = X, *, original: Path | None = None, mode
 # --- whole models ---
 
 
-@pytest.mark.parametrize(("name", "mode"), [("unet", "rewrite"), ("vqvae", "rewrite"), ("unet", "override")])
+@pytest.mark.parametrize(("name", "mode"), [("vqvae", "rewrite"), ("unet", "override")])
 def test_real_models(name: str, mode: Any, tmp_path: Path) -> None:
     report, out = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, verify=True)
     assert report.passed
@@ -220,9 +220,9 @@ def test_weights_that_a_caller_may_change_are_packed_in_each_call(tmp_path: Path
     "attributes",
     [
         {"auto_pad": "SAME_UPPER"},
-        {"auto_pad": "SAME_LOWER"},
+        pytest.param({"auto_pad": "SAME_LOWER"}, marks=pytest.mark.heavy),
         {"output_shape": [5, 7, 10]},
-        {"pads": [1, 0, 0, 0, 1, 1], "output_padding": [1, 0, 1]},
+        pytest.param({"pads": [1, 0, 0, 0, 1, 1], "output_padding": [1, 0, 1]}, marks=pytest.mark.heavy),
         {"group": 2, "channels": 3},
     ],
     ids=str,
