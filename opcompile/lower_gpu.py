@@ -1,0 +1,132 @@
+"""From a spec to the text of one GPU kernel: choose tiles, declare, schedule, emit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.backend.cuda import export_cuda_host
+
+from opcompile.declare import Grain, packed_from
+from opcompile.declare_flat import FlatGrain, declare_flat, positions
+from opcompile.errors import RecordError, TargetError
+from opcompile.gpus import GpuTarget
+from opcompile.launch import Launch
+from opcompile.lower import KERNEL, Plan, PlanName, require_plan
+from opcompile.packing import Packing
+from opcompile.record import find_record
+from opcompile.spec import ConvTranspose3d
+from schedules import gpu
+from schedules.gpu import GpuTiles
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredGpu:
+    """A kernel as text: ``source`` in the target's language, and how to start it.
+
+    ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it; empty for Metal.
+    """
+
+    spec: ConvTranspose3d
+    target: GpuTarget
+    plan: Plan
+    source: str
+    host_source: str
+    launch: Launch
+    packing: Packing
+
+
+def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best") -> LoweredGpu:
+    """Emit the kernel of ``spec`` for ``target``. Plans are those of `opcompile.lower.lower`.
+
+    Raises `TargetError` for an element type that the target's language has not.
+    """
+    tiles, chosen = choose(spec, target, plan)
+    return emitted(spec, target, tiles, chosen)
+
+
+def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[GpuTiles, Plan]:
+    """The tiles that ``plan`` asks for, and the account of the choice."""
+    require_plan(plan)
+    if spec.dtype not in target.dtypes:
+        raise TargetError(
+            f"{target.name} has no {spec.dtype}; compile the layer in {', '.join(target.dtypes)}, or for another target"
+        )
+    estimate = gpu.baseline(spec, target.gpu)
+    return estimate.tiles, Plan("baseline", estimate.tiles.family, asdict(estimate.tiles), estimate.why(), None)
+
+
+def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
+    """Emit the kernel that ``tiles`` make."""
+    module = scheduled(spec, tiles)
+    with tvm.target.Target(target.tvm()) as tvm_target:
+        built = tvm.compile(module, target=tvm_target).mod
+    source = with_functions(built.imports[0].inspect_source(target.language), target)
+    host = export_cuda_host(built) if target.language == "cuda" else ""
+    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
+    return LoweredGpu(spec, target, plan, source, host, launch, packing(spec, tiles))
+
+
+def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
+    """The unscheduled function, rounded for these tiles."""
+    return declare_flat(spec, FlatGrain(tiles.channels, tiles.positions)).with_attr("global_symbol", KERNEL)
+
+
+def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
+    """The module ready to compile."""
+    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule.work_on(KERNEL)
+    gpu.schedule(schedule, spec, tiles)
+    return schedule.mod
+
+
+def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:
+    """Thread blocks for one image."""
+    rows = math.ceil(spec.channels_out // spec.groups / tiles.channels)
+    apart = math.prod(len(axis.phases) for axis in spec.axes) if tiles.apart else 1
+    return spec.groups * rows * math.ceil(positions(spec) / tiles.positions) * apart
+
+
+def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:
+    """How a canonical weight becomes the kernel's W."""
+    padded = packed_from(spec, Grain(tiles.channels))
+    view, order = gpu.packed(spec, tiles, padded)
+    return Packing(padded, view, order)
+
+
+def declaration_hash(spec: ConvTranspose3d, tiles: GpuTiles) -> str:
+    """The structural hash of the declaration: what a record is bound to."""
+    return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
+
+
+# Metal's library has no error function; this one is within 1 ulp (N. Juffa's approximation).
+_ERF = """\
+inline float erf(float x) {
+  float a = fabs(x), s = x * x, r;
+  if (a > 0.927734375f) {
+    r = fma(-1.72853470e-5f, a, 3.83197126e-4f);
+    r = fma(r, s, fma(-3.88396438e-3f, a, 2.42546219e-2f));
+    r = fma(r, a, -1.06777877e-1f);
+    r = fma(r, a, -6.34846687e-1f);
+    r = fma(r, a, -1.28717512e-1f);
+    return copysign(1.0f - exp(fma(r, a, -a)), x);
+  }
+  r = fma(-5.96761703e-4f, s, 4.99119423e-3f);
+  r = fma(r, s, -2.67681349e-2f);
+  r = fma(r, s, 1.12819925e-1f);
+  r = fma(r, s, -3.76125336e-1f);
+  r = fma(r, s, 1.28379166e-1f);
+  return fma(r, x, x);
+}
+
+"""
+
+
+def with_functions(source: str, target: GpuTarget) -> str:
+    """Add what the language lacks and the text uses."""
+    if target.language == "metal" and "erf(" in source:
+        return source.replace("kernel void", _ERF + "kernel void", 1)
+    return source
