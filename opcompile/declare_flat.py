@@ -31,6 +31,7 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from opcompile.declare import (
     Grain,
+    _first,
     _Scope,
     _sum_type,
     _taps,
@@ -39,7 +40,7 @@ from opcompile.declare import (
     phases_as_axes,
     round_up,
 )
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import Axis, ConvTranspose3d
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class _Flat:
             firsts = (
                 [axis.phases[0].first_offset for axis in spec.axes]
                 if same
-                else [_of_phase([p.first_offset for p in a.phases], i) for a, i in zip(spec.axes, f, strict=True)]
+                else [_of_phase(a, 1, i) for a, i in zip(spec.axes, f, strict=True)]
             )
             of = zip(self._at(q), firsts, (td, th, tw), spec.axes, strict=True)
             return self._element(x, n, g * c_in + c, [i + first - t * axis.offset_step for i, first, t, axis in of])
@@ -201,7 +202,7 @@ class _Flat:
 
         def contract(n: Any, g: Any, m: Any, fd: Any, fh: Any, fw: Any, q: Any) -> Any:
             f = (fd, fh, fw)
-            firsts = [_of_phase([p.first_tap for p in a.phases], i) for a, i in zip(spec.axes, f, strict=True)]
+            firsts = [_of_phase(a, 0, i) for a, i in zip(spec.axes, f, strict=True)]
             kernel = [tap + t * axis.tap_step for tap, t, axis in zip(firsts, taps, spec.axes, strict=True)]
             read = columns(n, g, *([] if same else f), *taps, c, q)
             return te.sum(self._product(read, w(g * c_in + c, m, *kernel)), axis=[*taps, c])
@@ -259,26 +260,28 @@ class _Flat:
         return tirx.PrimFunc(params, SBlockRealize([], True, whole), func.ret_type, func.attrs)
 
 
-def _of_phase(values: Sequence[int], f: Any) -> Any:
-    """``values[f]`` as an expression: runs that rise by one, or stay, told apart by comparisons.
+def _of_phase(axis: Axis, which: int, f: Any) -> Any:
+    """First tap (0) or first offset (1) of phase ``f``, by comparisons: runs that rise by one, or stay.
 
-    `opcompile.declare._first` has a formula for it. Its remainder of a shifted phase, ``(f/2 + 1) % 2``, loses
+    `opcompile.declare._first` has a formula for both. Its remainder of a shifted phase, ``(f/2 + 1) % 2``, loses
     the shift where the phase is itself a part of a block's index, and TVM then emits another tap's weight.
     """
-    runs: list[tuple[int, int, int]] = []  # start, value there, slope
+    values = [_first(axis, phase.index)[which] for phase in axis.phases]
+    runs: list[range] = []
     for i, value in enumerate(values):
-        if runs:
-            start, first, slope = runs[-1]
-            if i == start + 1 and value - first in (0, 1):
-                runs[-1] = (start, first, value - first)
-                continue
-            if i > start + 1 and value == first + slope * (i - start):
-                continue
-        runs.append((i, value, 0))
-    result: Any = None
-    for start, first, slope in reversed(runs):
-        here = f + (first - start) if slope else first + 0 * f
-        end = start if result is None else next_start
-        result = here if result is None else tirx.Select(f < end, here, result)
-        next_start = start
+        run = runs[-1] if runs else range(0)
+        slope = value - values[run.start] if len(run) == 1 else _slope(values, run)
+        if runs and slope in (0, 1) and value == values[run.start] + slope * (i - run.start):
+            runs[-1] = range(run.start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    *others, last = runs
+    result = f * _slope(values, last) + (values[last.start] - _slope(values, last) * last.start)
+    for run in reversed(others):
+        here = f * _slope(values, run) + (values[run.start] - _slope(values, run) * run.start)
+        result = tirx.Select(f < run.stop, here, result)
     return result
+
+
+def _slope(values: Sequence[int], run: range) -> int:
+    return values[run.start + 1] - values[run.start] if len(run) > 1 else 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opcompile.errors import TargetError
+
 Language = Literal["cuda", "metal"]
 
 _KIB = 1024
@@ -39,11 +41,14 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuTarget:
-    """A named GPU: ``language`` of its kernels, ``arch`` as its compiler calls it."""
+    """A named GPU: ``language`` of its kernels, ``archs`` as its compiler calls it.
+
+    Several architectures are one library for all of them; the first chooses the tiles.
+    """
 
     name: str
     language: Language
-    arch: str
+    archs: tuple[str, ...]
     gpu: Gpu
 
     @property
@@ -52,17 +57,30 @@ class GpuTarget:
         every = ("float32", "float16", "bfloat16", "float64")
         return every if self.language == "cuda" else every[:2]
 
+    def fields(self) -> dict[str, object]:
+        """Return what an artifact's manifest says of its target; ``architecture`` is no CPU's, so that none loads it."""
+        return {
+            "name": self.name,
+            "architecture": self.language,
+            "system": "linux" if self.language == "cuda" else "darwin",
+            "features": [],
+            "archs": list(self.archs),
+            "example": self.gpu.example,
+            "most_threads": self.gpu.threads,
+            "most_shared_bytes": self.gpu.shared,
+        }
+
     def tvm(self) -> dict[str, object]:
         """The configuration that ``tvm.target.Target`` takes."""
         if self.language == "cuda":
-            return {"kind": "cuda", "arch": self.arch, "host": "cuda_host"}
+            return {"kind": "cuda", "arch": self.archs[0], "host": "cuda_host"}
         return {
             "kind": "metal",
             "max_threads_per_block": self.gpu.threads,
             "max_num_threads": self.gpu.threads,
             "max_shared_memory_per_block": self.gpu.shared,
             "thread_warp_size": self.gpu.warp,
-            "host": "llvm",
+            "host": {"kind": "llvm", "mtriple": "arm64-apple-macos"},
         }
 
 
@@ -92,7 +110,17 @@ def gpu_names() -> list[str]:
     return list(_GPUS)
 
 
+def is_gpu(name: str) -> bool:
+    """Whether ``name`` is meant for a GPU, known or not."""
+    return name.partition(":")[0] in ("cuda", "metal")
+
+
 def gpu_target(name: str) -> GpuTarget:
-    """Look a GPU up. Raises `KeyError`; `opcompile.target` words the error."""
-    language, gpu = _GPUS[name]
-    return GpuTarget(name, language, name.partition(":")[2], gpu)
+    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both. Raises `TargetError`, listing the names there are."""
+    language, _, devices = name.partition(":")
+    members = [f"{language}:{device}" for device in devices.split("+")]
+    if not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
+        several = "; several CUDA ones are joined like cuda:sm_80+sm_90"
+        raise TargetError(f"target {name!r} is unknown; use one of {', '.join(_GPUS)}{several}")
+    kind, gpu = _GPUS[members[0]]
+    return GpuTarget(name, kind, tuple(devices.split("+")), gpu)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import tarfile
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import tvm
 import tvm_ffi
@@ -27,7 +30,8 @@ from schedules.gpu import GpuTiles
 class LoweredGpu:
     """A kernel as text: ``source`` in the target's language, and how to start it.
 
-    ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it; empty for Metal.
+    ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it;
+    ``host_objects`` are, for Metal, Mach-O objects that do the same with TVM's runtime.
     """
 
     spec: ConvTranspose3d
@@ -35,8 +39,14 @@ class LoweredGpu:
     plan: Plan
     source: str
     host_source: str
+    host_objects: tuple[bytes, ...]
     launch: Launch
     packing: Packing
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of device memory that a call allocates: none."""
+        return 0
 
 
 def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best") -> LoweredGpu:
@@ -65,9 +75,20 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
     with tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
     source = with_functions(built.imports[0].inspect_source(target.language), target)
-    host = export_cuda_host(built) if target.language == "cuda" else ""
     launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
-    return LoweredGpu(spec, target, plan, source, host, launch, packing(spec, tiles))
+    cuda = target.language == "cuda"
+    text, objects = (export_cuda_host(built), ()) if cuda else ("", _objects(built))
+    return LoweredGpu(spec, target, plan, source, text, objects, launch, packing(spec, tiles))
+
+
+def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:
+    """Export the host's half, with the kernel in it, unlinked."""
+    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+        path = Path(name) / "host.tar"
+        built.export_library(str(path))
+        with tarfile.open(path) as archive:
+            files = [archive.extractfile(member) for member in archive if member.name.endswith(".o")]
+            return tuple(file.read() for file in files if file is not None)
 
 
 def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
