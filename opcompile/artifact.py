@@ -34,14 +34,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import opcompile
-from opcompile.errors import ArtifactError, CallError
 from opcompile.artifact_gpu import gpu_files, library_name
+from opcompile.errors import ArtifactError, CallError
 from opcompile.gpus import GpuTarget
 from opcompile.link import link
 from opcompile.packing import Packing
@@ -98,9 +98,9 @@ def write(
         raise CallError("bias was given, but the layer has none (bias=0); leave it out")
     _require_replaceable(place)
     if isinstance(lowered.target, GpuTarget):
-        files, name = gpu_files(cast("LoweredGpu", lowered))
+        files, name = gpu_files(lowered)
     else:
-        files, name = _cpu_files(cast("Lowered", lowered))
+        files, name = _cpu_files(lowered)
 
     beside = new_beside(place)
     try:

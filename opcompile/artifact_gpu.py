@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opcompile.errors import EngineError
+from opcompile.launch import LAUNCH, SOURCES
 from opcompile.nvcc import nvcc
 
 if TYPE_CHECKING:
     from opcompile.lower_gpu import LoweredGpu
-
-LAUNCH = "launch.json"
-SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
 
 
 def library_name(library: bytes, system: str) -> str:

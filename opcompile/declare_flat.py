@@ -101,7 +101,9 @@ class _Flat:
         def finished(n: Any, g: Any, m: Any, q: Any, *f: Any) -> Any:
             z = picked(n, g, m, q, f)
             if spec.bias:  # a channel that was rounded up has none, and borrows one
-                z = z + _sum_type(spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m))
+                z = z + _sum_type(
+                    spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m)
+                )
             return activate(spec.activation, z).astype(spec.dtype)
 
         result = te.compute(scope.batched(*self._result_sizes()), finished, name="result")
@@ -125,11 +127,7 @@ class _Flat:
         """X at ``at``, zero outside of it."""
         axes = self.spec.axes
         # an axis whose taps all read at the position itself never leaves X
-        tests = [
-            test
-            for i, axis in zip(at, axes, strict=True)
-            for test in (i >= 0, i < axis.size)
-        ]
+        tests = [test for i, axis in zip(at, axes, strict=True) for test in (i >= 0, i < axis.size)]
         value = x(n, channel, *at) if self.spec.layout == "NCDHW" else x(n, *at, channel)
         return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, self.spec.dtype))
 
@@ -207,9 +205,7 @@ class _Flat:
             read = columns(n, g, *([] if same else f), *taps, c, q)
             return te.sum(self._product(read, w(g * c_in + c, m, *kernel)), axis=[*taps, c])
 
-        block = te.compute(
-            scope.batched(spec.groups, scope.channels, *phases, self.rounded), contract, name="phase"
-        )
+        block = te.compute(scope.batched(spec.groups, scope.channels, *phases, self.rounded), contract, name="phase")
 
         def pick(n: Any, g: Any, m: Any, q: Any, f: Sequence[Any]) -> Any:
             value, gcds = block(n, g, m, *f, q), [math.gcd(a.stride, a.dilation) for a in spec.axes]
@@ -253,9 +249,7 @@ class _Flat:
         for var, size in zip(reversed(loops), reversed(sizes), strict=True):
             nest = tirx.For(var, tirx.IntImm(scope.index, 0), size, tirx.ForKind.SERIAL, nest)
         root = func.body.block
-        whole = SBlock(
-            [], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result]
-        )
+        whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
         params = [*func.params[:-1], y]
         return tirx.PrimFunc(params, SBlockRealize([], True, whole), func.ret_type, func.attrs)
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from opcompile.errors import ArtifactError
 
+LAUNCH = "launch.json"
+SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
+
 # The names that TVM gives the parameters of a kernel, and what they are called in `launch.json`.
 _TENSORS = {"X": "x", "W": "w", "B": "b", "output": "y"}
 _POINTER = re.compile(r"\*\s*(?:__restrict__\s+)?(\w+?)_ptr\b")
 _SIGNATURES = {
-    "cuda": re.compile(r'__launch_bounds__\((?P<threads>\d+)\) (?P<kernel>\w+)\((?P<parameters>[^)]*)\) \{'),
+    "cuda": re.compile(r"__launch_bounds__\((?P<threads>\d+)\) (?P<kernel>\w+)\((?P<parameters>[^)]*)\) \{"),
     "metal": re.compile(r"kernel void (?P<kernel>\w+)\((?P<parameters>.*?)\n\) \{", re.S),
 }
 _SHARED = re.compile(
@@ -97,5 +100,3 @@ def _bytes(name: str) -> int:
 def shared_arrays(source: str) -> list[re.Match[str]]:
     """Find the declarations of shared memory: groups ``type``, ``name`` and ``count``."""
     return list(_SHARED.finditer(source))
-
-

@@ -15,12 +15,11 @@ from tvm.backend.cuda import export_cuda_host
 
 from opcompile.declare import Grain, packed_from
 from opcompile.declare_flat import FlatGrain, declare_flat, positions
-from opcompile.errors import RecordError, TargetError
+from opcompile.errors import TargetError
 from opcompile.gpus import GpuTarget
 from opcompile.launch import Launch
 from opcompile.lower import KERNEL, Plan, PlanName, require_plan
 from opcompile.packing import Packing
-from opcompile.record import find_record
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles

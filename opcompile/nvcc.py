@@ -32,7 +32,9 @@ def nvcc(source: str, target: GpuTarget) -> bytes:
         try:
             done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False, env=environment)
         except OSError as error:
-            raise EngineError(f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
+            raise EngineError(
+                f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
+            ) from None
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{_hint(said)}")
@@ -43,7 +45,11 @@ def _codes(target: GpuTarget) -> list[str]:
     """Ask for machine code of every architecture, and for PTX of the last."""
     numbers = [arch.removeprefix("sm_") for arch in target.archs]
     codes = [f"arch=compute_{n},code=sm_{n}" for n in numbers]
-    return [word for code in (*codes, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}") for word in ("-gencode", code)]
+    return [
+        word
+        for code in (*codes, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+        for word in ("-gencode", code)
+    ]
 
 
 def _nvcc() -> str:

@@ -29,8 +29,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import EngineError, VerificationError
-from opcompile.launch import Launch, shared_arrays
+from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
+from opcompile.gpus import is_gpu
+from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
+from opcompile.packing import Packing
+from opcompile.runtime import Golden, opened, own_weights, read_golden
+from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
 
 _HEADERS = Path(__file__).with_name("simulator")
@@ -120,6 +124,60 @@ def _compiler() -> list[str]:
         "simulating GPU code needs a C++ compiler: no c++, g++ or clang++ is on PATH and CXX is not set; "
         "install one, or the package ziglang (pip install 'opcompile[cross]')"
     )
+
+
+# --- an artifact ---
+
+
+class Simulated:
+    """An artifact for a GPU, run on the CPU: called as `opcompile.runtime.Artifact` is, on NumPy arrays alone."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
+        self.directory, self.manifest = opened(path)
+        name = self.manifest["target"]["name"]
+        if not is_gpu(name):
+            raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+        self.spec = ConvTranspose3d.parse(self.manifest["spec"])
+        self.packing = Packing.from_json(self.manifest["packing"])
+        self._own = own_weights(self.directory, self.manifest)
+        language = name.partition(":")[0]
+        try:
+            source, launch = ((self.directory / file).read_text() for file in (SOURCES[language], LAUNCH))
+        except OSError as error:
+            raise ArtifactError(
+                f"{error.filename} cannot be read: {error.strerror}; compile the layer again"
+            ) from error
+        self._simulator = Simulator(source, language, Launch.from_json(launch))
+
+    def __call__(self, x: NDArray[Any], w: NDArray[Any] | None = None, b: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return Y. ``w`` is canonical; it and ``b`` are left out where they were known at compile time.
+
+        Raises `CallError` for arrays that do not fit, `VerificationError` for what is wrong with the kernel.
+        """
+        own = {name.lower(): array for name, array in self._own.items()}
+        shapes = {"x": self.spec.x_shape, "w": self.spec.w_shape, "b": (self.spec.channels_out,)}
+        inputs: dict[str, NDArray[Any]] = {}
+        for name, array in (("x", x), ("w", w), ("b", b)):
+            if array is None:
+                if name in own:
+                    inputs[name] = own[name]
+                elif name != "b" or self.spec.bias:
+                    raise CallError(f"{name} is missing: this layer was compiled without it")
+                continue
+            wanted = tuple(x.shape[0] if size is None else size for size in shapes[name])
+            if array.shape != wanted or array.dtype.name != self.spec.dtype:
+                raise CallError(
+                    f"{name} is {array.dtype} {array.shape}, but this layer needs {self.spec.dtype} {wanted}"
+                )
+            inputs[name] = self.packing(array) if name == "w" else array
+        y = np.empty((x.shape[0], *(size or 0 for size in self.spec.y_shape[1:])), x.dtype)
+        self._simulator.run(inputs, y)
+        return y
+
+    def golden(self) -> Golden:
+        """Return the test vector in the artifact."""
+        return read_golden(self.directory, self.manifest, self.spec, "W" in self._own, "B" in self._own)
 
 
 # --- from the emitted text to a C++ program ---

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
+from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _stored(dtype: str, values: Tensor) -> Tensor:
 # --- those who are asked ---
 
 
-def _compiled_in(artifact: Artifact) -> tuple[Tensor | None, Tensor | None]:
+def _compiled_in(artifact: Artifact | Simulated) -> tuple[Tensor | None, Tensor | None]:
     """Return the canonical W and B that the artifact holds, each or None, out of its own packed file."""
     spec = artifact.spec
     if not artifact.manifest["weights"]:
@@ -372,10 +373,13 @@ def _cpus() -> int:
 
 
 def _ours(
-    artifact: Artifact, inputs: Inputs, passed: tuple[Tensor | None, Tensor | None], threads: Sequence[int]
+    artifact: Artifact | Simulated, inputs: Inputs, passed: tuple[Tensor | None, Tensor | None], threads: Sequence[int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Call the artifact with one thread, and with several; there with weights that were packed before."""
     w, b = passed
+    if isinstance(artifact, Simulated):  # it orders the threads itself
+        yield "opcompile, simulated", artifact(inputs.x, w, b)
+        return
     for count in threads:
         call = "1 thread" if count == 1 else f"{count} threads"
         if w is None or count == 1:
@@ -406,7 +410,7 @@ class _Asked:
 
 
 def _ask(
-    artifact: Artifact,
+    artifact: Artifact | Simulated,
     question: InputSet,
     own: tuple[Tensor | None, Tensor | None],
     runtime: _OnnxRuntime | None,
@@ -442,7 +446,7 @@ def _ask(
     return _Asked(tuple(rows), tuple(not_asked), runtime)
 
 
-def _ask_golden(artifact: Artifact, own: tuple[Tensor | None, Tensor | None]) -> tuple[Row, ...]:
+def _ask_golden(artifact: Artifact | Simulated, own: tuple[Tensor | None, Tensor | None]) -> tuple[Row, ...]:
     """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
     golden = artifact.golden()
     w, b = (mine if given is None else given for mine, given in zip(own, (golden.w, golden.b), strict=True))
@@ -456,7 +460,7 @@ def _ask_golden(artifact: Artifact, own: tuple[Tensor | None, Tensor | None]) ->
     )
 
 
-def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
+def verify(artifact: Artifact | Simulated, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
     Order: small integers, to the last bit (or, for activations that are no selection, without any error of
@@ -471,9 +475,12 @@ def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINE
     started, spec = time.perf_counter(), artifact.spec
     own = _compiled_in(artifact)
     rule, questions = input_sets(spec, any(mine is not None for mine in own))
-    threads = (1, max(2, _cpus()))
+    simulated = isinstance(artifact, Simulated)
+    threads = () if simulated else (1, max(2, _cpus()))
     rows: list[Row] = []
     not_asked: list[NotAsked] = []
+    if simulated:
+        not_asked.append(NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread"))
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:

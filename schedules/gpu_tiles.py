@@ -241,7 +241,9 @@ def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
     computing = each * t.threads * slots / (rate * busy)
     moving = _moving(layer, gpu, t, blocks)
-    return GpuEstimate(t, max(computing, moving) + 0.1 * min(computing, moving), computing, moving, blocks, registers, shared)
+    return GpuEstimate(
+        t, max(computing, moving) + 0.1 * min(computing, moving), computing, moving, blocks, registers, shared
+    )
 
 
 def _slots(layer: _Layer, t: GpuTiles) -> float:
@@ -254,7 +256,9 @@ def _slots(layer: _Layer, t: GpuTiles) -> float:
     weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
     step: float = rows * t.tile_q
     if t.family == "staged":
-        copied = t.positions * (_CACHED_LOAD + _ADDRESS) + t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
+        copied = (
+            t.positions * (_CACHED_LOAD + _ADDRESS) + t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
+        )
         step += _SHARED_LOAD * (weights + elements) + copied / t.threads + _BARRIERS / t.chunk
     else:
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
