@@ -32,7 +32,7 @@ def gpu_files(lowered: LoweredGpu) -> tuple[dict[str, bytes], str]:
     launch are what a Mac needs. Raises `EngineError` where nvcc is missing, or a compiler fails.
     """
     language = lowered.target.language
-    files = {SOURCES[language]: lowered.source.encode(), LAUNCH: lowered.launch.to_json().encode()}
+    files = {SOURCES[language]: lowered.source.encode(), LAUNCH: lowered.launch.to_json(lowered.spec.batch).encode()}
     if language == "cuda":
         library = nvcc(lowered.host_source, lowered.target)
     elif importlib.util.find_spec("ziglang") is not None:

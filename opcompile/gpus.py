@@ -58,7 +58,7 @@ class GpuTarget:
         return every if self.language == "cuda" else every[:2]
 
     def fields(self) -> dict[str, object]:
-        """Return what an artifact's manifest says of its target; ``architecture`` is no CPU's, so that none loads it."""
+        """Return what an artifact's manifest says of its target; its ``architecture`` is no CPU's: none loads it."""
         return {
             "name": self.name,
             "architecture": self.language,

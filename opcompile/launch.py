@@ -61,13 +61,13 @@ class Launch:
         """Thread blocks for ``batch`` images."""
         return self.blocks * batch
 
-    def to_json(self) -> str:
-        """Return the text of ``launch.json``, with what its fields mean where that is not plain."""
+    def to_json(self, batch: int | None) -> str:
+        """Return the text of ``launch.json``. With an open batch the first grid size is null: blocks times batch."""
         fields = {
             "kernel": self.kernel,
-            "grid": ["batch * blocks", 1, 1],
-            "blocks": self.blocks,
+            "grid": [None if batch is None else self.grid(batch), 1, 1],
             "block": [self.threads, 1, 1],
+            "blocks_per_image": self.blocks,
             "shared_bytes": self.shared_bytes,
             "arguments": list(self.arguments),
         }
@@ -80,7 +80,7 @@ class Launch:
             fields: Mapping[str, Any] = json.loads(text)
             return cls(
                 str(fields["kernel"]),
-                int(fields["blocks"]),
+                int(fields["blocks_per_image"]),
                 int(fields["block"][0]),
                 int(fields["shared_bytes"]),
                 tuple(str(name) for name in fields["arguments"]),

@@ -3,8 +3,8 @@
 It shows that a kernel computes what it should, and finds what a GPU would do in silence: an access beyond a
 buffer (guarded pages) or an array, a write to an input, a read of shared memory that nobody has written (it is
 poisoned), a barrier that some threads miss, and races: every run is done twice, with the threads and blocks in
-opposite orders, and two results that differ in one bit are a race. It cannot show speed, that a GPU's own compiler accepts
-the text, or a race that both orders happen to resolve alike.
+opposite orders, and two results that differ in one bit are a race. It cannot show speed, that a GPU's own
+compiler accepts the text, or a race that both orders happen to resolve alike.
 
 Neither TVM nor a GPU is needed: a C++17 compiler is.
 """
@@ -20,8 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,13 @@ _FAULTS = {65: "an access out of bounds", 66: "a divergent barrier"}
 _TOO_SMALL_FOR_TWO = 4
 
 
-@dataclass(frozen=True)
 class Simulator:
     """One kernel, ready to run: ``source`` in ``language`` (``cuda`` or ``metal``), started as ``launch`` says."""
 
-    source: str
-    language: str
-    launch: Launch
-    _folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="opcompile-simulate-"), compare=False, repr=False
-    )
+    def __init__(self, source: str, language: str, launch: Launch) -> None:
+        self.source, self.language, self.launch = source, language, launch
+        self._folder = tempfile.mkdtemp(prefix="opcompile-simulate-")
+        weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any]) -> None:
         """Fill ``y``, contiguous, from the contiguous ``inputs`` x, w (packed) and b; the batch is that of ``y``.
@@ -74,7 +71,7 @@ class Simulator:
     def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], backwards: bool) -> bytes:
         """Run with buffers at the upper end of their pages, or, ``backwards``, at the lower."""
         program, batch = self._program, y.shape[0]
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
             words = [str(n) for n in (self.launch.grid(batch), 1, 1, self.launch.threads, 1, 1)]
             words += [str(int(backwards)), str(int(not backwards)), str(self._workers(batch))]
             for argument in self.launch.arguments:
@@ -100,7 +97,7 @@ class Simulator:
     def _program(self) -> str:
         """Compile, once; the program lives as long as this object."""
         text = translated(self.source, self.language, self.launch)
-        path = Path(self._folder.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = Path(self._folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         path.with_suffix(".cpp").write_text(text)
         command = [*_compiler(), *_FLAGS, *_BOUNDS, f"-I{_HEADERS}", f"{path}.cpp", "-o", str(path), "-lm"]
         try:

@@ -67,8 +67,8 @@ class GpuEstimate:
         """The argument in words, one line a fact."""
         t = self.tiles
         lines = [
-            f"{self.blocks} blocks of {t.threads} threads for an image, {t.channels} channels x {t.positions} positions "
-            + ("of one phase each" if t.apart else "in all phases each"),
+            f"{self.blocks} blocks of {t.threads} threads; each writes {t.channels} channels x {t.positions} positions "
+            + ("of one phase" if t.apart else "in all phases"),
             f"a thread sums {t.tile_m} channels x {t.tile_q} positions; about {self.registers} registers",
         ]
         if t.family == "staged":
@@ -241,9 +241,8 @@ def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
     computing = each * t.threads * slots / (rate * busy)
     moving = _moving(layer, gpu, t, blocks)
-    return GpuEstimate(
-        t, max(computing, moving) + 0.1 * min(computing, moving), computing, moving, blocks, registers, shared
-    )
+    cycles = max(computing, moving) + 0.1 * min(computing, moving)
+    return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
 
 
 def _slots(layer: _Layer, t: GpuTiles) -> float:
@@ -256,9 +255,8 @@ def _slots(layer: _Layer, t: GpuTiles) -> float:
     weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
     step: float = rows * t.tile_q
     if t.family == "staged":
-        copied = (
-            t.positions * (_CACHED_LOAD + _ADDRESS) + t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
-        )
+        copied = t.positions * (_CACHED_LOAD + _ADDRESS)
+        copied += t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
         step += _SHARED_LOAD * (weights + elements) + copied / t.threads + _BARRIERS / t.chunk
     else:
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q

@@ -33,6 +33,7 @@ struct Buffer {
 };
 
 const int MOST_BUFFERS = 64;
+const size_t GUARD = 1 << 20;   /* bytes on either side of a buffer that must not be touched */
 const size_t ALIGNMENT = 16; /* what callers promise: the longest vector a kernel moves at once */
 static Buffer buffers[MOST_BUFFERS];
 static int buffer_count;
@@ -40,8 +41,8 @@ static int buffer_count;
 /* At the upper end of its pages an index too large is seen, at the lower end one too small. */
 static char *guarded(const char *name, size_t bytes, bool upper) {
   size_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
-  char *all = (char *)mmap(nullptr, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  char *pages = (char *)mmap(all + page, inside, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  char *all = (char *)mmap(nullptr, inside + 2 * GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char *pages = (char *)mmap(all + GUARD, inside, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
   if (all == MAP_FAILED || pages == MAP_FAILED || buffer_count == MOST_BUFFERS) {
     fprintf(stderr, "no memory for %s, %zu bytes\n", name, bytes);
     _exit(WRONG_USE);
@@ -83,6 +84,10 @@ static void say_where() {
           block.x, block.y, block.z);
 }
 
+static size_t distance(const Buffer &b, char *address) {
+  return address < b.pages ? b.pages - address : address < b.pages + b.reserved ? 0 : address - b.pages - b.reserved;
+}
+
 static void fault(int number, siginfo_t *info, void *) {
   char *address = (char *)info->si_addr;
   if (number == SIGILL || number == SIGTRAP) {
@@ -91,7 +96,9 @@ static void fault(int number, siginfo_t *info, void *) {
     const Buffer *nearest = nullptr;
     for (int i = 0; i < buffer_count; i++) {
       const Buffer &b = buffers[i];
-      if (address >= b.pages - (1 << 16) && address < b.pages + b.reserved + (1 << 16)) nearest = &b;
+      if (address >= b.pages - GUARD && address < b.pages + b.reserved + GUARD) {
+        if (!nearest || distance(b, address) < distance(*nearest, address)) nearest = &b;
+      }
     }
     if (nearest)
       fprintf(stderr, "an access %td bytes from the start of %s, which has %zu, or a write to what is only read",
