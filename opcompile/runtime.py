@@ -25,7 +25,7 @@ from functools import cache
 from glob import escape
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -519,13 +519,23 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, check: boo
     raise AssertionError("unreachable")
 
 
+def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact:
+    """Load what was compiled for CUDA, which is called alike. Raises `TargetError` for Metal: that starts from text."""
+    _check_files(directory, manifest, set(manifest["files"]))
+    if manifest["target"]["architecture"] != "cuda":
+        raise TargetError(
+            f"{directory} was compiled for {manifest['target']['name']}; a Mac runs its kernel.metal as launch.json "
+            "says (docs/examples), and `opcompile verify --simulate` runs it here"
+        )
+    from opcompile.runtime_cuda import CudaArtifact
+
+    return cast("Artifact", CudaArtifact(directory, manifest))
+
+
 def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
     manifest = parse_manifest(text, directory)
     if is_gpu(manifest["target"]["name"]):
-        raise TargetError(
-            f"{directory} was compiled for {manifest['target']['name']}, and a CPU cannot run it; "
-            "`opcompile verify --simulate` runs the kernel's text, opcompile.load_cuda its library on a GPU"
-        )
+        return _load_gpu(directory, manifest)
     _require_machine(manifest["target"], directory)
     path = directory / manifest["library"]
     # `Artifact` reads the weights and checks them then: not twice

@@ -116,7 +116,7 @@ def test_a_barrier_taken_out_of_a_kernel_is_missed(target: Any, tiles: GpuTiles)
     barrier = re.compile(r"__syncthreads\(\);|threadgroup_barrier\([^)]*\);")
     assert barrier.search(kernel.source)
     bent = replace(kernel, source=barrier.sub("", kernel.source))
-    with pytest.raises(VerificationError, match="race|beyond|FAIL"):
+    with pytest.raises(VerificationError, match=r"race|beyond|FAIL"):
         compare(SMALL, simulated(bent)(x, w, b), x, w, b, exact=True).require()
 
 
@@ -137,7 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact for Metal, which needs no compiler of its own to be written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opcompile.artifact_gpu.importlib.util.find_spec", lambda _: None)
-        x, w, b = integers(SMALL)
+        _, w, b = integers(SMALL)
         return artifact.write(lowered(SMALL, METAL, STAGED), tmp_path_factory.mktemp("gpu") / "a", weight=w, bias=b)
 
 
