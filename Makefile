@@ -3,6 +3,7 @@
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
 #   make test-peers  the same operator in PyTorch, every peer, links for other machines; TORCH=torch==2.13.0 picks a version
+#   make test-gpu    every case as GPU code, simulated on the CPU
 #   make test-onnxruntime  replaced nodes at length, inside the oldest and the newest ONNX Runtime
 #   make lint types  what must hold of the code
 #   make bench       every real layer against all peers: bench.json, bench.svg, and a table in Markdown
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-peers test-onnxruntime lint types bench clean
+.PHONY: demo test test-gpu test-peers test-onnxruntime lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -27,7 +28,10 @@ demo: $(VENV)/.installed
 	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
 
 test: $(VENV)/.installed-test
-	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy" $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy and not gpu_table" $(ARGS)
+
+test-gpu: $(VENV)/.installed-test
+	$(RUN) pytest -n auto -m gpu_table $(ARGS)
 
 test-peers: $(VENV)/.installed-test
 	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot]"

@@ -22,7 +22,9 @@ HEADERS = Path(__file__).with_name("metal")
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 # Each family of schedules, each form of the declaration, both types, a dynamic batch, activations with functions.
 TYPED = [c for c in CASES if c.spec.dtype in METAL.dtypes and ("real" in c.tags or "activation" in c.tags)]
-TYPED += [c for c in CASES if c.name in ("batch-dynamic", "dilated-gcd2-of-4", "huge-stride", "float16", "channels-last")]
+TYPED += [
+    c for c in CASES if c.name in ("batch-dynamic", "dilated-gcd2-of-4", "huge-stride", "float16", "channels-last")
+]
 
 
 def complaints(source: str, folder: Path) -> str:
@@ -31,7 +33,11 @@ def complaints(source: str, folder: Path) -> str:
     (folder / "kernel.cpp").write_text(text)
     command = [sys.executable, "-m", "ziglang", "cc", "-xc++", "-c", "-w", "-nostdinc", "-ferror-limit=3"]
     done = subprocess.run(
-        [*command, "-std=c++17", f"-I{HEADERS}", "kernel.cpp", "-o", "kernel.o"], cwd=folder, capture_output=True, text=True, check=False
+        [*command, "-std=c++17", f"-I{HEADERS}", "kernel.cpp", "-o", "kernel.o"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stderr if done.returncode else ""
 

@@ -43,7 +43,9 @@ for index, name in enumerate(launch["arguments"]):
         buffer = device.newBufferWithBytes_length_options_(content, len(content), Metal.MTLResourceStorageModeShared)
     encoder.setBuffer_offset_atIndex_(buffer, 0, index)
 blocks = launch["grid"][0] or launch["blocks_per_image"] * batch
-encoder.dispatchThreadgroups_threadsPerThreadgroup_(Metal.MTLSizeMake(blocks, 1, 1), Metal.MTLSizeMake(*launch["block"]))
+encoder.dispatchThreadgroups_threadsPerThreadgroup_(
+    Metal.MTLSizeMake(blocks, 1, 1), Metal.MTLSizeMake(*launch["block"])
+)
 encoder.endEncoding()
 command.commit()
 command.waitUntilCompleted()
