@@ -24,10 +24,12 @@ device = Metal.MTLCreateSystemDefaultDevice()
 options = Metal.MTLCompileOptions.new()
 options.setFastMathEnabled_(False)  # the error bound holds for IEEE arithmetic
 library, error = device.newLibraryWithSource_options_error_((place / "kernel.metal").read_text(), options, None)
-assert library, error
+if library is None:
+    sys.exit(str(error))
 function = library.newFunctionWithName_(launch["kernel"])
 pipeline, error = device.newComputePipelineStateWithFunction_error_(function, None)
-assert pipeline, error
+if pipeline is None:
+    sys.exit(str(error))
 
 result = device.newBufferWithLength_options_(y_bytes, Metal.MTLResourceStorageModeShared)
 command = device.newCommandQueue().commandBuffer()
