@@ -126,7 +126,6 @@ class _Flat:
     def _element(self, x: Any, n: Any, channel: Any, at: Sequence[Any]) -> Any:
         """X at ``at``, zero outside of it."""
         axes = self.spec.axes
-        # an axis whose taps all read at the position itself never leaves X
         tests = [test for i, axis in zip(at, axes, strict=True) for test in (i >= 0, i < axis.size)]
         value = x(n, channel, *at) if self.spec.layout == "NCDHW" else x(n, *at, channel)
         return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, self.spec.dtype))

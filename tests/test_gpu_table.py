@@ -19,8 +19,6 @@ QUICK = (
     "k2-s2",
     "k3-s2",
     "dilated-gcd2-of-4",
-    "k-below-s-mixed",
-    "depthwise-multiplier",
     "batch-dynamic-groups",
     "float16-channels-last",
     "act-gelu",

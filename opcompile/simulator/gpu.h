@@ -1,6 +1,6 @@
 /* A GPU on a CPU: each thread of a block is a fiber, and runs until it waits for the others.
  *
- * What a real GPU would do in silence ends the program here, with a message on stderr and one of these statuses:
+ * What a real GPU would do in silence ends the program here, with a message on stderr and a `Status`.
  */
 #pragma once
 #include <csetjmp>
@@ -339,7 +339,7 @@ template <class T> struct alignas(2 * sizeof(T)) Vector2 {
 template <class T> struct Vector3 {
   T x, y, z;
 };
-template <class T> struct alignas(4 * sizeof(T)) Vector4 {
+template <class T> struct alignas(4 * sizeof(T) < ALIGNMENT ? 4 * sizeof(T) : ALIGNMENT) Vector4 {
   T x, y, z, w;
   Vector4() = default;
   Vector4(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
