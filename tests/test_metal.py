@@ -49,12 +49,12 @@ def test_the_types_of_the_text_are_right(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
-def test_a_lost_qualifier_is_noticed(tmp_path: Path) -> None:
+def test_a_pointer_that_loses_its_address_space_is_noticed(tmp_path: Path) -> None:
+    """Without a cast, that is: clang lets casts pass."""
     source = lowered(ConvTranspose3d.parse("in=1x32x8x8x8 co=32 k=2 s=2"), METAL).source
-    for word in ("(device float", "(threadgroup float", "device float* X_ptr"):
-        bent = source.replace(word, word.replace("device ", "").replace("threadgroup ", ""), 1)
-        assert bent != source, word
-        assert "error" in complaints(bent, tmp_path), word
+    bent = source.replace(") {\n", ") {\n  float* p = X_ptr;\n", 1)
+    assert bent != source
+    assert "error" in complaints(bent, tmp_path)
 
 
 @pytest.mark.peers
