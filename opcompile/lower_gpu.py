@@ -73,7 +73,7 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
     module = scheduled(spec, tiles)
     with tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
-    source = with_functions(built.imports[0].inspect_source(target.language), target)
+    source = built.imports[0].inspect_source(target.language)
     launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
     cuda = target.language == "cuda"
     text, objects = (export_cuda_host(built), ()) if cuda else ("", _objects(built))
@@ -120,33 +120,3 @@ def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:
 def declaration_hash(spec: ConvTranspose3d, tiles: GpuTiles) -> str:
     """The structural hash of the declaration: what a record is bound to."""
     return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
-
-
-# Metal's library has no error function; this one is within 1 ulp (N. Juffa's approximation).
-_ERF = """\
-inline float erf(float x) {
-  float a = fabs(x), s = x * x, r;
-  if (a > 0.927734375f) {
-    r = fma(-1.72853470e-5f, a, 3.83197126e-4f);
-    r = fma(r, s, fma(-3.88396438e-3f, a, 2.42546219e-2f));
-    r = fma(r, a, -1.06777877e-1f);
-    r = fma(r, a, -6.34846687e-1f);
-    r = fma(r, a, -1.28717512e-1f);
-    return copysign(1.0f - exp(fma(r, a, -a)), x);
-  }
-  r = fma(-5.96761703e-4f, s, 4.99119423e-3f);
-  r = fma(r, s, -2.67681349e-2f);
-  r = fma(r, s, 1.12819925e-1f);
-  r = fma(r, s, -3.76125336e-1f);
-  r = fma(r, s, 1.28379166e-1f);
-  return fma(r, x, x);
-}
-
-"""
-
-
-def with_functions(source: str, target: GpuTarget) -> str:
-    """Add what the language lacks and the text uses."""
-    if target.language == "metal" and "erf(" in source:
-        return source.replace("kernel void", _ERF + "kernel void", 1)
-    return source
