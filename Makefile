@@ -4,6 +4,7 @@
 #   make test        the test suite
 #   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, links for other machines;
 #                    TORCH=torch==2.13.0 picks a version
+#   make test-gpu    every case as GPU code, simulated on the CPU
 #   make test-onnxruntime  replaced nodes at length, inside the oldest and the newest ONNX Runtime
 #   make test-tensorflow test-lucid   TensorFlow's and Lucid's grids, each in an environment of its own
 #   make conformance put every grid to the real systems, and write docs/conformance.md
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-peers test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
+.PHONY: demo test test-gpu test-peers test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -35,7 +36,10 @@ demo: $(VENV)/.installed
 	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
 
 test: $(VENV)/.installed-test
-	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy" $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy and not gpu_table" $(ARGS)
+
+test-gpu: $(VENV)/.installed-test
+	$(RUN) pytest -n auto -m gpu_table $(ARGS)
 
 test-peers: $(VENV)/.installed-test
 	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot,words]"

@@ -4,6 +4,8 @@
 ``manifest.json``              spec, target, plan, packing, versions, sizes, SHA-256 of every file
 ``conv_transpose3d-<hash>.so``  the kernel and its run-time half; the C library is all it needs
 ``conv_transpose3d.h``         how to call it from C
+``kernel.cu, kernel.metal``    for a GPU, instead of the header: the kernel's text
+``launch.json``                for a GPU: the kernel's name, grid, block and arguments
 ``model.onnx``                 the same layer for other systems, with the weights that are known
 ``golden.npz``                 a test vector: some outputs of inputs that are a formula
 ``weights.npz``                packed weight and bias, where they are known
@@ -38,7 +40,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import opcompile
+from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.errors import ArtifactError, CallError
+from opcompile.gpus import GpuTarget
 from opcompile.link import link
 from opcompile.packing import Packing
 from opcompile.reference import reference
@@ -68,12 +72,11 @@ from opcompile.spec import Axis, ConvTranspose3d
 
 if TYPE_CHECKING:
     from opcompile.lower import Lowered
-
-_STEM = "conv_transpose3d"
+    from opcompile.lower_gpu import LoweredGpu
 
 
 def write(
-    lowered: Lowered,
+    lowered: Lowered | LoweredGpu,
     into: str | os.PathLike[str],
     *,
     weight: NDArray[Any] | None = None,
@@ -94,15 +97,15 @@ def write(
     if bias is not None and not spec.bias:
         raise CallError("bias was given, but the layer has none (bias=0); leave it out")
     _require_replaceable(place)
-    text = header(spec, lowered.packing)
-    library = link(lowered.object_code, text, lowered.target)
-    suffix = "dylib" if lowered.target.system == "darwin" else "so"
-    name = f"{_STEM}-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
+    if isinstance(lowered.target, GpuTarget):
+        files, name = gpu_files(lowered)
+    else:
+        files, name = _cpu_files(lowered)
 
     beside = new_beside(place)
     try:
-        (beside / name).write_bytes(library)
-        (beside / HEADER).write_text(text)
+        for file, content in files.items():
+            (beside / file).write_bytes(content)
         (beside / GOLDEN).write_bytes(_archive(_golden(spec, weight, bias)))
         stored = _packed(lowered.packing, weight, bias, spec.dtype)
         if stored:
@@ -113,6 +116,14 @@ def write(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return place
+
+
+def _cpu_files(lowered: Lowered) -> tuple[dict[str, bytes], str]:
+    """Return the library and its header, and which of them is the library."""
+    text = header(lowered.spec, lowered.packing)
+    library = link(lowered.object_code, text, lowered.target)
+    name = library_name(library, lowered.target.system)
+    return {name: library, HEADER: text.encode()}, name
 
 
 def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
@@ -273,7 +284,7 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 # --- the files ---
 
 
-def _manifest(lowered: Lowered, library: str, weights: list[str]) -> dict[str, Any]:
+def _manifest(lowered: Lowered | LoweredGpu, library: str, weights: list[str]) -> dict[str, Any]:
     spec, target = lowered.spec, lowered.target
     itemsize = STORAGE[spec.dtype].itemsize
     shapes = {
@@ -286,13 +297,7 @@ def _manifest(lowered: Lowered, library: str, weights: list[str]) -> dict[str, A
         "format": FORMAT,
         "version": VERSION,
         "spec": str(spec),
-        "target": {
-            "name": target.name,
-            "triple": target.triple,
-            "architecture": target.architecture,
-            "system": target.system,
-            "features": list(target.features),
-        },
+        "target": target.fields(),
         "plan": asdict(lowered.plan),
         "packing": lowered.packing.to_json(),
         "workspace_bytes": lowered.workspace_bytes,

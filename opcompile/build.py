@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile import artifact
 from opcompile.errors import ArtifactError, EngineError, ModelError, OpcompileError, TargetError, VerificationError
+from opcompile.gpus import GpuTarget
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
+from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.runtime import MANIFEST, Artifact, load, parse_manifest
+from opcompile.simulate import Simulated
 from opcompile.source import Layer, Source, read
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import Target
-from opcompile.target import target as named
+from opcompile.target import Target, any_target
 from opcompile.verify import Report
 from opcompile.verify import verify as check
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Above this a simulation takes minutes.
+_MOST_SIMULATED_FLOPS = 2**27
 
 # Directories of artifacts that were given no place; each is removed when the process ends.
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
@@ -46,8 +51,8 @@ def compile(
     and then the directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target
     whose code does not run here: `write` makes its directory), `EngineError`.
     """
-    machine = named(target)
-    if not machine.native:
+    machine = any_target(target)
+    if isinstance(machine, GpuTarget) or not machine.native:
         raise TargetError(
             f"code for {target} does not run on this machine, so that its artifact cannot be loaded here; "
             "opcompile.build.write writes the directory alone, as does the command line"
@@ -72,10 +77,16 @@ def write(
     bias: NDArray[Any] | None = None,
 ) -> Path:
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
-    return _written(lower(spec, named(target), plan), Path(into), weight, bias)
+    return _written(_lower(spec, any_target(target), plan), Path(into), weight, bias)
 
 
-def _written(lowered: Lowered, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
+def _lower(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName) -> Lowered | LoweredGpu:
+    if isinstance(machine, GpuTarget):
+        return lower_gpu(spec, machine, plan)
+    return lower(spec, machine, plan)
+
+
+def _written(lowered: Lowered | LoweredGpu, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
     try:
         return artifact.write(lowered, into, weight=weight, bias=bias)
     except OSError as error:
@@ -169,12 +180,12 @@ def compile_all(
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
-    given, machine, place = read(source, nodes), named(target), Path(into)
+    given, machine, place = read(source, nodes), any_target(target), Path(into)
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
     if not alone:
         require_place(place, names)
-    lowered: dict[ConvTranspose3d, Lowered] = {}
+    lowered: dict[ConvTranspose3d, Lowered | LoweredGpu] = {}
     built: list[Built] = []
     for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):
 
@@ -203,32 +214,38 @@ class _Job:
 
     layer: Layer
     place: Path
-    machine: Target
+    machine: Target | GpuTarget
     plan: PlanName
     verify: bool
     report: Callable[[str], None]
 
-    def run(self, lowered: dict[ConvTranspose3d, Lowered]) -> Built:
+    def run(self, lowered: dict[ConvTranspose3d, Lowered | LoweredGpu]) -> Built:
         """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before."""
         layer, spec = self.layer, self.layer.spec
         if spec is None:
             return Built(layer.name, None, reason=layer.reason)
         self.report("compile")
         if spec not in lowered:
-            lowered[spec] = lower(spec, self.machine, self.plan)
+            lowered[spec] = _lower(spec, self.machine, self.plan)
         place = _written(lowered[spec], self.place, layer.weight, layer.bias)
-        found, reason = None, "it was not asked for"
-        if self.verify and self.machine.native:
-            self.report("verify")
-            found, reason = check(load(place)), ""
-            artifact.add_report(place, found.to_json())
-        elif self.verify:
-            reason = f"code for {self.machine.name} does not run on this machine"
+        found, reason = self._verified(place, spec) if self.verify else (None, "it was not asked for")
         manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
         return Built(layer.name, spec, place, manifest, found, reason or None)
 
+    def _verified(self, place: Path, spec: ConvTranspose3d) -> tuple[Report | None, str]:
+        """Verify where the code runs here, or can be simulated. Returns the report, or the reason why there is none."""
+        on_gpu = isinstance(self.machine, GpuTarget)
+        if on_gpu and spec.flops > _MOST_SIMULATED_FLOPS:
+            return None, f"simulating {spec.flops / 1e9:.1f} GFLOP takes long; `opcompile verify --simulate` does it"
+        if not isinstance(self.machine, GpuTarget) and not self.machine.native:
+            return None, f"code for {self.machine.name} does not run on this machine"
+        self.report("verify")
+        found = check(Simulated(place) if on_gpu else load(place))
+        artifact.add_report(place, found.to_json())
+        return found, ""
 
-def _origin(given: Source, machine: Target, plan: str) -> dict[str, Any]:
+
+def _origin(given: Source, machine: Target | GpuTarget, plan: str) -> dict[str, Any]:
     """Name the model by its file name and content: the directory may travel without it."""
     path = Path(given.text)
     try:

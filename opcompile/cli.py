@@ -221,14 +221,16 @@ def compile_(
 
 @cli.command()
 @click.argument("directory", metavar="DIR")
+@click.option("--simulate", is_flag=True, help="Run GPU code on the CPU, one fiber for each GPU thread.")
 @_json
-def verify(directory: str, as_json: bool) -> int:
+def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
     The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load
+    from opcompile.simulate import Simulated
     from opcompile.verify import verify as check
 
     places = artifacts(directory)
@@ -236,7 +238,7 @@ def verify(directory: str, as_json: bool) -> int:
     with _progress("verifying") as show:
         for number, (name, place) in enumerate(places.items()):
             show(number, len(places), f"verify {name}")
-            reports[name] = check(load(place))
+            reports[name] = check(Simulated(place) if simulate else load(place))
             _store(place, reports[name])
         show(len(places), len(places), None)
     passed = all(report.passed for report in reports.values())

@@ -76,8 +76,7 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    if plan not in ("best", "baseline", "tuned"):
-        raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
+    require_plan(plan)
     record = None if plan == "baseline" else find_record(spec, target)
     if record is not None:
         tiles = llvm.Tiles(**record.tiles)
@@ -89,6 +88,12 @@ def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.
         )
     estimate = llvm.baseline(spec, target.machine)
     return estimate.tiles, _plan("baseline", asdict(estimate.tiles), estimate.why(), None)
+
+
+def require_plan(plan: str) -> None:
+    """Raise `SpecError` for a plan that does not exist."""
+    if plan not in ("best", "baseline", "tuned"):
+        raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
 
 
 def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:

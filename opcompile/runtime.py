@@ -25,12 +25,13 @@ from functools import cache
 from glob import escape
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, TargetError
+from opcompile.gpus import is_gpu
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import processor_flags
@@ -377,16 +378,8 @@ class Artifact:
 
         Raises `ArtifactError` when its file has changed since.
         """
-        spec, stored = self.spec, _arrays(_read(self.directory, self.manifest, GOLDEN), GOLDEN)
-        x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
         weight, bias = self._weights
-        return Golden(
-            x=_golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
-            w=None if weight else _golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
-            b=_golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if spec.bias and not bias else None,
-            indices=stored["indices"],
-            expected=stored["expected"],
-        )
+        return read_golden(self.directory, self.manifest, self.spec, weight is not None, bias is not None)
 
     # --- arguments ---
 
@@ -454,6 +447,22 @@ class Artifact:
         return weight, (int(bias.ctypes.data), bias.shape, bias)
 
 
+def read_golden(
+    directory: Path, manifest: dict[str, Any], spec: ConvTranspose3d, own_weight: bool, own_bias: bool
+) -> Golden:
+    """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
+    stored = _arrays(_read(directory, manifest, GOLDEN), GOLDEN)
+    x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
+    bias = spec.bias and not own_bias
+    return Golden(
+        x=_golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
+        w=None if own_weight else _golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
+        b=_golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
+        indices=stored["indices"],
+        expected=stored["expected"],
+    )
+
+
 def _golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:
     values = golden_values(np.arange(math.prod(shape)), salt, amplitude).reshape(shape)
     if dtype != "bfloat16":
@@ -510,8 +519,23 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, check: boo
     raise AssertionError("unreachable")
 
 
+def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact:
+    """Load what was compiled for CUDA, which is called alike. Raises `TargetError` for Metal: that starts from text."""
+    _check_files(directory, manifest, set(manifest["files"]))
+    if manifest["target"]["architecture"] != "cuda":
+        raise TargetError(
+            f"{directory} was compiled for {manifest['target']['name']}; a Mac runs its kernel.metal as launch.json "
+            "says (docs/examples), and `opcompile verify --simulate` runs it here"
+        )
+    from opcompile.runtime_cuda import CudaArtifact
+
+    return cast("Artifact", CudaArtifact(directory, manifest))
+
+
 def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
     manifest = parse_manifest(text, directory)
+    if is_gpu(manifest["target"]["name"]):
+        return _load_gpu(directory, manifest)
     _require_machine(manifest["target"], directory)
     path = directory / manifest["library"]
     # `Artifact` reads the weights and checks them then: not twice
@@ -522,6 +546,22 @@ def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
         return Artifact(directory, manifest, ctypes.CDLL(str(path)), threads)
     except (OSError, AttributeError, SpecError) as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the directory of an artifact for any machine, and its manifest; every hash is checked.
+
+    Raises `ArtifactError`.
+    """
+    directory = Path(path).absolute()
+    manifest = parse_manifest(read_manifest(directory), directory)
+    _check_files(directory, manifest, set(manifest["files"]))
+    return directory, manifest
+
+
+def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return what an artifact holds of packed ``W`` and of ``B``; bfloat16 as bits. Raises `ArtifactError`."""
+    return _arrays(_read(directory, manifest, WEIGHTS), WEIGHTS) if manifest["weights"] else {}
 
 
 def read_manifest(directory: Path) -> bytes:
@@ -588,7 +628,12 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
             isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
         ):
             raise ArtifactError(f"{where} lists {name} without its size and hash")
-    needed = [manifest["library"], GOLDEN, *([WEIGHTS] if manifest["weights"] else [])]
+    # an artifact for Metal may have none
+    needed = [
+        *([manifest["library"]] if manifest["library"] else []),
+        GOLDEN,
+        *([WEIGHTS] if manifest["weights"] else []),
+    ]
     for name in needed:
         if name not in manifest["files"]:
             raise ArtifactError(f"{where} does not list {name}, which it needs")

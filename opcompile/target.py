@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from opcompile.errors import TargetError
+from opcompile.gpus import GpuTarget, gpu_names, gpu_target, is_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,16 @@ class Target:
             return ()
         present = processor_flags()
         return tuple(f for f in self.features if f not in present)
+
+    def fields(self) -> dict[str, object]:
+        """Return what an artifact's manifest says of its target."""
+        return {
+            "name": self.name,
+            "triple": self.triple,
+            "architecture": self.architecture,
+            "system": self.system,
+            "features": list(self.features),
+        }
 
     def tvm(self) -> dict[str, object]:
         """The configuration that ``tvm.target.Target`` takes."""
@@ -141,15 +152,22 @@ _NAMED: dict[str, Callable[[str], Target]] = {
 
 
 def target(name: str) -> Target:
-    """Look a target up. Raises `TargetError`, listing the names there are."""
+    """Look a CPU up. Raises `TargetError`, listing the names there are."""
     kind, _, machine = name.partition(":")
+    if is_gpu(name):
+        raise TargetError(f"target {name!r} is a GPU, and this works for CPUs: {', '.join(names())}")
     if kind != "llvm":
-        raise TargetError(f"target {name!r} is of kind {kind!r}; this version compiles for: {', '.join(names())}")
+        raise TargetError(f"target {name!r} is of kind {kind!r}; use one of {', '.join([*names(), *gpu_names()])}")
     if not machine and ":" not in name:
         return _NAMED[_here()]("llvm:" + _here())
     if machine not in _NAMED:
         raise TargetError(f"target {name!r} is unknown; use one of {', '.join(names())}")
     return _NAMED[machine](name)
+
+
+def any_target(name: str) -> Target | GpuTarget:
+    """Look a CPU or a GPU up. Raises `TargetError`."""
+    return gpu_target(name) if is_gpu(name) else target(name)
 
 
 def names() -> list[str]:

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
+from opcompile.runtime_cuda import CudaArtifact
+from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
 
 if TYPE_CHECKING:
@@ -293,7 +295,7 @@ def _stored(dtype: str, values: Tensor) -> Tensor:
 # --- those who are asked ---
 
 
-def _compiled_in(artifact: Artifact) -> tuple[Tensor | None, Tensor | None]:
+def _compiled_in(artifact: Artifact | CudaArtifact | Simulated) -> tuple[Tensor | None, Tensor | None]:
     """Return the canonical W and B that the artifact holds, each or None, out of its own packed file."""
     spec = artifact.spec
     if not artifact.manifest["weights"]:
@@ -372,10 +374,19 @@ def _cpus() -> int:
 
 
 def _ours(
-    artifact: Artifact, inputs: Inputs, passed: tuple[Tensor | None, Tensor | None], threads: Sequence[int]
+    artifact: Artifact | CudaArtifact | Simulated,
+    inputs: Inputs,
+    passed: tuple[Tensor | None, Tensor | None],
+    threads: Sequence[int],
 ) -> Iterator[tuple[str, Tensor]]:
     """Call the artifact with one thread, and with several; there with weights that were packed before."""
     w, b = passed
+    if isinstance(artifact, Simulated):  # it orders the threads itself
+        yield "opcompile, simulated", artifact(inputs.x, w, b)
+        return
+    if isinstance(artifact, CudaArtifact):
+        yield "opcompile, on a GPU", artifact.on_host(inputs.x, w, b)
+        return
     for count in threads:
         call = "1 thread" if count == 1 else f"{count} threads"
         if w is None or count == 1:
@@ -406,7 +417,7 @@ class _Asked:
 
 
 def _ask(
-    artifact: Artifact,
+    artifact: Artifact | CudaArtifact | Simulated,
     question: InputSet,
     own: tuple[Tensor | None, Tensor | None],
     runtime: _OnnxRuntime | None,
@@ -442,11 +453,14 @@ def _ask(
     return _Asked(tuple(rows), tuple(not_asked), runtime)
 
 
-def _ask_golden(artifact: Artifact, own: tuple[Tensor | None, Tensor | None]) -> tuple[Row, ...]:
+def _ask_golden(
+    artifact: Artifact | CudaArtifact | Simulated, own: tuple[Tensor | None, Tensor | None]
+) -> tuple[Row, ...]:
     """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
     golden = artifact.golden()
     w, b = (mine if given is None else given for mine, given in zip(own, (golden.w, golden.b), strict=True))
-    y = np.asarray(artifact(golden.x, golden.w, golden.b)).reshape(-1)[golden.indices]
+    call = artifact.on_host if isinstance(artifact, CudaArtifact) else artifact
+    y = np.asarray(call(golden.x, golden.w, golden.b)).reshape(-1)[golden.indices]
     inputs = Inputs.of(artifact.spec, golden.x, w, b)
     weights, batch = "compiled" if golden.w is None else "caller", inputs.batch
     ours, stored = compare_at(inputs, golden.indices, [y, golden.expected])
@@ -456,7 +470,7 @@ def _ask_golden(artifact: Artifact, own: tuple[Tensor | None, Tensor | None]) ->
     )
 
 
-def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
+def verify(artifact: Artifact | CudaArtifact | Simulated, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
     Order: small integers, to the last bit (or, for activations that are no selection, without any error of
@@ -468,12 +482,17 @@ def verify(artifact: Artifact, *, seed: int = 0, engines: Sequence[str] = ENGINE
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    if isinstance(artifact, CudaArtifact):
+        artifact.require_gpu()
     started, spec = time.perf_counter(), artifact.spec
     own = _compiled_in(artifact)
     rule, questions = input_sets(spec, any(mine is not None for mine in own))
-    threads = (1, max(2, _cpus()))
+    simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
+    threads = () if simulated or on_gpu else (1, max(2, _cpus()))
     rows: list[Row] = []
     not_asked: list[NotAsked] = []
+    if simulated:
+        not_asked.append(NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread"))
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import targets_page
 from cli_page import PAGE, page
 
 import opcompile
@@ -100,6 +101,11 @@ def test_every_python_example_is_python(path: Path) -> None:
 def test_every_target_is_on_the_page_and_no_other() -> None:
     table = "\n".join(line for line in (ROOT / "docs" / "targets.md").read_text().splitlines() if line.startswith("|"))
     assert set(re.findall(r"`(llvm[^`]*)`", table)) == set(names())
+
+
+def test_the_tables_of_the_page_are_those_of_the_code() -> None:
+    """After a change, ``python tests/targets_page.py`` writes them anew."""
+    assert targets_page.PAGE.read_text() == targets_page.page()
 
 
 def test_every_file_and_field_of_an_artifact_is_on_its_page(tmp_path: Path) -> None:

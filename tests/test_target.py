@@ -62,7 +62,7 @@ def test_a_feature_that_is_missing_is_named() -> None:
     assert wanting.missing_features() == ("warp_drive",)
 
 
-@pytest.mark.parametrize("name", ["llvm:pentium", "gpu", "cuda:sm_90", "", "llvm:"])
+@pytest.mark.parametrize("name", ["llvm:pentium", "gpu", "cuda:sm_90", "metal:apple-m1", "", "llvm:"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(TargetError, match="llvm:x86-64-v3"):
         target(name)

@@ -1,0 +1,126 @@
+"""Named GPUs: what to compile for, what a kernel must not exceed there, and what a schedule reasons with.
+
+A CUDA name is a compute capability, a Metal name a generation of Apple's chips. Both stand for a family of
+devices; the numbers that rank schedules are those of one typical member, which the table names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opcompile.errors import TargetError
+
+Language = Literal["cuda", "metal"]
+
+_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device.
+
+    What a kernel must keep to: ``threads`` of a block, bytes of ``shared`` memory that a block declares,
+    ``registers`` of a thread. What ranks schedules: ``processors`` (streaming multiprocessors, cores), each with
+    ``lanes`` multiply-adds a cycle, ``register_file`` 32-bit registers and room for ``resident`` threads;
+    ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step.
+    """
+
+    example: str
+    processors: int
+    lanes: int
+    clock_ghz: float
+    bandwidth_gbs: float
+    resident: int
+    threads: int = 1024
+    shared: int = 48 * _KIB
+    registers: int = 255
+    register_file: int = 65536
+    warp: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTarget:
+    """A named GPU: ``language`` of its kernels, ``archs`` as its compiler calls it.
+
+    Several architectures are one library for all of them; the first chooses the tiles.
+    """
+
+    name: str
+    language: Language
+    archs: tuple[str, ...]
+    gpu: Gpu
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The element types that kernels for it can have."""
+        every = ("float32", "float16", "bfloat16", "float64")
+        return every if self.language == "cuda" else every[:2]
+
+    def fields(self) -> dict[str, object]:
+        """Return what an artifact's manifest says of its target; its ``architecture`` is no CPU's: none loads it."""
+        return {
+            "name": self.name,
+            "architecture": self.language,
+            "system": "linux" if self.language == "cuda" else "darwin",
+            "features": [],
+            "archs": list(self.archs),
+            "example": self.gpu.example,
+            "most_threads": self.gpu.threads,
+            "most_shared_bytes": self.gpu.shared,
+        }
+
+    def tvm(self) -> dict[str, object]:
+        """The configuration that ``tvm.target.Target`` takes."""
+        if self.language == "cuda":
+            return {"kind": "cuda", "arch": self.archs[0], "host": "cuda_host"}
+        return {
+            "kind": "metal",
+            "max_threads_per_block": self.gpu.threads,
+            "max_num_threads": self.gpu.threads,
+            "max_shared_memory_per_block": self.gpu.shared,
+            "thread_warp_size": self.gpu.warp,
+            "host": {"kind": "llvm", "mtriple": "arm64-apple-macos"},
+        }
+
+
+def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float) -> Gpu:
+    # Apple documents threads and threadgroup memory. Beyond 128 registers compilers were seen to spill.
+    return Gpu(example, processors, 128, clock_ghz, bandwidth_gbs, 1024, shared=32 * _KIB, registers=128)
+
+
+# 48 KiB is what a block may declare everywhere; more must be asked for at the launch.
+_GPUS: dict[str, tuple[Language, Gpu]] = {
+    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024)),
+    "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048)),
+    "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536)),
+    "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536)),
+    "cuda:sm_90": ("cuda", Gpu("H100", 132, 128, 1.83, 3350, 2048)),
+    "cuda:sm_100": ("cuda", Gpu("B200", 148, 128, 1.85, 8000, 2048)),
+    "cuda:sm_120": ("cuda", Gpu("RTX 5090", 170, 128, 2.41, 1792, 1536)),
+    "metal:apple-m1": ("metal", _apple("M1", 8, 1.28, 68)),
+    "metal:apple-m2": ("metal", _apple("M2", 10, 1.40, 100)),
+    "metal:apple-m3": ("metal", _apple("M3", 10, 1.38, 100)),
+    "metal:apple-m4": ("metal", _apple("M4", 10, 1.47, 120)),
+}
+
+
+def gpu_names() -> list[str]:
+    """Every name of a GPU."""
+    return list(_GPUS)
+
+
+def is_gpu(name: str) -> bool:
+    """Whether ``name`` is meant for a GPU, known or not."""
+    return name.partition(":")[0] in ("cuda", "metal")
+
+
+def gpu_target(name: str) -> GpuTarget:
+    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both. Raises `TargetError`, listing the names there are."""
+    language, _, devices = name.partition(":")
+    members = [f"{language}:{device}" for device in devices.split("+")]
+    if not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
+        several = "; several CUDA ones are joined like cuda:sm_80+sm_90"
+        raise TargetError(f"target {name!r} is unknown; use one of {', '.join(_GPUS)}{several}")
+    kind, gpu = _GPUS[members[0]]
+    return GpuTarget(name, kind, tuple(devices.split("+")), gpu)

@@ -1,0 +1,102 @@
+"""How a GPU kernel is started: what ``launch.json`` says, for whoever has no TVM."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opcompile.errors import ArtifactError
+
+LAUNCH = "launch.json"
+SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
+
+# The names that TVM gives the parameters of a kernel, and what they are called in `launch.json`.
+_TENSORS = {"X": "x", "W": "w", "B": "b", "output": "y"}
+_POINTER = re.compile(r"\*\s*(?:__restrict__\s+)?(\w+?)_ptr\b")
+_SIGNATURES = {
+    "cuda": re.compile(r"__launch_bounds__\((?P<threads>\d+)\) (?P<kernel>\w+)\((?P<parameters>[^)]*)\) \{"),
+    "metal": re.compile(r"kernel void (?P<kernel>\w+)\((?P<parameters>.*?)\n\) \{", re.S),
+}
+_SHARED = re.compile(
+    r"^\s*(?:__shared__ (?:alignas\(\d+\) )?|threadgroup )(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];", re.M
+)
+_BYTES = {"float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
+_ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The one launch of a layer.
+
+    ``blocks`` thread blocks for each image of the batch, in one dimension, of ``threads`` threads each.
+    ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y``, and ``batch`` (a 64-bit
+    integer) where N is open. A kernel does not take what it does not read. ``shared_bytes`` of shared
+    (threadgroup) memory are declared inside the kernel; none are to be added by the launch.
+    """
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: str, language: str, blocks: int, threads: int) -> Launch:
+        """Read the rest from the emitted text, which must hold exactly one kernel."""
+        found = list(_SIGNATURES[language].finditer(source))
+        if len(found) != 1:
+            raise AssertionError(f"the emitted {language} text has {len(found)} kernels")
+        (signature,) = found
+        parameters = signature["parameters"]
+        arguments = [_TENSORS[name] for name in _POINTER.findall(parameters)]
+        if re.search(r"\bbatch\b|_args_t\b", parameters):
+            arguments.append("batch")
+        shared = sum(int(a["count"]) * _bytes(a["type"]) for a in _SHARED.finditer(source))
+        return cls(signature["kernel"], blocks, threads, shared, tuple(arguments))
+
+    def grid(self, batch: int) -> int:
+        """Thread blocks for ``batch`` images."""
+        return self.blocks * batch
+
+    def to_json(self, batch: int | None) -> str:
+        """Return the text of ``launch.json``. With an open batch the first grid size is null: blocks times batch."""
+        fields = {
+            "kernel": self.kernel,
+            "grid": [None if batch is None else self.grid(batch), 1, 1],
+            "block": [self.threads, 1, 1],
+            "blocks_per_image": self.blocks,
+            "shared_bytes": self.shared_bytes,
+            "arguments": list(self.arguments),
+        }
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Launch:
+        """Read what `to_json` wrote. Raises `ArtifactError`."""
+        try:
+            fields: Mapping[str, Any] = json.loads(text)
+            return cls(
+                str(fields["kernel"]),
+                int(fields["blocks_per_image"]),
+                int(fields["block"][0]),
+                int(fields["shared_bytes"]),
+                tuple(str(name) for name in fields["arguments"]),
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ArtifactError(f"launch.json cannot be read: {error}; compile the layer again") from None
+
+
+def _bytes(name: str) -> int:
+    """Bytes of an element, a vector perhaps, as the languages name it."""
+    found = _ELEMENT.match(name)
+    if found is None:
+        raise AssertionError(f"the kernel declares shared memory of type {name}")
+    return _BYTES[found["base"]] * int(found["length"] or 1)
+
+
+def shared_arrays(source: str) -> list[re.Match[str]]:
+    """Find the declarations of shared memory: groups ``type``, ``name`` and ``count``."""
+    return list(_SHARED.finditer(source))

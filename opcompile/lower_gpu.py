@@ -1,0 +1,122 @@
+"""From a spec to the text of one GPU kernel: choose tiles, declare, schedule, emit."""
+
+from __future__ import annotations
+
+import math
+import tarfile
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.backend.cuda import export_cuda_host
+
+from opcompile.declare import Grain, packed_from
+from opcompile.declare_flat import FlatGrain, declare_flat, positions
+from opcompile.errors import TargetError
+from opcompile.gpus import GpuTarget
+from opcompile.launch import Launch
+from opcompile.lower import KERNEL, Plan, PlanName, require_plan
+from opcompile.packing import Packing
+from opcompile.spec import ConvTranspose3d
+from schedules import gpu
+from schedules.gpu import GpuTiles
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredGpu:
+    """A kernel as text: ``source`` in the target's language, and how to start it.
+
+    ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it;
+    ``host_objects`` are, for Metal, Mach-O objects that do the same with TVM's runtime.
+    """
+
+    spec: ConvTranspose3d
+    target: GpuTarget
+    plan: Plan
+    source: str
+    host_source: str
+    host_objects: tuple[bytes, ...]
+    launch: Launch
+    packing: Packing
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of device memory that a call allocates: none."""
+        return 0
+
+
+def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best") -> LoweredGpu:
+    """Emit the kernel of ``spec`` for ``target``. Plans are those of `opcompile.lower.lower`.
+
+    Raises `TargetError` for an element type that the target's language has not.
+    """
+    tiles, chosen = choose(spec, target, plan)
+    return emitted(spec, target, tiles, chosen)
+
+
+def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[GpuTiles, Plan]:
+    """The tiles that ``plan`` asks for, and the account of the choice."""
+    require_plan(plan)
+    if spec.dtype not in target.dtypes:
+        raise TargetError(
+            f"{target.name} has no {spec.dtype}; compile the layer in {', '.join(target.dtypes)}, or for another target"
+        )
+    estimate = gpu.baseline(spec, target.gpu)
+    return estimate.tiles, Plan("baseline", estimate.tiles.family, asdict(estimate.tiles), estimate.why(), None)
+
+
+def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
+    """Emit the kernel that ``tiles`` make."""
+    module = scheduled(spec, tiles)
+    with tvm.target.Target(target.tvm()) as tvm_target:
+        built = tvm.compile(module, target=tvm_target).mod
+    source = built.imports[0].inspect_source(target.language)
+    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
+    cuda = target.language == "cuda"
+    text, objects = (export_cuda_host(built), ()) if cuda else ("", _objects(built))
+    return LoweredGpu(spec, target, plan, source, text, objects, launch, packing(spec, tiles))
+
+
+def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:
+    """Export the host's half, with the kernel in it, unlinked."""
+    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+        path = Path(name) / "host.tar"
+        built.export_library(str(path))
+        with tarfile.open(path) as archive:
+            files = [archive.extractfile(member) for member in archive if member.name.endswith(".o")]
+            return tuple(file.read() for file in files if file is not None)
+
+
+def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
+    """The unscheduled function, rounded for these tiles."""
+    return declare_flat(spec, FlatGrain(tiles.channels, tiles.positions)).with_attr("global_symbol", KERNEL)
+
+
+def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
+    """The module ready to compile."""
+    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule.work_on(KERNEL)
+    gpu.schedule(schedule, spec, tiles)
+    return schedule.mod
+
+
+def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:
+    """Thread blocks for one image."""
+    rows = math.ceil(spec.channels_out // spec.groups / tiles.channels)
+    apart = math.prod(len(axis.phases) for axis in spec.axes) if tiles.apart else 1
+    return spec.groups * rows * math.ceil(positions(spec) / tiles.positions) * apart
+
+
+def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:
+    """How a canonical weight becomes the kernel's W."""
+    padded = packed_from(spec, Grain(tiles.channels))
+    view, order = gpu.packed(spec, tiles, padded)
+    return Packing(padded, view, order)
+
+
+def declaration_hash(spec: ConvTranspose3d, tiles: GpuTiles) -> str:
+    """The structural hash of the declaration: what a record is bound to."""
+    return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"

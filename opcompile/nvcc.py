@@ -1,0 +1,88 @@
+"""The text of a CUDA kernel and its host half -> one shared library that needs `apache-tvm-ffi` and the driver.
+
+``nvcc`` is the system's, or that of NVIDIA's packages on PyPI. No GPU is needed: code is made for the named
+architectures, and for later ones as PTX, which the driver translates when it first loads it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from opcompile.errors import EngineError
+from opcompile.gpus import GpuTarget
+
+_FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
+
+
+def nvcc(source: str, target: GpuTarget) -> bytes:
+    """Return the library for the architectures of ``target``. Raises `EngineError` without nvcc, or with its words."""
+    compiler, home = _nvcc(), _tvm_ffi()
+    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+        # a plain name, so that no path of this machine gets into the library
+        (Path(name) / "kernel.cu").write_text(source)
+        command = [compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "-o", "library.so"]
+        command += [f"-L{home / 'lib'}", "-ltvm_ffi"]
+        environment = {**os.environ, "PATH": f"{Path(compiler).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        try:
+            done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False, env=environment)
+        except OSError as error:
+            raise EngineError(
+                f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
+            ) from None
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip()
+            raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{_hint(said)}")
+        return (Path(name) / "library.so").read_bytes()
+
+
+def _codes(target: GpuTarget) -> list[str]:
+    """Ask for machine code of every architecture, and for PTX of the last."""
+    numbers = [arch.removeprefix("sm_") for arch in target.archs]
+    codes = [f"arch=compute_{n},code=sm_{n}" for n in numbers]
+    return [
+        word
+        for code in (*codes, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+        for word in ("-gencode", code)
+    ]
+
+
+def _nvcc() -> str:
+    if os.environ.get("NVCC", "").strip():
+        return os.environ["NVCC"]
+    found = shutil.which("nvcc")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [Path(home) / "bin" / "nvcc" for home in homes]
+    spec = importlib.util.find_spec("nvidia")
+    for packages in spec.submodule_search_locations or () if spec else ():
+        places += sorted(Path(packages).glob("*/bin/nvcc"))
+    for place in places:
+        if found is None and place.is_file():
+            found = str(place)
+    if found is None:
+        raise EngineError(
+            "building for CUDA needs nvcc, and none is on PATH, in CUDA_HOME or among the installed packages; "
+            "install NVIDIA's from PyPI (pip install 'opcompile[cuda]'), or the CUDA toolkit, or set NVCC"
+        )
+    return found
+
+
+def _tvm_ffi() -> Path:
+    """Return the directory of the `apache-tvm-ffi` package: its headers and its library are what the code needs."""
+    spec = importlib.util.find_spec("tvm_ffi")
+    if spec is None or spec.origin is None:
+        raise EngineError("building for CUDA needs the package apache-tvm-ffi; install it")
+    return Path(spec.origin).parent
+
+
+def _hint(said: str) -> str:
+    if "nv/target" in said:
+        return "\nthe headers of CCCL are missing; pip install nvidia-cuda-cccl"
+    if "Unsupported gpu architecture" in said:
+        return "\nthis nvcc does not know the architecture; install one that does, or name another target"
+    return ""

@@ -1,0 +1,189 @@
+"""Load a layer that was compiled for CUDA, and call it on tensors that are there: `apache-tvm-ffi` and the driver.
+
+Calls are asynchronous, on the caller's stream: PyTorch's current one for its tensors; for others the default
+stream, or what ``tvm_ffi.use_raw_stream`` sets. Nothing was run on a GPU when this was written; what does not need
+one is tested.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from opcompile.errors import ArtifactError, CallError, EngineError
+from opcompile.packing import Packing
+from opcompile.runtime import Golden, own_weights, read_golden
+from opcompile.spec import ConvTranspose3d
+
+_CUDA = 2  # DLPack's number
+_ALIGNMENT = 16
+_SIMULATE = "`opcompile verify --simulate` runs the kernel's text on the CPU"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedCuda:
+    """Weights on a GPU in one kernel's own layout: what `CudaArtifact.pack` returns."""
+
+    packing: Packing
+    data: Any
+
+
+class CudaArtifact:
+    """A loaded layer: call it as ``y = artifact(x, w, b)`` with tensors on a GPU."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """Prefer `opcompile.load`, which has checked the files. Raises `ArtifactError` for a library of no use."""
+        self.directory, self.manifest = directory, manifest
+        self.spec = ConvTranspose3d.parse(manifest["spec"])
+        self.packing = Packing.from_json(manifest["packing"])
+        self._own = own_weights(directory, manifest)
+        self._uploaded: dict[tuple[str, str], Any] = {}
+        try:
+            import tvm_ffi
+
+            self._from_dlpack = tvm_ffi.from_dlpack
+            self._run = tvm_ffi.load_module(str(directory / manifest["library"]))["conv_transpose3d"]
+        except ImportError as error:
+            raise EngineError(f"calling a layer needs the package apache-tvm-ffi: {error}") from error
+        except (OSError, RuntimeError, AttributeError) as error:
+            raise ArtifactError(f"{directory / manifest['library']} cannot be loaded: {error}") from error
+
+    def __repr__(self) -> str:
+        """Name the layer, the target and the place."""
+        return f"<CudaArtifact {self.spec} for {self.manifest['target']['name']} in {self.directory}>"
+
+    def __call__(self, x: Any, w: Any = None, b: Any = None, *, out: Any = None) -> Any:
+        """Start the kernel and return Y, a tensor of PyTorch as ``x`` is, or ``out``, which any other ``x`` needs.
+
+        ``w`` is canonical, and packed anew in each call, or what `pack` made of it; it and ``b`` are left out
+        where they were known at compile time. All are contiguous, on one GPU, at multiples of 16 bytes. The
+        call does not wait for the GPU. Raises `CallError`, also where the GPU is none that the library is for.
+        """
+        batch, device = self._checked("x", x, self.spec.x_shape)
+        weight = self._weight(x, w)
+        bias = self._bias(x, b)
+        y = out if out is not None else self._empty(x, batch)
+        tensors = {"w": (weight, self.packing.shape), "out": (y, (batch, *self.spec.y_shape[1:]))}
+        if self.spec.bias:
+            tensors["b"] = (bias, (self.spec.channels_out,))
+        for name, (tensor, shape) in tensors.items():
+            if self._checked(name, tensor, shape)[1] != device:
+                raise CallError(f"{name} is on another GPU than x; copy it there")
+        arguments = [x, weight, *([bias] if self.spec.bias else []), y]
+        try:
+            self._run(*arguments)
+        except (RuntimeError, ValueError) as error:
+            archs = ", ".join(self.manifest["target"]["archs"])
+            hint = f"; this library is for {archs} and later" if "no kernel image" in str(error) else ""
+            raise CallError(f"the kernel failed: {error}{hint}") from error
+        return y
+
+    def pack(self, w: Any) -> PackedCuda:
+        """Lay a canonical weight, a tensor of PyTorch, out for this kernel, where it is. Raises `CallError`."""
+        torch = _torch(w, "w")
+        if tuple(w.shape) != self.spec.w_shape or str(w.dtype).rpartition(".")[2] != self.spec.dtype:
+            given = f"{str(w.dtype).rpartition('.')[2]} {tuple(w.shape)}"
+            raise CallError(f"w is {given}, but this layer needs {self.spec.dtype} {self.spec.w_shape}")
+        whole = torch.zeros(self.packing.padded, dtype=w.dtype, device=w.device)
+        whole[tuple(slice(n) for n in self.spec.w_shape)] = w
+        data = whole.reshape(self.packing.view).permute(self.packing.order).contiguous()
+        return PackedCuda(self.packing, data)
+
+    def golden(self) -> Golden:
+        """Return the test vector in the artifact, in host memory."""
+        return read_golden(self.directory, self.manifest, self.spec, "W" in self._own, "B" in self._own)
+
+    def on_host(self, x: NDArray[Any], w: NDArray[Any] | None, b: NDArray[Any] | None) -> NDArray[Any]:
+        """Return Y for NumPy arrays, which travel to the GPU and back by PyTorch. For verifying; raises as a call."""
+        torch = self.require_gpu()
+
+        def there(array: NDArray[Any] | None) -> Any:
+            if array is None:
+                return None
+            bits = torch.from_numpy(array.view("int16") if self.spec.dtype == "bfloat16" else array)
+            return bits.cuda().view(getattr(torch, self.spec.dtype))
+
+        y = self(there(x), there(w), there(b)).cpu()
+        found: NDArray[Any] = (y.view(torch.int16) if self.spec.dtype == "bfloat16" else y).numpy()
+        return found.view(x.dtype)
+
+    def require_gpu(self) -> Any:
+        """Return PyTorch. Raises `EngineError` where it, or a GPU for it, is not there."""
+        try:
+            import torch
+        except ImportError as error:
+            raise EngineError(f"verifying on a GPU needs PyTorch: {error}; {_SIMULATE}") from error
+        if not torch.cuda.is_available():
+            raise EngineError(f"no GPU was found for {self.manifest['target']['name']}; {_SIMULATE}")
+        return torch
+
+    # --- arguments ---
+
+    def _checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
+        """Return the first size and the device. Raises `CallError` for what does not fit."""
+        if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
+            raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
+        kind, number = value.__dlpack_device__()
+        if int(kind) != _CUDA:
+            raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
+        if getattr(value, "requires_grad", False) is True:
+            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
+        tensor = self._from_dlpack(value)
+        given = tuple(tensor.shape)
+        fits = len(given) == len(shape) and all(n in (None, size) for n, size in zip(shape, given, strict=True))
+        if not fits or str(tensor.dtype) != self.spec.dtype:
+            raise CallError(f"{name} is {tensor.dtype} {given}, but this layer needs {self.spec.dtype} {shape}")
+        if not tensor.is_contiguous():
+            raise CallError(f"{name} is not contiguous in memory; pass {name}.contiguous()")
+        if tensor.data_ptr() % _ALIGNMENT:
+            raise CallError(f"{name} is not at a multiple of {_ALIGNMENT} bytes; pass a copy")
+        return int(given[0]), (int(kind), int(number))
+
+    def _weight(self, x: Any, w: Any) -> Any:
+        if isinstance(w, PackedCuda):
+            if w.packing != self.packing:
+                raise CallError("w was packed for another layer; use this artifact's pack")
+            return w.data
+        if w is not None:
+            return self.pack(w).data
+        if "W" not in self._own:
+            raise CallError(f"w is missing: this layer was compiled without weights; pass {self.spec.w_shape}")
+        return self._upload(x, "W")
+
+    def _bias(self, x: Any, b: Any) -> Any:
+        if b is not None and not self.spec.bias:
+            raise CallError("b was given, but this layer has no bias; leave it out")
+        if b is None and self.spec.bias:
+            if "B" not in self._own:
+                raise CallError(
+                    f"b is missing: this layer has a bias; pass {self.spec.dtype} ({self.spec.channels_out},)"
+                )
+            return self._upload(x, "B")
+        return b
+
+    def _upload(self, x: Any, name: str) -> Any:
+        """Copy what was known at compile time to the GPU of ``x``, once."""
+        torch = _torch(x, "x")
+        key = (name, str(x.device))
+        if key not in self._uploaded:
+            bits = self._own[name].view("int16") if self.spec.dtype == "bfloat16" else self._own[name]
+            self._uploaded[key] = torch.from_numpy(bits).to(x.device).view(x.dtype)
+        return self._uploaded[key]
+
+    def _empty(self, x: Any, batch: int) -> Any:
+        return _torch(x, "x").empty((batch, *self.spec.y_shape[1:]), dtype=x.dtype, device=x.device)
+
+
+def _torch(value: Any, name: str) -> ModuleType:
+    """Return PyTorch, whose tensor ``value`` must be. Raises `CallError`."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor):
+        raise CallError(
+            f"{name} is no tensor of PyTorch, so none can be made beside it; pass packed weights, b and out as well"
+        )
+    return torch

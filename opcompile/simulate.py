@@ -1,0 +1,223 @@
+"""GPU code on the CPU: emitted CUDA C or Metal, compiled as C++ and run with one fiber for each GPU thread.
+
+It shows that a kernel computes what it should, and finds what a GPU would do in silence: an access beyond a
+buffer (guarded pages) or an array, a write to an input, a read of shared memory that nobody has written (it is
+poisoned), a barrier that some threads miss, and races: every run is done twice, with the threads and blocks in
+opposite orders, and two results that differ in one bit are a race. It cannot show speed, that a GPU's own
+compiler accepts the text, or a race that both orders happen to resolve alike.
+
+Neither TVM nor a GPU is needed: a C++17 compiler is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
+from opcompile.gpus import is_gpu
+from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
+from opcompile.packing import Packing
+from opcompile.runtime import Golden, opened, own_weights, read_golden
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import cores
+
+_HEADERS = Path(__file__).with_name("simulator")
+_FLAGS = ("-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
+# An index beyond an array, or a vector that is not aligned, ends the program; the two compilers spell it differently.
+_BOUNDS = ("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error")
+_FAULTS = {65: "an access out of bounds", 66: "a divergent barrier"}
+_TOO_SMALL_FOR_TWO = 4
+
+
+class Simulator:
+    """One kernel, ready to run: ``source`` in ``language`` (``cuda`` or ``metal``), started as ``launch`` says."""
+
+    def __init__(self, source: str, language: str, launch: Launch) -> None:
+        self.source, self.language, self.launch = source, language, launch
+        self._folder = tempfile.mkdtemp(prefix="opcompile-simulate-")
+        weakref.finalize(self, shutil.rmtree, self._folder, True)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any]) -> None:
+        """Fill ``y``, contiguous, from the contiguous ``inputs`` x, w (packed) and b; the batch is that of ``y``.
+
+        Raises `VerificationError` for anything that is wrong with the kernel, and `EngineError` where there is
+        no C++ compiler.
+        """
+        first, second = (self._ordered(inputs, y, backwards) for backwards in (False, True))
+        if first != second:
+            places = np.flatnonzero(np.frombuffer(first, np.uint8) != np.frombuffer(second, np.uint8)) // y.itemsize
+            raise VerificationError(
+                f"{self.launch.kernel}: a race: {len(set(places.tolist()))} of {y.size} outputs depend on the order of "
+                f"the threads, the first at flat index {places[0]}"
+            )
+        y.reshape(-1).view(np.uint8)[:] = np.frombuffer(first, np.uint8)
+
+    def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], backwards: bool) -> bytes:
+        """Run with buffers at the upper end of their pages, or, ``backwards``, at the lower."""
+        program, batch = self._program, y.shape[0]
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+            words = [str(n) for n in (self.launch.grid(batch), 1, 1, self.launch.threads, 1, 1)]
+            words += [str(int(backwards)), str(int(not backwards)), str(self._workers(batch))]
+            for argument in self.launch.arguments:
+                if argument == "batch":
+                    continue
+                path = Path(name) / argument
+                # Y begins as NaN: what is not written shows
+                content = b"\xff" * y.nbytes if argument == "y" else np.ascontiguousarray(inputs[argument]).tobytes()
+                path.write_bytes(content)
+                words += [argument, str(path), str(len(content)), "w" if argument == "y" else "r"]
+            environment = {**os.environ, "SIMULATED_BATCH": str(batch)}
+            done = subprocess.run([program, *words], capture_output=True, text=True, check=False, env=environment)
+            if done.returncode in _FAULTS:
+                raise VerificationError(f"{self.launch.kernel}: {_FAULTS[done.returncode]}: {done.stderr.strip()}")
+            if done.returncode:
+                raise EngineError(f"the simulation ended with status {done.returncode}: {done.stderr.strip()}")
+            return (Path(name) / "y").read_bytes()
+
+    def _workers(self, batch: int) -> int:
+        return cores() if self.launch.grid(batch) >= _TOO_SMALL_FOR_TWO else 1
+
+    @cached_property
+    def _program(self) -> str:
+        """Compile, once; the program lives as long as this object."""
+        text = translated(self.source, self.language, self.launch)
+        path = Path(self._folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        path.with_suffix(".cpp").write_text(text)
+        command = [*_compiler(), *_FLAGS, *_BOUNDS, f"-I{_HEADERS}", f"{path}.cpp", "-o", str(path), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise EngineError(f"the compiler {command[0]!r} cannot be started: {error.strerror}; set CXX") from None
+        if done.returncode:
+            raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{done.stderr[:2000]}")
+        return str(path)
+
+
+def _compiler() -> list[str]:
+    if os.environ.get("CXX", "").strip():
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++"]
+    raise EngineError(
+        "simulating GPU code needs a C++ compiler: no c++, g++ or clang++ is on PATH and CXX is not set; "
+        "install one, or the package ziglang (pip install 'opcompile[cross]')"
+    )
+
+
+# --- an artifact ---
+
+
+class Simulated:
+    """An artifact for a GPU, run on the CPU: called as `opcompile.runtime.Artifact` is, on NumPy arrays alone."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
+        self.directory, self.manifest = opened(path)
+        name = self.manifest["target"]["name"]
+        if not is_gpu(name):
+            raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+        self.spec = ConvTranspose3d.parse(self.manifest["spec"])
+        self.packing = Packing.from_json(self.manifest["packing"])
+        self._own = own_weights(self.directory, self.manifest)
+        language = name.partition(":")[0]
+        try:
+            source, launch = ((self.directory / file).read_text() for file in (SOURCES[language], LAUNCH))
+        except OSError as error:
+            raise ArtifactError(
+                f"{error.filename} cannot be read: {error.strerror}; compile the layer again"
+            ) from error
+        self._simulator = Simulator(source, language, Launch.from_json(launch))
+
+    def __call__(self, x: NDArray[Any], w: NDArray[Any] | None = None, b: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return Y. ``w`` is canonical; it and ``b`` are left out where they were known at compile time.
+
+        Raises `CallError` for arrays that do not fit, `VerificationError` for what is wrong with the kernel.
+        """
+        own = {name.lower(): array for name, array in self._own.items()}
+        shapes = {"x": self.spec.x_shape, "w": self.spec.w_shape, "b": (self.spec.channels_out,)}
+        inputs: dict[str, NDArray[Any]] = {}
+        for name, array in (("x", x), ("w", w), ("b", b)):
+            if array is None:
+                if name in own:
+                    inputs[name] = own[name]
+                elif name != "b" or self.spec.bias:
+                    raise CallError(f"{name} is missing: this layer was compiled without it")
+                continue
+            wanted = tuple(x.shape[0] if size is None else size for size in shapes[name])
+            if array.shape != wanted or array.dtype.name != self.spec.dtype:
+                raise CallError(
+                    f"{name} is {array.dtype} {array.shape}, but this layer needs {self.spec.dtype} {wanted}"
+                )
+            inputs[name] = self.packing(array) if name == "w" else array
+        y = np.empty((x.shape[0], *(size or 0 for size in self.spec.y_shape[1:])), x.dtype)
+        self._simulator.run(inputs, y)
+        return y
+
+    def golden(self) -> Golden:
+        """Return the test vector in the artifact."""
+        return read_golden(self.directory, self.manifest, self.spec, "W" in self._own, "B" in self._own)
+
+
+# --- from the emitted text to a C++ program ---
+
+
+def translated(source: str, language: str, launch: Launch) -> str:
+    """Return the C++ program that runs ``launch`` of the kernel in ``source``."""
+    text = _cuda(source) if language == "cuda" else source.replace("#include <metal_stdlib>", "")
+    for number, array in enumerate(shared_arrays(text)):
+        kind, name, count = array["type"], array["name"], array["count"]
+        text = text.replace(
+            array[0].lstrip("\n"),
+            f'  auto &{name} = simulator::shared<{kind}[{count}]>({number}, "shared memory {name}");',
+        )
+    tensors = [name for name in launch.arguments if name != "batch"]
+    passed = [f"({_pointer(source, name)})arguments[{number}]" for number, name in enumerate(tensors)]
+    if language == "metal":
+        passed += [f"{launch.kernel}_args_t{{batch}}"] if "batch" in launch.arguments else []
+        passed += ["simulator::block.x", "simulator::current->at.x"]
+        text = text.replace("constant " + launch.kernel + "_args_t&", f"{launch.kernel}_args_t")
+    elif "batch" in launch.arguments:
+        passed.append("batch")
+    return (
+        f'#include "{language}.h"\n{text}\n'
+        "static char *arguments[8];\nstatic long batch;\n"
+        f"static void call() {{ {launch.kernel}({', '.join(passed)}); }}\n"
+        "int main(int count, char **words) {\n"
+        '  batch = atol(getenv("SIMULATED_BATCH"));\n  simulator::body = call;\n'
+        "  return simulator::simulate(count, words, arguments);\n}\n"
+    )
+
+
+def _cuda(source: str) -> str:
+    """Keep the kernel alone: the simulator's header stands for TVM's preamble."""
+    kernel = source[source.index('extern "C" __global__') :]
+    end = re.search(r"^\}\n", kernel, re.M)
+    return kernel[: end.end() if end else None].replace('extern "C" ', "")
+
+
+def _pointer(source: str, argument: str) -> str:
+    """Return the type of a kernel's argument."""
+    name = {"x": "X", "w": "W", "b": "B", "y": "output"}[argument]
+    found = re.search(rf"(\w+)\s*\*\s*(?:__restrict__\s+)?{name}_ptr", source)
+    if found is None:
+        raise AssertionError(f"the kernel has no parameter {name}_ptr")
+    return f"{found[1]} *"

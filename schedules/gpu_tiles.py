@@ -1,0 +1,284 @@
+"""Which numbers a GPU schedule uses, decided by arithmetic over the layer and the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from opcompile.gpus import Gpu
+    from opcompile.spec import ConvTranspose3d
+
+Family = Literal["direct", "staged", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTiles:
+    """The numbers of one schedule.
+
+    ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
+    which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
+    ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
+    phases are tiles of the grid too, where they are axes of one block.
+    """
+
+    family: Family
+    lanes: Literal["positions", "channels"]
+    threads_m: int
+    threads_q: int
+    tile_m: int
+    tile_q: int
+    chunk: int
+    split: int
+    apart: bool
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block's tile: also what lies side by side in the packed weight."""
+        return self.threads_m * self.tile_m
+
+    @property
+    def positions(self) -> int:
+        """Positions of a block's tile."""
+        return self.threads_q * self.tile_q
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_m * self.threads_q * self.split
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEstimate:
+    """Tiles and what the arithmetic says of them, for one image: cycles, and what a block takes of the device."""
+
+    tiles: GpuTiles
+    cycles: float
+    computing: float
+    moving: float
+    blocks: int
+    registers: int
+    shared: int
+
+    def why(self) -> tuple[str, ...]:
+        """The argument in words, one line a fact."""
+        t = self.tiles
+        lines = [
+            f"{self.blocks} blocks of {t.threads} threads; each writes {t.channels} channels x {t.positions} positions "
+            + ("of one phase" if t.apart else "in all phases"),
+            f"a thread sums {t.tile_m} channels x {t.tile_q} positions; about {self.registers} registers",
+        ]
+        if t.family == "staged":
+            lines.append(f"{t.chunk} input channels at a time through {self.shared} bytes of shared memory")
+        if t.family == "split":
+            lines.append(f"{t.split} groups of threads share the input channels, and add up in {self.shared} bytes")
+        return (*lines, f"estimated cycles: {self.computing:.3g} computing, {self.moving:.3g} moving bytes")
+
+
+def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
+    """Every sensible choice of tiles within the limits of ``gpu``, best first by estimated cycles; never empty.
+
+    Deterministic: the order depends on ``spec`` and ``gpu`` alone.
+    """
+    layer = _Layer.of(spec)
+    estimates = [_estimate(layer, gpu, tiles) for tiles in _sensible(layer)]
+    legal = [e for e in estimates if _within_limits(e, gpu)]
+    return sorted(legal, key=lambda e: (e.cycles, astuple(e.tiles)))
+
+
+def baseline(spec: ConvTranspose3d, gpu: Gpu) -> GpuEstimate:
+    """The tiles to use where nothing was measured."""
+    return candidates(spec, gpu)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What the arithmetic needs of a spec.
+
+    ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
+    ``positions`` of an image. ``phases`` are those with taps, ``taps`` the taps of all of them; ``alike`` says that
+    they read the same columns, ``axes`` that they are axes of one block, ``many`` that they must lie apart.
+    """
+
+    itemsize: int
+    sum_bytes: int
+    m: int
+    c: int
+    images: int
+    positions: int
+    phases: int
+    taps: int
+    alike: bool
+    axes: bool
+    many: bool
+    row_stride: int
+    channels_last: bool
+    x_bytes: int
+    w_bytes: int
+    y_bytes: int
+
+    @classmethod
+    def of(cls, spec: ConvTranspose3d) -> _Layer:
+        axes = [a.phases for a in spec.axes]
+        alike = all(len({(p.taps, p.first_offset) for p in phases}) == 1 and phases[0].taps for phases in axes)
+        count = math.prod(map(len, axes))
+        with_taps = math.prod(sum(p.taps > 0 for p in phases) for phases in axes)
+        most = [max(p.taps for p in phases) for phases in axes]
+        many = count > MOST_TOGETHER
+        return cls(
+            itemsize=spec.itemsize,
+            sum_bytes=8 if spec.sum_dtype == "float64" else 4,
+            m=spec.channels_out // spec.groups,
+            c=spec.channels_in // spec.groups,
+            images=spec.groups * (spec.batch or 1),
+            positions=math.prod(a.positions for a in spec.axes),
+            phases=count if many or alike else with_taps,
+            taps=count * math.prod(most) if many else math.prod(sum(p.taps for p in phases) for phases in axes),
+            alike=alike,
+            axes=alike or many,
+            many=many,
+            row_stride=spec.axes[2].stride,
+            channels_last=spec.layout == "NDHWC",
+            x_bytes=math.prod(n or 1 for n in spec.x_shape) * spec.itemsize,
+            w_bytes=math.prod(spec.w_shape) * spec.itemsize,
+            y_bytes=math.prod(n or 1 for n in spec.y_shape) * spec.itemsize,
+        )
+
+    def blocks(self, t: GpuTiles) -> int:
+        """Thread blocks of the whole batch."""
+        tiles = _over(self.m, t.channels) * _over(self.positions, t.positions)
+        return self.images * tiles * (self.phases if t.apart else 1)
+
+    def together(self, t: GpuTiles) -> int:
+        """Phases that one block sums."""
+        return 1 if t.apart else self.phases
+
+    def registers(self, t: GpuTiles) -> int:
+        """Registers of a thread: the sums, the factors at hand, and some for addresses."""
+        words = self.sum_bytes // 4
+        sums = self.together(t) * t.tile_m * t.tile_q
+        weights = t.tile_m * (self.together(t) if self.alike else 1)
+        return words * (sums + weights + t.tile_q) + 32
+
+    def shared(self, t: GpuTiles) -> int:
+        """Bytes of shared memory of a block."""
+        if t.family == "staged":
+            rows = t.channels * (self.together(t) if self.alike else 1)
+            return t.chunk * (rows + t.positions) * self.itemsize
+        if t.family == "split":
+            return self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
+        return 0
+
+
+# As `opcompile.declare.MOST_PHASE_BLOCKS`: with more phases each block of threads sums one.
+MOST_TOGETHER = 27
+
+
+def _sensible(layer: _Layer) -> Iterator[GpuTiles]:
+    """Yield tiles that fit the layer: powers of two, none twice as large as what there is to cover."""
+    lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
+    apart = [True] if layer.many else [False, True] if layer.axes and layer.phases > 1 else [False]
+    for threads_m, threads_q, tile_m, tile_q in product(_powers(64), _powers(256), _powers(8), _powers(8)):
+        if threads_m * tile_m >= 2 * layer.m or threads_q * tile_q >= 2 * layer.positions:
+            continue
+        threads = threads_m * threads_q
+        for a in apart:
+            if 32 <= threads <= 256:
+                yield GpuTiles("direct", lanes, threads_m, threads_q, tile_m, tile_q, 0, 1, a)
+            if not layer.phases or layer.c < 4 or (layer.many and not layer.alike):
+                continue
+            if 64 <= threads <= 256 and threads_m >= 2:
+                for chunk in _divisors(layer.c, 32)[-2:]:
+                    yield GpuTiles("staged", lanes, threads_m, threads_q, tile_m, tile_q, chunk, 1, a)
+            for split in (2, 4, 8, 16):
+                even = layer.c % split == 0 and tile_m * tile_q % split == 0
+                if even and 64 <= threads * split <= 512:
+                    yield GpuTiles("split", lanes, threads_m, threads_q, tile_m, tile_q, 0, split, a)
+    if layer.m * layer.positions < 32:  # too few for a warp
+        yield GpuTiles("direct", lanes, 1, 32, 1, 1, 0, 1, layer.many)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def _within_limits(e: GpuEstimate, gpu: Gpu) -> bool:
+    t = e.tiles
+    fits = t.threads <= gpu.threads and e.shared <= gpu.shared and e.registers <= gpu.registers
+    return fits and e.registers * t.threads <= gpu.register_file
+
+
+# --- what they cost ---
+#
+# Cycles of the device by counting instructions of a thread and bytes. The weights are estimates from the
+# manufacturers' tables of throughput; no device was at hand to fit them to. They rank, and the tuner measures.
+
+# Issue slots of a load from shared memory, of one through the first cache, of computing where an element of X
+# is and whether, of waiting at two barriers.
+_SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS = 1.5, 5.0, 12.0, 40.0
+# Warps that hide latency, of arithmetic on shared memory and of loads from further away.
+_BUSY, _BUSY_LOADING = 8, 16
+# How much faster the second cache is than memory.
+_L2 = 3.0
+
+
+def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
+    blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
+    slots = _slots(layer, t)
+    each = _over(blocks, gpu.processors)
+    fit = min(gpu.resident // t.threads, gpu.register_file // (registers * t.threads) or 1)
+    if shared:
+        fit = min(fit, 2 * gpu.shared // shared)
+    warps = max(1, min(fit, each)) * t.threads / gpu.warp
+    busy = min(1.0, warps / (_BUSY if t.family == "staged" else _BUSY_LOADING))
+    rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
+    computing = each * t.threads * slots / (rate * busy)
+    moving = _moving(layer, gpu, t, blocks)
+    cycles = max(computing, moving) + 0.1 * min(computing, moving)
+    return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
+
+
+def _slots(layer: _Layer, t: GpuTiles) -> float:
+    """Issue slots of one thread."""
+    together = layer.together(t)
+    taps = layer.taps / (layer.phases if t.apart and layer.phases else 1)
+    # one step is a channel of a tap: of all phases where they are alike
+    rows = t.tile_m * (together if layer.alike else 1)
+    steps = taps * layer.c / t.split / (together if layer.alike else 1)
+    weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
+    step: float = rows * t.tile_q
+    if t.family == "staged":
+        copied = t.positions * (_CACHED_LOAD + _ADDRESS)
+        copied += t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
+        step += _SHARED_LOAD * (weights + elements) + copied / t.threads + _BARRIERS / t.chunk
+    else:
+        step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
+    outputs = together * t.tile_m * t.tile_q / t.split
+    return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60
+
+
+def _moving(layer: _Layer, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
+    """Cycles that moving bytes takes: once through memory, and what every block reads through the second cache."""
+    bytes_per_cycle = gpu.bandwidth_gbs / gpu.clock_ghz
+    # a phase apart writes single elements of sectors of 32 bytes
+    wasted = min(layer.row_stride, 32 // layer.itemsize) if t.apart and not layer.channels_last else 1
+    memory = layer.x_bytes + layer.w_bytes + layer.y_bytes * wasted
+    taps = layer.taps / (layer.phases if layer.alike or t.apart else 1)
+    rows = t.channels * (layer.together(t) if layer.alike else 1)
+    read = blocks * layer.c * layer.itemsize * taps * (t.positions + rows)
+    return max(memory / bytes_per_cycle, read / (_L2 * bytes_per_cycle))
+
+
+def _vector(length: int) -> int:
+    return 4 if length % 4 == 0 else 2 if length % 2 == 0 else 1
+
+
+def _over(size: int, part: int) -> int:
+    return -(-size // part)

@@ -1,0 +1,49 @@
+"""Write the table of GPUs in ``docs/targets.md``, and what is verified where: ``python tests/targets_page.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opcompile.cases import CASES
+from opcompile.gpus import gpu_names, gpu_target
+from opcompile.target import names
+
+PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
+MARK = "<!-- what follows is written by tests/targets_page.py -->\n"
+
+# What the tests do to code for each kind of machine, and which tests; a GPU was not at hand for any of it.
+SIMULATED = "simulated: `tests/test_gpu_table.py`"
+CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by clang: `tests/test_metal.py`"}
+
+
+def page() -> str:
+    """Return the page with its last part written anew."""
+    before, _, _ = PAGE.read_text().partition(MARK)
+    return "\n".join([before + MARK, *_gpus(), "", *_verified(), ""])
+
+
+def _gpus() -> list[str]:
+    head = "| GPU | as in | threads of a block | its shared memory | registers of a thread | types |"
+    rows = [head, "|---|---|---|---|---|---|"]
+    for name in gpu_names():
+        t = gpu_target(name)
+        limits = f"{t.gpu.threads} | {t.gpu.shared // 1024} KiB | {t.gpu.registers}"
+        rows.append(f"| `{name}` | {t.gpu.example} | {limits} | {', '.join(t.dtypes)} |")
+    return rows
+
+
+def _verified() -> list[str]:
+    head = ["| Target | cases | numerics | else | on the device |", "|---|---|---|---|---|"]
+    rows = ["## What is verified, and how", "", *head]
+    rows.append(f"| `{names()[0]}` | {len(CASES)} | run: `tests/test_operator.py` | | yes |")
+    rows.append("| other CPUs | | | compiled and linked: `tests/test_target.py`, `tests/test_artifact.py` | no |")
+    for name in ("cuda:sm_90", "metal:apple-m1"):
+        t = gpu_target(name)
+        count = sum(case.spec.dtype in t.dtypes for case in CASES)
+        rows.append(f"| `{name}` | {count} | {SIMULATED} | {CHECKED[t.language]} | no |")
+    rows.append("| other GPUs | | | tiles within the limits: `tests/test_gpu_tiles.py` | no |")
+    return rows
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,129 @@
+"""CUDA without a GPU: the library is built, loads without a compiler, and refuses what it cannot take."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_kernels import CUDA, lowered
+from kernels import integers
+
+import opcompile
+from opcompile import artifact, build, nvcc
+from opcompile.cases import case
+from opcompile.errors import CallError, EngineError, TargetError
+from opcompile.gpus import gpu_target
+from opcompile.runtime_cuda import CudaArtifact
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
+
+SMALL = ConvTranspose3d.parse("in=1x4x2x2x4 co=8 k=2 s=2")
+HAS_NVCC = shutil.which("nvcc") is not None
+needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on PATH")
+
+
+def test_a_library_for_several_architectures_asks_for_each_and_for_ptx() -> None:
+    codes = nvcc._codes(gpu_target("cuda:sm_80+sm_90"))
+    assert codes[1::2] == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90,code=sm_90",
+        "arch=compute_90,code=compute_90",
+    ]
+
+
+def test_without_nvcc_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("opcompile.nvcc.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EngineError, match=r"pip install 'opcompile\[cuda\]'"):
+        nvcc._nvcc()
+
+
+def test_nvcc_of_pypi_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.touch()
+    monkeypatch.setenv("PATH", "")
+    for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    assert nvcc._nvcc() == str(compiler)
+
+
+def test_a_gpu_is_never_meant_by_accident() -> None:
+    with pytest.raises(TargetError, match=r"cuda:sm_90.*sm_80\+sm_90"):
+        build.write(SMALL, "cuda", "baseline", "never")
+    with pytest.raises(TargetError, match="is a GPU"):
+        target("cuda:sm_90")
+
+
+# --- with nvcc ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not HAS_NVCC:
+        pytest.skip("no nvcc on PATH")
+    return artifact.write(lowered(SMALL, CUDA), tmp_path_factory.mktemp("cuda") / "a")
+
+
+@pytest.mark.gpu_table
+def test_the_library_loads_where_there_is_no_compiler(place: Path) -> None:
+    """In a process that cannot import TVM or ONNX, with `apache-tvm-ffi` alone."""
+    code = f"""
+        import sys
+        for name in ("tvm", "onnx", "onnxruntime"):
+            sys.modules[name] = None
+        import opcompile.runtime
+        layer = opcompile.runtime.load({str(place)!r})
+        print(type(layer).__name__, layer.spec)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split()[0] == "CudaArtifact"
+    libraries = subprocess.run(["ldd", next(place.glob("*.so"))], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"lib(tvm\w*|cuda\w*)", libraries)) == {"tvm_ffi"}
+
+
+@pytest.mark.gpu_table
+def test_wrong_tensors_are_refused(place: Path) -> None:
+    layer: Any = opcompile.load(place)
+    assert isinstance(layer, CudaArtifact)
+    x, w, b = integers(SMALL)
+    with pytest.raises(CallError, match="not on a CUDA GPU"):
+        layer(x, w, b)
+    with pytest.raises(CallError, match="pass a tensor"):
+        layer([1], w, b)
+    with pytest.raises(CallError, match="no tensor of PyTorch"):
+        layer.pack(w)
+    with pytest.raises(EngineError, match="--simulate"):
+        opcompile.verify(layer)
+    np.testing.assert_array_equal(layer.golden().x.shape, SMALL.x_shape)
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("name", ["L03-nnunet-up3", "L24-psmnet-conv5", "L01-nnunet-up1", "L34-mednext-up0"])
+def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str, tmp_path: Path) -> None:
+    if not HAS_NVCC:
+        pytest.skip("no nvcc on PATH")
+    kernel = lowered(case(name).spec, CUDA)
+    (tmp_path / "k.cu").write_text(kernel.source)
+    command = ["nvcc", "-w", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "k.cu", "-o", "k.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    assert " 0 bytes spill stores" in said
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    assert int(registers) * kernel.launch.threads <= CUDA.gpu.register_file
+    assert int(registers) <= CUDA.gpu.registers
+    shared = re.findall(r"(\d+) bytes smem", said)
+    assert int(shared[0] if shared else 0) == kernel.launch.shared_bytes

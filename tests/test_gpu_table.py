@@ -1,0 +1,70 @@
+"""Every case of the table as one kernel for CUDA and one for Metal, within the device's limits, simulated."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from gpu_kernels import CUDA, METAL, cut, lowered, simulated
+from kernels import integers, reals
+
+from opcompile.bounds import compare
+from opcompile.cases import CASES, Case
+from opcompile.gpus import GpuTarget
+from opcompile.lower_gpu import LoweredGpu, choose
+
+# The layers that every test run simulates: a family of schedules, a form of the declaration or a type each.
+QUICK = (
+    "k2-s2",
+    "k3-s2",
+    "dilated-gcd2-of-4",
+    "batch-dynamic-groups",
+    "float16-channels-last",
+    "act-gelu",
+)
+_SIMULATED_FLOPS = 2**25
+
+
+def check(case: Case, target: GpuTarget) -> None:
+    spec = case.spec
+    if spec.dtype not in target.dtypes:
+        pytest.skip(f"{target.name} has no {spec.dtype}")
+    tiles, _ = choose(spec, target, "baseline")
+    kernel = lowered(spec, target, tiles)
+    assert_limits(kernel)
+    small = cut(spec, _SIMULATED_FLOPS)
+    run = simulated(kernel if small == spec else lowered(small, target, tiles))
+    x, w, b = integers(small)
+    compare(small, run(x, w, b), x, w, b, exact=True).require()
+    x, w, b = reals(small)
+    compare(small, run(x, w, b), x, w, b).require()
+
+
+def assert_limits(kernel: LoweredGpu) -> None:
+    """One kernel, no memory of its own beside registers and shared memory, and all sizes that the device has."""
+    gpu, launch = kernel.target.gpu, kernel.launch
+    assert len(re.findall(r"__global__ void __launch_bounds__\(\d+\) \w+\([^)]*\) \{|kernel void ", kernel.source)) == 1
+    assert set(launch.arguments) <= {"x", "w", "b", "y", "batch"}
+    assert "y" in launch.arguments
+    assert launch.threads <= gpu.threads
+    assert launch.shared_bytes <= gpu.shared
+    assert launch.grid(kernel.spec.batch or 1) < 2**31
+    if kernel.host_source:
+        assert "AllocWorkspace" not in kernel.host_source
+        assert f"__launch_bounds__({launch.threads})" in kernel.source
+        if kernel.spec.batch:
+            assert f"cuda_arg_{len(launch.arguments)} = {launch.grid(kernel.spec.batch)};" in kernel.host_source
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in QUICK], ids=lambda c: c.name)
+def test_a_kernel_is_exact_on_integers_and_within_the_bound_on_reals(case: Case, target: Any) -> None:
+    check(case, target)
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in QUICK], ids=lambda c: c.name)
+def test_every_other_case_is_too(case: Case, target: Any) -> None:
+    check(case, target)

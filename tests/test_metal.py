@@ -1,0 +1,89 @@
+"""Metal without a Mac: clang, which knows address spaces, accepts the text; the library links for macOS."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_kernels import METAL, lowered
+
+from opcompile import artifact
+from opcompile.cases import CASES, Case
+from opcompile.errors import TargetError
+from opcompile.lower_gpu import choose
+from opcompile.spec import ConvTranspose3d
+
+HEADERS = Path(__file__).with_name("metal")
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+# Each family of schedules, each form of the declaration, both types, a dynamic batch, activations with functions.
+TYPED = [c for c in CASES if c.spec.dtype in METAL.dtypes and ("real" in c.tags or "activation" in c.tags)]
+TYPED += [
+    c for c in CASES if c.name in ("batch-dynamic", "dilated-gcd2-of-4", "huge-stride", "float16", "channels-last")
+]
+
+
+def complaints(source: str, folder: Path) -> str:
+    """What clang says of MSL text, without the attributes of parameters; shared arrays are static to C++."""
+    text = re.sub(r"(?m)^  threadgroup (?=\w+ \w+\[)", "  static threadgroup ", re.sub(r"\[\[.*?\]\]", "", source))
+    (folder / "kernel.cpp").write_text(text)
+    command = [sys.executable, "-m", "ziglang", "cc", "-xc++", "-c", "-w", "-nostdinc", "-ferror-limit=3"]
+    done = subprocess.run(
+        [*command, "-std=c++17", f"-I{HEADERS}", "kernel.cpp", "-o", "kernel.o"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stderr if done.returncode else ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("case", TYPED, ids=lambda c: c.name)
+def test_the_types_of_the_text_are_right(case: Case, tmp_path: Path) -> None:
+    assert complaints(lowered(case.spec, METAL).source, tmp_path) == ""
+
+
+@pytest.mark.peers
+def test_a_pointer_that_loses_its_address_space_is_noticed(tmp_path: Path) -> None:
+    """Without a cast, that is: clang lets casts pass."""
+    source = lowered(ConvTranspose3d.parse("in=1x32x8x8x8 co=32 k=2 s=2"), METAL).source
+    bent = source.replace(") {\n", ") {\n  float* p = X_ptr;\n", 1)
+    assert bent != source
+    assert "error" in complaints(bent, tmp_path)
+
+
+@pytest.mark.peers
+def test_the_library_is_for_macos(tmp_path: Path) -> None:
+    place = artifact.write(lowered(ConvTranspose3d.parse("in=1x4x2x2x4 co=8 k=2 s=2"), METAL), tmp_path / "a")
+    (library,) = place.glob("*.dylib")
+    assert library.read_bytes()[:8] == b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"  # Mach-O, arm64
+    assert b"__tvm_ffi_conv_transpose3d" in library.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_types_that_metal_has_not_are_refused(dtype: str) -> None:
+    with pytest.raises(TargetError, match=f"metal:apple-m1 has no {dtype}; compile the layer in float32, float16"):
+        choose(ConvTranspose3d.parse(f"in=1x1x1x1x1 co=1 k=1 dtype={dtype}"), METAL, "baseline")
+
+
+# --- the runners: they need a Mac, and what can be read is read ---
+
+
+@pytest.mark.parametrize("name", ["metal_pyobjc.py", "metal_mlx.py", "metal_run.swift"])
+def test_a_runner_reads_what_launch_json_says(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    fields = json.loads(lowered(ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1"), METAL).launch.to_json(1))
+    for field in ("kernel", "grid", "block", "arguments"):
+        assert field in fields
+        assert re.search(rf"launch\.{field}\b|launch\[.{field}.\]", text) or (field, name) == ("kernel", "metal_mlx.py")
+    used = set(re.findall(r"launch\.(\w+)|launch\[.(\w+).\]", text))
+    assert {one or other for one, other in used} <= {*fields, "json"}
+    if name.endswith(".py"):
+        ast.parse(text)
+    else:
+        assert text.count("{") == text.count("}")
