@@ -1,0 +1,33 @@
+"""The derivatives equal their oracle, and the oracle is the derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gradient_kernels import draw, gradients_of, kernel, stated_depth
+from hypothesis import given, settings
+from kernels import HERE
+from strategies import specs
+
+from opcompile.cases import Case, case, tagged
+from opcompile.errors import SpecError
+from opcompile.gradients.bounds import compare
+from opcompile.gradients.gradient import WRT, Gradient
+from opcompile.spec import ConvTranspose3d
+from schedules import gradients
+
+CORNERS = [c for c in tagged("corner") if c.spec.activation.name not in ("gelu", "gelu_tanh", "silu", "hard_silu", "mish")]
+
+
+@pytest.mark.parametrize("example", CORNERS, ids=lambda c: c.name)
+def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
+    for gradient in gradients_of(example.spec):
+        run = kernel(gradient)
+        exact = example.spec.activation.name in ("none", "relu", "relu6")
+        operands = draw(gradient, integers=2)
+        compare(gradient, run(operands), operands, exact=exact).require()
+        operands = draw(gradient)
+        depth = stated_depth(gradient, operands["dy"].shape[0])
+        compare(gradient, run(operands), operands, depth=depth).require()
