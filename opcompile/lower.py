@@ -140,6 +140,7 @@ def allocated_bytes(function: tirx.PrimFunc) -> int:
     """Bytes that a scheduled function allocates on its way, with one thread."""
     module = tvm.IRModule({KERNEL: function})
     for step in (
+        transform.LowerInitBlock(),
         transform.PlanAndUpdateBufferAllocationLocation(),
         transform.ConvertBlocksToOpaque(),
         transform.CompactBufferAllocation(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
@@ -136,7 +136,11 @@ def _bias_words(t: BiasTiles) -> tuple[str, ...]:
     return (f"vectors of {t.lanes} {along}; {t.slices} slices of the positions are summed apart",)
 
 
-_WORDS = {InputTiles: _input_words, WeightTiles: _weight_words, BiasTiles: _bias_words}
+_WORDS: dict[type, Callable[[Any], tuple[str, ...]]] = {
+    InputTiles: _input_words,
+    WeightTiles: _weight_words,
+    BiasTiles: _bias_words,
+}
 
 
 # --- what the arithmetic needs of a layer ---
@@ -341,6 +345,7 @@ def _estimate_weight(layer: _Layer, machine: Machine, t: WeightTiles) -> Estimat
     c, m, sums = _up(layer.c, t.task_c), _up(layer.m, t.task_m), t.vectors * t.scalars * t.taps
     parts = layer.images * planes * lines
     tiles = (c // t.width) * (m // t.scalars) * (layer.taps // t.taps)
+    loads: float
     if t.vector == "channels":
         steps, loads = t.depth * t.height * width, t.vectors + t.scalars * t.taps
         a_block = layer.itemsize * t.width * steps

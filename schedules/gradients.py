@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
@@ -43,9 +44,12 @@ _MOST_UNROLLED = 64
 
 def candidates(gradient: Gradient, machine: Machine) -> list[Estimate[Any]]:
     """Every sensible choice of tiles, best first by estimated cycles; never empty, and deterministic."""
-    choose = {"x": input_candidates, "w": weight_candidates, "b": bias_candidates}
-    found: list[Estimate[Any]] = list(choose[gradient.wrt](gradient, machine))  # type: ignore[operator]
-    return found
+    choose: dict[str, Callable[[Gradient, Machine], list[Estimate[Any]]]] = {
+        "x": input_candidates,
+        "w": weight_candidates,
+        "b": bias_candidates,
+    }
+    return choose[gradient.wrt](gradient, machine)
 
 
 def schedule(sch: Schedule, gradient: Gradient, tiles: GradientTiles) -> None:
@@ -276,9 +280,7 @@ def _lay_out_pad(sch: Schedule, layer: ConvTranspose3d, vector: str, pad: Any) -
     """Lay dY out for its reader: vectors of a row find its phases apart, broadcast values have it as it comes."""
     stride = layer.axes[2].stride
     if vector == "row":
-        sch.transform_layout(
-            pad, ("write", 0), lambda n, g, m, d, h, w: (n, g, d, h, m, w % stride, w // stride)
-        )
+        sch.transform_layout(pad, ("write", 0), lambda n, g, m, d, h, w: (n, g, d, h, m, w % stride, w // stride))
     elif layer.layout == "NCDHW":
         sch.transform_layout(pad, ("write", 0), lambda n, g, m, d, h, w: (n, g, d, h, m, w))
     else:

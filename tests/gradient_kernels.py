@@ -43,7 +43,7 @@ def kernel(
 
 def stated_depth(gradient: Gradient, batch: int, tiles: GradientTiles | None = None) -> int:
     tiles = tiles or lower.choose(gradient, HERE, "baseline")[0]
-    return depth(gradient, lower.grain(gradient, tiles)).of(batch)
+    return depth(gradient, lower.grain(tiles)).of(batch)
 
 
 def draw(gradient: Gradient, *, integers: int | None = None, batch: int = 2, seed: int = 0) -> Operands:

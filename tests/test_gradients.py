@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 from gradient_kernels import draw, gradients_of, kernel, stated_depth
-from hypothesis import given, settings
-from kernels import HERE
-from strategies import specs
 
-from opcompile.cases import Case, case, tagged
-from opcompile.errors import SpecError
+from opcompile.cases import Case, tagged
 from opcompile.gradients.bounds import compare
-from opcompile.gradients.gradient import WRT, Gradient
-from opcompile.spec import ConvTranspose3d
-from schedules import gradients
 
-CORNERS = [c for c in tagged("corner") if c.spec.activation.name not in ("gelu", "gelu_tanh", "silu", "hard_silu", "mish")]
+CORNERS = [
+    c for c in tagged("corner") if c.spec.activation.name not in ("gelu", "gelu_tanh", "silu", "hard_silu", "mish")
+]
 
 
 @pytest.mark.parametrize("example", CORNERS, ids=lambda c: c.name)

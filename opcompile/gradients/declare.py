@@ -42,7 +42,7 @@ from tvm import te, tirx
 
 from opcompile.declare import round_up, unaligned
 from opcompile.gradients.gradient import Gradient
-from opcompile.spec import Activation, Axis, ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,10 @@ class _Scope:
         if gradient.wrt == "w":
             planes, rows, width = _blocks(layer, grain)
             positions = (planes * grain.block[0], rows * grain.block[1], width)
-        c, m = round_up(layer.channels_in // layer.groups, grain.c), round_up(layer.channels_out // layer.groups, grain.m)
+        c, m = (
+            round_up(layer.channels_in // layer.groups, grain.c),
+            round_up(layer.channels_out // layer.groups, grain.m),
+        )
         index = _index_dtype(gradient, positions, c, m, grain)
         batch = te.var("batch", index) if layer.batch is None else tirx.IntImm(index, layer.batch)
         return cls(gradient, grain, positions, c, m, index, batch)

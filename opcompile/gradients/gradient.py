@@ -13,6 +13,7 @@ where an index outside of Y contributes nothing. Shapes are those of the layer: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ Shape = tuple[int | None, ...]
 
 # Activations whose slope is a function of their own output, where the condition on their parameters holds.
 # The others take one value at two places, with two slopes.
-_TOLD_BY_OUTPUT = {
+_TOLD_BY_OUTPUT: dict[str, Callable[..., bool]] = {
     "none": lambda: True,
     "relu": lambda: True,
     "relu6": lambda: True,

@@ -15,7 +15,7 @@ from opcompile.gradients.gradient import Gradient
 from opcompile.lower import Plan, PlanName, allocated_bytes
 from opcompile.target import Target
 from schedules import gradients
-from schedules.gradients import BiasTiles, Estimate, GradientTiles, InputTiles
+from schedules.gradients import BiasTiles, GradientTiles, InputTiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
         executable.mod.write_to_file(str(path), "o")
         code = path.read_bytes()
     return LoweredGradient(
-        gradient, target, chosen, code, depth(gradient, grain(gradient, tiles)), workspace_bytes(gradient, tiles)
+        gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace_bytes(gradient, tiles)
     )
 
 
@@ -64,27 +64,25 @@ def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[Gradient
         raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
     if plan == "tuned":
         raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
-    estimate: Estimate[GradientTiles] = gradients.candidates(gradient, target.machine)[0]
-    tiles = estimate.tiles
+    estimate = gradients.candidates(gradient, target.machine)[0]
+    tiles: GradientTiles = estimate.tiles
     return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), estimate.why(), None)
 
 
-def grain(gradient: Gradient, tiles: GradientTiles) -> Grain:
+def grain(tiles: GradientTiles) -> Grain:
     """What the declaration must be rounded to for these tiles, and how its sums are cut."""
     if isinstance(tiles, InputTiles):
         return Grain(c=tiles.channels, positions=(tiles.depth, tiles.height, tiles.columns))
     lanes = tiles.lanes if tiles.vector == "row" else 1
     if isinstance(tiles, BiasTiles):
         return Grain(lanes=lanes, slices=tiles.slices)
-    return Grain(
-        c=tiles.task_c, m=tiles.task_m, block=(tiles.depth, tiles.height), lanes=lanes, slices=tiles.slices
-    )
+    return Grain(c=tiles.task_c, m=tiles.task_m, block=(tiles.depth, tiles.height), lanes=lanes, slices=tiles.slices)
 
 
 def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
     """The module ready to compile."""
     name = kernel_name(gradient)
-    declared = declare(gradient, grain(gradient, tiles)).with_attr("global_symbol", name)
+    declared = declare(gradient, grain(tiles)).with_attr("global_symbol", name)
     sch = s_tir.Schedule(tvm.IRModule({name: declared}))
     sch.work_on(name)
     gradients.schedule(sch, gradient, tiles)

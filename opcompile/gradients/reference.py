@@ -86,7 +86,7 @@ def slope(activation: Activation, y: Array) -> Array:
 
 
 _SLOPES: dict[str, Callable[..., Any]] = {
-    "none": lambda y: np.ones(()),
+    "none": lambda _y: np.ones(()),
     "relu": lambda y: np.where(y > 0, 1.0, 0.0),
     "relu6": lambda y: np.where((y > 0) & (y < 6), 1.0, 0.0),
     "leaky_relu": lambda y, alpha: np.where(y > 0, 1.0, alpha),
