@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # What a task keeps beside its sums should leave the second cache room for what passes through.
 _SHARE_OF_L2 = 2
+# Up to so many positions, weights may outweigh what they meet.
+_FEW_POSITIONS = 1024
 # Lines of a transposed block that the first cache is trusted to hold while each is visited once an element.
 _LINES = 256
 
@@ -25,7 +27,9 @@ class InputTiles:
     ``lanes`` is the number of elements in a vector register. A register tile holds ``vectors`` vectors
     times ``scalars`` broadcast values times ``rows`` rows of X: vectors of input channels times columns,
     or vectors of columns times channels. A task covers ``channels`` of ``height`` rows in ``depth``
-    planes of X. ``turn`` weights of a channel are transposed together.
+    planes of X. ``turn`` weights of a channel are transposed together. ``ahead`` of the first task either
+    the ``weights`` are transposed, and each task copies the part of dY that it meets; or all dY is
+    copied, and each task transposes its own weights: right where these outweigh dY.
     """
 
     vector: Literal["channels", "row"]
@@ -37,6 +41,7 @@ class InputTiles:
     depth: int
     height: int
     turn: int
+    ahead: Literal["weights", "dy"]
 
     @property
     def block(self) -> int:
@@ -118,7 +123,8 @@ def _input_words(t: InputTiles) -> tuple[str, ...]:
     return (
         f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
         + (f" x {t.rows} rows" if t.rows > 1 else ""),
-        f"a task covers {t.channels} channels of {t.height} row(s) in {t.depth} plane(s), and copies the dY they meet",
+        f"a task covers {t.channels} channels of {t.height} row(s) in {t.depth} plane(s), and "
+        + ("copies the dY they meet" if t.ahead == "weights" else "transposes its weights; dY is copied ahead"),
     )
 
 
@@ -243,7 +249,6 @@ def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
             continue
         whole = _up(layer.c, channels)
         turn = _divisor(layer.m, _LINES // layer.taps)
-        found = []
         for depth, height in product((1, 2, planes), sorted({rows, 2 * rows, 4 * rows, _up(lines, rows)})):
             if depth > planes or height >= lines + rows:
                 continue
@@ -254,8 +259,10 @@ def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
             tasks = layer.images // layer.together * _over(planes, depth) * _over(lines, height)
             task = _part_of(whole, channels, _over(machine.cores, tasks), exact=layer.groups > 1)
             if held <= machine.l2_bytes // _SHARE_OF_L2 or (depth, height) == (1, rows):
-                found.append(InputTiles(vector, lanes, vectors, scalars, rows, task, depth, height, turn))  # type: ignore[arg-type]
-        yield from found
+                yield InputTiles(vector, lanes, vectors, scalars, rows, task, depth, height, turn, "weights")  # type: ignore[arg-type]
+        task = _part_of(whole, channels, _over(machine.cores, layer.images), exact=layer.groups > 1)
+        if layer.channels_first and math.prod(layer.size) <= _FEW_POSITIONS:
+            yield InputTiles(vector, lanes, vectors, scalars, rows, task, planes, _up(lines, rows), turn, "dy")  # type: ignore[arg-type]
 
 
 def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[InputTiles]:
@@ -274,12 +281,21 @@ def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[
         step = a_weight + a_line / 50
     else:
         loads = int(1.7 * t.vectors * t.rows) + t.scalars
-        step = a_weight + layer.itemsize * t.rows * t.columns / 40
+        step = a_weight + layer.itemsize * t.rows * t.columns / 40 + 0.25 * loads
     step += max(sums, machine.fma_in_flight) / 2 + 0.25 * loads
     computing = tiles * (layer.m * layer.taps * step + layer.taps * 8 + 3 * sums + 60)
     tasks = layer.images * (planes // t.depth) * (lines // t.height) * (channels // t.channels)
-    copied = tasks * layer.m * layer.window(t.depth, t.height, width)
-    moving = copied / 5 + layer.groups * channels * layer.m * layer.taps * 2.5
+    rows = layer.window(t.depth, t.height, width) // layer.window(1, 1, width) * layer.m
+    a_copy = layer.m * layer.window(t.depth, t.height, width) / 5 + rows * 10
+    if t.vector == "row":  # phases are taken apart, element by element
+        a_copy *= 3
+    weights = layer.groups * channels * layer.m * layer.taps
+    if t.ahead == "weights":
+        # they go through memory, and come back
+        away = 3 if layer.itemsize * weights > machine.l2_bytes // 2 else 0
+        moving = tasks * a_copy + weights * (2.5 + away)
+    else:
+        moving = layer.images * a_copy + layer.images // layer.groups * weights * 2.5
     moving += layer.images * layer.c * math.prod(layer.size) * (2.5 if layer.channels_first else 1)
     used = layer.c * math.prod(layer.size) / (channels * planes * lines * width)
     return Estimate(t, computing, moving, used)

@@ -73,7 +73,7 @@ def _of_input(sch: Schedule, layer: ConvTranspose3d, t: InputTiles) -> None:
     # --- layouts ---
     block = t.block
     _lay_out_pad(sch, layer, t.vector, pad)
-    sch.transform_layout(weights, ("write", 0), lambda g, c, m, i, j, k: (g, c // block, i, j, k, m, c % block))
+    sch.transform_layout(weights, ("write", 0), lambda g, c, m, i, j, k: (g, c // block, m, i, j, k, c % block))
     if t.vector == "channels":
         sch.transform_layout(total, ("write", 0), lambda n, g, c, d, h, w: (n, g, c // block, d, h, w, c % block))
 
@@ -85,32 +85,40 @@ def _of_input(sch: Schedule, layer: ConvTranspose3d, t: InputTiles) -> None:
     d, d_in_task = sch.split(d, [None, t.depth])
     h, h_in_task = sch.split(h, [None, t.height])
     of_task = [n, g, d, h, c] if first else [n, d, h, c]
+    in_turn = t.ahead == "weights"
     inside = [c_in_task, d_in_task, h_in_task, w] if first else [d_in_task, h_in_task, w, g, c_in_task]
     sch.reorder(*of_task, *inside)
     _claim_whole_tiles(sch, layer, t, output)
     task = sch.fuse(*of_task)
     sch.compute_at(total, task, preserve_unit_loops=True)
-    _tile_input(sch, t, total)
-    sch.compute_at(pad, task, preserve_unit_loops=True)
+    of_channels = _tile_input(sch, t, total)
+    if in_turn:
+        sch.compute_at(pad, task, preserve_unit_loops=True)
+    else:
+        sch.compute_at(weights, of_channels, preserve_unit_loops=True)
     _order_pad(sch, layer, pad)
 
-    # --- spend the cores; weights are transposed a block of channels a task ---
+    # --- spend the cores, also on what is done ahead ---
     sch.parallel(task)
     # after `parallel`, which refuses a decomposed block: sums start at the loops over channels and taps
     sch.decompose_reduction(total, sch.get_loops(total)[-9])
     if first:
         _, few = sch.split(w, [None, _divisor(layer.axes[2].size, t.lanes)])
         sch.unroll(few)
-    g, c, m, *taps = sch.get_loops(weights)
+    if not in_turn:
+        n, g, d, *_ = sch.get_loops(pad)
+        sch.parallel(sch.fuse(n, g, d))
+    g, c, m, *taps = sch.get_loops(weights)[-6:]
     c, c_in_block = sch.split(c, [None, block])
     m, m_in_turn = sch.split(m, [None, t.turn])
     sch.reorder(g, c, m, c_in_block, m_in_turn, *taps)
     _unroll_taps(sch, layer, taps)
-    sch.parallel(sch.fuse(g, c, m))
+    if in_turn:
+        sch.parallel(sch.fuse(g, c, m))
 
 
-def _tile_input(sch: Schedule, t: InputTiles, total: Any) -> None:
-    """Cut the loops ``(task, n, g, c, d, h, w, taps, m)`` into register tiles."""
+def _tile_input(sch: Schedule, t: InputTiles, total: Any) -> Any:
+    """Cut the loops ``(task, n, g, c, d, h, w, taps, m)`` into register tiles; return the loop over their channels."""
     n, g, c, d, h, w, t_d, t_h, t_w, m = sch.get_loops(total)[1:]
     h, h_in = sch.split(h, [None, t.rows])
     if t.vector == "channels":
@@ -123,10 +131,8 @@ def _tile_input(sch: Schedule, t: InputTiles, total: Any) -> None:
         tiles, weights_are_few = [d, h, w, c], t.scalars <= t.vectors * t.rows
     # the smaller side of factors stays in registers while the other passes by
     tile = [h_in, w_in, c_in] if weights_are_few else [c_in, h_in, w_in]
-    sch.reorder(n, g, *tiles, t_d, t_h, t_w, m, *tile, lane)
-    sch.vectorize(lane)
-    for loop in tile:
-        sch.unroll(loop)
+    sch.reorder(n, g, *tiles, m, t_d, t_h, t_w, *tile, lane)
+    _vectorised(sch, [t_w, *tile], lane)
 
     # the sums live in registers, and leave them once
     leave = sch.cache_write(total, 0, "local")
@@ -139,6 +145,7 @@ def _tile_input(sch: Schedule, t: InputTiles, total: Any) -> None:
     sch.vectorize(lane)
     for loop in (c, h, w):
         sch.unroll(loop)
+    return tiles[0] if t.vector == "channels" else g
 
 
 def _claim_whole_tiles(sch: Schedule, layer: ConvTranspose3d, t: InputTiles, output: Any) -> None:
