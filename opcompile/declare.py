@@ -362,9 +362,7 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
     """
     graph = json.loads(tvm.ir.save_json(func))
     nodes = graph["nodes"]
-    tensors = (
-        {func.buffer_map[p].name for p in func.params} if hasattr(func, "buffer_map") else {p.name for p in func.params}
-    )
+    tensors = {parameter.name for parameter in func.params}
     for node in nodes:
         if node["type"] != "ir.Var":
             continue

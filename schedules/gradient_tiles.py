@@ -317,41 +317,42 @@ def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
         width = layer.size[2] if vector == "channels" else _up(layer.size[2], lanes)
         whole_c, whole_m = _up(layer.c, channels), _up(layer.m, scalars)
         turn = _divisor(layer.m, _LINES // layer.taps)
-        for depth, height in _blocks(layer, machine, whole_c, whole_m, width):
-            slices, task_c, task_m = _spread(layer, machine, depth, (channels, scalars), (whole_c, whole_m))
+        seen = set()
+        for (depth, height), parts in product(_blocks(layer), (1, 2, 4, 8)):
+            slices, task_c, task_m = _spread(layer, machine, depth, (channels, scalars), (whole_c, whole_m), parts)
+            held = layer.itemsize * task_c * depth * height * width + task_m * layer.window(depth, height, width)
+            fits = held <= machine.l2_bytes // _SHARE_OF_L2 or (depth, height) == (1, 1)
+            if not fits or (depth, height, task_c, task_m) in seen:
+                continue
+            seen.add((depth, height, task_c, task_m))
             yield WeightTiles(vector, lanes, vectors, scalars, taps, task_c, task_m, depth, height, slices, turn)  # type: ignore[arg-type]
 
 
-def _blocks(layer: _Layer, machine: Machine, c: int, m: int, width: int) -> list[tuple[int, int]]:
-    """Blocks of positions that lie in the second cache with what they meet; at the least one row."""
+def _blocks(layer: _Layer) -> list[tuple[int, int]]:
+    """Blocks of planes and rows that waste little at the end; the smallest first."""
     planes, lines, _ = layer.size
-    heights = sorted({n for n in (1, 2, 4, 8, 16, lines) if n <= lines and _up(lines, n) * 8 <= lines * 9})
-    found = [(1, 1)]
-    for height, depth in product(heights, {1, 2, planes}):
-        if depth > planes or (depth > 1 and (height < lines or _up(planes, depth) * 8 > planes * 9)):
-            continue
-        held = layer.itemsize * c * depth * height * width + m * layer.window(depth, height, width)
-        if held <= machine.l2_bytes // _SHARE_OF_L2:
-            found.append((depth, height))
-    return sorted(set(found))
+    heights = {n for n in (1, 2, 4, 8, 16, lines) if n <= lines and _up(lines, n) * 8 <= lines * 9}
+    depths = {n for n in (2, 4, planes) if n <= planes and _up(planes, n) * 8 <= planes * 9}
+    return sorted({(1, height) for height in heights} | {(depth, lines) for depth in depths})
 
 
 def _spread(
-    layer: _Layer, machine: Machine, depth: int, tile: tuple[int, int], whole: tuple[int, int]
+    layer: _Layer, machine: Machine, depth: int, tile: tuple[int, int], whole: tuple[int, int], parts: int
 ) -> tuple[int, int, int]:
     """Slices, and channels of a task: work for every core, copying as little twice as can be.
 
     Slices copy nothing twice, but each has sums of its own, which should be small beside what they
-    sum; then output channels are split, which copies X again, the smaller of the two tensors.
+    sum; then output channels are split, which copies X again, the smaller of the two tensors. Input
+    channels are split into ``parts`` at least, so that larger blocks of positions fit into the cache.
     """
     (tile_c, tile_m), (whole_c, whole_m) = tile, whole
     wanted = _over(machine.cores, layer.groups)
     planes = _over(layer.size[0], depth)
     sums, summed = whole_c * whole_m * layer.taps, layer.m * math.prod(layer.size) * math.prod(layer.stride)
     most = min(wanted, planes, summed // (16 * sums) if sums else 1)
-    slices = max((n for n in range(1, most + 1) if _up(planes, n) * 16 <= planes * 17), default=1)
-    task_m = _part_of(whole_m, tile_m, _over(wanted, slices), exact=False)
-    task_c = _part_of(whole_c, tile_c, _over(wanted, slices * (whole_m // task_m)), exact=False)
+    slices = max((n for n in range(1, most + 1) if _up(planes, n) * 8 <= planes * 9), default=1)
+    task_m = _part_of(whole_m, tile_m, _over(wanted, slices * parts), exact=False)
+    task_c = _part_of(whole_c, tile_c, max(parts, _over(wanted, slices * (whole_m // task_m))), exact=False)
     return slices, task_c, task_m
 
 

@@ -70,7 +70,7 @@ def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(ex
 
 
 @given(spec=specs())
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_any_legal_layer_has_derivatives_that_equal_the_oracle(spec: ConvTranspose3d) -> None:
     for gradient in gradients_of(replace(spec, activation=known(spec.activation))):
         operands = draw(gradient, integers=2)
@@ -109,7 +109,7 @@ def test_candidates_of_a_layer_agree() -> None:
         assert {e.tiles.vector for e in found} == {"channels", "row"}
         assert found == gradients.candidates(gradient, HERE.machine)
         operands = draw(gradient, integers=2)
-        for estimate in found[:: len(found) // 3]:
+        for estimate in found[:: len(found) // 2]:
             run = kernel(gradient, estimate.tiles, optimised=False)
             compare(gradient, run(operands), operands, exact=True).require()
 
@@ -148,12 +148,10 @@ def test_the_derivative_is_the_adjoint(example: Case) -> None:
         batch = operands["dy"].shape[0]
         shape = tuple(n or batch for n in gradient.shape)
         v = np.random.default_rng(1).integers(-3, 4, shape).astype(float)
-        zero_x = np.zeros([n or batch for n in layer.x_shape])
-        moved = {
-            "x": lambda: forward(layer, v, operands["w"]),
-            "w": lambda: forward(layer, operands["x"], v),
-            "b": lambda: forward(layer, zero_x, np.zeros(layer.w_shape), v),
-        }[gradient.wrt]()
+        x = operands.get("x", np.zeros([n or batch for n in layer.x_shape]))
+        at = {"x": x, "w": operands.get("w", np.zeros(layer.w_shape)), "b": np.zeros(layer.channels_out)}
+        at[gradient.wrt] = v
+        moved = forward(layer, at["x"], at["w"], at["b"])
         assert (operands["dy"] * moved).sum() == (reference(gradient, operands) * v).sum()
 
 
