@@ -178,7 +178,7 @@ def verify(artifact: GradientArtifact, *, seed: int = 0) -> Report:
     rule, questions = _questions(gradient)
     threads = (1, max(2, cpus()))
     rows: list[Row] = []
-    not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle and PyTorch judge it")]
+    not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle alone judges it")]
     try:
         for number, question in enumerate(questions):
             rows += _ask(artifact, question, np.random.default_rng([seed, number]), threads)
