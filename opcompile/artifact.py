@@ -68,6 +68,7 @@ from opcompile.runtime import (
 from opcompile.spec import Axis, ConvTranspose3d
 
 if TYPE_CHECKING:
+    from opcompile.gradients.gradient import Gradient
     from opcompile.lower import Lowered
     from opcompile.target import Target
 
@@ -459,7 +460,7 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         y_shape=c_shape(spec.y_shape),
         has_bias=int(spec.bias),
         kernel=KERNEL,
-        useful_threads=useful_threads(spec.flops, spec.bytes()),
+        useful_threads=useful_threads(spec),
         x_salt=X_SALT,
         w_salt=W_SALT,
         b_salt=B_SALT,
@@ -476,12 +477,12 @@ def c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
     return "{" + ", ".join(str(n or 0) for n in shape) + "}"
 
 
-def useful_threads(flops: int, moved: int) -> int:
+def useful_threads(work: ConvTranspose3d | Gradient) -> int:
     """Count a thread for each 25 us of work, for one batch element of a dynamic batch: waking one takes about 10.
 
     The work is estimated at 20 GFLOP/s and 5 GB/s, which a core of any supported machine reaches.
     """
-    work_us = flops / 20e3 + moved / 5e3
+    work_us = work.flops / 20e3 + work.bytes() / 5e3
     return max(1, min(MOST_THREADS, int(work_us / 25)))
 
 

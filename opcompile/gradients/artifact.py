@@ -107,7 +107,7 @@ def header(gradient: Gradient) -> str:
         result_shape=c_shape(gradient.shape),
         has_second=int(second is not None),
         has_third=int(third is not None),
-        useful_threads=useful_threads(gradient.flops, gradient.bytes()),
+        useful_threads=useful_threads(gradient),
         values=",\n * ".join(values),
     )
 
