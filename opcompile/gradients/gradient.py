@@ -26,7 +26,7 @@ WRT: tuple[Wrt, ...] = ("x", "w", "b")
 Shape = tuple[int | None, ...]
 
 # Activations whose slope is a function of their own output, where the condition on their parameters holds.
-# The others take one value at two places, with two slopes.
+# Others take one value at two places, with two slopes, or have no formula here yet.
 _TOLD_BY_OUTPUT: dict[str, Callable[..., bool]] = {
     "none": lambda: True,
     "relu": lambda: True,
@@ -60,8 +60,8 @@ class Gradient:
         told = _TOLD_BY_OUTPUT.get(activation.name)
         if told is None or not told(*activation.parameters):
             raise SpecError(
-                f"the slope of activation {activation} cannot be told from the layer's output, which it takes twice "
-                "with two slopes; compile the layer with act=none, and apply the activation outside, "
+                f"the slope of activation {activation} cannot be told from the layer's output by any formula "
+                "that is known here; compile the layer with act=none, and apply the activation outside, "
                 "where its own derivative is at hand"
             )
 
