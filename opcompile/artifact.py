@@ -52,6 +52,7 @@ from opcompile.runtime import (
     FORMAT,
     GOLDEN,
     HEADER,
+    KERNEL,
     MANIFEST,
     MODEL,
     MOST_THREADS,
@@ -71,6 +72,7 @@ from opcompile.runtime import (
 from opcompile.spec import Axis, ConvTranspose3d
 
 if TYPE_CHECKING:
+    from opcompile.gradients.gradient import Gradient
     from opcompile.lower import Lowered
     from opcompile.lower_gpu import LoweredGpu
 
@@ -96,22 +98,31 @@ def write(
     bias = _checked("bias", bias, (spec.channels_out,), spec.dtype)
     if bias is not None and not spec.bias:
         raise CallError("bias was given, but the layer has none (bias=0); leave it out")
-    _require_replaceable(place)
+    require_replaceable(place)
     if isinstance(lowered.target, GpuTarget):
         files, name = gpu_files(lowered)
     else:
         files, name = _cpu_files(lowered)
 
-    beside = new_beside(place)
-    try:
+    def fill(beside: Path) -> dict[str, Any]:
         for file, content in files.items():
             (beside / file).write_bytes(content)
-        (beside / GOLDEN).write_bytes(_archive(_golden(spec, weight, bias)))
+        (beside / GOLDEN).write_bytes(archive(_golden(spec, weight, bias)))
         stored = _packed(lowered.packing, weight, bias, spec.dtype)
         if stored:
-            (beside / WEIGHTS).write_bytes(_archive(stored))
+            (beside / WEIGHTS).write_bytes(archive(stored))
         export_onnx(spec, beside / MODEL, weight=weight, bias=bias)
-        _write_manifest(beside, _manifest(lowered, name, sorted(stored)))
+        return _manifest(lowered, name, sorted(stored))
+
+    return publish(place, fill)
+
+
+def publish(place: Path, fill: Callable[[Path], dict[str, Any]]) -> Path:
+    """Let ``fill`` write the files of an artifact and return its manifest, then put it into ``place`` as a whole."""
+    require_replaceable(place)
+    beside = new_beside(place)
+    try:
+        _write_manifest(beside, fill(beside))
         put(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -171,7 +182,7 @@ def new_beside(place: Path) -> Path:
     return beside
 
 
-def _require_replaceable(place: Path) -> None:
+def require_replaceable(place: Path) -> None:
     """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
     before, objection = _identity(place), _objection(place)
     # another writer may put its own there while we look: then look again
@@ -226,7 +237,7 @@ def put(beside: Path, place: Path, require: Callable[[Path], None] | None = None
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        (require or _require_replaceable)(place)
+        (require or require_replaceable)(place)
         try:
             if not _exchange(beside, place):
                 _exchange_in_steps(beside, place, require)
@@ -297,6 +308,7 @@ def _manifest(lowered: Lowered | LoweredGpu, library: str, weights: list[str]) -
         "format": FORMAT,
         "version": VERSION,
         "spec": str(spec),
+        "derivative": None,
         "target": target.fields(),
         "plan": asdict(lowered.plan),
         "packing": lowered.packing.to_json(),
@@ -305,12 +317,17 @@ def _manifest(lowered: Lowered | LoweredGpu, library: str, weights: list[str]) -
         "tensor_bytes": {name: itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
         "library": library,
         "weights": weights,
-        "versions": {
-            "opcompile": opcompile.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")},
-        },
+        "versions": versions(),
         "files": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a manifest says of those that made the artifact."""
+    return {
+        "opcompile": opcompile.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")},
     }
 
 
@@ -326,7 +343,8 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _archive(arrays: Mapping[str, Any]) -> bytes:
+def archive(arrays: Mapping[str, Any]) -> bytes:
+    """Return a NumPy archive of ``arrays``."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
@@ -409,7 +427,7 @@ def _elements(
 
 # --- the C header ---
 
-_C_TYPES = {
+C_TYPES = {
     "float32": ("float", 2, 32),
     "float16": ("uint16_t /* the bits of an IEEE binary16 */", 2, 16),
     "bfloat16": ("uint16_t /* the bits of a bfloat16 */", 4, 16),
@@ -419,13 +437,13 @@ _C_TYPES = {
 
 def header(spec: ConvTranspose3d, packing: Packing) -> str:
     """Return the C header of a layer: what ``runtime.c`` is compiled with, and what a C host includes."""
-    c_type, code, bits = _C_TYPES[spec.dtype]
+    c_type, code, bits = C_TYPES[spec.dtype]
     return _HEADER.format(
         spec=spec,
-        x=_c_shape(spec.x_shape, comment=True),
-        y=_c_shape(spec.y_shape, comment=True),
-        w=_c_shape(packing.shape, comment=True),
-        w_canonical=_c_shape(spec.w_shape, comment=True),
+        x=c_shape(spec.x_shape, comment=True),
+        y=c_shape(spec.y_shape, comment=True),
+        w=c_shape(packing.shape, comment=True),
+        w_canonical=c_shape(spec.w_shape, comment=True),
         padded=packing.padded,
         view=packing.view,
         order=packing.order,
@@ -435,11 +453,12 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         c_type=c_type,
         code=code,
         bits=bits,
-        x_shape=_c_shape(spec.x_shape),
-        w_shape=_c_shape(packing.shape),
-        b_shape=_c_shape((spec.channels_out,)),
-        y_shape=_c_shape(spec.y_shape),
+        x_shape=c_shape(spec.x_shape),
+        w_shape=c_shape(packing.shape),
+        b_shape=c_shape((spec.channels_out,)),
+        y_shape=c_shape(spec.y_shape),
         has_bias=int(spec.bias),
+        kernel=KERNEL,
         useful_threads=useful_threads(spec),
         x_salt=X_SALT,
         w_salt=W_SALT,
@@ -450,18 +469,19 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
     )
 
 
-def _c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
+def c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
+    """Write a shape as C initialises an array, a dynamic batch as 0; in a ``comment`` as people do."""
     if comment:
         return "(" + ", ".join("N" if n is None else str(n) for n in shape) + ")"
     return "{" + ", ".join(str(n or 0) for n in shape) + "}"
 
 
-def useful_threads(spec: ConvTranspose3d) -> int:
+def useful_threads(work: ConvTranspose3d | Gradient) -> int:
     """Count a thread for each 25 us of work, for one batch element of a dynamic batch: waking one takes about 10.
 
     The work is estimated at 20 GFLOP/s and 5 GB/s, which a core of any supported machine reaches.
     """
-    work_us = spec.flops / 20e3 + spec.bytes() / 5e3
+    work_us = work.flops / 20e3 + work.bytes() / 5e3
     return max(1, min(MOST_THREADS, int(work_us / 25)))
 
 
@@ -513,6 +533,9 @@ typedef {c_type} opcompile_element;
 #define OPCOMPILE_B_SHAPE {b_shape}
 #define OPCOMPILE_Y_SHAPE {y_shape}
 #define OPCOMPILE_HAS_BIAS {has_bias}
+#define OPCOMPILE_HAS_W 1
+#define OPCOMPILE_NULLS "x, w and y must not be null, and b must be null exactly when the layer has no bias"
+#define OPCOMPILE_KERNEL {kernel}
 
 /* More threads than this, for each batch element where N is open, would cost more than they bring. */
 #define OPCOMPILE_USEFUL_THREADS {useful_threads}

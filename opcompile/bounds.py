@@ -58,7 +58,7 @@ FORMATS = {
 }
 
 
-def _gamma(roundings: float, unit: float) -> float:
+def gamma(roundings: float, unit: float) -> float:
     """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1)."""
     return roundings * unit / (1 - roundings * unit)
 
@@ -275,8 +275,8 @@ class _Truth:
             # t products and the bias: t roundings a product, one more where there is a bias,
             # and two more where the engine first rounds the inputs to a narrower format
             roundings = spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
-            relative = _gamma(roundings, sums.unit) + _gamma(spec.terms + 1, double.unit)
-            error = self.magnitude * (relative * (1 + _gamma(spec.terms + 1, double.unit)))
+            relative = gamma(roundings, sums.unit) + gamma(spec.terms + 1, double.unit)
+            error = self.magnitude * (relative * (1 + gamma(spec.terms + 1, double.unit)))
             # a term, and either of its factors, can be lost below the normal range
             error += spec.terms * sums.floor * (x + w + 2)
             overflows = self.magnitude * (1 + relative) >= sums.limit
@@ -380,7 +380,7 @@ def _plain(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
+def judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
     """Judge one block by equality."""
     wrong = actual != expected
     failures = int(np.count_nonzero(wrong))
@@ -404,7 +404,7 @@ def _judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
     )
 
 
-def _judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
+def judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
     """Judge one block. Equal values pass; an infinity passes where the other one, bound included, reaches ``limit``."""
     unjudged = 0
     with np.errstate(all="ignore"):
@@ -485,11 +485,11 @@ def compare_all(
         for name, other in dict.fromkeys(pairs):
             right = expected if other == "reference" else values[other]
             if bits:
-                check = _judge_bits(engines[name], values[name], right)
+                check = judge_bits(engines[name], values[name], right)
             else:
                 both = bound[engines[name]] if other == "reference" else bound[engines[name]] + bound[engines[other]]
                 limit = min(storage.limit, _engine(spec, engines[name]).limit)
-                check = _judge(criterion, engines[name], values[name], right, both, limit)
+                check = judge(criterion, engines[name], values[name], right, both, limit)
             index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
             found.setdefault((name, other), []).append(replace(check, index=index))
     return {key: _join(checks) for key, checks in found.items()}
@@ -539,6 +539,6 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ten
         for checks, answer in zip(found, answers, strict=True):
             values = np.asarray(answer)[chosen].astype(np.float64)
             limit = min(storage.limit, sums.limit)
-            check = _judge("bound", spec.sum_dtype, values, truth.y[inside], bound[inside], limit)
+            check = judge("bound", spec.sum_dtype, values, truth.y[inside], bound[inside], limit)
             checks.append(replace(check, index=tuple(int(i) for i in places[chosen][check.index[0]])))
     return [_join(checks) for checks in found]

@@ -7,15 +7,28 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from opcompile import artifact
-from opcompile.errors import ArtifactError, EngineError, ModelError, OpcompileError, TargetError, VerificationError
+from opcompile.errors import (
+    ArtifactError,
+    CallError,
+    EngineError,
+    ModelError,
+    OpcompileError,
+    TargetError,
+    VerificationError,
+)
 from opcompile.gpus import GpuTarget
+from opcompile.gradients import artifact as gradient_artifact
+from opcompile.gradients.gradient import Gradient, Wrt
+from opcompile.gradients.lower import LoweredGradient
+from opcompile.gradients.lower import lower as lower_gradient
+from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
-from opcompile.runtime import MANIFEST, Artifact, load, parse_manifest
+from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
 from opcompile.simulate import Simulated
 from opcompile.source import Layer, Source, read
 from opcompile.spec import ConvTranspose3d
@@ -26,11 +39,39 @@ from opcompile.verify import verify as check
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+AnyLowered = Lowered | LoweredGpu | LoweredGradient
+
 # Above this a simulation takes minutes.
 _MOST_SIMULATED_FLOPS = 2**27
 
 # Directories of artifacts that were given no place; each is removed when the process ends.
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@overload
+def compile(
+    spec: ConvTranspose3d,
+    target: str = "llvm",
+    plan: PlanName = "best",
+    into: str | Path | None = None,
+    *,
+    derivative: None = None,
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    verify: bool = False,
+) -> Artifact: ...
+
+
+@overload
+def compile(
+    spec: ConvTranspose3d,
+    target: str = "llvm",
+    plan: PlanName = "best",
+    into: str | Path | None = None,
+    *,
+    derivative: Wrt,
+    verify: bool = False,
+) -> GradientArtifact: ...
 
 
 def compile(
@@ -39,17 +80,20 @@ def compile(
     plan: PlanName = "best",
     into: str | Path | None = None,
     *,
+    derivative: Wrt | None = None,
     weight: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
     verify: bool = False,
-) -> Artifact:
+) -> Artifact | GradientArtifact:
     """Compile ``spec`` for ``target``, write the artifact directory ``into`` and load it.
 
-    ``weight`` (canonical, ``(C, M/g, kD, kH, kW)``) and ``bias`` (``(M,)``), when known, are packed
-    into the artifact. Without ``into`` the directory is a temporary one that lives as long as the
-    process. With ``verify`` the outputs are checked first: `VerificationError` when they are wrong,
-    and then the directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target
-    whose code does not run here: `write` makes its directory), `EngineError`.
+    With ``derivative`` it is the layer's derivative that is compiled, with respect to ``x``, ``w`` or
+    ``b``; its calls take dY and what else it needs (`GradientArtifact`). ``weight`` (canonical,
+    ``(C, M/g, kD, kH, kW)``) and ``bias`` (``(M,)``), when known, are packed into the artifact of a
+    layer. Without ``into`` the directory is a temporary one that lives as long as the process. With
+    ``verify`` the outputs are checked first: `VerificationError` when they are wrong, and then the
+    directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target whose code
+    does not run here: `write` makes its directory), `EngineError`.
     """
     machine = any_target(target)
     if isinstance(machine, GpuTarget) or not machine.native:
@@ -57,8 +101,9 @@ def compile(
             f"code for {target} does not run on this machine, so that its artifact cannot be loaded here; "
             "opcompile.build.write writes the directory alone, as does the command line"
         )
-    written = write(spec, target, plan, into if into is not None else _scratch(), weight=weight, bias=bias)
-    loaded = load(written)
+    place = into if into is not None else _scratch()
+    written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
+    loaded = load_any(written)
     if verify:
         report = check(loaded)
         artifact.add_report(written, report.to_json())
@@ -73,21 +118,30 @@ def write(
     plan: PlanName,
     into: str | Path,
     *,
+    derivative: Wrt | None = None,
     weight: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
 ) -> Path:
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
-    return _written(_lower(spec, any_target(target), plan), Path(into), weight, bias)
+    if derivative is not None and not (weight is None and bias is None):
+        raise CallError("a derivative has no weight or bias compiled in; leave them out, and give w in each call")
+    return _written(_lowered(spec, any_target(target), plan, derivative), Path(into), weight, bias)
 
 
-def _lower(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName) -> Lowered | LoweredGpu:
+def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName, derivative: Wrt | None) -> AnyLowered:
     if isinstance(machine, GpuTarget):
+        if derivative is not None:
+            raise TargetError(f"derivatives are compiled for CPUs alone, not for {machine.name}; name a CPU, like llvm")
         return lower_gpu(spec, machine, plan)
-    return lower(spec, machine, plan)
+    if derivative is None:
+        return lower(spec, machine, plan)
+    return lower_gradient(Gradient(spec, derivative), machine, plan)
 
 
-def _written(lowered: Lowered | LoweredGpu, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
+def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
     try:
+        if isinstance(lowered, LoweredGradient):
+            return gradient_artifact.write(lowered, into)
         return artifact.write(lowered, into, weight=weight, bias=bias)
     except OSError as error:
         raise ArtifactError(
@@ -168,11 +222,12 @@ def compile_all(
     target: str = "llvm",
     plan: PlanName = "best",
     *,
+    derivative: Wrt | None = None,
     nodes: Sequence[str] = (),
     verify: bool = True,
     progress: Callable[[Step], None] | None = None,
 ) -> list[Built]:
-    """Compile everything that ``source`` stands for (see `opcompile.source`), and verify it.
+    """Compile everything that ``source`` stands for (see `opcompile.source`), or its ``derivative``, and verify it.
 
     A model's nodes go into subdirectories of ``into``, one each, with an ``index.json`` beside them, even
     where there is only one; weights that the file holds are packed into the artifacts. A node that
@@ -185,7 +240,7 @@ def compile_all(
     names = directory_names(layer.name for layer in given.layers)
     if not alone:
         require_place(place, names)
-    lowered: dict[ConvTranspose3d, Lowered | LoweredGpu] = {}
+    lowered: dict[ConvTranspose3d, AnyLowered] = {}
     built: list[Built] = []
     for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):
 
@@ -193,7 +248,7 @@ def compile_all(
             if progress:
                 progress(Step(number + (step == "done"), len(given.layers), layer.name, step))
 
-        one = _Job(layer, place if alone else place / name, machine, plan, verify, report)
+        one = _Job(layer, place if alone else place / name, machine, plan, derivative, verify, report)
         try:
             built.append(one.run(lowered))
         except (EngineError, TargetError):
@@ -204,7 +259,7 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
-        write_index(place, _origin(given, machine, plan), [b.to_json() for b in built])
+        write_index(place, {**_origin(given, machine, plan), "derivative": derivative}, [b.to_json() for b in built])
     return built
 
 
@@ -216,17 +271,18 @@ class _Job:
     place: Path
     machine: Target | GpuTarget
     plan: PlanName
+    derivative: Wrt | None
     verify: bool
     report: Callable[[str], None]
 
-    def run(self, lowered: dict[ConvTranspose3d, Lowered | LoweredGpu]) -> Built:
+    def run(self, lowered: dict[ConvTranspose3d, AnyLowered]) -> Built:
         """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before."""
         layer, spec = self.layer, self.layer.spec
         if spec is None:
             return Built(layer.name, None, reason=layer.reason)
         self.report("compile")
         if spec not in lowered:
-            lowered[spec] = _lower(spec, self.machine, self.plan)
+            lowered[spec] = _lowered(spec, self.machine, self.plan, self.derivative)
         place = _written(lowered[spec], self.place, layer.weight, layer.bias)
         found, reason = self._verified(place, spec) if self.verify else (None, "it was not asked for")
         manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
@@ -240,7 +296,7 @@ class _Job:
         if not isinstance(self.machine, GpuTarget) and not self.machine.native:
             return None, f"code for {self.machine.name} does not run on this machine"
         self.report("verify")
-        found = check(Simulated(place) if on_gpu else load(place))
+        found = check(Simulated(place) if on_gpu else load_any(place))
         artifact.add_report(place, found.to_json())
         return found, ""
 

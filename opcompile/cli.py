@@ -167,6 +167,11 @@ _plan = click.option(
     show_default=True,
     help="baseline: tiles by arithmetic; tuned: by a record; best: tuned where there is a record.",
 )
+_derivative = click.option(
+    "--derivative",
+    type=click.Choice(["x", "w", "b"]),
+    help="The derivative with respect to the input, the weight or the bias, instead of the layer.",
+)
 _nodes = click.option("--node", "nodes", multiple=True, metavar="NAME", help="Only this node of a model (repeatable).")
 _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
 
@@ -189,11 +194,19 @@ def cli() -> None:
 @click.option("-o", "--output", "into", required=True, metavar="DIR", help="Directory to write.")
 @_target
 @_plan
+@_derivative
 @_nodes
 @click.option("--no-verify", is_flag=True, help="Write the artifacts unchecked.")
 @_json
 def compile_(
-    source: str, into: str, target: str, plan: Any, nodes: tuple[str, ...], no_verify: bool, as_json: bool
+    source: str,
+    into: str,
+    target: str,
+    plan: Any,
+    derivative: Any,
+    nodes: tuple[str, ...],
+    no_verify: bool,
+    as_json: bool,
 ) -> int:
     """Compile SOURCE into DIR, and verify it.
 
@@ -209,6 +222,7 @@ def compile_(
             into,
             target,
             plan,
+            derivative=derivative,
             nodes=nodes,
             verify=not no_verify,
             progress=lambda s: show(s.done, s.total, f"{s.step} {s.name}" if s.step != "done" else None),
@@ -229,7 +243,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong.
     """
     from opcompile.index import artifacts
-    from opcompile.runtime import load
+    from opcompile.runtime import load_any
     from opcompile.simulate import Simulated
     from opcompile.verify import verify as check
 
@@ -238,7 +252,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     with _progress("verifying") as show:
         for number, (name, place) in enumerate(places.items()):
             show(number, len(places), f"verify {name}")
-            reports[name] = check(Simulated(place) if simulate else load(place))
+            reports[name] = check(Simulated(place) if simulate else load_any(place))
             _store(place, reports[name])
         show(len(places), len(places), None)
     passed = all(report.passed for report in reports.values())
@@ -249,27 +263,40 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("directory", metavar="DIR")
-@click.option("--x", "x_path", required=True, metavar="X.npy", help="Input, in the layer's layout.")
+@click.option("--x", "x_path", metavar="X.npy", help="Input, in the layer's layout.")
 @click.option("--w", "w_path", metavar="W.npy", help="Weight (C, M/g, kD, kH, kW), unless compiled in.")
 @click.option("--b", "b_path", metavar="B.npy", help="Bias (M,), unless compiled in.")
+@click.option("--dy", "dy_path", metavar="DY.npy", help="Of a derivative: the gradient of the layer's output.")
+@click.option("--y", "output_path", metavar="Y.npy", help="Of a derivative that needs it: the layer's output.")
 @click.option("-o", "--output", "y_path", required=True, metavar="Y.npy", help="Where to write the output.")
 @_threads
 @_json
 def run(
     directory: str,
-    x_path: str,
+    x_path: str | None,
     w_path: str | None,
     b_path: str | None,
+    dy_path: str | None,
+    output_path: str | None,
     y_path: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run the artifact in DIR on arrays in NumPy files. No compiler is needed."""
-    from opcompile.runtime import load
+    """Run the artifact in DIR on arrays in NumPy files. No compiler is needed.
 
-    artifact = load(_one_artifact(directory), threads=threads)
-    arrays = [_read_array(path, artifact.spec.dtype) if path else None for path in (x_path, w_path, b_path)]
-    y = artifact(*arrays)
+    A layer takes X, W and B; a derivative dY, and W or X (and Y) as it was compiled.
+    """
+    from opcompile.runtime import Artifact, load_any
+
+    artifact = load_any(_one_artifact(directory), threads=threads)
+    paths = {"dy": dy_path, "x": x_path, "w": w_path, "b": b_path, "y": output_path}
+    arrays: dict[str, Any] = {name: _read_array(path, artifact.spec.dtype) for name, path in paths.items() if path}
+    if isinstance(artifact, Artifact):
+        if extra := arrays.keys() & {"dy", "y"}:
+            raise CallError(f"--{min(extra)} was given, but {directory} holds the layer, which takes x, w and b")
+        if "x" not in arrays:
+            raise CallError(f"--x is missing: {directory} holds the layer, which takes x, w and b")
+    y = artifact(**arrays)
     _write_array(y_path, y)
     content = {"output": y_path, "shape": y.shape, "dtype": y.dtype.name}
     _emit(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])

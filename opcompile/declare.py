@@ -99,7 +99,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
         name="output",
     )
     func = te.create_prim_func([x, w, b, y] if spec.bias else [x, w, y])
-    return _unaligned(func, spec.itemsize)
+    return unaligned(func, spec.itemsize)
 
 
 Picker = Callable[[Any, Any, Sequence[Any]], Any]
@@ -353,7 +353,7 @@ def _first(axis: Axis, f: Any) -> tuple[Any, Any]:
     return tap, (f + axis.begin - tap * axis.dilation) // axis.stride
 
 
-def _unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
+def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
     """The same function for tensors at any address that is a multiple of ``alignment``, the bytes of an element.
 
     TVM assumes 64-byte aligned tensors and emits instructions that fault on others. A Buffer's
@@ -362,12 +362,13 @@ def _unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
     """
     graph = json.loads(tvm.ir.save_json(func))
     nodes = graph["nodes"]
+    tensors = {parameter.name for parameter in func.params}
     for node in nodes:
         if node["type"] != "ir.Var":
             continue
         data = node["data"]
         kind = nodes[data["ty"]]
-        if kind["type"] == "tirx.BufferType" and nodes[data["name"]]["data"] in ("X", "W", "B", "output"):
+        if kind["type"] == "tirx.BufferType" and nodes[data["name"]]["data"] in tensors:
             kind["data"]["data_alignment"] = alignment
     return tvm.ir.load_json(json.dumps(graph))
 

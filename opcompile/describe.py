@@ -183,6 +183,7 @@ class Contents:
         yield _facts(
             {
                 "layer": brief(ConvTranspose3d.parse(m["spec"])),
+                "computes": f"its derivative d{m['derivative']}" if m["derivative"] else "Y",
                 "target": f"{m['target']['name']} ({m['target']['architecture']} {m['target']['system']})",
                 "plan": _plan_text(m["plan"]),
                 "weights": " and ".join(m["weights"]) + " compiled in" if m["weights"] else "given in each call",

@@ -28,13 +28,14 @@ _COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-shar
 _OLDEST_GLIBC = "2.17"
 
 
-def link(object_code: bytes, header: str, target: Target) -> bytes:
+def link(object_code: bytes, header: str, target: Target, kernel: str = KERNEL) -> bytes:
     """Return the library for ``target``, made of a relocatable kernel and the run-time half.
 
-    ``header`` is the layer's C header, which ``runtime.c`` includes. Raises what `link_library` raises.
+    ``header`` is the layer's C header, which ``runtime.c`` includes, ``kernel`` the kernel's symbol. Raises what
+    `link_library` raises.
     """
     sources = {HEADER: header, "runtime.c": (_HERE / "runtime.c").read_text()}
-    return link_library(sources, [object_code], (KERNEL, *EXPORTS), target)
+    return link_library(sources, [object_code], (kernel, *EXPORTS), target)
 
 
 def link_library(sources: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target) -> bytes:

@@ -138,7 +138,14 @@ def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles, module: tvm.IRModu
     """
     if spec.batch is None:
         module = scheduled(spec.with_batch(1), tiles)
+    return allocated_bytes(module[KERNEL])
+
+
+def allocated_bytes(function: tirx.PrimFunc) -> int:
+    """Bytes that a scheduled function allocates on its way, with one thread."""
+    module = tvm.IRModule({KERNEL: function})
     for step in (
+        transform.LowerInitBlock(),
         transform.PlanAndUpdateBufferAllocationLocation(),
         transform.ConvertBlocksToOpaque(),
         transform.CompactBufferAllocation(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,7 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     rows = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 2, 1))
     y = np.zeros((batch, g, m, *(a.out for a in spec.axes)))
     for tap, matrix in zip(np.ndindex(*w.shape[2:]), rows, strict=True):
-        reads: list[slice] = []
-        lands: list[slice] = []
-        for t, axis in zip(tap, spec.axes, strict=True):
-            # input i lands on output i*stride + t*dilation - begin: keep the i whose output exists
-            shift = t * axis.dilation - axis.begin
-            first = max(0, -(shift // axis.stride))
-            last = min(axis.size, -((shift - axis.out) // axis.stride))
-            reads.append(slice(first, max(first, last)))
-            lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
+        reads, lands = landing(spec, tap)
         if any(r.start >= r.stop for r in reads):
             continue
         window = grouped_x[:, :, :, reads[0], reads[1], reads[2]]
@@ -51,6 +43,19 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
         y[:, :, :, lands[0], lands[1], lands[2]] += product
     full: Array = y.reshape(batch, spec.channels_out, *y.shape[3:])
     return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
+
+
+def landing(spec: ConvTranspose3d, tap: Sequence[int]) -> tuple[list[slice], list[slice]]:
+    """Return the inputs that ``tap`` brings onto an output that exists, and those outputs, along D, H and W."""
+    reads, lands = [], []
+    for t, axis in zip(tap, spec.axes, strict=True):
+        # input i lands on output i*stride + t*dilation - begin: keep the i whose output exists
+        shift = t * axis.dilation - axis.begin
+        first = max(0, -(shift // axis.stride))
+        last = min(axis.size, -((shift - axis.out) // axis.stride))
+        reads.append(slice(first, max(first, last)))
+        lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
+    return reads, lands
 
 
 def _channels(spec: ConvTranspose3d, b: Array) -> Array:

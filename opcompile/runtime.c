@@ -5,7 +5,7 @@
  * workspace functions and an error function. They are defined here with hidden visibility, so the
  * library works without TVM and cannot be re-wired when TVM is in the same process.
  *
- * Exported: opcompile_run and opcompile_error (below), and the kernel's own __tvm_ffi_conv_transpose3d.
+ * Exported: opcompile_run and opcompile_error (below), and the kernel itself, OPCOMPILE_KERNEL.
  */
 #define _GNU_SOURCE /* sched_getaffinity, RTLD_DEFAULT, RTLD_NODELETE */
 #include <dlfcn.h>
@@ -236,7 +236,7 @@ __attribute__((constructor)) static void loaded(void) {
 
 /* --- the entry for everybody who holds four pointers --- */
 
-int __tvm_ffi_conv_transpose3d(void *handle, const struct value *arguments, int32_t count, struct value *result);
+int OPCOMPILE_KERNEL(void *handle, const struct value *arguments, int32_t count, struct value *result);
 
 static const int64_t x_shape[] = OPCOMPILE_X_SHAPE, w_shape[] = OPCOMPILE_W_SHAPE, b_shape[] = OPCOMPILE_B_SHAPE,
                      y_shape[] = OPCOMPILE_Y_SHAPE;
@@ -269,8 +269,8 @@ int opcompile_run(int threads, int64_t batch, const void *x, const void *w, cons
     fail("ValueError", "threads must be 0 (the default) or from 1 to 1024");
   else if (batch < 1 || (x_shape[0] && batch != x_shape[0]))
     fail("ValueError", "batch is not the one this layer was compiled for (at least 1 where that is dynamic)");
-  else if (!x || !w || !y || !b != !OPCOMPILE_HAS_BIAS)
-    fail("ValueError", "x, w and y must not be null, and b must be null exactly when the layer has no bias");
+  else if (!x || !w != !OPCOMPILE_HAS_W || !y || !b != !OPCOMPILE_HAS_BIAS)
+    fail("ValueError", OPCOMPILE_NULLS);
   else if ((self.threads = threads ? threads : default_threads())) {
     int64_t useful = batch < MOST_THREADS ? batch * OPCOMPILE_USEFUL_THREADS : MOST_THREADS;
     if (self.threads > useful) self.threads = (int)useful;
@@ -278,12 +278,12 @@ int opcompile_run(int threads, int64_t batch, const void *x, const void *w, cons
     struct tensor tensors[4];
     int count = 0;
     tensors[count] = borrow(x, x_shape, sizeof x_shape, batch, sizes[count]), count++;
-    tensors[count] = borrow(w, w_shape, sizeof w_shape, batch, sizes[count]), count++;
+    if (OPCOMPILE_HAS_W) tensors[count] = borrow(w, w_shape, sizeof w_shape, batch, sizes[count]), count++;
     if (OPCOMPILE_HAS_BIAS) tensors[count] = borrow(b, b_shape, sizeof b_shape, batch, sizes[count]), count++;
     tensors[count] = borrow(y, y_shape, sizeof y_shape, batch, sizes[count]), count++;
     struct value arguments[4], result = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
-    status = __tvm_ffi_conv_transpose3d(NULL, arguments, count, &result);
+    status = OPCOMPILE_KERNEL(NULL, arguments, count, &result);
     if (status) release_until(NULL);
     if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");
   }

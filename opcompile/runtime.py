@@ -19,25 +19,30 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from glob import escape
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, TargetError
 from opcompile.gpus import is_gpu
+from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import processor_flags
 
+if TYPE_CHECKING:
+    from opcompile.gradients.runtime import GradientArtifact
+
 FORMAT = "opcompile-artifact"
-VERSION = 1
+# 2: the field ``derivative``, without which a reader would take a derivative for the layer
+VERSION = 2
 MANIFEST = "manifest.json"
 HEADER = "conv_transpose3d.h"
 MODEL = "model.onnx"
@@ -77,11 +82,11 @@ def host() -> tuple[str, str]:
 
 
 # Memory of a contiguous tensor: its address, its shape, and the object that keeps it alive.
-_Borrowed = tuple[int, tuple[int, ...], object]
+Borrowed = tuple[int, tuple[int, ...], object]
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """One argument of the kernel: what it must be. A None in ``shape`` stands for any batch of at least 1.
 
     ``storage`` is NumPy's type for the memory, ``plain`` the same where arrays of ``dtype`` have it.
@@ -93,7 +98,7 @@ class _Slot:
     storage: np.dtype[Any]
     plain: np.dtype[Any] | None
 
-    def borrow(self, value: Any, *, to_write: bool = False) -> _Borrowed:
+    def borrow(self, value: Any, *, to_write: bool = False) -> Borrowed:
         """Return the memory of ``value``, or of a contiguous copy; never a copy ``to_write``. Raises `CallError`."""
         if type(value) is np.ndarray:
             # most calls end here, and every microsecond of theirs counts
@@ -104,7 +109,7 @@ class _Slot:
             return self._borrow_numpy(value, to_write)
         return self._borrow_dlpack(value, to_write)
 
-    def _borrow_numpy(self, value: NDArray[Any], to_write: bool) -> _Borrowed:
+    def _borrow_numpy(self, value: NDArray[Any], to_write: bool) -> Borrowed:
         if value.dtype != self.plain:
             self._require_dtype(value.dtype.name if value.dtype.isnative else f"byte-swapped {value.dtype.name}")
         shape = value.shape
@@ -119,7 +124,7 @@ class _Slot:
             raise CallError(f"{self.name} is read-only; pass a writable array")
         return address_of(value), shape, value
 
-    def _borrow_dlpack(self, value: Any, to_write: bool) -> _Borrowed:
+    def _borrow_dlpack(self, value: Any, to_write: bool) -> Borrowed:
         tensor = self._import(value)
         self._require_dtype(str(tensor.dtype))
         shape = tuple(tensor.shape)
@@ -158,7 +163,7 @@ class _Slot:
                 return
         elif given == self.shape:
             return
-        raise CallError(f"{self.name} has shape {_sizes(given)}, but this layer needs {_sizes(self.shape)}")
+        raise CallError(f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}")
 
     def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
         if to_write:
@@ -193,7 +198,7 @@ def _as_numpy(tensor: Any, storage: np.dtype[Any]) -> NDArray[Any]:
     return np.ndarray(tuple(tensor.shape), storage, memory, -start, strides)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an uninitialised array at a multiple of 64 bytes: some frameworks take no other without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -203,7 +208,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _moved(data: NDArray[Any]) -> NDArray[Any]:
     """Copy to aligned, contiguous memory: NumPy's own starts anywhere, and each vector would straddle two lines."""
-    moved = _aligned(data.shape, data.dtype)
+    moved = aligned(data.shape, data.dtype)
     moved[...] = data
     return moved
 
@@ -217,11 +222,12 @@ def _type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _sizes(shape: Iterable[int | None]) -> str:
+def sizes_text(shape: Iterable[int | None]) -> str:
+    """Write a shape for a person, a dynamic batch as N."""
     return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
 
 
-def _framework(value: Any) -> ModuleType:
+def framework_of(value: Any) -> ModuleType:
     """Return the module that makes tensors of ``value``'s kind from DLPack. Raises `CallError`."""
     if hasattr(value, "__array_namespace__"):
         namespace: ModuleType = value.__array_namespace__()
@@ -233,6 +239,25 @@ def _framework(value: Any) -> ModuleType:
             return module
         name = name.rpartition(".")[0]
     raise CallError(f"a result of type {_type_name(value)} cannot be made: no from_dlpack beside it; pass out=")
+
+
+def as_kind_of(x: Any, y: NDArray[Any], framework: ModuleType, dtype: str) -> Any:
+    """Return ``y`` as a tensor like ``x``, in the same memory. Raises `CallError`."""
+    try:
+        if dtype != "bfloat16":
+            return framework.from_dlpack(y)
+        return framework.from_dlpack(y.view(np.int16)).view(x.dtype)
+    except (AttributeError, *_NOT_EXPORTED) as error:
+        raise CallError(f"{framework.__name__} does not take the result: {error}; pass out=") from error
+
+
+def require_apart(out: Borrowed, inputs: Mapping[str, tuple[int, tuple[int, ...]]], itemsize: int) -> None:
+    """Raise `CallError` if ``out`` holds what is still to be read: one of ``inputs``, each an address and a shape."""
+    address, shape, _ = out
+    stop = address + math.prod(shape) * itemsize
+    for name, (start, sizes) in inputs.items():
+        if start < stop and address < start + math.prod(sizes) * itemsize:
+            raise CallError(f"out shares memory with {name}; pass one of its own")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -327,12 +352,12 @@ class Artifact:
         storage = STORAGE[spec.dtype]
         shapes = {"x": spec.x_shape, "w": spec.w_shape, "b": (spec.channels_out,), "out": spec.y_shape}
         plain = None if spec.dtype == "bfloat16" else storage
-        self._slots = {name: _Slot(name, shape, spec.dtype, storage, plain) for name, shape in shapes.items()}
+        self._slots = {name: Slot(name, shape, spec.dtype, storage, plain) for name, shape in shapes.items()}
         self._image = tuple(size for size in spec.y_shape[1:] if size is not None)
         self._run, self._error = library.opcompile_run, library.opcompile_error
         self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
-        self._weights: tuple[Packed | None, _Borrowed | None] = (None, None)
+        self._weights: tuple[Packed | None, Borrowed | None] = (None, None)
         if manifest["weights"]:
             self._weights = self._read_weights()
 
@@ -347,22 +372,22 @@ class Artifact:
         ``b`` are left out where they were known at compile time. Tensors that are not contiguous are
         copied first. ``threads`` is the most to use in this call. Raises `CallError`.
         """
-        most = self.threads if threads is None else _checked_threads(threads, "threads")
+        most = self.threads if threads is None else checked_threads(threads, "threads")
         given = self._slots["x"].borrow(x)
         address, (batch, *_), _ = given
         weight = self._weight(w)
         bias = self._bias(b, own=w is None or self._weights[0] is None)
-        framework = None if out is not None or isinstance(x, np.ndarray) else _framework(x)
+        framework = None if out is not None or isinstance(x, np.ndarray) else framework_of(x)
         if out is None:
             shape = (batch, *self._image)
-            y: Any = np.empty(shape, x.dtype) if framework is None else _aligned(shape, self._slots["out"].storage)
+            y: Any = np.empty(shape, x.dtype) if framework is None else aligned(shape, self._slots["out"].storage)
             target = address_of(y)
         else:
             y = out
             target = self._borrow_out(out, given, weight, bias)
         if self._run(most, batch, address, weight.address, None if bias is None else bias[0], target):
             raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
-        return y if framework is None else self._as_kind_of(x, y, framework)
+        return y if framework is None else as_kind_of(x, y, framework, self.spec.dtype)
 
     def pack(self, w: Any) -> Packed:
         """Lay a canonical weight ``(C, M/g, kD, kH, kW)`` out for this kernel, for many calls. Raises `CallError`."""
@@ -392,18 +417,20 @@ class Artifact:
             return self.pack(w)
         own = self._weights[0]
         if own is None:
-            raise CallError(f"w is missing: this layer was compiled without weights; pass {_sizes(self.spec.w_shape)}")
+            raise CallError(
+                f"w is missing: this layer was compiled without weights; pass {sizes_text(self.spec.w_shape)}"
+            )
         return own
 
     def _require_own(self, w: Packed) -> None:
         spec = self.spec
         if (w.w_shape, w.dtype, w.packing) != (spec.w_shape, spec.dtype, self.packing):
             raise CallError(
-                f"w was packed for another layer: {w.dtype} {_sizes(w.w_shape)} as {w.packing.shape}, and this "
-                f"one needs {spec.dtype} {_sizes(spec.w_shape)} as {self.packing.shape}; use this artifact's pack"
+                f"w was packed for another layer: {w.dtype} {sizes_text(w.w_shape)} as {w.packing.shape}, and this "
+                f"one needs {spec.dtype} {sizes_text(spec.w_shape)} as {self.packing.shape}; use this artifact's pack"
             )
 
-    def _bias(self, b: Any, *, own: bool) -> _Borrowed | None:
+    def _bias(self, b: Any, *, own: bool) -> Borrowed | None:
         if b is not None:
             if not self.spec.bias:
                 raise CallError("b was given, but this layer has no bias; leave it out")
@@ -413,31 +440,19 @@ class Artifact:
             raise CallError(f"b is missing: this layer has a bias; pass {self.spec.dtype} ({self.spec.channels_out})")
         return bias
 
-    def _borrow_out(self, out: Any, x: _Borrowed, w: Packed, b: _Borrowed | None) -> int:
+    def _borrow_out(self, out: Any, x: Borrowed, w: Packed, b: Borrowed | None) -> int:
         """Return the address of ``out``; raise `CallError` if it does not fit, or holds what is still to be read."""
-        address, shape, _ = self._slots["out"].borrow(out, to_write=True)
+        slot = self._slots["out"]
+        borrowed = address, shape, _ = slot.borrow(out, to_write=True)
         if shape[0] != x[1][0]:
             raise CallError(f"out has batch {shape[0]}, but x has {x[1][0]}")
-        itemsize = self._slots["out"].storage.itemsize
-        stop = address + math.prod(shape) * itemsize
         inputs = {"x": x[:2], "w": (w.address, w.data.shape), **({"b": b[:2]} if b else {})}
-        for name, (start, sizes) in inputs.items():
-            if start < stop and address < start + math.prod(sizes) * itemsize:
-                raise CallError(f"out shares memory with {name}; pass one of its own")
+        require_apart(borrowed, inputs, slot.storage.itemsize)
         return address
 
-    def _as_kind_of(self, x: Any, y: NDArray[Any], framework: ModuleType) -> Any:
-        """``y`` as a tensor like ``x``, in the same memory."""
-        try:
-            if self.spec.dtype != "bfloat16":
-                return framework.from_dlpack(y)
-            return framework.from_dlpack(y.view(np.int16)).view(x.dtype)
-        except (AttributeError, *_NOT_EXPORTED) as error:
-            raise CallError(f"{framework.__name__} does not take the result: {error}; pass out=") from error
-
-    def _read_weights(self) -> tuple[Packed | None, _Borrowed | None]:
+    def _read_weights(self) -> tuple[Packed | None, Borrowed | None]:
         """Packed W and B that were known at compile time, each or none."""
-        stored, spec = _arrays(_read(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
+        stored, spec = arrays_of(read_file(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
         weight = Packed.of(spec.w_shape, spec.dtype, self.packing, _moved(stored.pop("W"))) if "W" in stored else None
         if "B" not in stored:
             return weight, None
@@ -451,19 +466,20 @@ def read_golden(
     directory: Path, manifest: dict[str, Any], spec: ConvTranspose3d, own_weight: bool, own_bias: bool
 ) -> Golden:
     """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
-    stored = _arrays(_read(directory, manifest, GOLDEN), GOLDEN)
+    stored = arrays_of(read_file(directory, manifest, GOLDEN), GOLDEN)
     x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
     bias = spec.bias and not own_bias
     return Golden(
-        x=_golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
-        w=None if own_weight else _golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
-        b=_golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
+        x=golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
+        w=None if own_weight else golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
+        b=golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
         indices=stored["indices"],
         expected=stored["expected"],
     )
 
 
-def _golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:
+def golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:
+    """Return a tensor of `golden_values`. Raises `EngineError` for bfloat16 without ml_dtypes."""
     values = golden_values(np.arange(math.prod(shape)), salt, amplitude).reshape(shape)
     if dtype != "bfloat16":
         return values.astype(dtype)
@@ -474,7 +490,8 @@ def _golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str
     return values.astype(bfloat16)
 
 
-def _checked_threads(threads: Any, name: str) -> int:
+def checked_threads(threads: Any, name: str) -> int:
+    """Return a number of threads. Raises `CallError` for what is none."""
     try:
         count = operator.index(threads)
     except TypeError:
@@ -487,26 +504,53 @@ def _checked_threads(threads: Any, name: str) -> int:
 def _default_threads(threads: int | None) -> int:
     """Return what was asked for, else ``OPCOMPILE_NUM_THREADS``, else 0: the CPUs that a call finds usable."""
     if threads is not None:
-        return _checked_threads(threads, "threads")
+        return checked_threads(threads, "threads")
     text = os.environ.get("OPCOMPILE_NUM_THREADS", "")
     if not text:
         return 0
-    return _checked_threads(int(text) if text.isascii() and text.isdigit() else text, "OPCOMPILE_NUM_THREADS")
+    return checked_threads(int(text) if text.isascii() and text.isdigit() else text, "OPCOMPILE_NUM_THREADS")
 
 
 # --- loading ---
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, check: bool = True) -> Artifact:
-    """Load the artifact in directory ``path``.
+@overload
+def load(
+    path: str | os.PathLike[str], *, derivative: None = None, threads: int | None = None, check: bool = True
+) -> Artifact: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], *, derivative: Wrt, threads: int | None = None, check: bool = True
+) -> GradientArtifact: ...
+
+
+def load(
+    path: str | os.PathLike[str], *, derivative: Wrt | None = None, threads: int | None = None, check: bool = True
+) -> Artifact | GradientArtifact:
+    """Load the artifact in directory ``path``: the layer itself, or its ``derivative``, as it was compiled.
 
     ``threads`` is the most that a call uses, unless it says otherwise; by default
     ``OPCOMPILE_NUM_THREADS``, or every usable CPU. ``check=False`` spares the hashes of the files that
     are not used here: the model, the header and the report (SHA-256 takes one to three milliseconds a
     MiB, which only a model with large weights makes felt). Raises `ArtifactError` for a directory that
-    does not match its manifest, `TargetError` for another kind of machine, `CallError` for a wrong
-    number of threads.
+    does not match its manifest or holds another derivative, `TargetError` for another kind of machine,
+    `CallError` for a wrong number of threads.
     """
+    loaded = load_any(path, threads=threads, check=check)
+    held = loaded.manifest["derivative"]
+    if held != derivative:
+        what = f"the derivative d{held}" if held else "the layer itself, no derivative"
+        way_out = f"load it with derivative={held!r}" if held else "load it without a derivative"
+        raise ArtifactError(f"{loaded.directory} holds {what}; {way_out}, or name another directory")
+    return loaded
+
+
+def load_any(
+    path: str | os.PathLike[str], *, threads: int | None = None, check: bool = True
+) -> Artifact | GradientArtifact:
+    """Load the artifact in ``path``, whatever it computes. Raises as `load` does."""
     directory, most = Path(path).absolute(), _default_threads(threads)
     for attempt in range(_ATTEMPTS):
         text = read_manifest(directory)
@@ -532,7 +576,9 @@ def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact:
     return cast("Artifact", CudaArtifact(directory, manifest))
 
 
-def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
+def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact | GradientArtifact:
+    from opcompile.gradients.runtime import GradientArtifact  # it is made of what is here
+
     manifest = parse_manifest(text, directory)
     if is_gpu(manifest["target"]["name"]):
         return _load_gpu(directory, manifest)
@@ -541,9 +587,10 @@ def _load(directory: Path, text: bytes, threads: int, check: bool) -> Artifact:
     # `Artifact` reads the weights and checks them then: not twice
     _check_files(directory, manifest, set(manifest["files"]) - {WEIGHTS} if check else {path.name})
     _tvm_ffi()
+    kind = GradientArtifact if manifest["derivative"] else Artifact
     try:
         # the name holds the content's hash, so a library already loaded by this name is this one
-        return Artifact(directory, manifest, ctypes.CDLL(str(path)), threads)
+        return kind(directory, manifest, ctypes.CDLL(str(path)), threads)
     except (OSError, AttributeError, SpecError) as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
 
@@ -561,7 +608,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Return what an artifact holds of packed ``W`` and of ``B``; bfloat16 as bits. Raises `ArtifactError`."""
-    return _arrays(_read(directory, manifest, WEIGHTS), WEIGHTS) if manifest["weights"] else {}
+    return arrays_of(read_file(directory, manifest, WEIGHTS), WEIGHTS) if manifest["weights"] else {}
 
 
 def read_manifest(directory: Path) -> bytes:
@@ -628,6 +675,8 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
             isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
         ):
             raise ArtifactError(f"{where} lists {name} without its size and hash")
+    if manifest.get("derivative", "") not in (None, *WRT):
+        raise ArtifactError(f"{where} must say which derivative it is, x, w or b, or null for the layer itself")
     # an artifact for Metal may have none
     needed = [
         *([manifest["library"]] if manifest["library"] else []),
@@ -662,16 +711,16 @@ def _check_files(directory: Path, manifest: dict[str, Any], names: Iterable[str]
     files = manifest["files"]
     if sum(files[name]["bytes"] for name in names) < _LARGE:
         for name in names:
-            _read(directory, manifest, name)
+            read_file(directory, manifest, name)
         return
     from concurrent.futures import ThreadPoolExecutor  # hashing runs beside the interpreter
 
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(_read, directory, manifest, name) for name in names]:
+        for done in [pool.submit(read_file, directory, manifest, name) for name in names]:
             done.result()
 
 
-def _read(directory: Path, manifest: dict[str, Any], name: str) -> bytes:
+def read_file(directory: Path, manifest: dict[str, Any], name: str) -> bytes:
     """Return the content of a listed file. Raises `ArtifactError` when it is not what the manifest says."""
     entry = manifest["files"][name]
     try:
@@ -683,7 +732,8 @@ def _read(directory: Path, manifest: dict[str, Any], name: str) -> bytes:
     return content
 
 
-def _arrays(content: bytes, name: str) -> dict[str, NDArray[Any]]:
+def arrays_of(content: bytes, name: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a NumPy archive. Raises `ArtifactError` for what is none."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}

@@ -34,6 +34,7 @@ from opcompile.spec import ConvTranspose3d
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from opcompile.gradients.runtime import GradientArtifact
     from opcompile.runtime import Artifact
 
 __all__ = ["InputSet", "NotAsked", "Report", "Row", "bounds", "compare", "first_line", "input_sets", "verify"]
@@ -281,7 +282,7 @@ def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSe
     return rule, asked
 
 
-def _stored(dtype: str, values: Tensor) -> Tensor:
+def stored(dtype: str, values: Tensor) -> Tensor:
     """Round to the spec's dtype. Raises `EngineError` where NumPy does not know it."""
     if dtype != "bfloat16":
         return values.astype(dtype)
@@ -303,7 +304,7 @@ def _compiled_in(artifact: Artifact | CudaArtifact | Simulated) -> tuple[Tensor 
     with np.load(io.BytesIO((artifact.directory / "weights.npz").read_bytes()), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     if spec.dtype == "bfloat16":
-        arrays = {name: bits.view(_stored("bfloat16", np.zeros(0)).dtype) for name, bits in arrays.items()}
+        arrays = {name: bits.view(stored("bfloat16", np.zeros(0)).dtype) for name, bits in arrays.items()}
     w = _unpacked(artifact.packing, arrays["W"], spec.w_shape) if "W" in arrays else None
     return w, arrays.get("B")
 
@@ -369,7 +370,8 @@ def first_line(error: BaseException) -> str:
 # --- the questions, one after the other ---
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -395,7 +397,7 @@ def _ours(
             yield f"opcompile, {call}, packed weights", artifact(inputs.x, artifact.pack(w), b, threads=count)
 
 
-def _distinct(answers: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct(answers: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Keep answers that differ; of each other one, its twin: what is equal to the bit need not be judged twice."""
     kept: dict[str, Tensor] = {}
     twins: dict[str, str] = {}
@@ -425,13 +427,13 @@ def _ask(
     threads: Sequence[int],
 ) -> _Asked:
     spec = artifact.spec
-    x, w, b = (_stored(spec.dtype, values) for values in question.draw(spec, rng, question.batch))
+    x, w, b = (stored(spec.dtype, values) for values in question.draw(spec, rng, question.batch))
     passed: tuple[Tensor | None, Tensor | None] = (w, b if spec.bias else None)
     if question.compiled:
         passed = (None if own[0] is not None else w, None if own[1] is not None else passed[1])
         w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
     inputs = Inputs.of(spec, x, w, b)
-    kept, twins = _distinct(_ours(artifact, inputs, passed, threads))
+    kept, twins = distinct(_ours(artifact, inputs, passed, threads))
     answers = {name: Answer(y) for name, y in kept.items()}
     pairs = [(name, "reference") for name in twins]
     not_asked: list[NotAsked] = []
@@ -470,25 +472,33 @@ def _ask_golden(
     )
 
 
-def verify(artifact: Artifact | CudaArtifact | Simulated, *, seed: int = 0, engines: Sequence[str] = ENGINES) -> Report:
+def verify(
+    artifact: Artifact | CudaArtifact | Simulated | GradientArtifact, *, seed: int = 0, engines: Sequence[str] = ENGINES
+) -> Report:
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
     Order: small integers, to the last bit (or, for activations that are no selection, without any error of
     the sums); reals under the bound, drawn and structured; the test vector in the artifact. Every question goes to
     the artifact with one thread and with several; with a dynamic batch, 1, 2 and 3 images are asked.
     ``reference`` is the oracle; without it, answers are held only against each other.
-    Raises `CallError` for an engine it does not know; what cannot be asked is listed in the report.
+    A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
+    it does not know; what cannot be asked is listed in the report.
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    from opcompile.gradients.runtime import GradientArtifact  # on use: it is built on what is here
+    from opcompile.gradients.verify import verify as verify_gradient
+
+    if isinstance(artifact, GradientArtifact):
+        return verify_gradient(artifact, seed=seed)
     if isinstance(artifact, CudaArtifact):
         artifact.require_gpu()
     started, spec = time.perf_counter(), artifact.spec
     own = _compiled_in(artifact)
     rule, questions = input_sets(spec, any(mine is not None for mine in own))
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
-    threads = () if simulated or on_gpu else (1, max(2, _cpus()))
+    threads = () if simulated or on_gpu else (1, max(2, cpus()))
     rows: list[Row] = []
     not_asked: list[NotAsked] = []
     if simulated:
@@ -517,7 +527,7 @@ def verify(artifact: Artifact | CudaArtifact | Simulated, *, seed: int = 0, engi
         target=str(artifact.manifest["target"]["name"]),
         seed=seed,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=f"{platform.machine()} {platform.system()}, {_cpus()} CPUs, Python {platform.python_version()}",
+        machine=f"{platform.machine()} {platform.system()}, {cpus()} CPUs, Python {platform.python_version()}",
         versions=versions,
         engines=tuple(engines),
         threads=threads,

@@ -258,7 +258,7 @@ def test_without_checks_what_is_loaded_is_checked_still(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "format version 2"),
+        (lambda m: m.update(version=3), "format version 3"),
         (lambda m: m.update(format="another"), "format"),
         (lambda m: m.pop("spec"), "lacks spec"),
         (lambda m: m.update(spec="in=1"), "cannot be loaded"),

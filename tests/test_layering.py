@@ -45,6 +45,16 @@ BELOW = {
         }
         for system in ("files", "jax", "keras", "lucid", "mlx", "rmlx", "tensorflow", "torch")
     },
+    "opcompile.gradients.gradient": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.gradients.reference": {"opcompile.gradients.gradient", "opcompile.reference", "opcompile.spec"},
+    "opcompile.gradients.bounds": {
+        "opcompile.bounds",
+        "opcompile.errors",
+        "opcompile.gradients.gradient",
+        "opcompile.gradients.reference",
+        "opcompile.spec",
+    },
+    "opcompile.gradients.declare": {"opcompile.declare", "opcompile.gradients.gradient", "opcompile.spec"},
     "opcompile.roofline": set(),
     "opcompile.probes": {"opcompile.roofline", "opcompile.target"},
 }
@@ -101,7 +111,12 @@ def test_no_module_imports_both_tvm_and_onnx(module: str) -> None:
     assert not ("tvm" in found and found & {"onnx", "onnxruntime"})
 
 
-@pytest.mark.parametrize("module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors"])
+JUDGES = [f"gradients.{name}" for name in ("gradient", "reference", "bounds", "golden", "verify", "runtime")]
+
+
+@pytest.mark.parametrize(
+    "module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors", *JUDGES]
+)
 def test_these_import_neither(module: str) -> None:
     found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text(), types_too=True))
     assert not found & {"tvm", "onnx"}

@@ -1,0 +1,153 @@
+"""How far a right derivative may be from the oracle: the bound of `opcompile.bounds`, for sums going backward.
+
+A derivative is a sum of products, so that the same step applies: a term that meets k roundings on its
+way is off by at most gamma(k) times itself (Higham 2002, 3.1). Sums over all positions have so many
+terms that this would allow a tenth of the result; what is compiled sums in parts, says how `depth` its
+sums are, and is judged by that. NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS, Check, Format, gamma, judge, judge_bits, rounded
+from opcompile.errors import CallError, VerificationError
+from opcompile.gradients.gradient import Gradient
+from opcompile.gradients.reference import linear, slope
+from opcompile.spec import Activation
+
+Array = NDArray[np.float64]
+Tensor = NDArray[Any]
+
+# Roundings on the way to a slope and its product with dY: an elementary function is granted 16, the
+# formula around it and the parameters in it three, the product one.
+_SLOPE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The oracle's derivative of one set of operands, with what the bound needs to know of it.
+
+    ``magnitude`` is the same sum of magnitudes; ``integers`` says that no operand has a fraction.
+    """
+
+    gradient: Gradient
+    batch: int
+    value: Array
+    magnitude: Array
+    largest: float
+    integers: bool
+
+    @classmethod
+    def of(cls, gradient: Gradient, operands: Mapping[str, Any]) -> Truth:
+        """Ask the oracle. Raises `CallError` for operands that do not fit the derivative."""
+        given = _checked(gradient, operands)
+        dy, factor = given["dy"].astype(np.float64), given.get("w" if gradient.wrt == "x" else "x")
+        value_of, size_of = dy, np.abs(dy)
+        if gradient.needs_output:
+            y = given["y"].astype(np.float64)
+            value_of = dy * slope(gradient.layer.activation, y)
+            size_of = size_of * _reach(gradient.layer.activation, y)
+        value = linear(gradient, value_of, factor)
+        magnitude = linear(gradient, size_of, None if factor is None else np.abs(factor.astype(np.float64)))
+        largest = float(size_of.max()) + (0.0 if factor is None else float(np.abs(factor).max()))
+        summed = [array for name, array in given.items() if name != "y"]
+        integers = all(bool((np.trunc(array) == array).all()) for array in summed)
+        return cls(gradient, given["dy"].shape[0], value, magnitude, largest, integers)
+
+    def exact(self, sums: Format) -> bool:
+        """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
+        selects = self.gradient.layer.activation.name in EXACT_ACTIVATIONS
+        return self.integers and selects and float(self.magnitude.max()) < 2.0**sums.precision
+
+    def bound(self, sums: Format, storage: Format, depth: int) -> Array:
+        """Bound |computed - oracle| for every element, where a term meets ``depth`` roundings at most."""
+        terms, double = self.gradient.terms(self.batch), FORMATS["float64"]
+        error, overflows = np.zeros_like(self.value), np.zeros((), bool)
+        if not self.exact(sums):
+            slopes = 0 if self.gradient.layer.activation.name in EXACT_ACTIVATIONS else _SLOPE
+            inputs = 2 * (sums.precision < storage.precision)
+            relative = gamma(min(depth, terms) + slopes + inputs, sums.unit) + gamma(terms + slopes, double.unit)
+            error = self.magnitude * (relative * (1 + gamma(terms + slopes, double.unit)))
+            # a term, and either of its factors, can be lost below the normal range
+            error += terms * sums.floor * (self.largest + 2)
+            overflows = self.magnitude * (1 + relative) >= sums.limit
+        if storage.precision < sums.precision:
+            error = error + (storage.unit * (np.abs(self.value) + error) + storage.floor)
+        error[np.broadcast_to(overflows, error.shape)] = np.inf
+        return error
+
+
+def _checked(gradient: Gradient, operands: Mapping[str, Any]) -> dict[str, Tensor]:
+    dtype = gradient.layer.dtype
+    if set(operands) != set(gradient.operands):
+        raise CallError(f"{gradient.name} takes {', '.join(gradient.operands)}, and was given {', '.join(operands)}")
+    given = {name: np.asarray(operands[name]) for name in gradient.operands}
+    batch = given["dy"].shape[0] if given["dy"].ndim else 0
+    for name, array in given.items():
+        shape = tuple(batch if n is None else n for n in gradient.operands[name])
+        if array.shape != shape:
+            raise CallError(f"{name} has shape {array.shape}, but {gradient} takes {shape}")
+        if array.dtype.name != dtype and not np.array_equal(rounded(dtype, array), array):
+            raise CallError(
+                f"{name} is {array.dtype.name} and holds values that {dtype} cannot; "
+                f"round it first, so that the oracle reads what the kernel reads"
+            )
+        if not np.isfinite(array).all():
+            raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
+    return given
+
+
+def judge_all(truth: Truth, answer: Tensor, *, depth: int | None = None, exact: bool = False) -> Check:
+    """Judge ``answer`` against the oracle.
+
+    ``depth`` is how many roundings a term of the answer meets at most, by default as many as there are
+    terms, which holds in any order. With ``exact``, for small integers, equality to the last bit is
+    asked. Raises `VerificationError` for an answer of the wrong shape, `CallError` where ``exact`` is
+    asked for operands whose sums may round.
+    """
+    layer = truth.gradient.layer
+    sums, storage = FORMATS[layer.sum_dtype], FORMATS[layer.dtype]
+    if answer.shape != truth.value.shape:
+        raise VerificationError(f"{truth.gradient} has shape {truth.value.shape}, and the answer {answer.shape}")
+    actual = answer.astype(np.float64)
+    if exact:
+        if not truth.exact(sums):
+            raise CallError("exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums)")
+        return judge_bits(layer.sum_dtype, actual, rounded(layer.dtype, truth.value))
+    bound = truth.bound(sums, storage, truth.gradient.terms(truth.batch) if depth is None else depth)
+    limit = min(storage.limit, sums.limit)
+    return judge("bound", layer.sum_dtype, actual, truth.value, bound, limit)
+
+
+def compare(
+    gradient: Gradient, actual: Any, operands: Mapping[str, Any], *, depth: int | None = None, exact: bool = False
+) -> Check:
+    """Judge a derivative from anywhere, computed from these very ``operands``. See `judge_all`."""
+    return judge_all(Truth.of(gradient, operands), np.asarray(actual), depth=depth, exact=exact)
+
+
+def _reach(activation: Activation, y: Array) -> Array:
+    """The magnitudes that are added up, at any time, on the way to a slope."""
+    found: Array = np.broadcast_to(_REACHES[activation.name](y, *map(abs, activation.parameters)), y.shape)
+    return found
+
+
+_REACHES: dict[str, Callable[..., Any]] = {
+    "relu": lambda y: np.where(y > 0, 1.0, 0.0),
+    "relu6": lambda y: np.where((y > 0) & (y < 6), 1.0, 0.0),
+    "leaky_relu": lambda y, alpha: np.where(y > 0, 1.0, alpha),
+    "elu": lambda y, alpha: np.where(y > 0, 1.0, np.abs(y) + alpha),
+    "selu": lambda y, alpha, gamma: np.where(y > 0, gamma, np.abs(y) + alpha * gamma),
+    "sigmoid": lambda y: np.abs(y) * (1 + np.abs(y)),
+    "hard_sigmoid": lambda _y, alpha, _beta: alpha,
+    "softplus": lambda y: 1 + np.exp(-y),
+    "softsign": lambda y: (1 + np.abs(y)) ** 2,
+    "tanh": lambda y: 1 + y * y,
+    "exponential": np.abs,
+}

@@ -1,0 +1,95 @@
+"""From a derivative to machine code: choose tiles, declare, schedule, compile."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tvm
+from tvm import s_tir
+
+from opcompile.errors import RecordError, SpecError
+from opcompile.gradients.declare import Depth, Grain, declare, depth
+from opcompile.gradients.gradient import Gradient
+from opcompile.lower import Plan, PlanName, allocated_bytes
+from opcompile.target import Target
+from schedules import gradients
+from schedules.gradients import BiasTiles, GradientTiles, InputTiles
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredGradient:
+    """A compiled kernel ``conv_transpose3d_d<wrt>(dy[, w or x][, y], out)``, not yet linked.
+
+    ``object_code`` is one relocatable object for ``target``; ``depth`` bounds the roundings of a term;
+    ``workspace_bytes`` is what a call with one thread allocates (of one image where the batch is dynamic).
+    """
+
+    gradient: Gradient
+    target: Target
+    plan: Plan
+    object_code: bytes
+    depth: Depth
+    workspace_bytes: int
+
+
+def kernel_name(gradient: Gradient) -> str:
+    """The function's name: a derivative must not be found under the name of the layer."""
+    return f"conv_transpose3d_{gradient.name}"
+
+
+def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> LoweredGradient:
+    """Compile ``gradient`` for ``target``.
+
+    ``plan`` is ``best`` or ``baseline``, which are the same: tiles by arithmetic. Derivatives are not
+    tuned, so that ``tuned`` raises `RecordError`.
+    """
+    tiles, chosen = choose(gradient, target, plan)
+    module = scheduled(gradient, tiles)
+    with tvm.target.Target(target.tvm()) as tvm_target:
+        executable = tvm.compile(module, target=tvm_target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        executable.mod.write_to_file(str(path), "o")
+        code = path.read_bytes()
+    return LoweredGradient(
+        gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace_bytes(gradient, tiles)
+    )
+
+
+def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
+    """The tiles that ``plan`` asks for, and the account of the choice."""
+    if plan not in ("best", "baseline", "tuned"):
+        raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
+    if plan == "tuned":
+        raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
+    estimate = gradients.candidates(gradient, target.machine)[0]
+    tiles: GradientTiles = estimate.tiles
+    return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), estimate.why(), None)
+
+
+def grain(tiles: GradientTiles) -> Grain:
+    """What the declaration must be rounded to for these tiles, and how its sums are cut."""
+    if isinstance(tiles, InputTiles):
+        return Grain(c=tiles.channels, positions=(tiles.depth, tiles.height, tiles.columns))
+    lanes = tiles.lanes if tiles.vector == "row" else 1
+    if isinstance(tiles, BiasTiles):
+        return Grain(lanes=lanes, slices=tiles.slices)
+    return Grain(c=tiles.task_c, m=tiles.task_m, block=(tiles.depth, tiles.height), lanes=lanes, slices=tiles.slices)
+
+
+def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
+    """The module ready to compile."""
+    name = kernel_name(gradient)
+    declared = declare(gradient, grain(tiles)).with_attr("global_symbol", name)
+    sch = s_tir.Schedule(tvm.IRModule({name: declared}))
+    sch.work_on(name)
+    gradients.schedule(sch, gradient, tiles)
+    return sch.mod
+
+
+def workspace_bytes(gradient: Gradient, tiles: GradientTiles) -> int:
+    """Bytes that one call allocates with one thread; for a dynamic batch, with one image."""
+    whole = gradient if gradient.layer.batch is not None else gradient.with_batch(1)
+    return allocated_bytes(scheduled(whole, tiles)[kernel_name(gradient)])

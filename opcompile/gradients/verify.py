@@ -1,0 +1,201 @@
+"""A derivative's artifact -> a report: `opcompile.verify`'s questions, asked backward.
+
+Neither TVM nor ONNX is imported: the oracle and the kernel share nothing but the description.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS, Check, judge
+from opcompile.errors import EngineError, TargetError
+from opcompile.gradients.bounds import Truth, judge_all
+from opcompile.gradients.gradient import Gradient
+from opcompile.reference import activate
+from opcompile.verify import NotAsked, Report, Row, cpus, distinct, stored
+
+if TYPE_CHECKING:
+    from opcompile.gradients.runtime import GradientArtifact
+
+Tensor = NDArray[Any]
+Operands = dict[str, Tensor]
+
+# Above either of these a derivative is asked two input sets, and otherwise all: the oracle takes seconds there.
+_LARGE_FLOPS = 2**28
+_LARGE_BYTES = 2**22
+
+
+# --- the operands ---
+
+
+def _shapes(gradient: Gradient, batch: int) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(batch if n is None else n for n in shape) for name, shape in gradient.operands.items()}
+
+
+def _with_output(gradient: Gradient, drawn: Operands) -> Operands:
+    """Let Y be what the activation gives, where it is an operand."""
+    if "y" not in drawn:
+        return drawn
+    return {**drawn, "y": activate(gradient.layer.activation, drawn["y"].astype(np.float64))}
+
+
+def _integers(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
+    """Integers so small, and in a long sum so many of them zero, that no sum of magnitudes reaches 2^23."""
+    terms = gradient.terms(batch)
+    most = max(1, min(8, math.isqrt(2**23 // terms)))
+    drawn: Operands = {
+        name: rng.integers(-most, most + 1, shape, np.int8) for name, shape in _shapes(gradient, batch).items()
+    }
+    if terms * most * most > 2**23:
+        drawn["dy"] = drawn["dy"] * (rng.random(drawn["dy"].shape, np.float32) < 2**22 / terms)
+    return _with_output(gradient, drawn)
+
+
+def _normal(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
+    """Draw sums of standard deviation 2."""
+    drawn: Operands = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(gradient, batch).items()}
+    drawn["dy"] = drawn["dy"] * np.float32(2 / math.sqrt(gradient.terms(batch)))
+    return _with_output(gradient, drawn)
+
+
+def _impulse(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
+    """One element of dY alone: what lands in the wrong place is seen at once."""
+    drawn = _normal(gradient, rng, batch)
+    impulse = np.zeros_like(drawn["dy"])
+    impulse.reshape(-1)[rng.integers(impulse.size)] = 1
+    return {**drawn, "dy": impulse}
+
+
+def _alternating(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
+    """Neighbours cancel: sums far smaller than their terms, where the order of summation shows most."""
+    drawn = _normal(gradient, rng, batch)
+    parity = np.zeros((), np.int64)
+    for size in drawn["dy"].shape:
+        parity = parity[..., None] + np.arange(size)
+    factors: Operands = {name: np.abs(drawn[name]) for name in ("w", "x") if name in drawn}
+    return {**drawn, "dy": np.abs(drawn["dy"]) * (1 - 2 * (parity % 2)), **factors}
+
+
+def _wide(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
+    """Magnitudes over 2^-20 .. 2^20 (2^-6 .. 2^6 in float16, whose largest number is 65504)."""
+    drawn = _normal(gradient, rng, batch)
+    most = 6 if gradient.layer.dtype == "float16" else 20
+    return {**drawn, "dy": np.ldexp(drawn["dy"], rng.integers(-most, most + 1, drawn["dy"].shape, np.int32))}
+
+
+_Draw = Callable[[Gradient, np.random.Generator, int], Operands]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    name: str
+    draw: _Draw
+    batch: int
+    exact: bool = False
+
+
+def _questions(gradient: Gradient) -> tuple[str, list[_Question]]:
+    """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
+    large = gradient.flops > _LARGE_FLOPS or gradient.bytes() > _LARGE_BYTES
+    layer = gradient.layer
+    main, *others = [layer.batch] if layer.batch else [2, 1, 3]
+    exact = layer.activation.name in EXACT_ACTIVATIONS
+    asked = [_Question("integers", _integers, main, exact), _Question("normal", _normal, main)]
+    if large:
+        size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
+        rule = f"two input sets, because the derivative is larger than {size}"
+    else:
+        rule = "all input sets"
+        rest = {"impulse": _impulse, "alternating": _alternating, "wide": _wide}
+        asked += [_Question(name, draw, main) for name, draw in rest.items()]
+    asked += [_Question("integers", _integers, batch, exact) for batch in others]
+    return rule, asked
+
+
+# --- the questions, one after the other ---
+
+
+def _answers(artifact: GradientArtifact, operands: Operands, threads: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    given: dict[str, Any] = dict(operands)
+    for count in threads:
+        yield f"opcompile, {count} thread{'s' * (count > 1)}", artifact(**given, threads=count)
+
+
+def _ask(
+    artifact: GradientArtifact, question: _Question, rng: np.random.Generator, threads: Sequence[int]
+) -> Iterator[Row]:
+    gradient = artifact.gradient
+    drawn = question.draw(gradient, rng, question.batch)
+    operands = {name: stored(gradient.layer.dtype, values) for name, values in drawn.items()}
+    truth = Truth.of(gradient, operands)
+    exact = question.exact and truth.exact(FORMATS[gradient.layer.sum_dtype])
+    kept, twins = distinct(_answers(artifact, operands, threads))
+    depth = artifact.depth(question.batch)
+    checks = {name: judge_all(truth, answer, depth=depth, exact=exact) for name, answer in kept.items()}
+    for name, twin in twins.items():
+        yield Row(question.name, "caller", question.batch, name, "reference", checks[twin])
+
+
+def _ask_golden(artifact: GradientArtifact) -> tuple[Row, ...]:
+    """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
+    golden, gradient = artifact.golden(), artifact.gradient
+    truth = Truth.of(gradient, golden.operands)
+    layer, batch = gradient.layer, truth.batch
+    sums, storage = FORMATS[layer.sum_dtype], FORMATS[layer.dtype]
+    bound = truth.bound(sums, storage, artifact.depth(batch)).reshape(-1)[golden.indices]
+    expected = truth.value.reshape(-1)[golden.indices]
+    given: dict[str, Any] = dict(golden.operands)
+    ours = np.asarray(artifact(**given)).reshape(-1)[golden.indices].astype(np.float64)
+
+    def check(values: Tensor) -> Check:
+        found = judge("bound", layer.sum_dtype, values, expected, bound, min(storage.limit, sums.limit))
+        place = np.unravel_index(int(golden.indices[found.index[0]]), truth.value.shape)
+        return replace(found, index=tuple(int(i) for i in place))
+
+    return (
+        Row("golden.npz", "caller", batch, "opcompile", "reference", check(ours)),
+        Row("golden.npz", "caller", batch, "golden.npz", "reference", check(golden.expected)),
+    )
+
+
+def verify(artifact: GradientArtifact, *, seed: int = 0) -> Report:
+    """Ask ``artifact`` and the oracle about the same operands, and compare; what cannot be asked is listed.
+
+    Small integers first, to the last bit; reals, drawn and structured, under the bound of the depth that
+    the artifact states; the test vector. Every question goes to it with one thread and with several;
+    with a dynamic batch, 1, 2 and 3 images are asked.
+    """
+    started, gradient = time.perf_counter(), artifact.gradient
+    rule, questions = _questions(gradient)
+    threads = (1, max(2, cpus()))
+    rows: list[Row] = []
+    not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle alone judges it")]
+    try:
+        for number, question in enumerate(questions):
+            rows += _ask(artifact, question, np.random.default_rng([seed, number]), threads)
+        rows += _ask_golden(artifact)
+    except (EngineError, TargetError) as error:
+        not_asked.append(NotAsked("opcompile", str(error)))
+    return Report(
+        spec=str(gradient),
+        target=str(artifact.manifest["target"]["name"]),
+        seed=seed,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=f"{platform.machine()} {platform.system()}, {cpus()} CPUs, Python {platform.python_version()}",
+        versions={**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__},
+        engines=("reference",),
+        threads=threads,
+        rule=rule,
+        elapsed_s=round(time.perf_counter() - started, 3),
+        rows=tuple(rows),
+        not_asked=tuple(not_asked),
+    )

@@ -1,0 +1,152 @@
+"""A derivative as an artifact: written, loaded, called, verified, and never taken for something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gradient_kernels import draw
+
+import opcompile as oc
+from opcompile.build import write
+from opcompile.cli import cli
+from opcompile.describe import contents
+from opcompile.errors import ArtifactError, CallError, SpecError, VerificationError
+from opcompile.gradients.bounds import compare
+from opcompile.gradients.reference import reference
+from opcompile.gradients.runtime import GradientArtifact
+from opcompile.runtime import digest, load_any
+
+TEXT = "in=Nx4x2x3x4 co=6 k=3 s=2 p=1 op=1 g=2 act=relu"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    for wrt in ("x", "w", "b"):
+        write(oc.ConvTranspose3d.parse(TEXT), "llvm", "best", folder / wrt, derivative=wrt)
+    return folder
+
+
+@pytest.mark.parametrize("wrt", ["x", "w", "b"])
+def test_calls_by_place_and_by_name_are_the_derivative(place: Path, wrt: str) -> None:
+    artifact = oc.load(place / wrt, derivative=wrt)  # type: ignore[call-overload]
+    for batch in (1, 3):
+        operands = draw(artifact.gradient, integers=3, batch=batch)
+        result = artifact(*operands.values())
+        compare(artifact.gradient, result, operands, exact=True).require()
+        out = np.empty_like(result)
+        assert artifact(**operands, out=out, threads=2) is out
+        np.testing.assert_array_equal(out, result)
+
+
+def test_arguments_that_do_not_fit_say_so(place: Path) -> None:
+    artifact = oc.load(place / "w", derivative="w")
+    operands = draw(artifact.gradient)
+    dy, x, y = operands.values()
+    with pytest.raises(CallError, match="y is missing: dw takes dy, x, y"):
+        artifact(dy, x)
+    with pytest.raises(CallError, match="w was given, but dw takes dy, x, y"):
+        artifact(dy, x, y, w=x)
+    with pytest.raises(CallError, match="x was given twice"):
+        artifact(dy, x, y, x=x)
+    with pytest.raises(CallError, match="dw takes dy, x, y, and was given 4 tensors"):
+        artifact(dy, x, y, y)
+    with pytest.raises(CallError, match="x has batch 1, but dy has 2"):
+        artifact(dy, x[:1], y)
+    with pytest.raises(CallError, match="dy has shape"):
+        artifact(x, x, y)
+    dx = oc.load(place / "x", derivative="x")
+    dy, w, y = draw(dx.gradient).values()
+    with pytest.raises(CallError, match="out shares memory with dy"):
+        artifact(dy, x, y, out=dy.reshape(-1)[: 4 * 3 * 27].reshape(4, 3, 3, 3, 3))
+    with pytest.raises(CallError, match="out has batch 1, but dy has 2"):
+        dx(dy, w, y, out=np.empty((1, 4, 2, 3, 4), "float32"))
+
+
+def test_a_derivative_is_not_taken_for_the_layer_or_another(place: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds the derivative dx; load it with derivative='x'"):
+        oc.load(place / "x")
+    with pytest.raises(ArtifactError, match="holds the derivative dx"):
+        oc.load(place / "x", derivative="w")
+    layer = oc.compile(oc.ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1"))
+    with pytest.raises(ArtifactError, match="holds the layer itself, no derivative"):
+        oc.load(layer.directory, derivative="x")
+    names = {json.loads((place / wrt / "manifest.json").read_text())["library"][:20] for wrt in ("x", "w", "b")}
+    assert names == {"conv_transpose3d_dx-", "conv_transpose3d_dw-", "conv_transpose3d_db-"}
+
+
+def test_a_manifest_without_the_word_is_refused(place: Path, tmp_path: Path) -> None:
+    for wrong in ("y", 1, ...):
+        manifest = json.loads((place / "b" / "manifest.json").read_text())
+        manifest["derivative"] = wrong
+        if wrong is ...:
+            del manifest["derivative"]
+        manifest["sha256"] = digest(manifest)
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match="must say which derivative it is"):
+            load_any(tmp_path)
+
+
+def test_the_test_vector_is_the_oracle_s(place: Path) -> None:
+    for wrt in ("x", "w", "b"):
+        artifact = load_any(place / wrt)
+        assert isinstance(artifact, GradientArtifact)
+        golden = artifact.golden()
+        whole = reference(artifact.gradient, golden.operands).reshape(-1)
+        np.testing.assert_array_equal(whole[golden.indices], golden.expected)
+
+
+def test_verification_asks_and_notices(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = load_any(place / "w")
+    report = oc.verify(artifact)
+    assert report.passed
+    assert {row.inputs for row in report.rows} >= {"integers", "normal", "impulse", "golden.npz"}
+    assert {row.batch for row in report.rows} == {1, 2, 3}
+    whole = GradientArtifact.__call__
+
+    def bend(self, *args, **named):
+        result = whole(self, *args, **named)
+        result[0, 0, 0, 0, 0] += 1
+        return result
+
+    monkeypatch.setattr(GradientArtifact, "__call__", bend)
+    with pytest.raises(VerificationError, match="dw of in=Nx4"):
+        oc.verify(artifact).require()
+
+
+def test_it_is_described(place: Path) -> None:
+    held = contents(place / "x")
+    assert held.whole
+    assert held.manifest["derivative"] == "x"
+    assert held.manifest["depth"]["per_image"] == 0
+    assert "OPCOMPILE_KERNEL __tvm_ffi_conv_transpose3d_dx" in (place / "x" / "conv_transpose3d_dx.h").read_text()
+
+
+def test_compile_takes_no_weights_of_a_derivative() -> None:
+    spec = oc.ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1")
+    with pytest.raises(CallError, match="give w in each call"):
+        oc.compile(spec, derivative="x", weight=np.ones((1, 1, 1, 1, 1), "float32"))  # type: ignore[call-overload]
+    with pytest.raises(SpecError, match="derivative 'y' is unknown"):
+        oc.compile(spec, derivative="y")  # type: ignore[call-overload]
+
+
+def test_the_command_line_compiles_verifies_and_runs_one(tmp_path: Path) -> None:
+    run, spec = CliRunner(), "in=1x3x2x3x4 co=2 k=2 s=2"
+    out = str(tmp_path / "dx")
+    done = run.invoke(cli, ["compile", spec, "-o", out, "--derivative", "x", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "dx" / "report.json").read_text())["passed"]
+    assert run.invoke(cli, ["verify", out]).exit_code == 0
+    assert "its derivative dx" in run.invoke(cli, ["inspect", out]).output
+    artifact = oc.load(out, derivative="x")
+    operands = draw(artifact.gradient, integers=2)
+    words = ["run", out, "-o", str(tmp_path / "dx.npy")]
+    for name, array in operands.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        words += [f"--{name}", str(tmp_path / f"{name}.npy")]
+    assert run.invoke(cli, words).exit_code == 0
+    compare(artifact.gradient, np.load(tmp_path / "dx.npy"), operands, exact=True).require()

@@ -1,0 +1,255 @@
+"""The derivatives equal their oracle, and the oracle is the derivative."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from gradient_kernels import Operands, draw, gradients_of, kernel, stated_depth
+from hypothesis import given, settings
+from kernels import HERE, dtype_of
+from strategies import specs
+
+from opcompile.bounds import EXACT_ACTIVATIONS
+from opcompile.cases import Case, case, tagged
+from opcompile.errors import CallError, RecordError, SpecError
+from opcompile.gradients import lower
+from opcompile.gradients.bounds import compare
+from opcompile.gradients.gradient import Gradient
+from opcompile.gradients.reference import reference, slope
+from opcompile.reference import activate
+from opcompile.reference import reference as forward
+from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
+from schedules import gradients
+from schedules.gradients import InputTiles, WeightTiles
+
+
+def told(name: str) -> bool:
+    try:
+        Gradient(replace(case("plain").spec, activation=Activation(name)), "x")
+    except SpecError:
+        return False
+    return True
+
+
+TAKEN_TWICE = tuple(name for name in ACTIVATIONS if not told(name))
+CORNERS = [c for c in tagged("corner") if c.spec.activation.name not in TAKEN_TWICE]
+FEW = [
+    "prime-sizes",
+    "k-below-s-mixed",
+    "output-pad-beyond",
+    "asymmetric-pads",
+    "dilated-gcd2",
+    "groups-wide",
+    "depthwise-multiplier",
+    "batch-dynamic-groups",
+    "channels-last-groups",
+    "float16-channels-last",
+    "bfloat16",
+    "act-softplus",
+]
+
+
+def require_right(gradient: Gradient, *, optimised: bool) -> None:
+    run = kernel(gradient, optimised=optimised)
+    operands = draw(gradient, integers=2)
+    exact = gradient.layer.activation.name in EXACT_ACTIVATIONS
+    compare(gradient, run(operands), operands, exact=exact).require()
+    operands = draw(gradient)
+    depth = stated_depth(gradient, operands["dy"].shape[0])
+    compare(gradient, run(operands), operands, depth=depth).require()
+
+
+# --- the kernels mean what the oracle means ---
+
+
+@pytest.mark.parametrize("example", [case(name) for name in FEW], ids=lambda c: c.name)
+def test_a_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
+    for gradient in gradients_of(replace(example.spec, activation=known(example.spec.activation))):
+        require_right(gradient, optimised=False)
+
+
+@pytest.mark.peers  # some minutes
+@pytest.mark.parametrize("example", CORNERS, ids=lambda c: c.name)
+def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
+    for gradient in gradients_of(example.spec):
+        require_right(gradient, optimised=True)
+
+
+@given(spec=specs())
+@settings(max_examples=8)
+def test_any_legal_layer_has_derivatives_that_equal_the_oracle(spec: ConvTranspose3d) -> None:
+    for gradient in gradients_of(replace(spec, activation=known(spec.activation))):
+        operands = draw(gradient, integers=2)
+        exact = gradient.layer.activation.name in EXACT_ACTIVATIONS
+        compare(gradient, kernel(gradient, optimised=False)(operands), operands, exact=exact).require()
+
+
+def known(activation: Activation) -> Activation:
+    try:
+        Gradient(replace(case("plain").spec, activation=activation), "x")
+    except SpecError:
+        return Activation()
+    return activation
+
+
+@pytest.mark.parametrize("name", ["prime-sizes", "groups-wide", "channels-last-groups"])
+@pytest.mark.parametrize("vector", ["channels", "row"])
+def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
+    layer = case(name).spec
+    c = layer.channels_in // layer.groups
+    wide = vector == "channels"
+    channels = 32 * -(-c // 32) if wide else 3 * -(-c // 3)
+    x = InputTiles(vector, 16, 2, 3, 2, channels, 2, 4, 1, "weights")
+    w = WeightTiles(vector, 16, 2, 3, 1, 32 if wide else 2, 6, 2, 3, 2, 1)
+    for gradient, tiles in ((Gradient(layer, "x"), x), (Gradient(layer, "w"), w)):
+        operands = draw(gradient, integers=2)
+        run = kernel(gradient, tiles, optimised=False)
+        compare(gradient, run(operands), operands, exact=True).require()
+
+
+def test_candidates_of_a_layer_agree() -> None:
+    layer = ConvTranspose3d.parse("in=1x20x4x5x18 co=5 k=3 s=2 p=1 op=1")
+    for wrt in ("x", "w"):
+        gradient = Gradient(layer, wrt)  # type: ignore[arg-type]
+        found = gradients.candidates(gradient, HERE.machine)
+        assert {e.tiles.vector for e in found} == {"channels", "row"}
+        assert found == gradients.candidates(gradient, HERE.machine)
+        operands = draw(gradient, integers=2)
+        for estimate in found[:: len(found) // 2]:
+            run = kernel(gradient, estimate.tiles, optimised=False)
+            compare(gradient, run(operands), operands, exact=True).require()
+
+
+def test_weights_are_transposed_ahead_or_by_the_tasks() -> None:
+    gradient = Gradient(case("prime-k2-s2").spec, "x")
+    found = gradients.candidates(gradient, HERE.machine)
+    operands = draw(gradient, integers=2)
+    for ahead in ("weights", "dy"):
+        tiles = next(e.tiles for e in found if e.tiles.ahead == ahead)
+        run = kernel(gradient, tiles, optimised=False)
+        compare(gradient, run(operands), operands, exact=True).require()
+
+
+def test_long_sums_are_cut_and_judged_by_how_deep_they_are() -> None:
+    layer = ConvTranspose3d.parse("in=1x16x8x16x32 co=2 k=2 s=2")
+    for wrt in ("w", "b"):
+        gradient = Gradient(layer, wrt)  # type: ignore[arg-type]
+        depth = stated_depth(gradient, 1)
+        assert depth < gradient.terms(1) // 4
+        operands = draw(gradient)
+        found = compare(gradient, kernel(gradient)(operands), operands, depth=depth)
+        assert found.passed
+        assert found.bound < compare(gradient, found.actual * np.ones(gradient.shape), operands).bound  # type: ignore[operator]
+
+
+# --- the oracle is the derivative ---
+
+
+@pytest.mark.parametrize("example", [c for c in CORNERS if c.spec.activation.name == "none"], ids=lambda c: c.name)
+def test_the_derivative_is_the_adjoint(example: Case) -> None:
+    """For y = A(x) linear, <dy, A(v)> = <A^T(dy), v>, for every v: exactly, on integers."""
+    layer = replace(example.spec, dtype="float64")
+    for gradient in gradients_of(layer):
+        operands = draw(gradient, integers=3)
+        batch = operands["dy"].shape[0]
+        shape = tuple(n or batch for n in gradient.shape)
+        v = np.random.default_rng(1).integers(-3, 4, shape).astype(float)
+        x = operands.get("x", np.zeros([n or batch for n in layer.x_shape]))
+        at = {"x": x, "w": operands.get("w", np.zeros(layer.w_shape)), "b": np.zeros(layer.channels_out)}
+        at[gradient.wrt] = v
+        moved = forward(layer, at["x"], at["w"], at["b"])
+        assert (operands["dy"] * moved).sum() == (reference(gradient, operands) * v).sum()
+
+
+@pytest.mark.parametrize("text", ["in=2x2x2x3x2 co=4 k=2x3x1 s=2x1x3 p=1:0x1:1x0:0 op=1x0x2 d=1x2x1 g=2 dtype=float64"])
+@pytest.mark.parametrize("layout", ["NCDHW", "NDHWC"])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu:0.5", "relu6"])
+def test_finite_differences_give_every_element(text: str, layout: str, activation: str) -> None:
+    """A piece of a piecewise linear layer: a step of a power of two that crosses no kink gives the slope exactly."""
+    layer = ConvTranspose3d.parse(f"{text} layout={layout} act={activation}")
+    rng = np.random.default_rng(2)
+    at = {
+        "x": rng.integers(-3, 4, layer.x_shape).astype(float),  # type: ignore[arg-type]
+        "w": rng.integers(-3, 4, layer.w_shape).astype(float),
+        "b": rng.integers(-3, 4, (4,)) + 0.5,  # sums are odd multiples of a half: no kink is near
+    }
+    y = forward(layer, at["x"], at["w"], at["b"])
+    dy = rng.integers(-3, 4, y.shape).astype(float)
+    for gradient in gradients_of(layer):
+        operands = {name: {**at, "dy": dy, "y": y}[name] for name in gradient.operands}
+        found = reference(gradient, operands).ravel()
+        for index in range(found.size):
+            moved = {name: value.copy() for name, value in at.items()}
+            moved[gradient.wrt].ravel()[index] += 2.0**-5
+            difference = forward(layer, moved["x"], moved["w"], moved["b"]) - y
+            assert (dy * difference).sum() / 2.0**-5 == found[index]
+
+
+@pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n not in (*TAKEN_TWICE, "none")])
+def test_slopes_are_told_from_the_output(name: str) -> None:
+    """Central differences err by h^2/6 of the third derivative, below 25 here, and by rounding over h."""
+    activation, step = Activation(name), 2.0**-13
+    z = np.linspace(-3, 3, 602)
+    z = z[(np.abs(z) > step) & (np.abs(np.abs(z) - 3) > step)]
+    exact = (activate(activation, z + step) - activate(activation, z - step)) / (2 * step)
+    found = slope(activation, activate(activation, z))
+    assert np.abs(found - exact).max() <= step**2 / 6 * 25 + 2.0**-52 * 25 / step
+
+
+# --- what cannot be said is refused ---
+
+
+@pytest.mark.parametrize("name", TAKEN_TWICE)
+def test_a_slope_that_the_output_does_not_tell_is_refused_with_the_way_out(name: str) -> None:
+    layer = replace(case("plain").spec, activation=Activation(name))
+    for wrt in ("x", "w", "b"):
+        with pytest.raises(SpecError, match=rf"{name} cannot be told .* act=none"):
+            Gradient(layer, wrt)  # type: ignore[arg-type]
+
+
+def test_a_parameter_that_folds_the_activation_is_refused() -> None:
+    for text in ("leaky_relu:-0.1", "elu:-1.0", "selu:-1.0:1.0"):
+        with pytest.raises(SpecError, match="cannot be told"):
+            Gradient(replace(case("plain").spec, activation=Activation.parse(text)), "w")
+
+
+def test_what_there_is_no_derivative_of_is_refused() -> None:
+    with pytest.raises(SpecError, match="no bias"):
+        Gradient(case("no-bias").spec, "b")
+    with pytest.raises(SpecError, match="'y' is unknown; use one of x, w, b"):
+        Gradient(case("plain").spec, "y")  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match="not tuned"):
+        lower.choose(Gradient(case("plain").spec, "x"), HERE, "tuned")
+
+
+# --- the judge ---
+
+
+def bent(operands: Operands, gradient: Gradient) -> np.ndarray[Any, Any]:
+    answer = reference(gradient, operands).astype(dtype_of(gradient.layer))
+    answer.ravel()[answer.size // 2] += 1
+    return answer
+
+
+def test_one_bent_element_is_noticed() -> None:
+    for gradient in gradients_of(case("k3-s2").spec):
+        operands = draw(gradient, integers=2)
+        assert compare(gradient, bent(operands, gradient), operands, exact=True).failures == 1
+        operands = draw(gradient)
+        assert compare(gradient, bent(operands, gradient), operands).failures == 1
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    gradient = Gradient(case("k3-s2").spec, "x")
+    operands = draw(gradient)
+    with pytest.raises(CallError, match="dx takes dy, w"):
+        compare(gradient, 0, {"dy": operands["dy"]})
+    with pytest.raises(CallError, match="w has shape"):
+        compare(gradient, 0, {**operands, "w": operands["dy"]})
+    with pytest.raises(CallError, match="infinities"):
+        compare(gradient, 0, {**operands, "w": operands["w"] * np.inf})
+    with pytest.raises(CallError, match="exact needs integers"):
+        compare(gradient, reference(gradient, operands), operands, exact=True)
