@@ -301,8 +301,8 @@ def _compiled_in(artifact: Artifact | CudaArtifact | Simulated) -> tuple[Tensor 
     spec = artifact.spec
     if not artifact.manifest["weights"]:
         return None, None
-    with np.load(io.BytesIO((artifact.directory / "weights.npz").read_bytes()), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    with np.load(io.BytesIO((artifact.directory / "weights.npz").read_bytes()), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
     if spec.dtype == "bfloat16":
         arrays = {name: bits.view(stored("bfloat16", np.zeros(0)).dtype) for name, bits in arrays.items()}
     w = _unpacked(artifact.packing, arrays["W"], spec.w_shape) if "W" in arrays else None

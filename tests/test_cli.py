@@ -152,6 +152,12 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "3"], 2, ["opset 3"]),
         (["{models}/unet.onnx", "-o", "{tmp}/a.onnx"], 2, ["has 2 such nodes", "--node"]),
     ],
+    "replace": [
+        (["{tmp}/none.onnx", "-o", "{tmp}/out"], 2, ["none.onnx", "name an ONNX file"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "x"], 2, ["--shape", "NAME=NxCxDxHxW"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--node", "nothing"], 2, ["nothing", "it has: node_convolution"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--target", "cuda:sm_90"], 3, ["cuda:sm_90", "works for CPUs"]),
+    ],
     "inspect": [
         (["no-such-case"], 2, ["no-such-case"]),
         (["{tmp}"], 2, ["manifest.json"]),

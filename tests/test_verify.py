@@ -17,6 +17,7 @@ from rich.console import Console
 from strategies import arrays
 
 from opcompile import verify as verify_function
+from opcompile.bounds import EXACT_ACTIVATIONS
 from opcompile.cases import CASES, case, tagged
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.graph import export_onnx
@@ -105,7 +106,7 @@ def test_every_activation_agrees_with_onnx_runtime(c, tmp_path: Path) -> None:
     report = report_on(c.spec, tmp_path)
     assert report.passed, report.failures
     exact = {row.check.criterion for row in report.rows if row.inputs == "integers"}
-    assert exact == {"bits" if c.spec.activation.name in ("relu", "relu6") else "exact sums"}
+    assert exact == {"bits" if c.spec.activation.name in EXACT_ACTIVATIONS else "exact sums"}
 
 
 def test_every_call_is_made(tmp_path: Path) -> None:
