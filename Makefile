@@ -50,7 +50,7 @@ test-onnxruntime: $(VENV)/.installed-test
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/oldest onnxruntime==1.20.1
 	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
 	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
-	$(RUN) pytest -m heavy $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m heavy tests/test_replace.py tests/test_relax.py $(ARGS)
 
 test-tensorflow: $(VENV)-tensorflow/.installed
 	TF_ENABLE_ONEDNN_OPTS=0 TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.:tests $(VENV)-tensorflow/bin/python -m conformance with_tensorflow

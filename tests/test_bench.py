@@ -328,7 +328,8 @@ def test_every_engine_is_weighed(measured: BenchReport) -> None:
 def test_weights_weigh() -> None:
     spec = ConvTranspose3d.parse("in=1x512x1x1x1 co=6 k=8")
     job = job_of(spec)
-    assert job.w.nbytes <= weigh("opcompile", job) < 4 * job.w.nbytes
+    # and a huge page of workspaces
+    assert job.w.nbytes <= weigh("opcompile", job) < 4 * job.w.nbytes + (4 << 20)
     assert job.w.nbytes <= weigh("onnxruntime", job) < 4 * job.w.nbytes
 
 

@@ -21,6 +21,8 @@ from tests.onnx_engine import integers, model_of, value
 from tests.replaced import run, saved, upsampling
 
 # the heavy part of the checks asks for more
+pytestmark = pytest.mark.heavy
+
 EXAMPLES = int(os.environ.get("OPCOMPILE_TEST_EXAMPLES", "60"))
 
 

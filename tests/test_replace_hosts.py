@@ -23,6 +23,8 @@ from opcompile.replace.sessions import Session
 from tests.onnx_engine import integers, value
 from tests.replaced import run, saved, upsampling
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 LIBRARY = "opcompile_ops.so"

@@ -107,6 +107,7 @@ STAGED = GpuTiles("staged", "positions", 4, 16, 2, 2, 4, 1, False)
 SPLIT = GpuTiles("split", "positions", 4, 4, 2, 2, 0, 4, False)
 
 
+@pytest.mark.gpu_table
 @pytest.mark.parametrize("tiles", [STAGED, SPLIT], ids=lambda t: t.family)
 @pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
 def test_a_barrier_taken_out_of_a_kernel_is_missed(target: Any, tiles: GpuTiles) -> None:
