@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 # TVM puts smaller buffers on the stack, where LLVM merges the sums into them and out of the registers
 _LEAST_BUFFER = 1024
+# Into how many lines a plane may be cut.
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Tiles:
     """The numbers of one schedule.
 
@@ -98,7 +100,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     """
     layer = _Layer.of(spec)
     estimates = [_estimate(layer, machine, tiles) for tiles in _sensible(layer, machine)]
-    return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, astuple(e.tiles)))
+    return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
 def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
@@ -241,7 +243,7 @@ def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
     """Planes and rows that a task may cover: a register tile's rows, twice as many, all; of lines, any even part."""
     if vector == "line":
-        heights = {_over(layer.height, parts) for parts in range(1, layer.height)}
+        heights = {_over(layer.height, parts) for parts in _PARTS if parts < layer.height or parts == 1}
     else:
         plane = _up(layer.height, rows)
         heights = {rows, min(2 * rows, plane), plane}

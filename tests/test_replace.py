@@ -47,6 +47,7 @@ def agree(folder: Path, x: np.ndarray = X, *, original: Path | None = None, mode
 # --- whole models ---
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "mode"), [("vqvae", "rewrite"), ("unet", "override")])
 def test_real_models(name: str, mode: Any, tmp_path: Path) -> None:
     report, out = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, verify=True)
