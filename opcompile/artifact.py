@@ -65,6 +65,7 @@ from opcompile.runtime import (
     X_SALT,
     digest,
     golden_values,
+    identity,
     parse_manifest,
     read_manifest,
     w_amplitude,
@@ -184,20 +185,12 @@ def new_beside(place: Path) -> Path:
 
 def require_replaceable(place: Path) -> None:
     """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
-    before, objection = _identity(place), _objection(place)
+    before, objection = identity(place), _objection(place)
     # another writer may put its own there while we look: then look again
-    while objection and _identity(place) != before:
-        before, objection = _identity(place), _objection(place)
+    while objection and identity(place) != before:
+        before, objection = identity(place), _objection(place)
     if objection:
         raise ArtifactError(f"{place} {objection}; empty it, or name another directory")
-
-
-def _identity(place: Path) -> tuple[int, ...] | None:
-    try:
-        found = place.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _objection(place: Path) -> str | None:

@@ -70,7 +70,7 @@ def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int
     """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, zero-padded to the grain and to whole taps."""
     c, m, *kernel = spec.w_shape
     if phases_as_axes(spec):
-        kernel = [max(k, a.tap_step * _taps(a)) for k, a in zip(kernel, spec.axes, strict=True)]
+        kernel = [max(k, a.tap_step * most_taps(a)) for k, a in zip(kernel, spec.axes, strict=True)]
     kd, kh, kw = kernel
     return (c, round_up(m, grain.channels), kd, kh, kw)
 
@@ -82,7 +82,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     32-bit where every tensor has fewer than 2^30 elements, 64-bit otherwise and for a dynamic batch.
     The tensors may lie at any address that suits their element type.
     """
-    scope = _Scope.of(spec, grain)
+    scope = Scope.of(spec, grain)
     x = te.placeholder(scope.batched(*spec.x_shape[1:]), spec.dtype, name="X")
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
@@ -90,7 +90,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     picked = _pick_axes(scope, pad, wide) if phases_as_axes(spec) else _pick_blocks(scope, pad, wide)
 
     def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:
-        z = picked(n, m, o) + _sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
+        z = picked(n, m, o) + sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
         return activate(spec.activation, z).astype(spec.dtype)
 
     y = te.compute(
@@ -122,12 +122,13 @@ class _Window:
     def with_all_taps(cls, axis: Axis, grain: int) -> _Window:
         """The same when every phase is given the same number of taps, the surplus ones with zero weights."""
         positions = round_up(axis.positions, grain)
-        firsts = [_first(axis, phase.index)[1] for phase in axis.phases]
-        low = min(firsts) - (_taps(axis) - 1) * axis.offset_step
+        firsts = [first_of(axis, phase.index)[1] for phase in axis.phases]
+        low = min(firsts) - (most_taps(axis) - 1) * axis.offset_step
         return cls(low, max(firsts) - low + positions, positions)
 
 
-def _taps(axis: Axis) -> int:
+def most_taps(axis: Axis) -> int:
+    """Return the largest number of taps of any phase, and 1 where none has a tap."""
     return max(1, *(phase.taps for phase in axis.phases), 0)
 
 
@@ -182,7 +183,7 @@ class _Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scope:
+class Scope:
     """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices."""
 
     spec: ConvTranspose3d
@@ -192,7 +193,8 @@ class _Scope:
     batch: Any
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d, grain: Grain) -> _Scope:
+    def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
+        """Choose the layout of positions and the type of indices that suit ``spec`` and ``grain``."""
         window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
         where: _Grid | _Lines
         if grain.rows:
@@ -207,9 +209,11 @@ class _Scope:
         return cls(spec, where, channels, index, batch)
 
     def sizes(self, *sizes: int | None) -> list[Any]:
+        """Return the sizes in the type of the indices."""
         return [tirx.IntImm(self.index, n) for n in sizes]
 
     def batched(self, *sizes: int | None) -> list[Any]:
+        """Return the batch, a variable where it is open, and the sizes."""
         return [self.batch, *self.sizes(*sizes)]
 
     def reduced(self, counts: Sequence[int]) -> list[Any]:
@@ -228,7 +232,7 @@ class _Scope:
             tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
             channel = g * c_in + c
             value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
-            return tirx.if_then_else(tirx.all(*tests), _sum_type(spec, value), tirx.const(0, spec.sum_dtype))
+            return tirx.if_then_else(tirx.all(*tests), sum_type(spec, value), tirx.const(0, spec.sum_dtype))
 
         shape = self.batched(spec.groups, c_in, *self.where.read_from)
         return te.compute(shape, element, name="pad", attrs={"pitch": self.where.pitch})
@@ -265,7 +269,8 @@ def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence
     return "int64" if max(*(math.prod(n or 1 for n in s) for s in shapes), pad, phase) >= 2**30 else "int32"
 
 
-def _sum_type(spec: ConvTranspose3d, value: Any) -> Any:
+def sum_type(spec: ConvTranspose3d, value: Any) -> Any:
+    """Widen ``value`` from the storage type to the type of the sums."""
     return value if spec.dtype == spec.sum_dtype else value.astype(spec.sum_dtype)
 
 
@@ -273,7 +278,7 @@ def _widened(spec: ConvTranspose3d, w: Any) -> Any:
     """W in the type of the sums."""
     if spec.dtype == spec.sum_dtype:
         return w
-    return te.compute(w.shape, lambda *at: _sum_type(spec, w(*at)), name="wide")
+    return te.compute(w.shape, lambda *at: sum_type(spec, w(*at)), name="wide")
 
 
 def _grouped(spec: ConvTranspose3d, m: Any) -> tuple[Any, Any]:
@@ -289,7 +294,7 @@ def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any
     return quotients, [tirx.floormod(i, s) for i, s in zip(o, strides, strict=True)]
 
 
-def _pick_blocks(scope: _Scope, pad: Any, w: Any) -> Picker:
+def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a phase, each reduced over exactly its taps; a phase without taps is zero and has no block."""
     spec = scope.spec
 
@@ -318,13 +323,13 @@ def _pick_blocks(scope: _Scope, pad: Any, w: Any) -> Picker:
     return pick
 
 
-def _pick_axes(scope: _Scope, pad: Any, w: Any) -> Picker:
+def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block with the phases as axes, each reduced over the largest number of taps of any."""
     spec = scope.spec
-    taps = scope.reduced([_taps(a) for a in spec.axes])
+    taps = scope.reduced([most_taps(a) for a in spec.axes])
 
     def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
-        firsts = [_first(a, f) for a, f in zip(spec.axes, fq[:3], strict=True)]
+        firsts = [first_of(a, f) for a, f in zip(spec.axes, fq[:3], strict=True)]
         return scope.contract(pad, w, (n, g, m), fq[3:], taps, firsts)
 
     phases = [len(a.phases) for a in spec.axes]
@@ -340,7 +345,7 @@ def _pick_axes(scope: _Scope, pad: Any, w: Any) -> Picker:
     return pick
 
 
-def _first(axis: Axis, f: Any) -> tuple[Any, Any]:
+def first_of(axis: Axis, f: Any) -> tuple[Any, Any]:
     """First tap and input offset of phase ``f``, an int or an expression: `Axis.phase` solved for ``t``.
 
     ``(f + begin - t*d) % s == 0`` with ``g = gcd(s, d)`` has the solution

@@ -31,14 +31,14 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from opcompile.declare import (
     Grain,
-    _first,
-    _Scope,
-    _sum_type,
-    _taps,
+    Scope,
     activate,
+    first_of,
+    most_taps,
     packed_from,
     phases_as_axes,
     round_up,
+    sum_type,
 )
 from opcompile.spec import Axis, ConvTranspose3d
 
@@ -76,7 +76,7 @@ class _Flat:
     """One declaration: ``count`` positions, rounded up to ``rounded``, in the scope of what `declare` shares."""
 
     spec: ConvTranspose3d
-    scope: _Scope
+    scope: Scope
     weight: tuple[int, ...]
     count: int
     rounded: int
@@ -88,7 +88,7 @@ class _Flat:
         # whole planes that hold the rounded positions: for the size of the indices
         planes = -(-rounded // math.prod(axis.positions for axis in spec.axes[1:]))
         within = Grain(grain.channels, (planes, 1, 1))
-        return cls(spec, _Scope.of(spec, within), packed_from(spec, within), count, rounded)
+        return cls(spec, Scope.of(spec, within), packed_from(spec, within), count, rounded)
 
     def function(self) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
@@ -101,9 +101,7 @@ class _Flat:
         def finished(n: Any, g: Any, m: Any, q: Any, *f: Any) -> Any:
             z = picked(n, g, m, q, f)
             if spec.bias:  # a channel that was rounded up has none, and borrows one
-                z = z + _sum_type(
-                    spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m)
-                )
+                z = z + sum_type(spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m))
             return activate(spec.activation, z).astype(spec.dtype)
 
         result = te.compute(scope.batched(*self._result_sizes()), finished, name="result")
@@ -131,7 +129,7 @@ class _Flat:
         return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, self.spec.dtype))
 
     def _product(self, column: Any, weight: Any) -> Any:
-        return _sum_type(self.spec, column) * _sum_type(self.spec, weight)
+        return sum_type(self.spec, column) * sum_type(self.spec, weight)
 
     def _channel(self) -> tuple[int, Any]:
         c_in = self.spec.channels_in // self.spec.groups
@@ -180,7 +178,7 @@ class _Flat:
     def _axes(self, x: Any, w: Any) -> Any:
         """One pair of blocks with the phases as axes, each reduced over the largest number of taps of any."""
         spec, scope, same = self.spec, self.scope, alike(self.spec)
-        counts, (c_in, c) = [_taps(axis) for axis in spec.axes], self._channel()
+        counts, (c_in, c) = [most_taps(axis) for axis in spec.axes], self._channel()
         phases = [len(axis.phases) for axis in spec.axes]
 
         def column(n: Any, g: Any, *at: Any) -> Any:
@@ -256,10 +254,10 @@ class _Flat:
 def _of_phase(axis: Axis, which: int, f: Any) -> Any:
     """First tap (0) or first offset (1) of phase ``f``, by comparisons: runs that rise by one, or stay.
 
-    `opcompile.declare._first` has a formula for both. Its remainder of a shifted phase, ``(f/2 + 1) % 2``, loses
+    `opcompile.declare.first_of` has a formula for both. Its remainder of a shifted phase, ``(f/2 + 1) % 2``, loses
     the shift where the phase is itself a part of a block's index, and TVM then emits another tap's weight.
     """
-    values = [_first(axis, phase.index)[which] for phase in axis.phases]
+    values = [first_of(axis, phase.index)[which] for phase in axis.phases]
     runs: list[range] = []
     for i, value in enumerate(values):
         run = runs[-1] if runs else range(0)

@@ -1,12 +1,15 @@
 /* What every host of a compiled kernel shares: how a kernel is called, and where its workspaces come from.
  *
- * Whoever includes this has a `static void fail(const char *kind, const char *text)`, which sets the error.
+ * Whoever includes this has HIDDEN, and a `static void fail(const char *kind, const char *text)`, which sets
+ * the error; and defines `launch`, which runs a kernel's tasks.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* --- parallel loops, as a kernel asks for them --- */
 
@@ -189,4 +192,31 @@ static void release_until(struct block *before) {
     in_use = block->next;
     keep(block);
   }
+}
+
+/* --- what a kernel object expects of its host --- */
+
+/* Runs `requested` tasks, or as many as there are threads when 0 is requested. */
+static int launch(task_fn run, void *closure, int requested);
+
+/* Tasks may run one after the other on one thread, where a barrier would never be reached by all. */
+static int barrier(int task, struct environment *environment) {
+  (void)task, (void)environment;
+  fail("RuntimeError", "the kernel waits at a barrier, which this library does not have");
+  return -1;
+}
+
+/* The object holds weak, empty variables of these names. */
+HIDDEN int (*__TVMBackendParallelLaunch)(task_fn, void *, int) = launch;
+HIDDEN int (*__TVMBackendParallelBarrier)(int, struct environment *) = barrier;
+HIDDEN void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
+HIDDEN int (*__TVMBackendFreeWorkspace)(int, int, void *) = release;
+
+static int usable_cpus(void) {
+#ifdef __linux__
+  cpu_set_t set;
+  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+#endif
+  long online = sysconf(_SC_NPROCESSORS_ONLN);
+  return online < 1 ? 1 : (int)online;
 }

@@ -65,13 +65,18 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
     tiles, chosen = choose(spec, target, plan)
     module = scheduled(spec, tiles)
     named = tvm.IRModule({symbol: module[KERNEL].with_attr("global_symbol", symbol)})
+    code = object_code(named, target)
+    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
+
+
+def object_code(module: tvm.IRModule, target: Target) -> bytes:
+    """One relocatable object for ``target`` from a module that is ready to compile."""
     with tvm.target.Target(target.tvm()) as tvm_target:
-        executable = tvm.compile(named, target=tvm_target)
+        executable = tvm.compile(module, target=tvm_target)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
-        code = path.read_bytes()
-    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
+        return path.read_bytes()
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:

@@ -10,13 +10,11 @@
 #define _GNU_SOURCE /* sched_getaffinity, RTLD_DEFAULT, RTLD_NODELETE */
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "conv_transpose3d.h" /* shapes and dtype of this layer, and the two exported functions */
 
@@ -51,7 +49,7 @@ static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromC
 
 const char *opcompile_error(void) { return self.text; }
 
-#include "kernel.h" /* how a kernel is called; its workspaces, which call fail */
+#include "kernel.h" /* how a kernel is called, and what it calls */
 
 /* --- parallel loops: a pool of sleeping workers that grows on demand ---
  *
@@ -139,15 +137,6 @@ static void grow(int wanted) {
 
 static int environment_threads; /* OPCOMPILE_NUM_THREADS when the library was loaded; 0: unset, -1: malformed */
 
-static int usable_cpus(void) {
-#ifdef __linux__
-  cpu_set_t set;
-  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
-#endif
-  long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online < 1 ? 1 : (int)online;
-}
-
 /* The most threads a call may use when it names none; 0 with an error set. */
 static int default_threads(void) {
   if (environment_threads < 0) {
@@ -165,7 +154,6 @@ static int run_serially(task_fn run, void *closure, int tasks) {
   return status;
 }
 
-/* Runs `requested` tasks, or as many as there are threads when 0 is requested. */
 static int launch(task_fn run, void *closure, int requested) {
   int threads = self.threads ? self.threads : default_threads();
   if (threads == 0) return -1;
@@ -189,19 +177,6 @@ static int launch(task_fn run, void *closure, int requested) {
   if (job.status) fail(job.kind, job.text); /* again: the error may have happened on another thread */
   return job.status;
 }
-
-/* Tasks may run one after the other on one thread, where a barrier would never be reached by all. */
-static int barrier(int task, struct environment *environment) {
-  (void)task, (void)environment;
-  fail("RuntimeError", "the kernel waits at a barrier, which this runtime does not have");
-  return -1;
-}
-
-/* The kernel object holds weak, empty variables of these names. */
-HIDDEN int (*__TVMBackendParallelLaunch)(task_fn, void *, int) = launch;
-HIDDEN int (*__TVMBackendParallelBarrier)(int, struct environment *) = barrier;
-HIDDEN void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
-HIDDEN int (*__TVMBackendFreeWorkspace)(int, int, void *) = release;
 
 /* --- fork: the child has no workers, and whatever other threads were doing is gone --- */
 

@@ -553,12 +553,12 @@ def load_any(
     """Load the artifact in ``path``, whatever it computes. Raises as `load` does."""
     directory, most = Path(path).absolute(), _default_threads(threads)
     for attempt in range(_ATTEMPTS):
-        text = read_manifest(directory)
+        found, text = identity(directory), read_manifest(directory)
         try:
             return _load(directory, text, most, check)
         except ArtifactError:
             # a writer may have put another artifact in this place meanwhile: then begin again
-            if attempt == _ATTEMPTS - 1 or read_manifest(directory) == text:
+            if attempt == _ATTEMPTS - 1 or (identity(directory), read_manifest(directory)) == (found, text):
                 raise
     raise AssertionError("unreachable")
 
@@ -609,6 +609,15 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Return what an artifact holds of packed ``W`` and of ``B``; bfloat16 as bits. Raises `ArtifactError`."""
     return arrays_of(read_file(directory, manifest, WEIGHTS), WEIGHTS) if manifest["weights"] else {}
+
+
+def identity(place: Path) -> tuple[int, ...] | None:
+    """Tell a directory from any that takes its place; None where there is none."""
+    try:
+        found = place.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_manifest(directory: Path) -> bytes:

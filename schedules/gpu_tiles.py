@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Family = Literal["direct", "staged", "split"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class GpuTiles:
     """The numbers of one schedule.
 
@@ -86,7 +86,7 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
     layer = _Layer.of(spec)
     estimates = [_estimate(layer, gpu, tiles) for tiles in _sensible(layer)]
     legal = [e for e in estimates if _within_limits(e, gpu)]
-    return sorted(legal, key=lambda e: (e.cycles, astuple(e.tiles)))
+    return sorted(legal, key=lambda e: (e.cycles, e.tiles))
 
 
 def baseline(spec: ConvTranspose3d, gpu: Gpu) -> GpuEstimate:

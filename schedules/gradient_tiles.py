@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -20,7 +20,7 @@ _FEW_POSITIONS = 1024
 _LINES = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class InputTiles:
     """The numbers of a schedule of dX.
 
@@ -54,7 +54,7 @@ class InputTiles:
         return self.scalars if self.vector == "channels" else self.vectors * self.lanes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class WeightTiles:
     """The numbers of a schedule of dW.
 
@@ -83,7 +83,7 @@ class WeightTiles:
         return self.vectors * self.lanes if self.vector == "channels" else self.vectors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class BiasTiles:
     """The numbers of a schedule of dB: sums along ``vector`` in ``lanes``, of ``slices`` of the positions apart."""
 
@@ -228,7 +228,7 @@ def bias_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[BiasT
 
 
 def _ranked(estimates: Iterator[Estimate[T]]) -> list[Estimate[T]]:
-    return sorted(estimates, key=lambda e: (e.cycles, astuple(e.tiles)))
+    return sorted(estimates, key=lambda e: (e.cycles, e.tiles))
 
 
 # --- dX ---

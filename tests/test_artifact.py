@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import opcompile
-from opcompile import artifact
+from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
 from opcompile.cases import tagged
 from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, TargetError
@@ -463,6 +463,24 @@ def test_two_processes_write_and_a_third_reads(
     assert all(right for _, right in seen)
     assert holds(load(place))
     assert [name for name in siblings(place) if "pickle" not in name] == ["it"]
+
+
+def test_an_equal_artifact_that_came_meanwhile_is_read_anew(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer may put the very same into the place: the manifest does not tell, and the directory does."""
+    check, calls = runtime._check_files, []
+
+    def gone_at_first(directory: Path, manifest: dict[str, Any], names: set[str]) -> None:
+        calls.append(directory)
+        if len(calls) == 1:
+            shutil.copytree(copy, copy.with_name("equal"))
+            shutil.rmtree(copy)
+            (copy.with_name("equal")).rename(copy)
+            raise ArtifactError("a file is gone")
+        check(directory, manifest, names)
+
+    monkeypatch.setattr(runtime, "_check_files", gone_at_first)
+    assert holds(load(copy))
+    assert len(calls) == 2
 
 
 # --- reports ---

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,11 @@ from tests.replaced import run, saved, upsampling
 pytestmark = pytest.mark.heavy
 
 EXAMPLES = int(os.environ.get("OPCOMPILE_TEST_EXAMPLES", "60"))
+
+checking = pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 31),
+    reason="this ONNX Runtime reads past attributes that are too short, and its answer is chance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,7 @@ def nodes(draw: Any) -> tuple[onnx.ModelProto, np.ndarray]:
     return model, integers(x)
 
 
+@checking
 @settings(max_examples=EXAMPLES)
 @given(nodes())
 def test_override_answers_as_onnxruntime_or_refuses_as_it_does(folder: Path, drawn: Any) -> None:
@@ -118,6 +125,7 @@ def test_rewritten_models_that_were_damaged(folder: Path, data: Any) -> None:
     assert y is None or x.shape != (1, 4, 3, 4, 5) or np.array_equal(y, right)
 
 
+@checking
 @settings(max_examples=max(3, EXAMPLES // 20))
 @given(nodes())
 def test_replacing_refuses_or_is_right(drawn: Any) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import tvm
 from tvm import s_tir
 
-from opcompile.errors import RecordError, SpecError
+from opcompile.errors import RecordError
 from opcompile.gradients.declare import Depth, Grain, declare, depth
 from opcompile.gradients.gradient import Gradient
-from opcompile.lower import Plan, PlanName, allocated_bytes
+from opcompile.lower import Plan, PlanName, allocated_bytes, object_code, require_plan
 from opcompile.target import Target
 from schedules import gradients
 from schedules.gradients import BiasTiles, GradientTiles, InputTiles
@@ -47,12 +45,7 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
     """
     tiles, chosen = choose(gradient, target, plan)
     module = scheduled(gradient, tiles)
-    with tvm.target.Target(target.tvm()) as tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
-        executable.mod.write_to_file(str(path), "o")
-        code = path.read_bytes()
+    code = object_code(module, target)
     return LoweredGradient(
         gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace_bytes(gradient, tiles)
     )
@@ -60,8 +53,7 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
 
 def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    if plan not in ("best", "baseline", "tuned"):
-        raise SpecError(f"plan {plan!r} is unknown; use best, baseline or tuned")
+    require_plan(plan)
     if plan == "tuned":
         raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
     estimate = gradients.candidates(gradient, target.machine)[0]

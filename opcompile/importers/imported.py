@@ -125,6 +125,11 @@ class Imported:
         """Return Y as the system would have given it."""
         return _moved(y, self.spec.layout, self.y_layout)
 
+    def holding(self, weight: Any, bias: Any = None) -> Imported:
+        """Return the layer with the values of a call's tensors, and itself where only their shapes were given."""
+        values = values_of(weight)
+        return self if values is None else self.with_weights(values, values_of(bias))
+
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with values, both as the system stores them. Raises `WordsError` for other shapes."""
         own = None if bias is None else array(bias)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcompile.errors import SpecError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of, values_of
+from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "JAX"
@@ -78,9 +78,7 @@ def conv_transpose(
     )
     unused = {"precision": precision, "preferred_element_type": preferred_element_type}
     remarks = tuple(f"{name}={value} has no effect here" for name, value in unused.items() if value is not None)
-    read = Imported(SYSTEM, spec, order, x_layout, y_layout, zeros, remarks=remarks)
-    values = values_of(rhs)
-    return read if values is None else read.with_weights(values)
+    return Imported(SYSTEM, spec, order, x_layout, y_layout, zeros, remarks=remarks).holding(rhs)
 
 
 # --- dimension numbers -> our letters ---

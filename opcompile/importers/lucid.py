@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from opcompile.errors import WordsError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, dtype_of, shape_of, symmetric, values_of
+from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, dtype_of, shape_of, symmetric
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "Lucid"
@@ -65,9 +65,7 @@ def conv_transpose3d(
     axes, zeros = symmetric(x[2:], w[2:], s, p, op, d)
     has_bias = bias is not None and bias is not False
     spec = Spec(x[0], w[0], w[1] * groups, axes, groups, has_bias, dtype=dtype_of(dtype, input_, weight))
-    read = Imported(rules.system, spec, ORDER, "NCDHW", "NCDHW", zeros)
-    values = values_of(weight)
-    return read if values is None else read.with_weights(values, values_of(bias))
+    return Imported(rules.system, spec, ORDER, "NCDHW", "NCDHW", zeros).holding(weight, bias)
 
 
 def ConvTranspose3d(

@@ -20,7 +20,6 @@ from opcompile.importers.imported import (
     dtype_of,
     shape_of,
     symmetric,
-    values_of,
 )
 from opcompile.spec import ConvTranspose3d as Spec
 
@@ -74,9 +73,7 @@ def conv_transpose3d(
         dtype=dtype or _promoted(input, weight),
         layout="NDHWC",
     )
-    read = Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros)
-    values = values_of(weight)
-    return read if values is None else read.with_weights(values)
+    return Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros).holding(weight)
 
 
 def ConvTranspose3d(

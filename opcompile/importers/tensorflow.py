@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcompile.errors import SpecError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of, values_of
+from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "TensorFlow"
@@ -70,9 +70,7 @@ def conv3d_transpose(
         layout=data_format,
     )
     remarks = ("TensorFlow computes NCDHW on GPUs only",) if data_format == "NCDHW" else ()
-    read = Imported(SYSTEM, spec, ORDER, data_format, data_format, zeros, remarks=remarks)
-    values = values_of(filters)
-    return read if values is None else read.with_weights(values)
+    return Imported(SYSTEM, spec, ORDER, data_format, data_format, zeros, remarks=remarks).holding(filters)
 
 
 def _require_words(rules: Rules, padding: Any, data_format: Any) -> None:

@@ -23,7 +23,6 @@ from opcompile.importers.imported import (
     dtype_of,
     shape_of,
     symmetric,
-    values_of,
 )
 from opcompile.say import DEFAULTS, keywords, several
 from opcompile.spec import Activation
@@ -73,9 +72,7 @@ def conv_transpose3d(
         bias=bias is not None and bias is not False,
         dtype=dtype_of(dtype, input, weight),
     )
-    read = Imported(SYSTEM, spec, ORDER, layout, layout, zeros)
-    values = values_of(weight)
-    return read if values is None else read.with_weights(values, values_of(bias))
+    return Imported(SYSTEM, spec, ORDER, layout, layout, zeros).holding(weight, bias)
 
 
 def ConvTranspose3d(

@@ -8,11 +8,9 @@
  * Whatever does not fit becomes an OrtStatus with a sentence in it.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "ort.h"
 
@@ -39,7 +37,7 @@ HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **par
 
 static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1); }
 
-#include "kernel.h" /* how a kernel is called; its workspaces, which call fail */
+#include "kernel.h" /* how a kernel is called, and what it calls */
 
 /* --- the table --- */
 
@@ -112,27 +110,6 @@ static int launch(task_fn run, void *closure, int requested) {
   if (!job.failed) return 0;
   memcpy(self.text, job.text, sizeof self.text); /* the error may have happened on another thread */
   return -1;
-}
-
-static int barrier(int task, struct environment *environment) {
-  (void)task, (void)environment;
-  fail("RuntimeError", "the kernel waits at a barrier, which this library does not have");
-  return -1;
-}
-
-/* The kernel objects hold weak, empty variables of these names. */
-HIDDEN int (*__TVMBackendParallelLaunch)(task_fn, void *, int) = launch;
-HIDDEN int (*__TVMBackendParallelBarrier)(int, struct environment *) = barrier;
-HIDDEN void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
-HIDDEN int (*__TVMBackendFreeWorkspace)(int, int, void *) = release;
-
-static int usable_cpus(void) {
-#ifdef __linux__
-  cpu_set_t set;
-  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
-#endif
-  long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online < 1 ? 1 : (int)online;
 }
 
 /* Several tasks a processor: the pool hands them out as threads come free. It does not tell its size. */
