@@ -37,11 +37,11 @@ template <class T> static T simd_shuffle_xor(T value, uint mask) {
 }
 template <class T> static T max(T a, T b) { return a > b ? a : b; }
 template <class T> static T min(T a, T b) { return a < b ? a : b; }
-using std::copysign;
-using std::exp;
-using std::fabs;
-using std::fma;
-using std::log;
+static inline float copysign(float value, float sign) { return copysignf(value, sign); }
+static inline float exp(float value) { return expf(value); }
+static inline float fabs(float value) { return fabsf(value); }
+static inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
+static inline float log(float value) { return logf(value); }
 }  // namespace metal
 
 #define select(no, yes, condition) ((condition) ? (yes) : (no))
