@@ -43,7 +43,7 @@ test-gpu: $(VENV)/.installed-test
 
 test-peers: $(VENV)/.installed-test
 	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot,words]"
-	$(RUN) pytest -m peers $(ARGS)
+	$(RUN) pytest -n auto -m peers $(ARGS)
 
 # The oldest lies in a folder of its own, before the newest on Python's path.
 test-onnxruntime: $(VENV)/.installed-test

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import tvm
 from tvm import te, tirx
+from tvm_ffi.serialization import from_json_graph_str, to_json_graph_str
 
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
@@ -365,7 +365,7 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
     alignment can only be given when it is made, which `te` does, so it is changed in the
     function's serialised form.
     """
-    graph = json.loads(tvm.ir.save_json(func))
+    graph = json.loads(to_json_graph_str(func))
     nodes = graph["nodes"]
     tensors = {parameter.name for parameter in func.params}
     for node in nodes:
@@ -375,7 +375,7 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
         kind = nodes[data["ty"]]
         if kind["type"] == "tirx.BufferType" and nodes[data["name"]]["data"] in tensors:
             kind["data"]["data_alignment"] = alignment
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_json_graph_str(json.dumps(graph))
 
 
 # --- activations, on the sum type ---

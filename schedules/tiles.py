@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -103,6 +104,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
+@lru_cache(maxsize=256)
 def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
     """The tiles to use where nothing was measured."""
     return candidates(spec, machine)[0]

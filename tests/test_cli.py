@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("cli")
     for name, source in (("layer", LAYER), ("dynamic", "in=Nx2x2x2x2 co=2 k=2 bias=0 dtype=float64")):
         assert invoke("compile", source, "-o", home / name, "--plan", "baseline", "--no-verify").exit_code == 0
-    result = invoke("compile", MODELS / "vqvae.onnx", "-o", home / "model", "--plan", "baseline")
+    result = invoke("compile", MODELS / "dynunet.onnx", "-o", home / "model", "--plan", "baseline")
     assert result.exit_code == 0, result.output
     return home
 
@@ -345,10 +345,10 @@ def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
 
 def test_compile_a_real_model(folder: Path) -> None:
     index = json.loads((folder / "model" / INDEX).read_text())
-    assert index["source"] == "vqvae.onnx"
+    assert index["source"] == "dynunet.onnx"
     assert [entry["status"] for entry in index["layers"]] == ["verified", "verified"]
     for found, (name, place) in zip(
-        read(MODELS / "vqvae.onnx").layers, artifacts(folder / "model").items(), strict=True
+        read(MODELS / "dynunet.onnx").layers, artifacts(folder / "model").items(), strict=True
     ):
         assert found.name == name
         loaded = opcompile.load(place)
@@ -542,7 +542,7 @@ def test_inspect_a_layer_tells_phases_work_and_why() -> None:
 
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
     held = of_json(invoke("inspect", folder / "model", "--json"))
-    assert list(held) == ["node_convolution", "node_convolution_1"]
+    assert list(held) == ["node_convolution", "node_convolution_1", "node_convolution_2"]
     assert all(contents["whole"] and contents["report"]["passed"] for contents in held.values())
     place = tmp_path / "a"
     assert invoke("compile", LAYER, "-o", place, "--plan", "baseline", "--no-verify").exit_code == 0

@@ -72,6 +72,8 @@ def replace(
 
     if mode not in ("rewrite", "override"):
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
+    if not all(isinstance(alternative, Mapping) for alternative in shapes):
+        raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
     job = Job(
         model=Path(model),
         into=Path(into),

@@ -23,7 +23,7 @@ from opcompile.reference import reference
 
 # So many characters in a row of a system's message must be in ours.
 WORDS_IN_COMMON = 20
-COMPILED = 6
+COMPILED = 2
 
 
 @dataclass(frozen=True)
