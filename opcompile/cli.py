@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d
-    from opcompile.tune import Progress as TuneProgress
+    from opcompile.trials import Progress as TuneProgress
     from opcompile.verify import Report
 
 BUG, INTERRUPTED, GONE = 70, 130, 141

@@ -19,7 +19,8 @@ from opcompile.errors import TargetError
 from opcompile.record import find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
-from opcompile.tune import Progress, tune
+from opcompile.trials import Progress
+from opcompile.tune import tune
 from schedules import llvm
 
 # the package's attribute of this name is the function
