@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from stub_gpu import driver, gpu  # noqa: F401 (fixtures)
 
 # Before NumPy is imported: test processes share the processors, and BLAS threads that wait for each other
 # made the oracle six times slower.
