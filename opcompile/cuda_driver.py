@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import TargetError
+from opcompile.gpus import runs_on, suited
 
 # DLPack's number of a CUDA device, and its codes and bits of element types.
 CUDA = 2
@@ -41,6 +42,11 @@ class Device:
     l2_bytes: int
     driver: str
 
+    @property
+    def compute(self) -> str:
+        """The compute capability as NVIDIA writes it: ``9.0``."""
+        return ".".join(map(str, self.capability))
+
 
 @cache
 def device(ordinal: int = 0) -> Device:
@@ -61,6 +67,20 @@ def device(ordinal: int = 0) -> Device:
         (_attribute(_MAJOR, handle), _attribute(_MINOR, handle)),
         _attribute(_L2_BYTES, handle),
         f"{module.read_text().strip()}, {words}" if module.exists() else words,
+    )
+
+
+def require_runs_on(archs: Sequence[str], gpu: Device, what: str) -> None:
+    """Raise `TargetError` where ``what``, made for ``archs``, holds no code that ``gpu`` runs."""
+    if runs_on(archs, gpu.capability):
+        return
+    arch = suited(gpu.capability)
+    held = f"machine code for {', '.join(archs)}, and PTX for {archs[-1]} and later"
+    several = "+".join([str(arch), *archs])
+    way_out = f"compile the layer with --target cuda:{arch}, whose PTX later GPUs run too, or cuda:{several}"
+    raise TargetError(
+        f"GPU {gpu.ordinal}, {gpu.name}, has compute capability {gpu.compute}, but {what} holds {held}; "
+        f"{way_out if arch else 'no target there is runs on it'}"
     )
 
 

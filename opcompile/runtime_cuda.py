@@ -17,9 +17,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from opcompile.cuda_driver import CUDA, Device, device
-from opcompile.errors import ArtifactError, CallError, EngineError, TargetError
-from opcompile.gpus import runs_on, suited
+from opcompile.cuda_driver import CUDA, device, require_runs_on
+from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.packing import Packing
 from opcompile.runtime import Golden, own_weights, read_golden
 from opcompile.spec import ConvTranspose3d
@@ -137,22 +136,9 @@ class CudaArtifact:
             if self._checked(name, tensor, shape)[1] != place:
                 raise CallError(f"{name} is on another GPU than x; copy it there")
         if place[1] not in self._suited:
-            self.require_runs_on(device(place[1]))
+            require_runs_on(self.manifest["target"]["archs"], device(place[1]), f"the library in {self.directory}")
             self._suited.add(place[1])
         return [x, weight, *([bias] if self.spec.bias else []), y]
-
-    def require_runs_on(self, gpu: Device) -> None:
-        """Raise `TargetError` where the library holds no code that ``gpu`` runs."""
-        archs, arch = self.manifest["target"]["archs"], suited(gpu.capability)
-        if runs_on(archs, gpu.capability):
-            return
-        held = f"machine code for {', '.join(archs)}, and PTX for {archs[-1]} and later"
-        several = "+".join([str(arch), *archs])
-        way_out = f"compile the layer with --target cuda:{arch}, whose PTX later GPUs run too, or cuda:{several}"
-        raise TargetError(
-            f"GPU {gpu.ordinal}, {gpu.name}, has compute capability {'.'.join(map(str, gpu.capability))}, but the "
-            f"library in {self.directory} holds {held}; {way_out if arch else 'no target there is runs on it'}"
-        )
 
     def _checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
         """Return the first size and the device. Raises `CallError` for what does not fit."""

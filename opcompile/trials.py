@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,17 @@ FINAL_SAMPLES = 16
 _TIE = 0.01
 
 Sample = dict[str, Any]
+
+
+class CandidateFailed(Exception):
+    """Why a candidate has no time."""
+
+
+def sample_of(tiles: Mapping[str, Any], rank: int, **outcome: Any) -> Sample:
+    """Write down what became of a candidate: ``times_us`` and ``device``, or an ``error``."""
+    if "times_us" in outcome:
+        outcome["run_us"] = statistics.median(outcome["times_us"])
+    return {"tiles": dict(tiles), "rank": rank, **outcome}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from typing import TYPE_CHECKING, Any
 from opcompile._journal import Journal
 from opcompile._measure import ask_tracker
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
+from opcompile.gpus import is_gpu
 from opcompile.record import Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores
@@ -57,6 +57,7 @@ from opcompile.trials import (
     SAMPLE_MS,
     SAMPLES,
     START_S,
+    CandidateFailed,
     Progress,
     ProgressCallback,
     Sample,
@@ -64,6 +65,7 @@ from opcompile.trials import (
     finalists,
     last_line,
     nothing_measured,
+    sample_of,
     walk,
     winner,
 )
@@ -105,7 +107,8 @@ def tune(
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
     longer than `BUILD_S` to compile or `MEASURE_S` to measure (starting up comes on top), is recorded
     as failed. The few best are then measured again in turns with the baseline, and their medians
-    decide. A dynamic batch is measured with one element.
+    decide. A dynamic batch is measured with one element. A GPU of CUDA that is here is tuned for by
+    `opcompile.tune_gpu.tune_gpu`, and one elsewhere in two halves, `emit` and `absorb`.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
     key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
@@ -118,6 +121,15 @@ def tune(
     has no server; nothing could be measured) and `RecordError` (``work_dir`` holds measurements of
     something else or is in use; a directory cannot be written).
     """
+    if is_gpu(target):
+        if tracker is not None or key is not None:
+            raise TargetError(
+                f"a tracker measures CPUs alone, not {target}; build candidates with `opcompile tune --emit DIR`, and "
+                "time them with `opcompile measure DIR` on the machine that has the GPU"
+            )
+        from opcompile.tune_gpu import tune_gpu
+
+        return tune_gpu(spec, target, trials, seed=seed, work_dir=work_dir, into=into, progress=progress)
     machine = named(target)
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
@@ -130,7 +142,9 @@ def tune(
     choices = [estimate.tiles for estimate in llvm.candidates(spec, machine.machine)]
     header = _header(spec, machine, site, seed, choices)
     with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
-        journal = Journal.open(home / "journal.jsonl", header, [asdict(tiles) for tiles in choices])
+        journal = Journal.open(
+            home / "journal.jsonl", header, {rank: asdict(tiles) for rank, tiles in enumerate(choices)}
+        )
         report = partial(_report, progress, journal, min(trials, len(choices)))
         libraries = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
         with closing(_Bench(spec, machine, site, choices, libraries)) as bench:
@@ -335,14 +349,14 @@ class _Bench:
     def _measure_one(self, built: _Built) -> Sample:
         try:
             (times_us,), device = self.in_turns([built], SAMPLES)
-        except _CandidateFailed as failure:
+        except CandidateFailed as failure:
             return self.sample(built.rank, error=str(failure))
         return self.sample(built.rank, times_us=times_us, device=device)
 
     def in_turns(self, built: Sequence[_Built], samples: int) -> tuple[list[list[float]], str]:
         """Measure candidates in turns in one process on one device; return their times in us and its name.
 
-        Raises `_CandidateFailed`, and `TargetError` when there is no server left to measure on.
+        Raises `CandidateFailed`, and `TargetError` when there is no server left to measure on.
         """
         job = {
             "libraries": [b.library for b in built],
@@ -367,21 +381,15 @@ class _Bench:
             elif broken < _ATTEMPTS:
                 broken += 1
             else:
-                raise _CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
+                raise CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
             answer = _run(job)
         if "failed" in answer:
-            raise _CandidateFailed(answer["error"])
+            raise CandidateFailed(answer["error"])
         device = _this_device() if self.site.tracker is None else f"{answer['device']}, by RPC, key {self.site.key}"
         return answer["times_us"], device
 
     def sample(self, rank: int, **outcome: Any) -> Sample:
-        if "times_us" in outcome:
-            outcome["run_us"] = statistics.median(outcome["times_us"])
-        return {"tiles": asdict(self.choices[rank]), "rank": rank, **outcome}
-
-
-class _CandidateFailed(Exception):
-    """Why a candidate has no time."""
+        return sample_of(asdict(self.choices[rank]), rank, **outcome)
 
 
 def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, module: Any) -> str:
@@ -457,9 +465,9 @@ def _finals(bench: _Bench, journal: Journal, report: Callable[[str], None]) -> l
     built = bench.build(ranks)
     try:
         if failed := next((b for b in built if b.error), None):
-            raise _CandidateFailed(failed.error)
+            raise CandidateFailed(failed.error)
         times_us, device = bench.in_turns(built, FINAL_SAMPLES)
-    except _CandidateFailed as failure:
+    except CandidateFailed as failure:
         raise TargetError(
             f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
         ) from failure
@@ -493,11 +501,12 @@ def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choi
         "site": site.name,
         "threads": site.threads,
         "seed": seed,
-        **_versions(),
+        **versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that candidates depend on."""
     import numpy as np
     import tvm
 
@@ -514,7 +523,7 @@ def _versions() -> dict[str, str]:
 
 def _provenance(spec: ConvTranspose3d, site: _Site, seed: int, finals: Sequence[Sample]) -> dict[str, Any]:
     return {
-        **_versions(),
+        **versions(),
         "device": finals[0]["device"],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
