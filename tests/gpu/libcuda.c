@@ -26,7 +26,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &ma
 int cuCtxSetCurrent(void *context) { return context == &major ? 0 : 201; }
 
 int cuMemAlloc_v2(uint64_t *address, size_t size) {
-  if (size > (1ull << 34)) return 2;
+  if (size > (1ull << 34) || getenv("STUB_FULL")) return 2;
   void *memory = aligned_alloc(256, (size + 255) / 256 * 256);
   return *address = (uintptr_t)memory, memory ? 0 : 2;
 }
