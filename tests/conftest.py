@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from stub_gpu import driver, gpu  # noqa: F401 (fixtures)
 
 # Before NumPy is imported: test processes share the processors, and BLAS threads that wait for each other
 # made the oracle six times slower.
@@ -15,6 +14,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Keras chooses its backend when it is imported, and TensorFlow, its default, is not among our peers.
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from stub_gpu import driver, gpu  # noqa: F401 (fixtures; they import NumPy)
 
 settings.register_profile(
     "opcompile",

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ import pytest
 from stub_gpu import LAYER, NVCC, forget
 
 import opcompile
+from opcompile import _measure_gpu as timing
 from opcompile import build, record
 from opcompile.cli import cli
+from opcompile.cuda_driver import Gpu
 from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
 from opcompile.gpus import gpu_target
 from opcompile.job import Job
@@ -261,6 +264,38 @@ def test_where_nothing_can_be_measured_the_error_says_why(
     assert not output.exists()
 
 
+def test_tensors_rotate_past_the_second_cache(emitted: Path, gpu: pytest.MonkeyPatch) -> None:
+    here = Gpu()
+    layer: Any = opcompile.load(emitted / record.key(str(LAYER)) / "0")
+    golden = layer.golden()
+    held = golden.x.nbytes * 2 + golden.w.nbytes
+    for l2_bytes, count in ((0, 1), (held // 2, 2), (held * 3 // 2, 4), (held * 100, 16)):
+        here.device = replace(here.device, l2_bytes=l2_bytes)
+        (started,) = timing._prepared(here, [layer], golden)
+        assert len(started) == count
+        for tensor in range(4):
+            assert len({call.args[tensor].data_ptr() for call in started}) == count
+    called: list[int] = []
+    gpu.setattr(timing, "_WARM_S", 0)
+    calls = [lambda number=number: called.append(number) for number in range(3)]
+    ((sample,),) = timing._in_turns(here, [calls], 1)
+    assert called == [0, *(number % 3 for number in range(16))]
+    assert sample > 0
+    slow = [lambda: called.append(3) or time.sleep(0.011)]
+    called.clear()
+    timing._in_turns(here, [slow], 2)
+    assert called == [3] * 3  # one call fills a sample
+    assert 50_000 <= here.timed_us([lambda: time.sleep(0.05)] * 2) < 100_000  # the mean
+
+
+def test_a_changed_candidate_is_not_timed(emitted: Path, tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:
+    shutil.copytree(emitted, tmp_path / "job")
+    (library,) = tmp_path.glob("job/*/0/*.so")
+    library.write_bytes(library.read_bytes() + b"!")
+    with pytest.raises(TargetError, match=r"nothing can be measured here: .* was changed after it was written"):
+        measure(tmp_path / "job", tmp_path / "results.json")
+
+
 # --- absorb ---
 
 
@@ -408,15 +443,15 @@ def test_the_three_commands(
 
 
 @pytest.mark.gpu_table
-def test_emitted_by_nvcc_itself_and_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
+def test_emitted_by_nvcc_itself_and_refused_where_there_is_no_gpu(tmp_path: Path, driver: Path) -> None:
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc on PATH")
     spec = ConvTranspose3d.parse("in=1x4x2x2x4 co=8 k=2 s=2")
     place = emit([spec], "cuda:sm_90", 2, into=tmp_path / "job")
     assert not any(c.error for c in Job.read(place).layers[0].candidates)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": str(driver)}
     command = [sys.executable, "-m", "opcompile.measure", str(place), "-o", str(tmp_path / "results.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "NVIDIA" in done.stderr
+    assert "the driver of NVIDIA's GPUs sees none on this machine" in done.stderr
     assert "Traceback" not in done.stderr
