@@ -21,7 +21,7 @@ from typing import Any
 import opcompile
 from opcompile._journal import Journal
 from opcompile.cuda_driver import Device, device, require_runs_on
-from opcompile.errors import ArtifactError, OpcompileError, TargetError
+from opcompile.errors import ArtifactError, OpcompileError, RecordError, TargetError
 from opcompile.gpus import gpu_target
 from opcompile.job import Candidate, Job, LayerJob
 from opcompile.record import write_atomically
@@ -52,9 +52,9 @@ def measure(directory: str | Path, output: str | Path, *, progress: ProgressCall
     next one starts, so that an interrupted run continues; ``directory`` must be writable. Returns what it wrote: the
     job, the ``machine``, and of each layer its ``samples`` and ``finals``.
 
-    Raises `ArtifactError` for a directory that is no job or was changed, `TargetError` where there is no GPU, one that
-    cannot run the candidates, or one without memory for them, `EngineError` without `apache-tvm-ffi` (and for bfloat16
-    without ml_dtypes), `RecordError` where nothing can be written.
+    Raises `ArtifactError` for a directory that is no job, `TargetError` where there is no GPU, one that cannot run the
+    candidates, or what every candidate needs is missing (memory, a file as it was, `apache-tvm-ffi`, for bfloat16
+    ml_dtypes), `RecordError` where nothing can be written.
     """
     home = Path(directory).absolute()
     job = Job.read(home)
@@ -63,7 +63,10 @@ def measure(directory: str | Path, output: str | Path, *, progress: ProgressCall
     for layer in job.layers:
         _require_unchanged(home, layer)
     machine = _machine(gpu)
-    layers = [_Site(home, job, layer, machine, progress).measured() for layer in job.layers]
+    try:
+        layers = [_Site(home, job, layer, machine, progress).measured() for layer in job.layers]
+    except OSError as error:
+        raise RecordError(f"{home} cannot be written: {error.strerror}; give a copy that can") from error
     stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     found = {"format": FORMAT, "job": job.to_json(), "machine": {**machine, **stamp}, "layers": layers}
     write_atomically(Path(output).absolute(), json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -76,7 +76,7 @@ class CudaArtifact:
         return arguments[-1]
 
     def bound(self, x: Any, w: Any = None, b: Any = None, *, out: Any) -> Callable[[], object]:
-        """Return a call of these tensors, checked once: starting it costs least. Raises as a call does."""
+        """Check these tensors once; what is returned starts the kernel on them, at the least cost. Raises as a call."""
         return partial(self._run, *map(self._from_dlpack, self._arguments(x, w, b, out)))
 
     def pack(self, w: Any) -> PackedCuda:

@@ -6,6 +6,7 @@ right and slow, those with 64 crash, with 128 leave the last output unwritten, w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from stub_gpu import LAYER, NVCC, forget
 import opcompile
 from opcompile import _measure_gpu as timing
 from opcompile import build, record
+from opcompile._journal import Journal
 from opcompile.cli import cli
 from opcompile.cuda_driver import Gpu
 from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
@@ -235,6 +237,10 @@ def test_a_gpu_that_faults_and_one_without_memory_are_told_apart(
         absorb(tmp_path / "results.json")
 
 
+def refuse(*_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def test_where_nothing_can_be_measured_the_error_says_why(
     emitted: Path, tmp_path: Path, gpu: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +261,10 @@ def test_where_nothing_can_be_measured_the_error_says_why(
     shutil.copytree(second, first)
     with pytest.raises(ArtifactError, match=r"is not the candidate that .* lists; emit it again"):
         measure(tmp_path / "job", output)
+    shutil.copytree(emitted, tmp_path / "again")
+    gpu.setattr(Journal, "open", refuse)
+    with pytest.raises(RecordError, match=r"again cannot be written: Read-only file system; give a copy that can"):
+        measure(tmp_path / "again", output)
     (tmp_path / "job" / "job.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"is no list of candidates: KeyError\('format'\); emit it again"):
         measure(tmp_path / "job", output)
