@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ class Journal:
     """
 
     path: Path
-    choices: Sequence[dict[str, Any]]
+    choices: Mapping[int, dict[str, Any]]
     samples: list[dict[str, Any]] = field(default_factory=list)
     finals: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: Path, header: Mapping[str, Any], choices: Sequence[dict[str, Any]]) -> Journal:
+    def open(cls, path: Path, header: Mapping[str, Any], choices: Mapping[int, dict[str, Any]]) -> Journal:
         """Read ``path``, or begin it. Raises `RecordError` for a journal of something else, or a corrupt one."""
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
@@ -61,10 +61,9 @@ class Journal:
             self.samples += taken
 
     def _is_sample(self, sample: Any) -> bool:
-        ranks = range(len(self.choices))
-        return (
-            unsound(sample) is None and sample.get("rank") in ranks and sample["tiles"] == self.choices[sample["rank"]]
-        )
+        if unsound(sample) is not None or type(sample.get("rank")) is not int:
+            return False
+        return bool(self.choices.get(sample["rank"]) == sample["tiles"])
 
     def add(self, sample: dict[str, Any]) -> None:
         """Write down a candidate's measurement."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import socket
 import struct
-import sys
 from pathlib import Path
 from typing import Any
+
+from opcompile.trials import answer, failed
 
 KERNEL = "conv_transpose3d"
 
@@ -42,19 +41,7 @@ def ask_tracker(address: tuple[str, int], message: list[Any], connect_s: float, 
 
 def main() -> None:
     """Answer the job on standard input."""
-    # what the runtime or a candidate prints must not get into the answer
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    job = json.load(sys.stdin)
-    signal.alarm(job["limit_s"])
-    with answer:
-        json.dump(_here(job) if job["tracker"] is None else _remotely(job), answer)
-
-
-def _failed(kind: str, error: BaseException) -> dict[str, Any]:
-    """Say who is to blame: the ``candidate``, the ``connection``, or nobody (the ``queue`` was long)."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return {"failed": kind, "error": f"{type(error).__name__}: {' '.join(lines)[:300]}"}
+    answer(lambda job: _here(job) if job["tracker"] is None else _remotely(job))
 
 
 def _here(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +51,7 @@ def _here(job: dict[str, Any]) -> dict[str, Any]:
         libraries = [tvm.runtime.load_module(path) for path in job["libraries"]]
         return {"times_us": _in_turns(job, libraries, tvm.cpu()), "device": None}
     except Exception as error:  # noqa: BLE001 (whatever it is, it is the candidate's result)
-        return _failed("candidate", error)
+        return failed("candidate", error)
 
 
 def _remotely(job: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +63,7 @@ def _remotely(job: dict[str, Any]) -> dict[str, Any]:
     try:
         server_host, server_port, match_key = ask_tracker((host, port), request, job["queue_s"], job["queue_s"])
     except (OSError, ValueError) as error:
-        return _failed("queue", error)
+        return failed("queue", error)
     session = None
     try:
         session = rpc.connect(server_host, server_port, match_key, session_timeout=job["session_s"])
@@ -86,7 +73,7 @@ def _remotely(job: dict[str, Any]) -> dict[str, Any]:
         return {"times_us": _in_turns(job, libraries, session.cpu()), "device": device}
     except Exception as error:  # noqa: BLE001 (the next lines find out whose it is)
         expired = "RPCSessionTimeoutError" in str(error)
-        return _failed("candidate" if expired or _alive(session) else "connection", error)
+        return failed("candidate" if expired or _alive(session) else "connection", error)
 
 
 def _uploaded(session: Any, path: str, number: int) -> Any:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d
-    from opcompile.tune import Progress as TuneProgress
+    from opcompile.trials import Progress as TuneProgress
     from opcompile.verify import Report
 
 BUG, INTERRUPTED, GONE = 70, 130, 141
@@ -303,7 +303,7 @@ def run(
 
 
 @cli.command()
-@_source
+@click.argument("source", metavar="[SOURCE]", required=False)
 @_target
 @click.option(
     "--trials", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Candidates to measure."
@@ -311,16 +311,20 @@ def run(
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="S", help="Decides which candidates, in which order."
 )
+@click.option("--emit", metavar="DIR", help="For a GPU elsewhere: only build the candidates, for `opcompile measure`.")
+@click.option("--absorb", metavar="F.json", help="Instead of SOURCE: record what `opcompile measure` found.")
 @click.option("--tracker", metavar="HOST:PORT", help="Measure on the servers of this TVM RPC tracker.")
 @click.option("--key", metavar="K", help="The key that those servers have at the tracker.")
 @click.option("--work-dir", metavar="D", help="Where to keep journals, one directory a layer, to resume from.")
 @_nodes
 @_json
 def tune(
-    source: str,
+    source: str | None,
     target: str,
     trials: int,
     seed: int,
+    emit: str | None,
+    absorb: str | None,
     tracker: str | None,
     key: str | None,
     work_dir: str | None,
@@ -329,15 +333,42 @@ def tune(
 ) -> None:
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
 
-    The record goes into your own records, where --plan best finds it. An interrupted run resumes.
+    The record goes into your own records, where --plan best finds it. An interrupted run resumes. For a GPU that is
+    on another machine: --emit here, `opcompile measure` there, --absorb here.
     """
-    from opcompile import record
-    from opcompile import tune as tune_one
-    from opcompile.source import brief, read
+    if (source is None) == (absorb is None) or (emit and (absorb or tracker or key or work_dir)):
+        raise click.UsageError(
+            "give SOURCE, or --absorb with the results of measuring; --emit takes no --tracker, --key or --work-dir"
+        )
+    if absorb:
+        from opcompile.tune_gpu import absorb as absorbed
 
-    given = read(source, nodes)
+        _emit_records(absorbed(absorb), as_json)
+        return
+    from opcompile.source import read
+
+    given = read(str(source), nodes)
     specs = list(dict.fromkeys(spec for _, spec in given.compilable))
     _mention(given)
+    if emit:
+        _emit_job(specs, target, trials, seed, emit, as_json)
+        return
+    _emit_records(_tuned(specs, target, trials, seed, tracker, key, work_dir), as_json)
+
+
+def _tuned(
+    specs: Sequence[ConvTranspose3d],
+    target: str,
+    trials: int,
+    seed: int,
+    tracker: str | None,
+    key: str | None,
+    work_dir: str | None,
+) -> list[Record]:
+    from opcompile import record
+    from opcompile import tune as tune_one
+    from opcompile.source import brief
+
     records: list[Record] = []
     with _progress("tuning") as show:
         for number, spec in enumerate(specs, 1):
@@ -356,8 +387,46 @@ def tune(
                     progress=lambda p: show(p.done, p.total, None, _best(p)),
                 )
             )
+    return records
+
+
+def _emit_records(records: Sequence[Record], as_json: bool) -> None:
     content = [{**json.loads(r.to_json()), "path": str(r.path)} for r in records]
     _emit(as_json, {"records": content}, lambda: _records_table(records))
+
+
+def _emit_job(specs: Sequence[ConvTranspose3d], target: str, trials: int, seed: int, into: str, as_json: bool) -> None:
+    from opcompile.job import Job
+    from opcompile.tune_gpu import emit
+
+    with _progress("building") as show:
+        show(0, trials, f"candidates for {target}")
+        place = emit(specs, target, trials, into=into, seed=seed, progress=lambda p: show(p.done, p.total, None))
+    job = Job.read(place)
+    candidates = [c for layer in job.layers for c in layer.candidates]
+    said = f"{into}: {sum(not c.error for c in candidates)} of {len(candidates)} candidates built"
+    then = f"where the GPU is: opcompile measure {into} -o results.json"
+    _emit(as_json, {"directory": into, "job": job.to_json()}, lambda: [_plain(said), _plain(then)])
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR")
+@click.option("-o", "--output", required=True, metavar="F.json", help="File to write.")
+@_json
+def measure(directory: str, output: str, as_json: bool) -> int:
+    """Time the candidates in DIR, which `opcompile tune --emit` wrote, on this machine's GPU.
+
+    No compiler is needed; an interrupted run resumes. `opcompile tune --absorb` records the fastest. Where nothing but
+    NumPy and apache-tvm-ffi is installed, python -m opcompile.measure does the same. Exit code 1: no candidate of a
+    layer could be measured.
+    """
+    from opcompile.measure import measure as measured
+
+    with _progress("measuring") as show:
+        show(0, 1, f"candidates in {directory}")
+        found = measured(directory, output, progress=lambda p: show(p.done, p.total, None, _best(p)))
+    _emit(as_json, found, lambda: _measured_table(found, output))
+    return 0 if all(layer["finals"] for layer in found["layers"]) else 1
 
 
 @cli.command()
@@ -887,6 +956,24 @@ def _records_table(records: Sequence[Record]) -> Iterator[RenderableType]:
         table.add_row(layer, str(len(r.samples)), baseline, duration(r.run_us), gain)
     yield table
     yield from (_plain(str(r.path)) for r in records)
+
+
+def _measured_table(found: dict[str, Any], output: str) -> Iterator[RenderableType]:
+    from opcompile.source import brief
+    from opcompile.spec import ConvTranspose3d
+    from opcompile.units import duration
+
+    numbers = ("measured", "failed", "fastest")
+    table = _table("layer", *numbers, right=numbers)
+    for layer in found["layers"]:
+        times = [s["run_us"] for s in layer["samples"] if "run_us" in s]
+        finals = [s["run_us"] for s in layer["finals"]]
+        counts = str(len(times)), str(len(layer["samples"]) - len(times))
+        table.add_row(brief(ConvTranspose3d.parse(layer["spec"])), *counts, duration(min(finals)) if finals else "-")
+    yield table
+    said = {s["error"] for layer in found["layers"] for s in layer["samples"] if "error" in s}
+    yield from (_plain(f"failed: {error}") for error in sorted(said))
+    yield _plain(f"{output}: on {found['machine']['device']}; then: opcompile tune --absorb {output}")
 
 
 def _cases_table(found: Sequence[Case]) -> Table:

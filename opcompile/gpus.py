@@ -6,6 +6,7 @@ devices; the numbers that rank schedules are those of one typical member, which 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +104,28 @@ _GPUS: dict[str, tuple[Language, Gpu]] = {
     "metal:apple-m3": ("metal", _apple("M3", 10, 1.38, 100)),
     "metal:apple-m4": ("metal", _apple("M4", 10, 1.47, 120)),
 }
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """Return what ``sm_90`` stands for: compute capability (9, 0)."""
+    number = int(arch.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def runs_on(archs: Sequence[str], device: tuple[int, int]) -> bool:
+    """Whether a library for ``archs`` runs on a GPU of compute capability ``device``.
+
+    Machine code runs on the same major capability from its own minor one; PTX, of the last architecture, on every
+    later GPU.
+    """
+    known = [capability(arch) for arch in archs]
+    return device >= known[-1] or any(device[0] == major and device[1] >= minor for major, minor in known)
+
+
+def suited(device: tuple[int, int]) -> str | None:
+    """Return the latest known architecture whose code runs on a GPU of compute capability ``device``; None without."""
+    archs = [name.removeprefix("cuda:") for name in _GPUS if name.startswith("cuda:")]
+    return max((arch for arch in archs if capability(arch) <= device), key=capability, default=None)
 
 
 def gpu_names() -> list[str]:

@@ -18,6 +18,7 @@ from tvm.s_tir.analysis import calculate_allocated_bytes
 
 from opcompile.declare import Grain, declare, packed_from
 from opcompile.errors import RecordError, SpecError
+from opcompile.gpus import GpuTarget
 from opcompile.packing import Packing
 from opcompile.record import Record, find_record
 from opcompile.spec import ConvTranspose3d
@@ -81,18 +82,23 @@ def object_code(module: tvm.IRModule, target: Target) -> bytes:
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    require_plan(plan)
-    record = None if plan == "baseline" else find_record(spec, target)
-    if record is not None:
+    if (record := recorded(spec, target, plan)) is not None:
         tiles = llvm.Tiles(**record.tiles)
         record.require_declaration(declaration_hash(spec, tiles))
         return tiles, _plan("tuned", record.tiles, record.why(), record)
-    if plan == "tuned":
+    estimate = llvm.baseline(spec, target.machine)
+    return estimate.tiles, _plan("baseline", asdict(estimate.tiles), estimate.why(), None)
+
+
+def recorded(spec: ConvTranspose3d, target: Target | GpuTarget, plan: PlanName) -> Record | None:
+    """The record that ``plan`` asks for; None where the baseline is to be used. Raises `RecordError`, `SpecError`."""
+    require_plan(plan)
+    record = None if plan == "baseline" else find_record(spec, target)
+    if record is None and plan == "tuned":
         raise RecordError(
             f"no tuned record for {spec} on {target.name}; make one with `opcompile tune`, or use plan best"
         )
-    estimate = llvm.baseline(spec, target.machine)
-    return estimate.tiles, _plan("baseline", asdict(estimate.tiles), estimate.why(), None)
+    return record
 
 
 def require_plan(plan: str) -> None:

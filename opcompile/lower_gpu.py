@@ -18,7 +18,7 @@ from opcompile.declare_flat import FlatGrain, declare_flat, positions
 from opcompile.errors import TargetError
 from opcompile.gpus import GpuTarget
 from opcompile.launch import Launch
-from opcompile.lower import KERNEL, Plan, PlanName, require_plan
+from opcompile.lower import KERNEL, Plan, PlanName, recorded
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
@@ -59,11 +59,15 @@ def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best")
 
 def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[GpuTiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    require_plan(plan)
+    record = recorded(spec, target, plan)
     if spec.dtype not in target.dtypes:
         raise TargetError(
             f"{target.name} has no {spec.dtype}; compile the layer in {', '.join(target.dtypes)}, or for another target"
         )
+    if record is not None:
+        tiles = GpuTiles(**record.tiles)
+        record.require_declaration(declaration_hash(spec, tiles))
+        return tiles, Plan("tuned", tiles.family, record.tiles, record.why(), record.key)
     estimate = gpu.baseline(spec, target.gpu)
     return estimate.tiles, Plan("baseline", estimate.tiles.family, asdict(estimate.tiles), estimate.why(), None)
 

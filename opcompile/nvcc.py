@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,6 +40,17 @@ def nvcc(source: str, target: GpuTarget) -> bytes:
             said = (done.stderr or done.stdout).strip()
             raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{_hint(said)}")
         return (Path(name) / "library.so").read_bytes()
+
+
+def nvcc_version() -> str:
+    """Return nvcc's version, like ``13.0.48``. Raises `EngineError` without nvcc."""
+    compiler = _nvcc()
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise EngineError(f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
+    found = re.search(r"\bV(\d[\d.]*)", said)
+    return found[1] if found else said.strip()[-80:]
 
 
 def _codes(target: GpuTarget) -> list[str]:

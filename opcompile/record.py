@@ -20,31 +20,33 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 from opcompile.errors import RecordError
+from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
+from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.tiles import Tiles
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
 
-# What a provenance always holds; more may stand beside it.
-PROVENANCE: dict[str, type] = {
+# What a provenance always holds, on CPUs and on GPUs; more may stand beside it.
+_ORIGIN: dict[str, type] = {
     "opcompile": str,
     "tvm": str,
     "tvm_ffi": str,
-    "llvm": str,
     "numpy": str,
     "device": str,
     "date": str,
     "seed": int,
-    "threads": int,
 }
+PROVENANCE: dict[str, type] = {**_ORIGIN, "llvm": str, "threads": int}
+GPU_PROVENANCE: dict[str, type] = {**_ORIGIN, "nvcc": str, "driver": str, "capability": str}
 _WAY_OUT = "delete the file, or tune the layer again"
 
 
@@ -130,12 +132,17 @@ def folders() -> list[Path]:
     return [own_folder(), shipped_folder()]
 
 
-def path_of(folder: Path, spec: ConvTranspose3d, target: Target) -> Path:
+def machine_name(target: Target | GpuTarget) -> str:
+    """Name the machine that records of ``target`` are for: of several architectures the first chooses the tiles."""
+    return f"{target.language}:{target.archs[0]}" if isinstance(target, GpuTarget) else target.name
+
+
+def path_of(folder: Path, spec: ConvTranspose3d, target: Target | GpuTarget) -> Path:
     """Return where the record of ``spec`` on ``target`` stands in ``folder``."""
-    return folder / target.name.replace(":", "-") / f"{key(str(spec))}.json"
+    return folder / machine_name(target).replace(":", "-") / f"{key(str(spec))}.json"
 
 
-def find_record(spec: ConvTranspose3d, target: Target) -> Record | None:
+def find_record(spec: ConvTranspose3d, target: Target | GpuTarget) -> Record | None:
     """Return the record of ``spec`` on ``target``, None where there is none. Raises `RecordError` for a bad one."""
     for folder in folders():
         path = path_of(folder, spec, target)
@@ -151,7 +158,7 @@ def find_record(spec: ConvTranspose3d, target: Target) -> Record | None:
 # --- writing and reading ---
 
 
-def write_record(record: Record, folder: Path, spec: ConvTranspose3d, target: Target) -> Path:
+def write_record(record: Record, folder: Path, spec: ConvTranspose3d, target: Target | GpuTarget) -> Path:
     """Write ``record`` to its place in ``folder`` and return the path.
 
     Atomic: a reader, or a second writer, sees the old file or the new one, whole. Raises `RecordError`.
@@ -179,15 +186,20 @@ def write_atomically(path: Path, text: str) -> None:
         raise RecordError(f"{path} cannot be written: {error.strerror}; choose a directory that can") from error
 
 
-def read_record(path: Path, spec: ConvTranspose3d, target: Target) -> Record:
+def read_record(path: Path, spec: ConvTranspose3d, target: Target | GpuTarget) -> Record:
     """Read one file and hold it against what it should be for. Raises `RecordError`.
 
     The declaration is the caller's to compare (`Record.require_declaration`): it takes a compiler to
     make one.
     """
-    content = _read_object(path)
-    _check_fields(path, content)
-    for what, given, wanted in (("layer", content["spec"], str(spec)), ("target", content["target"], target.name)):
+    return checked(path, read_object(path), spec, target)
+
+
+def checked(path: Path, content: Mapping[str, Any], spec: ConvTranspose3d, target: Target | GpuTarget) -> Record:
+    """Return what ``path`` holds as a record, or is to be made one of. Raises `RecordError`."""
+    _check_fields(path, content, GPU_PROVENANCE if isinstance(target, GpuTarget) else PROVENANCE)
+    machine = machine_name(target)
+    for what, given, wanted in (("layer", content["spec"], str(spec)), ("target", content["target"], machine)):
         if given != wanted:
             _refuse(path, f"it is for {what} {given!r}, not {wanted!r}")
     if complaint := illegal(content["tiles"], spec, target):
@@ -199,7 +211,8 @@ def _refuse(path: Path, rule: str) -> NoReturn:
     raise RecordError(f"record {path} cannot be used: {rule}; {_WAY_OUT}")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises `RecordError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
@@ -228,14 +241,14 @@ _FIELDS: dict[str, type] = {
 }
 
 
-def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse what has not the fields of a `Record`, each of its type."""
+def _check_fields(path: Path, content: Mapping[str, Any], provenance: Mapping[str, type]) -> None:
+    """Refuse what has not the fields of a `Record` and of its ``provenance``, each of its type."""
     if type(content.get("format")) is int and content["format"] != FORMAT:
         _refuse(path, f"it is of format {content['format']}, and this version reads format {FORMAT}")
     _check_types(path, "", content, _FIELDS)
     if unknown := sorted(content.keys() - _FIELDS.keys()):
         _refuse(path, f"it has an unknown field {unknown[0]!r}")
-    _check_types(path, "provenance.", content["provenance"], PROVENANCE)
+    _check_types(path, "provenance.", content["provenance"], provenance)
     if not _is_time(content["run_us"]):
         _refuse(path, f"run_us is {content['run_us']!r}, but must be a time in microseconds above 0")
     for name in ("samples", "finals"):
@@ -279,11 +292,14 @@ def unsound(sample: object) -> str | None:
 # --- what a machine can hold ---
 
 
-def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> str | None:
+def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | GpuTarget) -> str | None:
     """Say why these tiles cannot be scheduled for ``spec`` on ``target``; None where they can.
 
-    The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow.
+    The same rules as `schedules.llvm.candidates` follows, except for what it merely thinks slow. On a GPU they are
+    legal where they are candidates.
     """
+    if isinstance(target, GpuTarget):
+        return _illegal_on_gpu(tiles, spec, target)
     names = [f.name for f in fields(Tiles)]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
@@ -326,3 +342,18 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target) -> 
     if (spec.channels_in // spec.groups) % t.chunk:
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     return None
+
+
+def _illegal_on_gpu(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: GpuTarget) -> str | None:
+    names = [f.name for f in fields(GpuTiles)]
+    if sorted(tiles) != sorted(names):
+        return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
+    known = candidates(spec, target.gpu)
+    if not any(_same(asdict(estimate.tiles), tiles) for estimate in known):
+        return f"they are none of the {len(known)} choices that keep to the limits of {target.name}"
+    return None
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    # 1, 1.0 and True are equal, and not the same number in a kernel's text
+    return one == other and all(type(one[name]) is type(other[name]) for name in one)

@@ -8,19 +8,21 @@ one is tested.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from numpy.typing import NDArray
 
+from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.packing import Packing
 from opcompile.runtime import Golden, own_weights, read_golden
 from opcompile.spec import ConvTranspose3d
 
-_CUDA = 2  # DLPack's number
 _ALIGNMENT = 16
 _SIMULATE = "`opcompile verify --simulate` runs the kernel's text on the CPU"
 
@@ -43,6 +45,7 @@ class CudaArtifact:
         self.packing = Packing.from_json(manifest["packing"])
         self._own = own_weights(directory, manifest)
         self._uploaded: dict[tuple[str, str], Any] = {}
+        self._suited: set[int] = set()
         try:
             import tvm_ffi
 
@@ -62,26 +65,19 @@ class CudaArtifact:
 
         ``w`` is canonical, and packed anew in each call, or what `pack` made of it; it and ``b`` are left out
         where they were known at compile time. All are contiguous, on one GPU, at multiples of 16 bytes. The
-        call does not wait for the GPU. Raises `CallError`, also where the GPU is none that the library is for.
+        call does not wait for the GPU. Raises `CallError`, and `TargetError` where the GPU is none that the library
+        is for, before anything is started.
         """
-        batch, device = self._checked("x", x, self.spec.x_shape)
-        weight = self._weight(x, w)
-        bias = self._bias(x, b)
-        y = out if out is not None else self._empty(x, batch)
-        tensors = {"w": (weight, self.packing.shape), "out": (y, (batch, *self.spec.y_shape[1:]))}
-        if self.spec.bias:
-            tensors["b"] = (bias, (self.spec.channels_out,))
-        for name, (tensor, shape) in tensors.items():
-            if self._checked(name, tensor, shape)[1] != device:
-                raise CallError(f"{name} is on another GPU than x; copy it there")
-        arguments = [x, weight, *([bias] if self.spec.bias else []), y]
+        arguments = self._arguments(x, w, b, out)
         try:
             self._run(*arguments)
         except (RuntimeError, ValueError) as error:
-            archs = ", ".join(self.manifest["target"]["archs"])
-            hint = f"; this library is for {archs} and later" if "no kernel image" in str(error) else ""
-            raise CallError(f"the kernel failed: {error}{hint}") from error
-        return y
+            raise CallError(f"the kernel failed: {error}") from error
+        return arguments[-1]
+
+    def bound(self, x: Any, w: Any = None, b: Any = None, *, out: Any) -> Callable[[], object]:
+        """Check these tensors once; what is returned starts the kernel on them, at the least cost. Raises as a call."""
+        return partial(self._run, *map(self._from_dlpack, self._arguments(x, w, b, out)))
 
     def pack(self, w: Any) -> PackedCuda:
         """Lay a canonical weight, a tensor of PyTorch, out for this kernel, where it is. Raises `CallError`."""
@@ -124,12 +120,32 @@ class CudaArtifact:
 
     # --- arguments ---
 
+    def _arguments(self, x: Any, w: Any, b: Any, out: Any) -> list[Any]:
+        """Return what the kernel takes, the output last. Raises `CallError`, and `TargetError` for a GPU it is not for.
+
+        Nothing was started when it raises.
+        """
+        batch, place = self._checked("x", x, self.spec.x_shape)
+        weight = self._weight(x, w)
+        bias = self._bias(x, b)
+        y = out if out is not None else self._empty(x, batch)
+        tensors = {"w": (weight, self.packing.shape), "out": (y, (batch, *self.spec.y_shape[1:]))}
+        if self.spec.bias:
+            tensors["b"] = (bias, (self.spec.channels_out,))
+        for name, (tensor, shape) in tensors.items():
+            if self._checked(name, tensor, shape)[1] != place:
+                raise CallError(f"{name} is on another GPU than x; copy it there")
+        if place[1] not in self._suited:
+            require_runs_on(self.manifest["target"]["archs"], device(place[1]), f"the library in {self.directory}")
+            self._suited.add(place[1])
+        return [x, weight, *([bias] if self.spec.bias else []), y]
+
     def _checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
         """Return the first size and the device. Raises `CallError` for what does not fit."""
         if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
             raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
         kind, number = value.__dlpack_device__()
-        if int(kind) != _CUDA:
+        if int(kind) != CUDA:
             raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
         if getattr(value, "requires_grad", False) is True:
             raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")

@@ -29,10 +29,7 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,10 +46,29 @@ from typing import TYPE_CHECKING, Any
 from opcompile._journal import Journal
 from opcompile._measure import ask_tracker
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
+from opcompile.gpus import is_gpu
 from opcompile.record import Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores
 from opcompile.target import target as named
+from opcompile.trials import (
+    FINAL_SAMPLES,
+    MEASURE_S,
+    SAMPLE_MS,
+    SAMPLES,
+    START_S,
+    CandidateFailed,
+    Progress,
+    ProgressCallback,
+    Sample,
+    apart,
+    finalists,
+    last_line,
+    nothing_measured,
+    sample_of,
+    walk,
+    winner,
+)
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -61,19 +77,8 @@ if TYPE_CHECKING:
 
 # A compiling process is replaced after so many candidates: TVM keeps some memory of each.
 _BUILDS_A_PROCESS = 32
-# Seconds after which a candidate counts as failed: in compiling, and in being measured.
+# Seconds after which a candidate counts as failed in compiling.
 BUILD_S = 120
-MEASURE_S = 120
-# Starting Python, loading TVM and filling tensors comes on top of a measurement.
-_START_S = 60
-# A sample is the mean over as many calls as fill this time, so that the clock's grain is nothing.
-_SAMPLE_MS = 20
-_SAMPLES = 8
-# The finals: this many candidates and the baseline, each measured this many times, in turns.
-_FINALISTS = 3
-_FINAL_SAMPLES = 16
-# Medians this close are a tie, which the better rank wins.
-_TIE = 0.01
 # A measurement whose connection broke is tried this many times.
 _ATTEMPTS = 3
 # How long a tracker may take to answer; how long one request may wait in its queue before it is asked
@@ -81,26 +86,6 @@ _ATTEMPTS = 3
 _ANSWER_S = 10
 _QUEUE_S = 20
 _FREE_S = 600
-
-Sample = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far tuning is: ``done`` of ``total`` candidates, ``failures`` of them without a time.
-
-    ``best_us`` is the best median so far in microseconds, None before there is one. ``step`` is what
-    comes next: ``build``, ``measure``, ``finals`` or ``done``.
-    """
-
-    done: int
-    total: int
-    failures: int
-    best_us: float | None
-    step: str
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 def tune(
@@ -122,7 +107,8 @@ def tune(
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
     longer than `BUILD_S` to compile or `MEASURE_S` to measure (starting up comes on top), is recorded
     as failed. The few best are then measured again in turns with the baseline, and their medians
-    decide. A dynamic batch is measured with one element.
+    decide. A dynamic batch is measured with one element. A GPU of CUDA that is here is tuned for by
+    `opcompile.tune_gpu.tune_gpu`, and one elsewhere in two halves, `emit` and `absorb`.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
     key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
@@ -135,6 +121,15 @@ def tune(
     has no server; nothing could be measured) and `RecordError` (``work_dir`` holds measurements of
     something else or is in use; a directory cannot be written).
     """
+    if is_gpu(target):
+        if tracker is not None or key is not None:
+            raise TargetError(
+                f"a tracker measures CPUs alone, not {target}; build candidates with `opcompile tune --emit DIR`, and "
+                "time them with `opcompile measure DIR` on the machine that has the GPU"
+            )
+        from opcompile.tune_gpu import tune_gpu
+
+        return tune_gpu(spec, target, trials, seed=seed, work_dir=work_dir, into=into, progress=progress)
     machine = named(target)
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
@@ -147,7 +142,9 @@ def tune(
     choices = [estimate.tiles for estimate in llvm.candidates(spec, machine.machine)]
     header = _header(spec, machine, site, seed, choices)
     with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
-        journal = Journal.open(home / "journal.jsonl", header, [asdict(tiles) for tiles in choices])
+        journal = Journal.open(
+            home / "journal.jsonl", header, {rank: asdict(tiles) for rank, tiles in enumerate(choices)}
+        )
         report = partial(_report, progress, journal, min(trials, len(choices)))
         libraries = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
         with closing(_Bench(spec, machine, site, choices, libraries)) as bench:
@@ -161,13 +158,13 @@ def tune(
                     journal.add(sample)
                     report("measure")
             finals = _finals(bench, journal, report)
-    winner = _winner(finals)
+    won = winner(finals)
     record = Record(
         spec=str(spec),
         target=machine.name,
-        declaration=declaration_hash(spec, llvm.Tiles(**winner["tiles"])),
-        tiles=winner["tiles"],
-        run_us=winner["run_us"],
+        declaration=declaration_hash(spec, llvm.Tiles(**won["tiles"])),
+        tiles=won["tiles"],
+        run_us=won["run_us"],
         samples=journal.samples,
         finals=finals,
         provenance=_provenance(spec, site, seed, finals),
@@ -178,18 +175,6 @@ def tune(
 
 
 # --- which candidates, in which order ---
-
-
-def walk(count: int, seed: int) -> list[int]:
-    """Return the order in which ``count`` ranked candidates are measured, each exactly once.
-
-    In turns the next best by arithmetic and the next of a seeded shuffle: arithmetic is mostly right,
-    and where it is wrong it is wrong for a whole family. The baseline, rank 0, comes first. The order
-    does not depend on the budget, so that a larger one continues a smaller one.
-    """
-    shuffled = random.Random(seed).sample(range(count), count)  # noqa: S311 (an order, not a secret)
-    in_turns = [rank for pair in zip(range(count), shuffled, strict=True) for rank in pair]
-    return list(dict.fromkeys(in_turns))
 
 
 def decided(sch: Schedule, choices: Sequence[Tiles]) -> Tiles:
@@ -287,7 +272,7 @@ class _Bench:
             try:
                 modules[rank] = self._schedule(rank).mod
             except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
-                self._built[rank] = _Built(rank, "", _last_line(str(error)))
+                self._built[rank] = _Built(rank, "", last_line(str(error)))
         compile_one = partial(_compile, self.machine.tvm(), str(self.folder), _linker(self.machine))
         compiling = {rank: self._pool.submit(compile_one, module) for rank, module in modules.items()}
         try:
@@ -297,7 +282,7 @@ class _Bench:
                 except TimeoutError:
                     self._built[rank] = _Built(rank, "", f"compiling took longer than {BUILD_S} s")
                 except Exception as error:  # noqa: BLE001 (whatever it is, it is this candidate's result)
-                    self._built[rank] = _Built(rank, "", _last_line(str(error)))
+                    self._built[rank] = _Built(rank, "", last_line(str(error)))
         finally:
             for future in compiling.values():
                 future.cancel()
@@ -363,25 +348,25 @@ class _Bench:
 
     def _measure_one(self, built: _Built) -> Sample:
         try:
-            (times_us,), device = self.in_turns([built], _SAMPLES)
-        except _CandidateFailed as failure:
+            (times_us,), device = self.in_turns([built], SAMPLES)
+        except CandidateFailed as failure:
             return self.sample(built.rank, error=str(failure))
         return self.sample(built.rank, times_us=times_us, device=device)
 
     def in_turns(self, built: Sequence[_Built], samples: int) -> tuple[list[list[float]], str]:
         """Measure candidates in turns in one process on one device; return their times in us and its name.
 
-        Raises `_CandidateFailed`, and `TargetError` when there is no server left to measure on.
+        Raises `CandidateFailed`, and `TargetError` when there is no server left to measure on.
         """
         job = {
             "libraries": [b.library for b in built],
             "arguments": [_arguments(self.spec, self.choices[b.rank]) for b in built],
             "samples": samples,
-            "sample_ms": _SAMPLE_MS,
+            "sample_ms": SAMPLE_MS,
             "threads": self.site.threads,
             "session_s": MEASURE_S * len(built),
             "queue_s": _QUEUE_S,
-            "limit_s": MEASURE_S * len(built) + _START_S + (_QUEUE_S if self.site.tracker else 0),
+            "limit_s": MEASURE_S * len(built) + START_S + (_QUEUE_S if self.site.tracker else 0),
             "tracker": [*self.site.tracker, self.site.key] if self.site.tracker else None,
         }
         answer = _run(job)
@@ -396,21 +381,15 @@ class _Bench:
             elif broken < _ATTEMPTS:
                 broken += 1
             else:
-                raise _CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
+                raise CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
             answer = _run(job)
         if "failed" in answer:
-            raise _CandidateFailed(answer["error"])
+            raise CandidateFailed(answer["error"])
         device = _this_device() if self.site.tracker is None else f"{answer['device']}, by RPC, key {self.site.key}"
         return answer["times_us"], device
 
     def sample(self, rank: int, **outcome: Any) -> Sample:
-        if "times_us" in outcome:
-            outcome["run_us"] = statistics.median(outcome["times_us"])
-        return {"tiles": asdict(self.choices[rank]), "rank": rank, **outcome}
-
-
-class _CandidateFailed(Exception):
-    """Why a candidate has no time."""
+        return sample_of(asdict(self.choices[rank]), rank, **outcome)
 
 
 def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, module: Any) -> str:
@@ -467,37 +446,9 @@ def _arguments(spec: ConvTranspose3d, tiles: Tiles) -> list[list[Any]]:
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one job in a process of its own; see `opcompile._measure`. A process that ends badly failed."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
-        "TVM_NUM_THREADS": str(job["threads"]),
-        "TVM_USE_RUNTIME_LIB": "1",
-    }
-    command = [sys.executable, "-c", "from opcompile._measure import main; main()"]
-    kind = "connection" if job["tracker"] else "candidate"
-    limit_s = job["limit_s"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(job),
-            env=environment,
-            timeout=limit_s,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": kind, "error": f"the measurement took longer than {limit_s} s and was stopped"}
-    if done.returncode:
-        how = f"signal {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"status {done.returncode}"
-        return {"failed": kind, "error": f"the measuring process ended with {how}. {_last_line(done.stderr)}".strip()}
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
-def _last_line(text: str) -> str:
-    """Return the line of a traceback that says what happened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    blame = "connection" if job["tracker"] else "candidate"
+    environment = {"TVM_NUM_THREADS": str(job["threads"]), "TVM_USE_RUNTIME_LIB": "1"}
+    return apart(job, "opcompile._measure", blame, environment)
 
 
 # --- who wins ---
@@ -505,22 +456,18 @@ def _last_line(text: str) -> str:
 
 def _finals(bench: _Bench, journal: Journal, report: Callable[[str], None]) -> list[Sample]:
     """Measure the few best again, in turns with the baseline; what the journal holds is not repeated."""
-    timed = sorted((s for s in journal.samples if "run_us" in s), key=lambda s: (s["run_us"], s["rank"]))
-    if not timed:
-        first = journal.samples[0]["error"]
-        raise TargetError(f"none of the {len(journal.samples)} candidates could be measured; the first one: {first}")
-    ranks = [s["rank"] for s in timed[:_FINALISTS]]
-    if 0 not in ranks and any(s["rank"] == 0 for s in timed):
-        ranks.append(0)
+    ranks = finalists(journal.samples)
+    if not ranks:
+        raise TargetError(nothing_measured(journal.samples))
     if [s["rank"] for s in journal.finals] == ranks:
         return journal.finals
     report("finals")
     built = bench.build(ranks)
     try:
         if failed := next((b for b in built if b.error), None):
-            raise _CandidateFailed(failed.error)
-        times_us, device = bench.in_turns(built, _FINAL_SAMPLES)
-    except _CandidateFailed as failure:
+            raise CandidateFailed(failed.error)
+        times_us, device = bench.in_turns(built, FINAL_SAMPLES)
+    except CandidateFailed as failure:
         raise TargetError(
             f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
         ) from failure
@@ -529,17 +476,9 @@ def _finals(bench: _Bench, journal: Journal, report: Callable[[str], None]) -> l
     return finals
 
 
-def _winner(finals: Sequence[Sample]) -> Sample:
-    """Return the best-ranked one among the fastest and those that tie with it."""
-    fastest: float = min(s["run_us"] for s in finals)
-    return min((s for s in finals if s["run_us"] <= fastest * (1 + _TIE)), key=lambda s: int(s["rank"]))
-
-
 def _report(callback: ProgressCallback | None, journal: Journal, total: int, step: str) -> None:
     if callback is not None:
-        times = [s["run_us"] for s in journal.samples if "run_us" in s]
-        done = len(journal.samples)
-        callback(Progress(done, max(done, total), done - len(times), min(times, default=None), step))
+        callback(Progress.of(journal.samples, total, step))
 
 
 # --- where from, and with what ---
@@ -562,11 +501,12 @@ def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choi
         "site": site.name,
         "threads": site.threads,
         "seed": seed,
-        **_versions(),
+        **versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that candidates depend on."""
     import numpy as np
     import tvm
 
@@ -583,13 +523,13 @@ def _versions() -> dict[str, str]:
 
 def _provenance(spec: ConvTranspose3d, site: _Site, seed: int, finals: Sequence[Sample]) -> dict[str, Any]:
     return {
-        **_versions(),
+        **versions(),
         "device": finals[0]["device"],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
         "threads": site.threads,
         "batch": spec.batch or 1,
-        "sample_ms": _SAMPLE_MS,
+        "sample_ms": SAMPLE_MS,
     }
 
 

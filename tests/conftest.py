@@ -15,6 +15,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Keras chooses its backend when it is imported, and TensorFlow, its default, is not among our peers.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from stub_gpu import driver, gpu  # noqa: F401 (fixtures; they import NumPy)
+
 settings.register_profile(
     "opcompile",
     deadline=None,

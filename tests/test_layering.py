@@ -29,6 +29,9 @@ BELOW = {
     "opcompile.target": {"opcompile.errors", "opcompile.gpus"},
     "opcompile.launch": {"opcompile.errors"},
     "opcompile.nvcc": {"opcompile.errors", "opcompile.gpus"},
+    "opcompile.cuda_driver": {"opcompile.errors", "opcompile.gpus"},
+    "opcompile.trials": set(),
+    "opcompile.job": {"opcompile.errors", "opcompile.record"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
     "opcompile.engines": {"opcompile.errors", "opcompile.spec", "opcompile.runtime"},
@@ -114,8 +117,11 @@ def test_no_module_imports_both_tvm_and_onnx(module: str) -> None:
 JUDGES = [f"gradients.{name}" for name in ("gradient", "reference", "bounds", "golden", "verify", "runtime")]
 
 
+TIMERS = ["runtime_cuda", "cuda_driver", "trials", "job", "measure", "_measure_gpu"]
+
+
 @pytest.mark.parametrize(
-    "module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors", *JUDGES]
+    "module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors", *JUDGES, *TIMERS]
 )
 def test_these_import_neither(module: str) -> None:
     found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text(), types_too=True))

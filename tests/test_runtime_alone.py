@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stub_gpu import LAYER
 
 import opcompile
 from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
+from opcompile.tune_gpu import emit
 
 ROOT = Path(opcompile.__file__).parents[1]
 # two threads or more are worth waking for it
@@ -73,6 +76,16 @@ def test_a_parallel_kernel_without_the_compiler(python: Path, parallel: Path, tm
     stored = np.load(tmp_path / "y.npz")
     # products and sums of these inputs are exact in float32
     assert np.array_equal(stored["y"], reference(PARALLEL, stored["x"], stored["w"], stored["b"]))
+
+
+def test_candidates_for_a_gpu_are_timed_without_the_compiler(
+    python: Path, tmp_path: Path, gpu: pytest.MonkeyPatch
+) -> None:
+    place = emit([LAYER], "cuda:sm_90", 1, into=tmp_path / "job")
+    main = "import sys; from opcompile.measure import main; sys.exit(main())"
+    assert run(python, main, place, "-o", tmp_path / "results.json").strip() == str(tmp_path / "results.json")
+    (layer,) = json.loads((tmp_path / "results.json").read_text())["layers"]
+    assert [s["rank"] for s in layer["finals"]] == [0]
 
 
 def test_importing_and_loading_bring_no_compiler_in(parallel: Path) -> None:

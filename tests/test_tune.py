@@ -21,7 +21,8 @@ from opcompile.lower import KERNEL, choose, declaration_hash, declared, grain, s
 from opcompile.record import PROVENANCE, Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
-from opcompile.tune import Progress, decided, tune, walk
+from opcompile.trials import Progress, walk
+from opcompile.tune import decided, tune
 from schedules import llvm
 from schedules.llvm import space
 
@@ -61,7 +62,7 @@ tune(ConvTranspose3d.parse(sys.argv[1]), trials=int(sys.argv[2]), work_dir=sys.a
 
 
 def test_a_killed_run_continues_where_it_was(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_FINALISTS", 1)
+    monkeypatch.setattr("opcompile.trials.FINALISTS", 1)
     work_dir = tmp_path / "work"
     paths = os.pathsep.join([str(Path(tuning.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", KILLED, str(SPEC), str(TRIALS), str(work_dir)]
@@ -181,7 +182,7 @@ def test_the_finals_decide_and_not_the_first_measurement(bench: Callable[[Times]
     first = {0: 9.0, 1: 8.0, 2: 1.0, 3: 7.0}
 
     def times(rank: int, samples: int) -> list[float]:
-        if samples == tuning._SAMPLES:
+        if samples == tuning.SAMPLES:
             return [first.get(rank, 50.0)] * samples
         return [{2: 6.0, 1: 5.0}.get(rank, 10.0)] * samples
 
@@ -234,7 +235,7 @@ def test_finals_that_fail_are_an_error_and_the_rest_is_kept(
     bench: Callable[[Times], list[list[int]]], tmp_path: Path
 ) -> None:
     def times(rank: int, samples: int) -> list[float]:
-        if samples != tuning._SAMPLES:
+        if samples != tuning.SAMPLES:
             raise RuntimeError("signal SIGKILL")
         return [1.0] * samples
 

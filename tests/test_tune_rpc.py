@@ -19,7 +19,8 @@ from opcompile.errors import TargetError
 from opcompile.record import find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
-from opcompile.tune import Progress, tune
+from opcompile.trials import Progress
+from opcompile.tune import tune
 from schedules import llvm
 
 # the package's attribute of this name is the function
@@ -103,7 +104,7 @@ def test_a_server_that_dies_half_way_loses_nothing(
     farm: Farm, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
-    monkeypatch.setattr(tuning, "_SAMPLE_MS", 50)  # so that a measurement lasts until its server is killed
+    monkeypatch.setattr(tuning, "SAMPLE_MS", 50)  # so that a measurement lasts until its server is killed
     until(lambda: servers_listed(farm) == 2, "two servers")
     answers, run = [], tuning._run
 
@@ -138,7 +139,7 @@ def test_no_server_left_is_said_and_what_was_measured_is_kept(
     farm: Farm, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
-    monkeypatch.setattr(tuning, "_SAMPLE_MS", 50)
+    monkeypatch.setattr(tuning, "SAMPLE_MS", 50)
     monkeypatch.setattr(tuning, "_QUEUE_S", 2)
     before = (work_dir / "journal.jsonl").read_text()
 

@@ -1,0 +1,287 @@
+"""Tuning for GPUs, in two halves that can be apart: `emit` builds candidates, `absorb` records the fastest.
+
+Between them `opcompile.measure` times the candidates, on a machine that has the GPU and no compiler. `tune_gpu` does
+all three where everything is at hand. Nothing heavy is imported with this module.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opcompile.cuda_driver import device
+from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
+from opcompile.gpus import GpuTarget, gpu_target, is_gpu
+from opcompile.job import JOB, Candidate, Job, LayerJob
+from opcompile.measure import FORMAT, measure
+from opcompile.record import FORMAT as RECORD_FORMAT
+from opcompile.record import (
+    Record,
+    checked,
+    key,
+    machine_name,
+    own_folder,
+    read_object,
+    write_atomically,
+    write_record,
+)
+from opcompile.runtime import parse_manifest, read_manifest
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import cores
+from opcompile.trials import Progress, ProgressCallback, last_line, nothing_measured, walk, winner
+
+if TYPE_CHECKING:
+    from opcompile.lower_gpu import LoweredGpu
+    from schedules.gpu_tiles import GpuEstimate
+
+
+def tune_gpu(
+    spec: ConvTranspose3d,
+    target: str,
+    trials: int = 64,
+    *,
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+    into: str | Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> Record:
+    """Do `emit`, `opcompile.measure.measure` and `absorb` here, in ``work_dir`` or a temporary directory.
+
+    In a ``work_dir`` an interrupted run continues. Raises what they raise, and `TargetError` at once where this
+    machine has no GPU.
+    """
+    _cuda(target)
+    try:
+        device()
+    except TargetError as error:
+        raise TargetError(
+            f"{target} cannot be timed here: {error}. Or build the candidates here with `opcompile tune --emit DIR`, "
+            "time them there with `opcompile measure DIR -o results.json`, and record the fastest here with "
+            "`opcompile tune --absorb results.json`"
+        ) from error
+    with nullcontext(work_dir) if work_dir is not None else tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+        home = Path(str(name))
+        emit([spec], target, trials, into=home, seed=seed, progress=progress)
+        measure(home, home / "results.json", progress=progress)
+        (record,) = absorb(home / "results.json", into)
+    return record
+
+
+# --- the first half ---
+
+
+def emit(
+    specs: Sequence[ConvTranspose3d],
+    target: str,
+    trials: int = 64,
+    *,
+    into: str | Path,
+    seed: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Path:
+    """Build ``trials`` candidates of each layer as artifacts in ``into``, with a list of them; no GPU is needed.
+
+    Which ones depends on layer, target and ``seed`` alone, as in `opcompile.tune`. One that does not compile is
+    listed with the error. Where ``into`` holds this very job already, it stays as it is. Returns ``into``.
+
+    Raises `SpecError` (a budget below one), `TargetError` (no CUDA target), `EngineError` (nvcc is missing, or
+    compiles none of them), `ArtifactError` (``into`` holds something else, or cannot be written).
+    """
+    machine, place = _cuda(target), Path(into).absolute()
+    if type(trials) is not int or trials < 1:
+        raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
+    made = _made(specs, machine, trials)
+    if _holds(place, machine, seed, made):
+        return place
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / JOB).unlink(missing_ok=True)
+        layers = [_emitted(spec, machine, trials, seed, place, progress) for spec in specs]
+    except OSError as error:
+        raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name another directory") from error
+    write_atomically(place / JOB, json.dumps(Job(target, seed, made, tuple(layers)).to_json(), indent=1) + "\n")
+    return place
+
+
+def _cuda(target: str) -> GpuTarget:
+    if not is_gpu(target):
+        raise TargetError(
+            f"target {target!r} is no GPU; candidates are emitted for GPUs of CUDA, and a CPU is tuned where it is, or "
+            "over a tracker"
+        )
+    machine = gpu_target(target)
+    if machine.language != "cuda":
+        raise TargetError(
+            f"kernels for {target} cannot be timed by this version, which drives GPUs of CUDA alone; compile with plan "
+            "baseline, whose tiles come from arithmetic"
+        )
+    return machine
+
+
+def _made(specs: Sequence[ConvTranspose3d], machine: GpuTarget, trials: int) -> dict[str, str]:
+    """All that the candidates depend on besides layers, target and seed. Raises `EngineError` without nvcc."""
+    import tvm_ffi
+
+    from opcompile.lower_gpu import choose, scheduled
+    from opcompile.nvcc import nvcc_version
+    from opcompile.tune import versions
+
+    schedules = [tvm_ffi.structural_hash(scheduled(spec, choose(spec, machine, "baseline")[0])) for spec in specs]
+    return {
+        "layers": ",".join(key(str(spec)) for spec in specs),
+        "trials": str(trials),
+        "schedules": ",".join(f"{number & (2**64 - 1):016x}" for number in schedules),
+        "nvcc": nvcc_version(),
+        **versions(),
+    }
+
+
+def _holds(place: Path, machine: GpuTarget, seed: int, made: dict[str, str]) -> bool:
+    try:
+        there = Job.read(place)
+    except ArtifactError:
+        return False
+    return (there.target, there.seed, there.made) == (machine.name, seed, made)
+
+
+def _emitted(
+    spec: ConvTranspose3d,
+    machine: GpuTarget,
+    trials: int,
+    seed: int,
+    place: Path,
+    progress: ProgressCallback | None,
+) -> LayerJob:
+    """Schedule the candidates one after the other, while nvcc compiles those before on all cores."""
+    from schedules.gpu_tiles import candidates
+
+    ranked = candidates(spec, machine.gpu)
+    ranks = walk(len(ranked), seed)[:trials]
+    home, found = place / key(str(spec)), []
+    pool = ThreadPoolExecutor(cores())
+    try:
+        building = [_building(pool, spec, machine, ranked[rank], home / str(rank)) for rank in ranks]
+        for rank, future in zip(ranks, building, strict=True):
+            error = _error(future)
+            declaration, sha256 = ("", "") if error else future.result()
+            found.append(Candidate(rank, asdict(ranked[rank].tiles), declaration, sha256, error))
+            if progress:
+                progress(Progress(len(found), len(ranks), sum(bool(c.error) for c in found), None, "build"))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if all(c.error for c in found):
+        raise EngineError(f"none of the {len(found)} candidates could be built; the first one: {found[0].error}")
+    return LayerJob(str(spec), tuple(found))
+
+
+_Built = Future[tuple[str, str]]
+
+
+def _building(
+    pool: ThreadPoolExecutor, spec: ConvTranspose3d, machine: GpuTarget, estimate: GpuEstimate, place: Path
+) -> _Built:
+    """Return what will be the hashes of the candidate's declaration and of its artifact's manifest."""
+    from opcompile import artifact
+    from opcompile.lower import Plan
+    from opcompile.lower_gpu import declaration_hash, emitted
+
+    def write(lowered: LoweredGpu, declaration: str) -> tuple[str, str]:
+        written = artifact.write(lowered, place)
+        return declaration, str(parse_manifest(read_manifest(written), written)["sha256"])
+
+    tiles = estimate.tiles
+    plan = Plan("candidate", tiles.family, asdict(tiles), estimate.why(), None)
+    try:
+        return pool.submit(write, emitted(spec, machine, tiles, plan), declaration_hash(spec, tiles))
+    except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
+        failed: _Built = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _error(future: _Built) -> str:
+    """Return what kept a candidate from being built. Raises what would keep every other one, too."""
+    error = future.exception()
+    if isinstance(error, (OSError, ArtifactError)):
+        raise error
+    return last_line(str(error)) or type(error).__name__ if error else ""
+
+
+# --- the second half ---
+
+
+def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
+    """Record the fastest candidate of each layer in ``results``, which `opcompile.measure.measure` wrote.
+
+    Records go to ``into``, by default `opcompile.record.own_folder`. Raises `RecordError` for a file that is no such
+    result, or that was measured on what this version declares in another way or does not schedule, and then none is
+    written; `TargetError` where no candidate of a layer could be measured, when the other layers are recorded.
+    """
+    path = Path(results).absolute()
+    content = read_object(path)
+    if content.get("format") != FORMAT:
+        raise RecordError(f"{path} is of format {content.get('format')!r}, and this version reads {FORMAT}; {_AGAIN}")
+    try:
+        job = Job.from_json(content["job"], path)
+        machine = gpu_target(job.target)
+        layers = zip(job.layers, content["layers"], strict=True)
+        found = [_content(job, machine, layer, of_layer, content["machine"]) for layer, of_layer in layers]
+        specs = [ConvTranspose3d.parse(layer.spec) for layer in job.layers]
+    except (KeyError, TypeError, ValueError, TargetError) as error:
+        raise RecordError(f"{path} is no result of `opcompile measure`: {error}; {_AGAIN}") from error
+    timed = [(spec, checked(path, c, spec, machine)) for spec, c in zip(specs, found, strict=True) if c["finals"]]
+    for spec, record in timed:
+        record.require_declaration(_declaration(spec, record))
+    folder = Path(into) if into is not None else own_folder()
+    records = [replace(record, path=write_record(record, folder, spec, machine)) for spec, record in timed]
+    for layer, c in zip(job.layers, found, strict=True):
+        if not c["finals"]:
+            raise TargetError(f"{layer.spec} has no record: {nothing_measured(c['samples'])}")
+    return records
+
+
+_AGAIN = "measure again, and give the file that this writes"
+_MADE_BY = ("opcompile", "tvm", "tvm_ffi", "llvm", "numpy", "nvcc")
+_MEASURED_BY = ("opcompile", "python", "apache_tvm_ffi", "numpy")
+
+
+def _content(
+    job: Job, target: GpuTarget, layer: LayerJob, found: dict[str, Any], machine: dict[str, str]
+) -> dict[str, Any]:
+    """Return the fields of the layer's record, the finals being empty where nothing was measured."""
+    if found["spec"] != layer.spec:
+        raise ValueError(f"it holds {found['spec']!r} where its job has {layer.spec!r}")
+    if not found["finals"]:
+        return {"samples": found["samples"], "finals": []}
+    won = winner(found["finals"])
+    (candidate,) = (c for c in layer.candidates if c.rank == won["rank"] and c.tiles == won["tiles"])
+    return {
+        "format": RECORD_FORMAT,
+        "spec": layer.spec,
+        "target": machine_name(target),
+        "declaration": candidate.declaration,
+        "tiles": won["tiles"],
+        "run_us": won["run_us"],
+        "samples": found["samples"],
+        "finals": found["finals"],
+        "provenance": {
+            **{name: job.made[name] for name in _MADE_BY},
+            **{name: machine[name] for name in ("device", "capability", "driver", "date")},
+            "measured_with": {name: machine[name] for name in _MEASURED_BY},
+            "seed": job.seed,
+            "batch": ConvTranspose3d.parse(layer.spec).batch or 1,
+        },
+    }
+
+
+def _declaration(spec: ConvTranspose3d, record: Record) -> str:
+    from opcompile.lower_gpu import declaration_hash
+    from schedules.gpu_tiles import GpuTiles
+
+    return declaration_hash(spec, GpuTiles(**record.tiles))
