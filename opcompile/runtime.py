@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import io
 import json
 import math
 import operator
@@ -20,14 +19,16 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from glob import escape
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, cast, overload
 
 import numpy as np
+from numpy.lib import format
 from numpy.typing import NDArray
 
 from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, TargetError
@@ -69,6 +70,7 @@ _HOST_MEMORY = (1, 3, 11)
 # What a DLPack producer may raise when it cannot export.
 _NOT_EXPORTED = (BufferError, RuntimeError, TypeError, ValueError)
 _LARGE = 8 << 20
+_PART = 1 << 20
 _ATTEMPTS = 8
 
 
@@ -452,8 +454,8 @@ class Artifact:
 
     def _read_weights(self) -> tuple[Packed | None, Borrowed | None]:
         """Packed W and B that were known at compile time, each or none."""
-        stored, spec = arrays_of(read_file(self.directory, self.manifest, WEIGHTS), WEIGHTS), self.spec
-        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, _moved(stored.pop("W"))) if "W" in stored else None
+        stored, spec = own_weights(self.directory, self.manifest), self.spec
+        weight = Packed.of(spec.w_shape, spec.dtype, self.packing, stored["W"]) if "W" in stored else None
         if "B" not in stored:
             return weight, None
         bias = stored["B"]
@@ -466,7 +468,7 @@ def read_golden(
     directory: Path, manifest: dict[str, Any], spec: ConvTranspose3d, own_weight: bool, own_bias: bool
 ) -> Golden:
     """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
-    stored = arrays_of(read_file(directory, manifest, GOLDEN), GOLDEN)
+    stored = read_arrays(directory, manifest, GOLDEN)
     x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
     bias = spec.bias and not own_bias
     return Golden(
@@ -608,7 +610,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Return what an artifact holds of packed ``W`` and of ``B``; bfloat16 as bits. Raises `ArtifactError`."""
-    return arrays_of(read_file(directory, manifest, WEIGHTS), WEIGHTS) if manifest["weights"] else {}
+    return read_arrays(directory, manifest, WEIGHTS) if manifest["weights"] else {}
 
 
 def identity(place: Path) -> tuple[int, ...] | None:
@@ -720,31 +722,54 @@ def _check_files(directory: Path, manifest: dict[str, Any], names: Iterable[str]
     files = manifest["files"]
     if sum(files[name]["bytes"] for name in names) < _LARGE:
         for name in names:
-            read_file(directory, manifest, name)
+            open_checked(directory, manifest, name).close()
         return
     from concurrent.futures import ThreadPoolExecutor  # hashing runs beside the interpreter
 
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(read_file, directory, manifest, name) for name in names]:
-            done.result()
+        for done in [pool.submit(open_checked, directory, manifest, name) for name in names]:
+            done.result().close()
 
 
-def read_file(directory: Path, manifest: dict[str, Any], name: str) -> bytes:
-    """Return the content of a listed file. Raises `ArtifactError` when it is not what the manifest says."""
-    entry = manifest["files"][name]
+def open_checked(directory: Path, manifest: dict[str, Any], name: str) -> BinaryIO:
+    """Open a listed file. Raises `ArtifactError` when it is not what the manifest says."""
+    entry, found = manifest["files"][name], hashlib.sha256()
     try:
-        content = (directory / name).read_bytes()
+        with ExitStack() as on_error:
+            file = on_error.enter_context((directory / name).open("rb"))
+            while part := file.read(_PART):
+                found.update(part)
+            if file.tell() != entry["bytes"] or found.hexdigest() != entry["sha256"]:
+                raise ArtifactError(f"{directory / name} was changed after it was written; compile the layer again")
+            file.seek(0)
+            on_error.pop_all()
+            return file
     except OSError as error:
         raise ArtifactError(f"{directory / name} cannot be read: {error.strerror}; compile the layer again") from error
-    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise ArtifactError(f"{directory / name} was changed after it was written; compile the layer again")
-    return content
 
 
-def arrays_of(content: bytes, name: str) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a NumPy archive. Raises `ArtifactError` for what is none."""
+def read_arrays(directory: Path, manifest: dict[str, Any], name: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a listed NumPy archive, each at a cache line. Raises `ArtifactError`."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        with open_checked(directory, manifest, name) as file, zipfile.ZipFile(file) as stored:
+            return {member.removesuffix(".npy"): _read_array(stored, member) for member in stored.namelist()}
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{name} is not an archive of arrays: {error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, member: str) -> NDArray[Any]:
+    """Read a member into its place part by part: `numpy.load` holds an array twice, and starts it anywhere."""
+    with archive.open(member) as file:
+        read_header = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}
+        shape, by_columns, dtype = read_header[format.read_magic(file)](file)
+        if by_columns or dtype.hasobject:
+            raise ValueError(f"{member} holds {dtype} by columns" if by_columns else f"{member} holds objects")
+        array = aligned(shape, dtype)
+        memory = array.reshape(-1).view(np.uint8)
+        filled = 0
+        while part := file.read(_PART):
+            memory[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
+            filled += len(part)
+        if filled != memory.size:
+            raise ValueError(f"{member} has {filled} of {memory.size} bytes")
+        return array

@@ -18,11 +18,10 @@ from opcompile.runtime import (
     Slot,
     address_of,
     aligned,
-    arrays_of,
     as_kind_of,
     checked_threads,
     framework_of,
-    read_file,
+    read_arrays,
     require_apart,
 )
 from opcompile.spec import ConvTranspose3d
@@ -99,7 +98,7 @@ class GradientArtifact:
 
         Raises `ArtifactError` when its file has changed since.
         """
-        stored = arrays_of(read_file(self.directory, self.manifest, GOLDEN), GOLDEN)
+        stored = read_arrays(self.directory, self.manifest, GOLDEN)
         operands = golden_operands(self.gradient, int(stored["batch"]))
         return GoldenGradient(operands, stored["indices"], stored["expected"])
 
