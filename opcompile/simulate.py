@@ -53,13 +53,13 @@ class Simulator:
         self._folder = tempfile.mkdtemp(prefix="opcompile-simulate-")
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any]) -> None:
-        """Fill ``y``, contiguous, from the contiguous ``inputs`` x, w (packed) and b; the batch is that of ``y``.
+    def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], batch: int) -> None:
+        """Fill ``y``, contiguous, from the ``inputs`` that the launch names, W packed.
 
         Raises `VerificationError` for anything that is wrong with the kernel, and `EngineError` where there is
         no C++ compiler.
         """
-        first, second = (self._ordered(inputs, y, backwards) for backwards in (False, True))
+        first, second = (self._ordered(inputs, y, batch, backwards) for backwards in (False, True))
         if first != second:
             places = np.flatnonzero(np.frombuffer(first, np.uint8) != np.frombuffer(second, np.uint8)) // y.itemsize
             raise VerificationError(
@@ -68,9 +68,9 @@ class Simulator:
             )
         y.reshape(-1).view(np.uint8)[:] = np.frombuffer(first, np.uint8)
 
-    def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], backwards: bool) -> bytes:
+    def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], batch: int, backwards: bool) -> bytes:
         """Run with buffers at the upper end of their pages, or, ``backwards``, at the lower."""
-        program, batch = self._program, y.shape[0]
+        program, result = self._program, self.launch.result
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             words = [str(n) for n in (self.launch.grid(batch), 1, 1, self.launch.threads, 1, 1)]
             words += [str(int(backwards)), str(int(not backwards)), str(self._workers(batch))]
@@ -78,17 +78,18 @@ class Simulator:
                 if argument == "batch":
                     continue
                 path = Path(name) / argument
-                # Y begins as NaN: what is not written shows
-                content = b"\xff" * y.nbytes if argument == "y" else np.ascontiguousarray(inputs[argument]).tobytes()
+                written = argument == result
+                # it begins as NaN: what is not written shows
+                content = b"\xff" * y.nbytes if written else np.ascontiguousarray(inputs[argument]).tobytes()
                 path.write_bytes(content)
-                words += [argument, str(path), str(len(content)), "w" if argument == "y" else "r"]
+                words += [argument, str(path), str(len(content)), "w" if written else "r"]
             environment = {**os.environ, "SIMULATED_BATCH": str(batch)}
             done = subprocess.run([program, *words], capture_output=True, text=True, check=False, env=environment)
             if done.returncode in _FAULTS:
                 raise VerificationError(f"{self.launch.kernel}: {_FAULTS[done.returncode]}: {done.stderr.strip()}")
             if done.returncode:
                 raise EngineError(f"the simulation ended with status {done.returncode}: {done.stderr.strip()}")
-            return (Path(name) / "y").read_bytes()
+            return (Path(name) / result).read_bytes()
 
     def _workers(self, batch: int) -> int:
         return cores() if self.launch.grid(batch) >= _TOO_SMALL_FOR_TWO else 1
@@ -169,7 +170,7 @@ class Simulated:
                 )
             inputs[name] = self.packing(array) if name == "w" else array
         y = np.empty((x.shape[0], *(size or 0 for size in self.spec.y_shape[1:])), x.dtype)
-        self._simulator.run(inputs, y)
+        self._simulator.run(inputs, y, x.shape[0])
         return y
 
     def golden(self) -> Golden:
@@ -190,7 +191,7 @@ def translated(source: str, language: str, launch: Launch) -> str:
             f'  auto &{name} = simulator::shared<{kind}[{count}]>({number}, "shared memory {name}");',
         )
     tensors = [name for name in launch.arguments if name != "batch"]
-    passed = [f"({_pointer(source, name)})arguments[{number}]" for number, name in enumerate(tensors)]
+    passed = [f"({_pointer(source, name, launch)})arguments[{number}]" for number, name in enumerate(tensors)]
     if language == "metal":
         passed += [f"{launch.kernel}_args_t{{batch}}"] if "batch" in launch.arguments else []
         passed += ["simulator::block.x", "simulator::current->at.x"]
@@ -214,9 +215,9 @@ def _cuda(source: str) -> str:
     return kernel[: end.end() if end else None].replace('extern "C" ', "")
 
 
-def _pointer(source: str, argument: str) -> str:
+def _pointer(source: str, argument: str, launch: Launch) -> str:
     """Return the type of a kernel's argument."""
-    name = {"x": "X", "w": "W", "b": "B", "y": "output"}[argument]
+    name = "output" if argument == launch.result else argument.upper()
     found = re.search(rf"(\w+)\s*\*\s*(?:__restrict__\s+)?{name}_ptr", source)
     if found is None:
         raise AssertionError(f"the kernel has no parameter {name}_ptr")

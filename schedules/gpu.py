@@ -72,8 +72,14 @@ def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
     grid, own = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
     sch.reorder(*grid, m_in, q_in, *own)
     block = sch.fuse(*grid)
-    thread, home, inside = _deal(sch, tiles, m_in, q_in)
     sch.bind(block, "blockIdx.x")
+    factors = {name: _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights")) for name in names}
+    if parts:
+        # before the tile is dealt out: its parts are whole, where it has fewer elements than there are threads
+        sch.compute_at(blocks["result"], block, preserve_unit_loops=True)
+        for name in names:
+            _sum_in_groups(sch, tiles, blocks[name], parts[name], factors[name], block)
+    thread, home, inside = _deal(sch, tiles, m_in, q_in)
     sch.bind(thread, "threadIdx.x")
     sch.compute_at(blocks["result"], home, preserve_unit_loops=True)
     sch.set_scope(blocks["result"], 0, "local")
@@ -84,11 +90,10 @@ def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
 
     # --- the sums ---
     for name in names:
-        factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"))
-        if tiles.family == "split":
-            _sum_in_groups(sch, tiles, blocks[name], parts[name], factors, block, home)
-        else:
-            _sum_in_registers(sch, tiles, blocks[name], factors, thread)
+        sch.compute_at(blocks[name], home, preserve_unit_loops=True)
+        sch.set_scope(blocks[name], 0, "local")
+        if not parts:
+            _sum_in_registers(sch, tiles, blocks[name], factors[name], thread)
 
 
 def _blocks(sch: Schedule) -> dict[str, Any]:
@@ -139,8 +144,6 @@ class _Factors:
 
 
 def _sum_in_registers(sch: Schedule, t: GpuTiles, phase: Any, factors: _Factors, thread: Any) -> None:
-    sch.compute_at(phase, thread, preserve_unit_loops=True)
-    sch.set_scope(phase, 0, "local")
     (n, g, m, *f, q), (*taps, c) = _kinds(sch, phase, thread)
     c, c_in = sch.split(c, [None, t.chunk or 1])
     sch.reorder(n, g, *taps, c, c_in, m, *f, q)
@@ -244,11 +247,8 @@ def _split_sums(sch: Schedule, t: GpuTiles, phase: Any) -> Any:
     return sch.rfactor(group, 0)
 
 
-def _sum_in_groups(
-    sch: Schedule, t: GpuTiles, phase: Any, parts: Any, factors: _Factors, block: Any, home: Any
-) -> None:
-    sch.compute_at(phase, home, preserve_unit_loops=True)
-    sch.set_scope(phase, 0, "local")
+def _sum_in_groups(sch: Schedule, t: GpuTiles, phase: Any, parts: Any, factors: _Factors, block: Any) -> None:
+    sch.compute_at(phase, block, preserve_unit_loops=True)
     sch.set_scope(parts, 0, "shared")
     leave = sch.cache_write(parts, 0, "local")
     sch.compute_at(leave, block, preserve_unit_loops=True)

@@ -53,12 +53,17 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
 
 def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    require_plan(plan)
-    if plan == "tuned":
-        raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
+    require_untuned(gradient, plan)
     estimate = gradients.candidates(gradient, target.machine)[0]
     tiles: GradientTiles = estimate.tiles
     return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), estimate.why(), None)
+
+
+def require_untuned(gradient: Gradient, plan: PlanName) -> None:
+    """Raise `RecordError` for plan ``tuned``: derivatives are not."""
+    require_plan(plan)
+    if plan == "tuned":
+        raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
 
 
 def grain(tiles: GradientTiles) -> Grain:
