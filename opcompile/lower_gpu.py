@@ -81,9 +81,9 @@ def require_dtype(spec: ConvTranspose3d, target: GpuTarget) -> None:
 
 def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
     """Emit the kernel that ``tiles`` make."""
-    source, *host = texts(scheduled(spec, tiles), target)
+    source, host, objects = texts(scheduled(spec, tiles), target)
     launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
-    return LoweredGpu(target, plan, source, *host, launch, spec, packing(spec, tiles))
+    return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
 
 
 def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, tuple[bytes, ...]]:

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,12 @@ from opcompile.errors import ArtifactError, CallError, EngineError, TargetError,
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, opened, own_weights, read_golden
+from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
+
+if TYPE_CHECKING:
+    from opcompile.gradients.simulate import SimulatedGradient
 
 _HEADERS = Path(__file__).with_name("simulator")
 _FLAGS = ("-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -127,26 +130,46 @@ def _compiler() -> list[str]:
 # --- an artifact ---
 
 
+def simulated(path: str | os.PathLike[str]) -> Simulated | SimulatedGradient:
+    """Open the artifact for a GPU in ``path``, whatever it computes. Raises as `Simulated` does."""
+    from opcompile.gradients.simulate import SimulatedGradient  # it is made of what is here
+
+    directory = Path(path).absolute()
+    derivative = parse_manifest(read_manifest(directory), directory)["derivative"]
+    return SimulatedGradient(directory) if derivative else Simulated(directory)
+
+
+def opened_simulator(
+    path: str | os.PathLike[str], *, derivative: bool = False
+) -> tuple[Path, dict[str, Any], Simulator]:
+    """Return the directory of a layer's or a derivative's artifact, its manifest, and its kernel ready to run.
+
+    Raises `ArtifactError`, also where it is the other of the two, and `TargetError` for one of a CPU.
+    """
+    directory, manifest = opened(path)
+    name, held = manifest["target"]["name"], manifest["derivative"]
+    if not is_gpu(name):
+        raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+    if bool(held) != derivative:
+        what = f"the derivative d{held}" if held else "the layer itself, no derivative"
+        raise ArtifactError(f"{path} holds {what}; opcompile.simulate.simulated opens either")
+    language = name.partition(":")[0]
+    try:
+        source, launch = ((directory / file).read_text() for file in (SOURCES[language], LAUNCH))
+    except OSError as error:
+        raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}; compile the layer again") from error
+    return directory, manifest, Simulator(source, language, Launch.from_json(launch))
+
+
 class Simulated:
     """An artifact for a GPU, run on the CPU: called as `opcompile.runtime.Artifact` is, on NumPy arrays alone."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
-        self.directory, self.manifest = opened(path)
-        name = self.manifest["target"]["name"]
-        if not is_gpu(name):
-            raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+        self.directory, self.manifest, self._simulator = opened_simulator(path)
         self.spec = ConvTranspose3d.parse(self.manifest["spec"])
         self.packing = Packing.from_json(self.manifest["packing"])
         self._own = own_weights(self.directory, self.manifest)
-        language = name.partition(":")[0]
-        try:
-            source, launch = ((self.directory / file).read_text() for file in (SOURCES[language], LAUNCH))
-        except OSError as error:
-            raise ArtifactError(
-                f"{error.filename} cannot be read: {error.strerror}; compile the layer again"
-            ) from error
-        self._simulator = Simulator(source, language, Launch.from_json(launch))
 
     def __call__(self, x: NDArray[Any], w: NDArray[Any] | None = None, b: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return Y. ``w`` is canonical; it and ``b`` are left out where they were known at compile time.

@@ -167,7 +167,7 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
     """
     columns, weights = factors.columns, factors.weights
     packed = weights is None and len(sch.get(sums).reads) > 1
-    if not _affine(sch, sums, columns):
+    if not _affine(sch, columns):
         sch.set_scope(columns, 0, "local")
         _to_registers(sch, columns, each, 1)
         return
@@ -187,7 +187,7 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
         _to_shared(sch, t, copy, step, together)
 
 
-def _affine(sch: Schedule, sums: Any, columns: Any) -> bool:
+def _affine(sch: Schedule, columns: Any) -> bool:
     """Whether the taps of a phase are an affine function of its axes: they are not where X is read by phase.
 
     Only of affine reads does `compute_at` know which part of W to copy.

@@ -105,15 +105,14 @@ def baseline(spec: ConvTranspose3d, gpu: Gpu) -> GpuEstimate:
 class Sums:
     """What the arithmetic needs of a layer, or of a derivative.
 
-    Elements take ``itemsize`` bytes, as many in shared memory unless they are ``widened`` there, and sums
-    ``sum_bytes``; with ``gathered`` the weights lie as they come, else packed. ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
+    With ``gathered`` weights lie as they come, not packed, and what is staged is widened to the type of the sums.
+    ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
     ``positions`` of an image. ``phases`` are those with taps, ``taps`` the taps of all of them; ``alike`` says that
     they read the same columns, ``axes`` that they are axes of one block, ``many`` that they must lie apart.
     """
 
     itemsize: int
     sum_bytes: int
-    widened: bool
     gathered: bool
     m: int
     c: int
@@ -132,6 +131,7 @@ class Sums:
 
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> Sums:
+        """Describe a layer."""
         axes = [a.phases for a in spec.axes]
         alike = all(len({(p.taps, p.first_offset) for p in phases}) == 1 and phases[0].taps for phases in axes)
         count = math.prod(map(len, axes))
@@ -141,7 +141,6 @@ class Sums:
         return cls(
             itemsize=spec.itemsize,
             sum_bytes=8 if spec.sum_dtype == "float64" else 4,
-            widened=False,
             gathered=False,
             m=spec.channels_out // spec.groups,
             c=spec.channels_in // spec.groups,
@@ -180,7 +179,7 @@ class Sums:
         rows = t.channels * (self.together(t) if self.alike else 1)
         # rows of shared memory that are set apart
         apart = 2 * 4 if t.lanes == "terms" else 0
-        staged = t.chunk * (rows + t.positions + apart) * (self.sum_bytes if self.widened else self.itemsize)
+        staged = t.chunk * (rows + t.positions + apart) * (self.sum_bytes if self.gathered else self.itemsize)
         parts = self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
         return staged + (parts if t.family == "split" else 0)
 
@@ -272,6 +271,7 @@ def _slots(layer: Sums, t: GpuTiles) -> float:
         copied += t.channels * rows / t.tile_m * weight
         step += _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
     else:
+        weights = rows if layer.gathered else weights
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
     outputs = max(1.0, together * t.tile_m * t.tile_q / t.split)
     return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60

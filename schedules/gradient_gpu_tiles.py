@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
-from schedules.gpu_tiles import GpuEstimate, GpuTiles, Sums, ranked, sensible
+from schedules.gpu_tiles import Family, GpuEstimate, GpuTiles, Sums, ranked, sensible
 
 if TYPE_CHECKING:
     from opcompile.gpus import Gpu
@@ -60,7 +60,6 @@ def _sums(gradient: Gradient) -> Sums:
     return Sums(
         itemsize=layer.itemsize,
         sum_bytes=8 if layer.sum_dtype == "float64" else 4,
-        widened=True,
         gathered=True,
         m=rows,
         c=terms,
@@ -82,7 +81,7 @@ def _sums(gradient: Gradient) -> Sums:
 def _of_weight(gradient: Gradient, sums: Sums) -> Iterator[GpuTiles]:
     """Yield tiles of dW, powers of two: groups of threads share what is staged, and add up at the end.
 
-    Positions lie side by side in memory, or channels do: neighbouring threads copy neighbours.
+    One group has nothing to add up. Neighbouring threads copy what lies side by side: positions, or channels.
     """
     lanes = _lanes(gradient)
     for threads_m, threads_q, tile_m, tile_q in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32), *[(1, 2, 4, 8)] * 2):
@@ -90,7 +89,8 @@ def _of_weight(gradient: Gradient, sums: Sums) -> Iterator[GpuTiles]:
             continue
         for chunk, split in product((8, 16, 32), (1, 2, 4, 8, 16, 32)):
             if split <= chunk and 32 <= threads_m * threads_q * split <= 512:
-                yield GpuTiles("split", lanes, threads_m, threads_q, tile_m, tile_q, chunk, split, False)
+                family: Family = "split" if split > 1 else "staged"
+                yield GpuTiles(family, lanes, threads_m, threads_q, tile_m, tile_q, chunk, split, False)
 
 
 def _of_bias(gradient: Gradient, sums: Sums) -> Iterator[GpuTiles]:

@@ -40,7 +40,7 @@ from opcompile.gradients.gradient import Gradient
 from opcompile.spec import ConvTranspose3d
 
 
-def declare_flat(gradient: Gradient, grain: FlatGrain = FlatGrain(), terms: int = 1) -> tirx.PrimFunc:
+def declare_flat(gradient: Gradient, grain: FlatGrain, terms: int) -> tirx.PrimFunc:
     """Return the unscheduled function ``main(DY[, W or X][, Y], output)``, of the shapes of `Gradient`.
 
     ``terms`` is a multiple that the positions summed by dW and dB are rounded up to.
@@ -73,7 +73,7 @@ def depth(gradient: Gradient, terms: int, groups: int) -> Depth:
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """One declaration: ``count`` columns, rounded up to ``rounded``; rows to ``rows``, positions summed to ``terms``."""
+    """One declaration: ``count`` columns, ``rounded`` up; so are ``rows``, and ``terms``, the positions summed."""
 
     gradient: Gradient
     index: str

@@ -13,7 +13,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.gradients.declare import Depth
 from opcompile.gradients.declare_flat import columns, declare_flat, depth
 from opcompile.gradients.gradient import Gradient
-from opcompile.gradients.lower import kernel_name, require_untuned
+from opcompile.gradients.lower import require_untuned
 from opcompile.launch import Launch
 from opcompile.lower import Plan, PlanName
 from opcompile.lower_gpu import GpuCode, require_dtype, texts
@@ -50,17 +50,17 @@ def choose(gradient: Gradient, target: GpuTarget, plan: PlanName) -> tuple[GpuTi
 
 def emitted(gradient: Gradient, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpuGradient:
     """Emit the kernel that ``tiles`` make."""
-    source, *host = texts(scheduled(gradient, tiles), target)
+    source, host, objects = texts(scheduled(gradient, tiles), target)
     launch = Launch.of(
         source, target.language, blocks(gradient, tiles), tiles.threads, gradient.name, gradient.wrt == "x"
     )
     found = depth(gradient, _terms(tiles), tiles.split)
-    return LoweredGpuGradient(target, plan, source, *host, launch, gradient, found)
+    return LoweredGpuGradient(target, plan, source, host, objects, launch, gradient, found)
 
 
 def scheduled(gradient: Gradient, tiles: GpuTiles) -> tvm.IRModule:
     """The module ready to compile."""
-    name = kernel_name(gradient)
+    name = gradient.kernel
     declared = declare_flat(gradient, FlatGrain(tiles.channels, tiles.positions), _terms(tiles))
     sch = s_tir.Schedule(tvm.IRModule({name: declared.with_attr("global_symbol", name)}))
     sch.work_on(name)
