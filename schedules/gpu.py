@@ -73,14 +73,7 @@ def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
     sch.reorder(*grid, m_in, q_in, *own)
     block = sch.fuse(*grid)
     sch.bind(block, "blockIdx.x")
-    factors = {name: _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights")) for name in names}
-    if parts:
-        # before the tile is dealt out: its parts are whole, where it has fewer elements than there are threads
-        sch.compute_at(blocks["result"], block, preserve_unit_loops=True)
-        for name in names:
-            _sum_in_groups(sch, tiles, blocks[name], parts[name], factors[name], block)
-    thread, home, inside = _deal(sch, tiles, m_in, q_in)
-    sch.bind(thread, "threadIdx.x")
+    home, inside = _deal(sch, tiles, m_in, q_in)
     sch.compute_at(blocks["result"], home, preserve_unit_loops=True)
     sch.set_scope(blocks["result"], 0, "local")
     for loop in (*_own(sch, blocks["result"], home), *inside, *(own[:2] if vectors else own)):
@@ -92,8 +85,13 @@ def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
     for name in names:
         sch.compute_at(blocks[name], home, preserve_unit_loops=True)
         sch.set_scope(blocks[name], 0, "local")
-        if not parts:
-            _sum_in_registers(sch, tiles, blocks[name], factors[name], thread)
+        factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"))
+        if parts:
+            _sum_in_groups(sch, tiles, parts[name], factors, block)
+        else:
+            _sum_in_registers(sch, tiles, blocks[name], factors, home)
+    if tiles.family == "split":
+        _take_turns(sch, tiles, home)
 
 
 def _blocks(sch: Schedule) -> dict[str, Any]:
@@ -109,24 +107,32 @@ def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: GpuTiles, phase: Any) -> N
     sch.transform_layout(phase, ("read", 1), blocked)
 
 
-def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any, list[Any]]:
-    """Deal the tile ``m x q`` out to the threads.
+def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, list[Any]]:
+    """Deal the tile ``m x q`` out to the threads; return the loop where one begins to write, and those inside of it.
 
-    Returns the loop over the threads, the loop where a thread begins to write, and the loops inside of that.
+    Where groups share a tile, that loop is over its elements, and `_take_turns` deals them out.
     """
     if t.family == "split":
-        # all groups take part in writing: neighbours take neighbouring elements, in turns
         both = [m, q] if t.lanes == "positions" else [q, m]
         sch.reorder(*both)
-        turns, thread = sch.split(sch.fuse(*both), [None, t.threads])
-        sch.reorder(thread, turns)
-        return thread, turns, []
+        return sch.fuse(*both), []
     m, m_in = sch.split(m, [t.threads_m, t.tile_m])
     q, q_in = sch.split(q, [t.threads_q, t.tile_q])
     threads = [m, q] if t.lanes == "positions" else [q, m]
     sch.reorder(*threads, m_in, q_in)
     thread = sch.fuse(*threads)
-    return thread, thread, [m_in, q_in]
+    sch.bind(thread, "threadIdx.x")
+    return thread, [m_in, q_in]
+
+
+def _take_turns(sch: Schedule, t: GpuTiles, elements: Any) -> None:
+    """Let all groups write: neighbours take neighbouring elements, in turns.
+
+    Last of all moves: a tile with fewer elements than threads then is cut for everything in the loop alike.
+    """
+    turns, thread = sch.split(elements, [None, t.threads])
+    sch.reorder(thread, turns)
+    sch.bind(thread, "threadIdx.x")
 
 
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
@@ -247,8 +253,7 @@ def _split_sums(sch: Schedule, t: GpuTiles, phase: Any) -> Any:
     return sch.rfactor(group, 0)
 
 
-def _sum_in_groups(sch: Schedule, t: GpuTiles, phase: Any, parts: Any, factors: _Factors, block: Any) -> None:
-    sch.compute_at(phase, block, preserve_unit_loops=True)
+def _sum_in_groups(sch: Schedule, t: GpuTiles, parts: Any, factors: _Factors, block: Any) -> None:
     sch.set_scope(parts, 0, "shared")
     leave = sch.cache_write(parts, 0, "local")
     sch.compute_at(leave, block, preserve_unit_loops=True)
