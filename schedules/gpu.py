@@ -11,7 +11,10 @@ goes through device memory in between. Three families share the first and the la
     matrix product, one a phase, or one for all phases where they read the same columns (k2 s2).
 *split*
     Threads share the input channels of one tile as well, and add up at the end, in shared memory: for small
-    spatial sizes with many channels, where tiles alone are too few to fill the device.
+    spatial sizes with many channels, where tiles alone are too few to fill the device. Of a derivative they share
+    positions, which are staged before.
+
+The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """
 
 from __future__ import annotations

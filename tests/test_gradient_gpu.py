@@ -39,13 +39,11 @@ QUICK = {
     "in=Nx6x2x3x5 co=4 k=3 s=2 p=1 op=1 g=2 act=relu": CUDA,
     "in=2x5x3x3x2 co=6 k=4 s=2 p=1 layout=NDHWC dtype=float16": METAL,
 }
-# Every kind of layer; its derivatives take turns between the two languages, where Metal has the type.
+# Every other kind of layer; its derivatives take turns between the two languages, where Metal has the type.
 KINDS = {
     name: case(name).spec
     for name in (
         "k2-s2",
-        "k3-s2",
-        "k4-s2",
         "groups-wide",
         "depthwise",
         "dilated-coprime",
@@ -60,7 +58,7 @@ KINDS = {
 KINDS["activation"] = ConvTranspose3d.parse("in=2x3x3x4x5 co=4 k=3 s=2 p=1 op=1 act=tanh")
 KINDS["float16"] = ConvTranspose3d.parse("in=1x20x3x4x5 co=18 k=2 s=2 act=leaky_relu:0.5 dtype=float16")
 # dB knows nothing of kernels: a few kinds are all that there are.
-OF_BIAS = ("k3-s2", "channels-last-groups", "batch-dynamic-groups", "bfloat16", "activation")
+OF_BIAS = ("channels-last-groups", "batch-dynamic-groups", "bfloat16", "activation")
 SMALL = "in=1x6x2x3x5 co=4 k=2 s=2"
 
 
