@@ -101,7 +101,7 @@ def write(
         raise CallError("bias was given, but the layer has none (bias=0); leave it out")
     require_replaceable(place)
     if isinstance(lowered.target, GpuTarget):
-        files, name = gpu_files(lowered)
+        files, name = gpu_files(lowered, spec.batch)
     else:
         files, name = _cpu_files(lowered)
 

@@ -16,30 +16,30 @@ from opcompile.launch import LAUNCH, SOURCES
 from opcompile.nvcc import nvcc
 
 if TYPE_CHECKING:
-    from opcompile.lower_gpu import LoweredGpu
+    from opcompile.lower_gpu import GpuCode
 
 
-def library_name(library: bytes, system: str) -> str:
+def library_name(library: bytes, system: str, kernel: str = "conv_transpose3d") -> str:
     """Return a name that no other library has: loaders remember libraries by their path."""
     suffix = "dylib" if system == "darwin" else "so"
-    return f"conv_transpose3d-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
+    return f"{kernel}-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
 
 
-def gpu_files(lowered: LoweredGpu) -> tuple[dict[str, bytes], str]:
-    """Return the files by name, and which of them is the library.
+def gpu_files(lowered: GpuCode, batch: int | None, kernel: str = "conv_transpose3d") -> tuple[dict[str, bytes], str]:
+    """Return the files of a ``kernel`` by name, and which of them is the library.
 
     There is none for Metal where the package ziglang, which links for macOS, is not installed: the text and the
     launch are what a Mac needs. Raises `EngineError` where nvcc is missing, or a compiler fails.
     """
     language = lowered.target.language
-    files = {SOURCES[language]: lowered.source.encode(), LAUNCH: lowered.launch.to_json(lowered.spec.batch).encode()}
+    files = {SOURCES[language]: lowered.source.encode(), LAUNCH: lowered.launch.to_json(batch).encode()}
     if language == "cuda":
         library = nvcc(lowered.host_source, lowered.target)
     elif importlib.util.find_spec("ziglang") is not None:
         library = _dylib(lowered.host_objects)
     else:
         return files, ""
-    name = library_name(library, "linux" if language == "cuda" else "darwin")
+    name = library_name(library, "linux" if language == "cuda" else "darwin", kernel)
     return {**files, name: library}, name
 
 

@@ -24,12 +24,14 @@ from opcompile.gradients import artifact as gradient_artifact
 from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.lower import LoweredGradient
 from opcompile.gradients.lower import lower as lower_gradient
+from opcompile.gradients.lower_gpu import LoweredGpuGradient
+from opcompile.gradients.lower_gpu import lower_gpu as lower_gpu_gradient
 from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
-from opcompile.simulate import Simulated
+from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, any_target
@@ -39,7 +41,7 @@ from opcompile.verify import verify as check
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-AnyLowered = Lowered | LoweredGpu | LoweredGradient
+AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 
 # Above this a simulation takes minutes.
 _MOST_SIMULATED_FLOPS = 2**27
@@ -129,18 +131,17 @@ def write(
 
 
 def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName, derivative: Wrt | None) -> AnyLowered:
-    if isinstance(machine, GpuTarget):
-        if derivative is not None:
-            raise TargetError(f"derivatives are compiled for CPUs alone, not for {machine.name}; name a CPU, like llvm")
-        return lower_gpu(spec, machine, plan)
     if derivative is None:
-        return lower(spec, machine, plan)
-    return lower_gradient(Gradient(spec, derivative), machine, plan)
+        return lower_gpu(spec, machine, plan) if isinstance(machine, GpuTarget) else lower(spec, machine, plan)
+    gradient = Gradient(spec, derivative)
+    if isinstance(machine, GpuTarget):
+        return lower_gpu_gradient(gradient, machine, plan)
+    return lower_gradient(gradient, machine, plan)
 
 
 def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
     try:
-        if isinstance(lowered, LoweredGradient):
+        if isinstance(lowered, LoweredGradient | LoweredGpuGradient):
             return gradient_artifact.write(lowered, into)
         return artifact.write(lowered, into, weight=weight, bias=bias)
     except OSError as error:
@@ -291,12 +292,13 @@ class _Job:
     def _verified(self, place: Path, spec: ConvTranspose3d) -> tuple[Report | None, str]:
         """Verify where the code runs here, or can be simulated. Returns the report, or the reason why there is none."""
         on_gpu = isinstance(self.machine, GpuTarget)
-        if on_gpu and spec.flops > _MOST_SIMULATED_FLOPS:
-            return None, f"simulating {spec.flops / 1e9:.1f} GFLOP takes long; `opcompile verify --simulate` does it"
+        flops = Gradient(spec, self.derivative).flops if self.derivative else spec.flops
+        if on_gpu and flops > _MOST_SIMULATED_FLOPS:
+            return None, f"simulating {flops / 1e9:.1f} GFLOP takes long; `opcompile verify --simulate` does it"
         if not isinstance(self.machine, GpuTarget) and not self.machine.native:
             return None, f"code for {self.machine.name} does not run on this machine"
         self.report("verify")
-        found = check(Simulated(place) if on_gpu else load_any(place))
+        found = check(simulated(place) if on_gpu else load_any(place))
         artifact.add_report(place, found.to_json())
         return found, ""
 

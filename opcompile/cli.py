@@ -244,7 +244,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
-    from opcompile.simulate import Simulated
+    from opcompile.simulate import simulated
     from opcompile.verify import verify as check
 
     places = artifacts(directory)
@@ -252,7 +252,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     with _progress("verifying") as show:
         for number, (name, place) in enumerate(places.items()):
             show(number, len(places), f"verify {name}")
-            reports[name] = check(Simulated(place) if simulate else load_any(place))
+            reports[name] = check(simulated(place) if simulate else load_any(place))
             _store(place, reports[name])
         show(len(places), len(places), None)
     passed = all(report.passed for report in reports.values())

@@ -21,7 +21,7 @@ columns (`alike`: k2 s2 is a matrix product with more rows), or where one block 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -211,44 +211,66 @@ class _Flat:
 
         return pick
 
-    # --- the scatter, which tensor expressions cannot say ---
+    # --- the scatter ---
 
     def _scattered(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
-        """Turn the parameter ``result`` into a buffer of the function, and add the block that stores it in Y."""
-        spec, scope, result = self.spec, self.scope, func.params[-1]
-        y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
-        sizes = [scope.batch, *scope.sizes(*self._result_sizes())]
-        names = ("n", "g", "m", "q", "fd", "fh", "fw")
-        loops = [tirx.Var(name, scope.index) for name in names]
-        inside = [tirx.Var(f"v_{name}", scope.index) for name in names]
-        n, g, m, q, *f = inside
+        spec, scope = self.spec, self.scope
         m_out = spec.channels_out // spec.groups
-        outputs = [i * a.stride + phase for i, phase, a in zip(self._at(q), f, spec.axes, strict=True)]
-        channel = g * m_out + m
-        where = [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel]
-        guards = [m < m_out] if self.ragged_channels else []
-        guards += [q < self.count] if self.rounded > self.count else []
-        guards += [o < a.out for o, a in zip(outputs, spec.axes, strict=True) if a.out % a.stride and a.positions > 1]
-        body: Any = tirx.BufferStore(y, tirx.BufferLoad(result, inside), where)
-        if guards:
-            body = tirx.IfThenElse(tirx.all(*guards), body, None)
-        block = SBlock(
-            [
-                tirx.IterVar(ir.Range.from_min_extent(tirx.IntImm(scope.index, 0), size), var, tirx.IterVar.DataPar)
-                for size, var in zip(sizes, inside, strict=True)
-            ],
-            [tirx.BufferRegion(result, [ir.Range.from_min_extent(i, tirx.IntImm(scope.index, 1)) for i in inside])],
-            [tirx.BufferRegion(y, [ir.Range.from_min_extent(i, tirx.IntImm(scope.index, 1)) for i in where])],
-            "output",
-            body,
-        )
-        nest: Any = SBlockRealize(loops, True, block)
-        for var, size in zip(reversed(loops), reversed(sizes), strict=True):
-            nest = tirx.For(var, tirx.IntImm(scope.index, 0), size, tirx.ForKind.SERIAL, nest)
-        root = func.body.block
-        whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
-        params = [*func.params[:-1], y]
-        return tirx.PrimFunc(params, SBlockRealize([], True, whole), func.ret_type, func.attrs)
+
+        def place(n: Any, g: Any, m: Any, q: Any, *f: Any) -> tuple[list[Any], list[Any]]:
+            outputs = [i * a.stride + phase for i, phase, a in zip(self._at(q), f, spec.axes, strict=True)]
+            channel = g * m_out + m
+            where = [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel]
+            guards = [m < m_out] if self.ragged_channels else []
+            guards += [q < self.count] if self.rounded > self.count else []
+            guards += [
+                o < a.out for o, a in zip(outputs, spec.axes, strict=True) if a.out % a.stride and a.positions > 1
+            ]
+            return where, guards
+
+        y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
+        return scattered(func, y, ("n", "g", "m", "q", "fd", "fh", "fw"), place)
+
+
+def scattered(
+    func: tirx.PrimFunc,
+    output: tirx.Buffer,
+    names: Sequence[str],
+    place: Callable[..., tuple[list[Any], list[Any]]],
+) -> tirx.PrimFunc:
+    """Make the last parameter, ``result``, a buffer of the function, and add a block that stores it in ``output``.
+
+    ``place`` says where the element goes whose indices it is given, and under which guards. Tensor
+    expressions cannot say that.
+    """
+    result = func.params[-1]
+    sizes = list(result.shape)
+    loops = [tirx.Var(name, size.ty.dtype) for name, size in zip(names, sizes, strict=True)]
+    inside = [tirx.Var(f"v_{name}", size.ty.dtype) for name, size in zip(names, sizes, strict=True)]
+    where, guards = place(*inside)
+    body: Any = tirx.BufferStore(output, tirx.BufferLoad(result, inside), where)
+    if guards:
+        body = tirx.IfThenElse(tirx.all(*guards), body, None)
+    block = SBlock(
+        [
+            tirx.IterVar(ir.Range.from_min_extent(_like(size, 0), size), var, tirx.IterVar.DataPar)
+            for size, var in zip(sizes, inside, strict=True)
+        ],
+        [tirx.BufferRegion(result, [ir.Range.from_min_extent(i, _like(i, 1)) for i in inside])],
+        [tirx.BufferRegion(output, [ir.Range.from_min_extent(i, _like(i, 1)) for i in where])],
+        "output",
+        body,
+    )
+    nest: Any = SBlockRealize(loops, True, block)
+    for var, size in zip(reversed(loops), reversed(sizes), strict=True):
+        nest = tirx.For(var, _like(size, 0), size, tirx.ForKind.SERIAL, nest)
+    root = func.body.block
+    whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
+    return tirx.PrimFunc([*func.params[:-1], output], SBlockRealize([], True, whole), func.ret_type, func.attrs)
+
+
+def _like(index: Any, value: int) -> Any:
+    return tirx.const(value, index.ty.dtype)
 
 
 def _of_phase(axis: Axis, which: int, f: Any) -> Any:

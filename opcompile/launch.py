@@ -13,8 +13,6 @@ from opcompile.errors import ArtifactError
 LAUNCH = "launch.json"
 SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
 
-# The names that TVM gives the parameters of a kernel, and what they are called in `launch.json`.
-_TENSORS = {"X": "x", "W": "w", "B": "b", "output": "y"}
 _POINTER = re.compile(r"\*\s*(?:__restrict__\s+)?(\w+?)_ptr\b")
 _SIGNATURES = {
     "cuda": re.compile(r"__launch_bounds__\((?P<threads>\d+)\) (?P<kernel>\w+)\((?P<parameters>[^)]*)\) \{"),
@@ -29,12 +27,12 @@ _ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """The one launch of a layer.
+    """The one launch of a layer, or of a derivative.
 
-    ``blocks`` thread blocks for each image of the batch, in one dimension, of ``threads`` threads each.
-    ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y``, and ``batch`` (a 64-bit
-    integer) where N is open. A kernel does not take what it does not read. ``shared_bytes`` of shared
-    (threadgroup) memory are declared inside the kernel; none are to be added by the launch.
+    ``blocks`` thread blocks, for each image of the batch if ``per_image``, in one dimension, of ``threads`` threads
+    each. ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y`` (of a derivative its operands
+    and ``result``), and ``batch`` (a 64-bit integer) where N is open. A kernel does not take what it does not read.
+    ``shared_bytes`` of shared (threadgroup) memory are declared inside the kernel; none are to be added by the launch.
     """
 
     kernel: str
@@ -42,34 +40,40 @@ class Launch:
     threads: int
     shared_bytes: int
     arguments: tuple[str, ...]
+    result: str = "y"
+    per_image: bool = True
 
     @classmethod
-    def of(cls, source: str, language: str, blocks: int, threads: int) -> Launch:
+    def of(
+        cls, source: str, language: str, blocks: int, threads: int, result: str = "y", per_image: bool = True
+    ) -> Launch:
         """Read the rest from the emitted text, which must hold exactly one kernel."""
         found = list(_SIGNATURES[language].finditer(source))
         if len(found) != 1:
             raise AssertionError(f"the emitted {language} text has {len(found)} kernels")
         (signature,) = found
         parameters = signature["parameters"]
-        arguments = [_TENSORS[name] for name in _POINTER.findall(parameters)]
+        # TVM calls each by the name that it was declared with
+        arguments = [result if name == "output" else name.lower() for name in _POINTER.findall(parameters)]
         if re.search(r"\bbatch\b|_args_t\b", parameters):
             arguments.append("batch")
         shared = sum(int(a["count"]) * _bytes(a["type"]) for a in _SHARED.finditer(source))
-        return cls(signature["kernel"], blocks, threads, shared, tuple(arguments))
+        return cls(signature["kernel"], blocks, threads, shared, tuple(arguments), result, per_image)
 
     def grid(self, batch: int) -> int:
         """Thread blocks for ``batch`` images."""
-        return self.blocks * batch
+        return self.blocks * batch if self.per_image else self.blocks
 
     def to_json(self, batch: int | None) -> str:
-        """Return the text of ``launch.json``. With an open batch the first grid size is null: blocks times batch."""
+        """Return the text of ``launch.json``. Where the first grid size is null, it is blocks times the batch."""
         fields = {
             "kernel": self.kernel,
-            "grid": [None if batch is None else self.grid(batch), 1, 1],
+            "grid": [None if batch is None and self.per_image else self.grid(batch or 1), 1, 1],
             "block": [self.threads, 1, 1],
-            "blocks_per_image": self.blocks,
+            "blocks_per_image": self.blocks if self.per_image else None,
             "shared_bytes": self.shared_bytes,
             "arguments": list(self.arguments),
+            "result": self.result,
         }
         return json.dumps(fields, indent=2) + "\n"
 
@@ -78,12 +82,15 @@ class Launch:
         """Read what `to_json` wrote. Raises `ArtifactError`."""
         try:
             fields: Mapping[str, Any] = json.loads(text)
+            blocks = fields["blocks_per_image"]
             return cls(
                 str(fields["kernel"]),
-                int(fields["blocks_per_image"]),
+                int(fields["grid"][0] if blocks is None else blocks),
                 int(fields["block"][0]),
                 int(fields["shared_bytes"]),
                 tuple(str(name) for name in fields["arguments"]),
+                str(fields["result"]),
+                blocks is not None,
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"launch.json cannot be read: {error}; compile the layer again") from None

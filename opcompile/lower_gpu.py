@@ -26,26 +26,32 @@ from schedules.gpu import GpuTiles
 
 
 @dataclass(frozen=True, slots=True)
-class LoweredGpu:
+class GpuCode:
     """A kernel as text: ``source`` in the target's language, and how to start it.
 
     ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it;
     ``host_objects`` are, for Metal, Mach-O objects that do the same with TVM's runtime.
     """
 
-    spec: ConvTranspose3d
     target: GpuTarget
     plan: Plan
     source: str
     host_source: str
     host_objects: tuple[bytes, ...]
     launch: Launch
-    packing: Packing
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of device memory that a call allocates: none."""
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredGpu(GpuCode):
+    """The kernel of a layer, and how its weights are packed."""
+
+    spec: ConvTranspose3d
+    packing: Packing
 
 
 def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best") -> LoweredGpu:
@@ -59,12 +65,8 @@ def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best")
 
 def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[GpuTiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    record = recorded(spec, target, plan)
-    if spec.dtype not in target.dtypes:
-        raise TargetError(
-            f"{target.name} has no {spec.dtype}; compile the layer in {', '.join(target.dtypes)}, or for another target"
-        )
-    if record is not None:
+    require_dtype(spec, target)
+    if (record := recorded(spec, target, plan)) is not None:
         tiles = GpuTiles(**record.tiles)
         record.require_declaration(declaration_hash(spec, tiles))
         return tiles, Plan("tuned", tiles.family, record.tiles, record.why(), record.key)
@@ -72,16 +74,27 @@ def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[Gp
     return estimate.tiles, Plan("baseline", estimate.tiles.family, asdict(estimate.tiles), estimate.why(), None)
 
 
+def require_dtype(spec: ConvTranspose3d, target: GpuTarget) -> None:
+    """Raise `TargetError` for an element type that the target's language has not."""
+    if spec.dtype not in target.dtypes:
+        raise TargetError(
+            f"{target.name} has no {spec.dtype}; compile the layer in {', '.join(target.dtypes)}, or for another target"
+        )
+
+
 def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
     """Emit the kernel that ``tiles`` make."""
-    module = scheduled(spec, tiles)
+    source, host, objects = texts(scheduled(spec, tiles), target)
+    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
+    return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
+
+
+def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, tuple[bytes, ...]]:
+    """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
     with tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
-    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
-    cuda = target.language == "cuda"
-    text, objects = (export_cuda_host(built), ()) if cuda else ("", _objects(built))
-    return LoweredGpu(spec, target, plan, source, text, objects, launch, packing(spec, tiles))
+    return (source, export_cuda_host(built), ()) if target.language == "cuda" else (source, "", _objects(built))
 
 
 def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:

@@ -565,7 +565,7 @@ def load_any(
     raise AssertionError("unreachable")
 
 
-def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact:
+def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact | GradientArtifact:
     """Load what was compiled for CUDA, which is called alike. Raises `TargetError` for Metal: that starts from text."""
     _check_files(directory, manifest, set(manifest["files"]))
     if manifest["target"]["architecture"] != "cuda":
@@ -573,6 +573,10 @@ def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact:
             f"{directory} was compiled for {manifest['target']['name']}; a Mac runs its kernel.metal as launch.json "
             "says (docs/examples), and `opcompile verify --simulate` runs it here"
         )
+    if manifest["derivative"]:
+        from opcompile.gradients.runtime_cuda import CudaGradient
+
+        return cast("GradientArtifact", CudaGradient(directory, manifest))
     from opcompile.runtime_cuda import CudaArtifact
 
     return cast("Artifact", CudaArtifact(directory, manifest))

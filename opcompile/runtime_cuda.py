@@ -8,7 +8,7 @@ one is tested.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,26 +35,96 @@ class PackedCuda:
     data: Any
 
 
-class CudaArtifact:
-    """A loaded layer: call it as ``y = artifact(x, w, b)`` with tensors on a GPU."""
+class OnGpu:
+    """A library for CUDA, loaded: what a layer and its derivatives share."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        """Prefer `opcompile.load`, which has checked the files. Raises `ArtifactError` for a library of no use."""
+    def __init__(self, directory: Path, manifest: dict[str, Any], kernel: str) -> None:
+        """Load the function ``kernel``. Raises `ArtifactError` for a library of no use."""
         self.directory, self.manifest = directory, manifest
-        self.spec = ConvTranspose3d.parse(manifest["spec"])
-        self.packing = Packing.from_json(manifest["packing"])
-        self._own = own_weights(directory, manifest)
-        self._uploaded: dict[tuple[str, str], Any] = {}
+        self._dtype = ConvTranspose3d.parse(manifest["spec"]).dtype
         self._suited: set[int] = set()
         try:
             import tvm_ffi
 
             self._from_dlpack = tvm_ffi.from_dlpack
-            self._run = tvm_ffi.load_module(str(directory / manifest["library"]))["conv_transpose3d"]
+            self._run = tvm_ffi.load_module(str(directory / manifest["library"]))[kernel]
         except ImportError as error:
             raise EngineError(f"calling a layer needs the package apache-tvm-ffi: {error}") from error
         except (OSError, RuntimeError, AttributeError) as error:
             raise ArtifactError(f"{directory / manifest['library']} cannot be loaded: {error}") from error
+
+    def checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
+        """Return the first size and the device of a tensor.
+
+        Raises `CallError` for what does not fit, and `TargetError` on a GPU that the library is not for.
+        """
+        if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
+            raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
+        kind, number = value.__dlpack_device__()
+        if int(kind) != CUDA:
+            raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
+        if getattr(value, "requires_grad", False) is True:
+            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
+        tensor = self._from_dlpack(value)
+        given = tuple(tensor.shape)
+        fits = len(given) == len(shape) and all(n in (None, size) for n, size in zip(shape, given, strict=True))
+        if not fits or str(tensor.dtype) != self._dtype:
+            raise CallError(f"{name} is {tensor.dtype} {given}, but this kernel needs {self._dtype} {shape}")
+        if not tensor.is_contiguous():
+            raise CallError(f"{name} is not contiguous in memory; pass {name}.contiguous()")
+        if tensor.data_ptr() % _ALIGNMENT:
+            raise CallError(f"{name} is not at a multiple of {_ALIGNMENT} bytes; pass a copy")
+        if number not in self._suited:
+            require_runs_on(self.manifest["target"]["archs"], device(number), f"the library in {self.directory}")
+            self._suited.add(number)
+        return int(given[0]), (int(kind), int(number))
+
+    def start(self, arguments: Sequence[Any]) -> None:
+        """Start the kernel. Raises `CallError`."""
+        try:
+            self._run(*arguments)
+        except (RuntimeError, ValueError) as error:
+            raise CallError(f"the kernel failed: {error}") from error
+
+    def empty(self, name: str, beside: Any, shape: Sequence[int | None]) -> Any:
+        """Return a new tensor where ``beside`` is, the argument ``name``, of its type. Raises `CallError`."""
+        return _torch(beside, name).empty(shape, dtype=beside.dtype, device=beside.device)
+
+    def require_gpu(self) -> Any:
+        """Return PyTorch. Raises `EngineError` where it, or a GPU for it, is not there."""
+        try:
+            import torch
+        except ImportError as error:
+            raise EngineError(f"verifying on a GPU needs PyTorch: {error}; {_SIMULATE}") from error
+        if not torch.cuda.is_available():
+            raise EngineError(f"no GPU was found for {self.manifest['target']['name']}; {_SIMULATE}")
+        return torch
+
+    def there(self, array: NDArray[Any]) -> Any:
+        """Return a copy on the GPU, by PyTorch."""
+        import torch
+
+        bits = torch.from_numpy(array.view("int16") if self._dtype == "bfloat16" else array)
+        return bits.cuda().view(getattr(torch, self._dtype))
+
+    def back(self, tensor: Any, dtype: Any) -> NDArray[Any]:
+        """Return a copy in host memory, of NumPy's ``dtype``."""
+        import torch
+
+        found: NDArray[Any] = (tensor.view(torch.int16) if self._dtype == "bfloat16" else tensor).cpu().numpy()
+        return found.view(dtype)
+
+
+class CudaArtifact(OnGpu):
+    """A loaded layer: call it as ``y = artifact(x, w, b)`` with tensors on a GPU."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """Prefer `opcompile.load`, which has checked the files. Raises `ArtifactError` for a library of no use."""
+        super().__init__(directory, manifest, "conv_transpose3d")
+        self.spec = ConvTranspose3d.parse(manifest["spec"])
+        self.packing = Packing.from_json(manifest["packing"])
+        self._own = own_weights(directory, manifest)
+        self._uploaded: dict[tuple[str, str], Any] = {}
 
     def __repr__(self) -> str:
         """Name the layer, the target and the place."""
@@ -69,10 +139,7 @@ class CudaArtifact:
         is for, before anything is started.
         """
         arguments = self._arguments(x, w, b, out)
-        try:
-            self._run(*arguments)
-        except (RuntimeError, ValueError) as error:
-            raise CallError(f"the kernel failed: {error}") from error
+        self.start(arguments)
         return arguments[-1]
 
     def bound(self, x: Any, w: Any = None, b: Any = None, *, out: Any) -> Callable[[], object]:
@@ -96,27 +163,9 @@ class CudaArtifact:
 
     def on_host(self, x: NDArray[Any], w: NDArray[Any] | None, b: NDArray[Any] | None) -> NDArray[Any]:
         """Return Y for NumPy arrays, which travel to the GPU and back by PyTorch. For verifying; raises as a call."""
-        torch = self.require_gpu()
-
-        def there(array: NDArray[Any] | None) -> Any:
-            if array is None:
-                return None
-            bits = torch.from_numpy(array.view("int16") if self.spec.dtype == "bfloat16" else array)
-            return bits.cuda().view(getattr(torch, self.spec.dtype))
-
-        y = self(there(x), there(w), there(b)).cpu()
-        found: NDArray[Any] = (y.view(torch.int16) if self.spec.dtype == "bfloat16" else y).numpy()
-        return found.view(x.dtype)
-
-    def require_gpu(self) -> Any:
-        """Return PyTorch. Raises `EngineError` where it, or a GPU for it, is not there."""
-        try:
-            import torch
-        except ImportError as error:
-            raise EngineError(f"verifying on a GPU needs PyTorch: {error}; {_SIMULATE}") from error
-        if not torch.cuda.is_available():
-            raise EngineError(f"no GPU was found for {self.manifest['target']['name']}; {_SIMULATE}")
-        return torch
+        self.require_gpu()
+        y = self(*(None if array is None else self.there(array) for array in (x, w, b)))
+        return self.back(y, x.dtype)
 
     # --- arguments ---
 
@@ -125,40 +174,17 @@ class CudaArtifact:
 
         Nothing was started when it raises.
         """
-        batch, place = self._checked("x", x, self.spec.x_shape)
+        batch, place = self.checked("x", x, self.spec.x_shape)
         weight = self._weight(x, w)
         bias = self._bias(x, b)
-        y = out if out is not None else self._empty(x, batch)
+        y = out if out is not None else self.empty("x", x, (batch, *self.spec.y_shape[1:]))
         tensors = {"w": (weight, self.packing.shape), "out": (y, (batch, *self.spec.y_shape[1:]))}
         if self.spec.bias:
             tensors["b"] = (bias, (self.spec.channels_out,))
         for name, (tensor, shape) in tensors.items():
-            if self._checked(name, tensor, shape)[1] != place:
+            if self.checked(name, tensor, shape)[1] != place:
                 raise CallError(f"{name} is on another GPU than x; copy it there")
-        if place[1] not in self._suited:
-            require_runs_on(self.manifest["target"]["archs"], device(place[1]), f"the library in {self.directory}")
-            self._suited.add(place[1])
         return [x, weight, *([bias] if self.spec.bias else []), y]
-
-    def _checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
-        """Return the first size and the device. Raises `CallError` for what does not fit."""
-        if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
-            raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
-        kind, number = value.__dlpack_device__()
-        if int(kind) != CUDA:
-            raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
-        if getattr(value, "requires_grad", False) is True:
-            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
-        tensor = self._from_dlpack(value)
-        given = tuple(tensor.shape)
-        fits = len(given) == len(shape) and all(n in (None, size) for n, size in zip(shape, given, strict=True))
-        if not fits or str(tensor.dtype) != self.spec.dtype:
-            raise CallError(f"{name} is {tensor.dtype} {given}, but this layer needs {self.spec.dtype} {shape}")
-        if not tensor.is_contiguous():
-            raise CallError(f"{name} is not contiguous in memory; pass {name}.contiguous()")
-        if tensor.data_ptr() % _ALIGNMENT:
-            raise CallError(f"{name} is not at a multiple of {_ALIGNMENT} bytes; pass a copy")
-        return int(given[0]), (int(kind), int(number))
 
     def _weight(self, x: Any, w: Any) -> Any:
         if isinstance(w, PackedCuda):
@@ -190,9 +216,6 @@ class CudaArtifact:
             bits = self._own[name].view("int16") if self.spec.dtype == "bfloat16" else self._own[name]
             self._uploaded[key] = torch.from_numpy(bits).to(x.device).view(x.dtype)
         return self._uploaded[key]
-
-    def _empty(self, x: Any, batch: int) -> Any:
-        return _torch(x, "x").empty((batch, *self.spec.y_shape[1:]), dtype=x.dtype, device=x.device)
 
 
 def _torch(value: Any, name: str) -> ModuleType:

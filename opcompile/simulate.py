@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,12 @@ from opcompile.errors import ArtifactError, CallError, EngineError, TargetError,
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, opened, own_weights, read_golden
+from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
+
+if TYPE_CHECKING:
+    from opcompile.gradients.simulate import SimulatedGradient
 
 _HEADERS = Path(__file__).with_name("simulator")
 _FLAGS = ("-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -53,13 +56,13 @@ class Simulator:
         self._folder = tempfile.mkdtemp(prefix="opcompile-simulate-")
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any]) -> None:
-        """Fill ``y``, contiguous, from the contiguous ``inputs`` x, w (packed) and b; the batch is that of ``y``.
+    def run(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], batch: int) -> None:
+        """Fill ``y``, contiguous, from the ``inputs`` that the launch names, W packed.
 
         Raises `VerificationError` for anything that is wrong with the kernel, and `EngineError` where there is
         no C++ compiler.
         """
-        first, second = (self._ordered(inputs, y, backwards) for backwards in (False, True))
+        first, second = (self._ordered(inputs, y, batch, backwards) for backwards in (False, True))
         if first != second:
             places = np.flatnonzero(np.frombuffer(first, np.uint8) != np.frombuffer(second, np.uint8)) // y.itemsize
             raise VerificationError(
@@ -68,9 +71,9 @@ class Simulator:
             )
         y.reshape(-1).view(np.uint8)[:] = np.frombuffer(first, np.uint8)
 
-    def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], backwards: bool) -> bytes:
+    def _ordered(self, inputs: Mapping[str, NDArray[Any]], y: NDArray[Any], batch: int, backwards: bool) -> bytes:
         """Run with buffers at the upper end of their pages, or, ``backwards``, at the lower."""
-        program, batch = self._program, y.shape[0]
+        program, result = self._program, self.launch.result
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             words = [str(n) for n in (self.launch.grid(batch), 1, 1, self.launch.threads, 1, 1)]
             words += [str(int(backwards)), str(int(not backwards)), str(self._workers(batch))]
@@ -78,17 +81,18 @@ class Simulator:
                 if argument == "batch":
                     continue
                 path = Path(name) / argument
-                # Y begins as NaN: what is not written shows
-                content = b"\xff" * y.nbytes if argument == "y" else np.ascontiguousarray(inputs[argument]).tobytes()
+                written = argument == result
+                # it begins as NaN: what is not written shows
+                content = b"\xff" * y.nbytes if written else np.ascontiguousarray(inputs[argument]).tobytes()
                 path.write_bytes(content)
-                words += [argument, str(path), str(len(content)), "w" if argument == "y" else "r"]
+                words += [argument, str(path), str(len(content)), "w" if written else "r"]
             environment = {**os.environ, "SIMULATED_BATCH": str(batch)}
             done = subprocess.run([program, *words], capture_output=True, text=True, check=False, env=environment)
             if done.returncode in _FAULTS:
                 raise VerificationError(f"{self.launch.kernel}: {_FAULTS[done.returncode]}: {done.stderr.strip()}")
             if done.returncode:
                 raise EngineError(f"the simulation ended with status {done.returncode}: {done.stderr.strip()}")
-            return (Path(name) / "y").read_bytes()
+            return (Path(name) / result).read_bytes()
 
     def _workers(self, batch: int) -> int:
         return cores() if self.launch.grid(batch) >= _TOO_SMALL_FOR_TWO else 1
@@ -126,26 +130,46 @@ def _compiler() -> list[str]:
 # --- an artifact ---
 
 
+def simulated(path: str | os.PathLike[str]) -> Simulated | SimulatedGradient:
+    """Open the artifact for a GPU in ``path``, whatever it computes. Raises as `Simulated` does."""
+    from opcompile.gradients.simulate import SimulatedGradient  # it is made of what is here
+
+    directory = Path(path).absolute()
+    derivative = parse_manifest(read_manifest(directory), directory)["derivative"]
+    return SimulatedGradient(directory) if derivative else Simulated(directory)
+
+
+def opened_simulator(
+    path: str | os.PathLike[str], *, derivative: bool = False
+) -> tuple[Path, dict[str, Any], Simulator]:
+    """Return the directory of a layer's or a derivative's artifact, its manifest, and its kernel ready to run.
+
+    Raises `ArtifactError`, also where it is the other of the two, and `TargetError` for one of a CPU.
+    """
+    directory, manifest = opened(path)
+    name, held = manifest["target"]["name"], manifest["derivative"]
+    if not is_gpu(name):
+        raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+    if bool(held) != derivative:
+        what = f"the derivative d{held}" if held else "the layer itself, no derivative"
+        raise ArtifactError(f"{path} holds {what}; opcompile.simulate.simulated opens either")
+    language = name.partition(":")[0]
+    try:
+        source, launch = ((directory / file).read_text() for file in (SOURCES[language], LAUNCH))
+    except OSError as error:
+        raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}; compile the layer again") from error
+    return directory, manifest, Simulator(source, language, Launch.from_json(launch))
+
+
 class Simulated:
     """An artifact for a GPU, run on the CPU: called as `opcompile.runtime.Artifact` is, on NumPy arrays alone."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
-        self.directory, self.manifest = opened(path)
-        name = self.manifest["target"]["name"]
-        if not is_gpu(name):
-            raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
+        self.directory, self.manifest, self._simulator = opened_simulator(path)
         self.spec = ConvTranspose3d.parse(self.manifest["spec"])
         self.packing = Packing.from_json(self.manifest["packing"])
         self._own = own_weights(self.directory, self.manifest)
-        language = name.partition(":")[0]
-        try:
-            source, launch = ((self.directory / file).read_text() for file in (SOURCES[language], LAUNCH))
-        except OSError as error:
-            raise ArtifactError(
-                f"{error.filename} cannot be read: {error.strerror}; compile the layer again"
-            ) from error
-        self._simulator = Simulator(source, language, Launch.from_json(launch))
 
     def __call__(self, x: NDArray[Any], w: NDArray[Any] | None = None, b: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return Y. ``w`` is canonical; it and ``b`` are left out where they were known at compile time.
@@ -169,7 +193,7 @@ class Simulated:
                 )
             inputs[name] = self.packing(array) if name == "w" else array
         y = np.empty((x.shape[0], *(size or 0 for size in self.spec.y_shape[1:])), x.dtype)
-        self._simulator.run(inputs, y)
+        self._simulator.run(inputs, y, x.shape[0])
         return y
 
     def golden(self) -> Golden:
@@ -190,7 +214,7 @@ def translated(source: str, language: str, launch: Launch) -> str:
             f'  auto &{name} = simulator::shared<{kind}[{count}]>({number}, "shared memory {name}");',
         )
     tensors = [name for name in launch.arguments if name != "batch"]
-    passed = [f"({_pointer(source, name)})arguments[{number}]" for number, name in enumerate(tensors)]
+    passed = [f"({_pointer(source, name, launch)})arguments[{number}]" for number, name in enumerate(tensors)]
     if language == "metal":
         passed += [f"{launch.kernel}_args_t{{batch}}"] if "batch" in launch.arguments else []
         passed += ["simulator::block.x", "simulator::current->at.x"]
@@ -214,9 +238,9 @@ def _cuda(source: str) -> str:
     return kernel[: end.end() if end else None].replace('extern "C" ', "")
 
 
-def _pointer(source: str, argument: str) -> str:
+def _pointer(source: str, argument: str, launch: Launch) -> str:
     """Return the type of a kernel's argument."""
-    name = {"x": "X", "w": "W", "b": "B", "y": "output"}[argument]
+    name = "output" if argument == launch.result else argument.upper()
     found = re.search(rf"(\w+)\s*\*\s*(?:__restrict__\s+)?{name}_ptr", source)
     if found is None:
         raise AssertionError(f"the kernel has no parameter {name}_ptr")

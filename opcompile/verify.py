@@ -34,7 +34,7 @@ from opcompile.spec import ConvTranspose3d
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opcompile.gradients.runtime import GradientArtifact
+    from opcompile.gradients.runtime import Derivative
     from opcompile.runtime import Artifact
 
 __all__ = ["InputSet", "NotAsked", "Report", "Row", "bounds", "compare", "first_line", "input_sets", "verify"]
@@ -72,6 +72,9 @@ class NotAsked:
 
     what: str
     reason: str
+
+
+SIMULATED = NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +476,7 @@ def _ask_golden(
 
 
 def verify(
-    artifact: Artifact | CudaArtifact | Simulated | GradientArtifact, *, seed: int = 0, engines: Sequence[str] = ENGINES
+    artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
 ) -> Report:
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
@@ -487,10 +490,10 @@ def verify(
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
-    from opcompile.gradients.runtime import GradientArtifact  # on use: it is built on what is here
+    from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 
-    if isinstance(artifact, GradientArtifact):
+    if isinstance(artifact, Derivative):
         return verify_gradient(artifact, seed=seed)
     if isinstance(artifact, CudaArtifact):
         artifact.require_gpu()
@@ -502,7 +505,7 @@ def verify(
     rows: list[Row] = []
     not_asked: list[NotAsked] = []
     if simulated:
-        not_asked.append(NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread"))
+        not_asked.append(SIMULATED)
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:

@@ -11,12 +11,18 @@ goes through device memory in between. Three families share the first and the la
     matrix product, one a phase, or one for all phases where they read the same columns (k2 s2).
 *split*
     Threads share the input channels of one tile as well, and add up at the end, in shared memory: for small
-    spatial sizes with many channels, where tiles alone are too few to fill the device.
+    spatial sizes with many channels, where tiles alone are too few to fill the device. Of a derivative they share
+    positions, which are staged before.
+
+The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tvm import tirx
 
 from schedules.gpu_tiles import GpuEstimate, GpuTiles, baseline, candidates
 
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
 
 __all__ = ["GpuEstimate", "GpuTiles", "baseline", "candidates", "packed", "schedule"]
+
+# Elements by which rows in shared memory are set apart, where neighbouring threads write them: a vector.
+_SPREAD = 4
 
 
 def packed(spec: ConvTranspose3d, tiles: GpuTiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -43,10 +52,21 @@ def packed(spec: ConvTranspose3d, tiles: GpuTiles, shape: tuple[int, ...]) -> tu
 
 def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     """Apply the moves to the function of `opcompile.declare_flat`, declared for these tiles; legal for every spec."""
-    blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root"))}
+    phases = [block for name, block in _blocks(sch).items() if name.startswith("phase")]
+    if phases:
+        _lay_out(sch, spec, tiles, phases[0])
+    sums(sch, tiles, vectors=_whole_vectors(spec, tiles))
+
+
+def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
+    """Make one kernel of ``columns``, perhaps ``weights``, ``phase``, ``result`` and ``output``; see `schedule`.
+
+    Without a block ``weights`` the phases read a parameter that is packed. With ``vectors`` the last phases
+    are written as one vector.
+    """
+    blocks = _blocks(sch)
     names = [name for name in blocks if name.startswith("phase")]
-    _lay_out(sch, spec, tiles, [blocks[name] for name in names])
-    summed = {name: _split_sums(sch, tiles, blocks[name]) for name in names} if tiles.family == "split" else {}
+    parts = {name: _split_sums(sch, tiles, blocks[name]) for name in names} if tiles.family == "split" else {}
 
     # --- a block of threads owns a tile, and writes it ---
     n, g, m, q, *phases = sch.get_loops(blocks["output"])
@@ -55,12 +75,10 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     grid, own = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
     sch.reorder(*grid, m_in, q_in, *own)
     block = sch.fuse(*grid)
-    thread, home, inside = _deal(sch, tiles, m_in, q_in)
     sch.bind(block, "blockIdx.x")
-    sch.bind(thread, "threadIdx.x")
+    home, inside = _deal(sch, tiles, m_in, q_in)
     sch.compute_at(blocks["result"], home, preserve_unit_loops=True)
     sch.set_scope(blocks["result"], 0, "local")
-    vectors = _whole_vectors(spec, tiles)
     for loop in (*_own(sch, blocks["result"], home), *inside, *(own[:2] if vectors else own)):
         sch.unroll(loop)
     if vectors:
@@ -68,42 +86,56 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
 
     # --- the sums ---
     for name in names:
-        columns = blocks[name.replace("phase", "columns")]
-        if tiles.family == "split":
-            _sum_in_groups(sch, tiles, blocks[name], summed[name], columns, block, home)
+        sch.compute_at(blocks[name], home, preserve_unit_loops=True)
+        sch.set_scope(blocks[name], 0, "local")
+        factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"))
+        if parts:
+            _sum_in_groups(sch, tiles, parts[name], factors, block)
         else:
-            _sum_in_registers(sch, tiles, blocks[name], columns, thread)
+            _sum_in_registers(sch, tiles, blocks[name], factors, home)
+    if tiles.family == "split":
+        _take_turns(sch, tiles, home)
 
 
-def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: GpuTiles, phases: list[Any]) -> None:
-    if not phases:
-        return
+def _blocks(sch: Schedule) -> dict[str, Any]:
+    return {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root"))}
+
+
+def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: GpuTiles, phase: Any) -> None:
     c_in = spec.channels_in // spec.groups
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         return c // c_in, m // t.channels, kd, kh, kw, c % c_in, m % t.channels
 
-    sch.transform_layout(phases[0], ("read", 1), blocked)
+    sch.transform_layout(phase, ("read", 1), blocked)
 
 
-def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any, list[Any]]:
-    """Deal the tile ``m x q`` out to the threads.
+def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, list[Any]]:
+    """Deal the tile ``m x q`` out to the threads; return the loop where one begins to write, and those inside of it.
 
-    Returns the loop over the threads, the loop where a thread begins to write, and the loops inside of that.
+    Where groups share a tile, that loop is over its elements, and `_take_turns` deals them out.
     """
     if t.family == "split":
-        # all groups take part in writing: neighbours take neighbouring elements, in turns
         both = [m, q] if t.lanes == "positions" else [q, m]
         sch.reorder(*both)
-        turns, thread = sch.split(sch.fuse(*both), [None, t.threads])
-        sch.reorder(thread, turns)
-        return thread, turns, []
+        return sch.fuse(*both), []
     m, m_in = sch.split(m, [t.threads_m, t.tile_m])
     q, q_in = sch.split(q, [t.threads_q, t.tile_q])
     threads = [m, q] if t.lanes == "positions" else [q, m]
     sch.reorder(*threads, m_in, q_in)
     thread = sch.fuse(*threads)
-    return thread, thread, [m_in, q_in]
+    sch.bind(thread, "threadIdx.x")
+    return thread, [m_in, q_in]
+
+
+def _take_turns(sch: Schedule, t: GpuTiles, elements: Any) -> None:
+    """Let all groups write: neighbours take neighbouring elements, in turns.
+
+    Last of all moves: a tile with fewer elements than threads then is cut for everything in the loop alike.
+    """
+    turns, thread = sch.split(elements, [None, t.threads])
+    sch.reorder(thread, turns)
+    sch.bind(thread, "threadIdx.x")
 
 
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
@@ -112,37 +144,56 @@ def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
     return not t.apart and spec.layout == "NCDHW" and row.stride in (2, 4) and row.out % row.stride == 0
 
 
-def _sum_in_registers(sch: Schedule, t: GpuTiles, phase: Any, columns: Any, thread: Any) -> None:
-    sch.compute_at(phase, thread, preserve_unit_loops=True)
-    sch.set_scope(phase, 0, "local")
-    n, g, m, *f, q, t_d, t_h, t_w, c = _own(sch, phase, thread)
-    if t.family == "staged":
-        c, c_in = sch.split(c, [None, t.chunk])
-        taps = [t_d, t_h, t_w, c]
-    else:
-        c_in, taps = c, [t_d, t_h, t_w]
-    sch.reorder(n, g, *taps, c_in, m, *f, q)
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The blocks that copy what is multiplied; ``weights`` is None where a packed parameter is read, or nothing."""
+
+    columns: Any
+    weights: Any
+
+
+def _sum_in_registers(sch: Schedule, t: GpuTiles, phase: Any, factors: _Factors, thread: Any) -> None:
+    (n, g, m, *f, q), (*taps, c) = _kinds(sch, phase, thread)
+    c, c_in = sch.split(c, [None, t.chunk or 1])
+    sch.reorder(n, g, *taps, c, c_in, m, *f, q)
     for loop in (m, *f, q):
         sch.unroll(loop)
+    _feed(sch, t, phase, factors, c, c_in)
+    sch.decompose_reduction(phase, taps[0])
+
+
+def _kinds(sch: Schedule, block: Any, at: Any) -> tuple[list[Any], list[Any]]:
+    """Return the loops of ``block`` inside of loop ``at`` that are spatial, and those that sum."""
+    loops, summed = _own(sch, block, at), tirx.IterVar.CommReduce
+    count = sum(v.iter_type == summed for v in sch.get(block).iter_vars)
+    return loops[:-count], loops[-count:]
+
+
+def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, each: Any) -> None:
+    """Bring what ``sums`` multiply to the threads: at loop ``each`` to registers, before at ``step`` to shared memory.
+
+    The latter where it is staged.
+    """
+    columns, weights = factors.columns, factors.weights
+    packed = weights is None and len(sch.get(sums).reads) > 1
     if not _affine(sch, columns):
         sch.set_scope(columns, 0, "local")
-        _to_registers(sch, columns, c_in, 1)
-        sch.decompose_reduction(phase, t_d)
+        _to_registers(sch, columns, each, 1)
         return
-    weights = sch.cache_read(phase, 1, "local", [phase])
-    if t.family == "staged":
-        staged = sch.cache_read(weights, 0, "shared", [weights])
-        elements = sch.cache_read(phase, 0, "local", [phase])
-        sch.set_scope(columns, 0, "shared")
-        _to_registers(sch, elements, c_in, t.tile_q)
-        _to_registers(sch, weights, c_in, t.tile_m)
-        _to_shared(sch, t, columns, c, 1)
-        _to_shared(sch, t, staged, c, _vector(t.channels))
-    else:
-        sch.set_scope(columns, 0, "local")
-        _to_registers(sch, columns, c_in, 1)
-        _to_registers(sch, weights, c_in, t.tile_m)
-    sch.decompose_reduction(phase, t_d)
+    if packed:
+        weights = sch.cache_read(sums, 1, "local", [sums])
+    copies = [(columns, 1, t.tile_q)]
+    if weights is not None:
+        copies.append((weights, _vector(t.channels) if packed else 1, t.tile_m))
+    for number, (copy, together, tile) in enumerate(copies):
+        if not t.chunk:
+            sch.set_scope(copy, 0, "local")
+            _to_registers(sch, copy, each, tile if together > 1 else 1)
+            continue
+        near = sch.cache_read(sums, number, "local", [sums])
+        sch.set_scope(copy, 0, "shared")
+        _to_registers(sch, near, each, tile)
+        _to_shared(sch, t, copy, step, together)
 
 
 def _affine(sch: Schedule, columns: Any) -> bool:
@@ -150,7 +201,7 @@ def _affine(sch: Schedule, columns: Any) -> bool:
 
     Only of affine reads does `compute_at` know which part of W to copy.
     """
-    return len(sch.get(columns).iter_vars) == len(("n", "g", "td", "th", "tw", "c", "q"))
+    return len(sch.get(columns).iter_vars) <= len(("n", "g", "td", "th", "tw", "c", "q"))
 
 
 def _to_registers(sch: Schedule, copy: Any, at: Any, length: int) -> None:
@@ -175,7 +226,13 @@ def _own(sch: Schedule, block: Any, at: Any) -> list[Any]:
 def _to_shared(sch: Schedule, t: GpuTiles, copy: Any, at: Any, vector: int) -> None:
     """Copy at loop ``at``, all threads together, neighbours taking neighbours."""
     sch.compute_at(copy, at, preserve_unit_loops=True)
-    fused = sch.fuse(*_own(sch, copy, at))
+    loops = _own(sch, copy, at)
+    if t.lanes == "terms":
+        *others, term, last = loops
+        sch.reorder(*others, last, term)
+        loops = [*others, last, term]
+        sch.storage_align(copy, 0, -2, 2 * _SPREAD, _SPREAD)
+    fused = sch.fuse(*loops)
     if vector > 1:
         _, thread, lane = sch.split(fused, [None, t.threads, vector])
         sch.vectorize(lane)
@@ -193,15 +250,13 @@ def _vector(length: int) -> int:
 
 
 def _split_sums(sch: Schedule, t: GpuTiles, phase: Any) -> Any:
-    """Cut a phase's sums into one part a group of threads. Returns the block of the parts."""
+    """Cut a phase's sums into one part a group of threads, which take turns. Returns the block of the parts."""
     *_, c = sch.get_loops(phase)
-    group, _ = sch.split(c, [t.split, None])
+    *_, group = sch.split(c, [None, max(1, t.chunk // t.split), t.split])
     return sch.rfactor(group, 0)
 
 
-def _sum_in_groups(sch: Schedule, t: GpuTiles, phase: Any, parts: Any, columns: Any, block: Any, home: Any) -> None:
-    sch.compute_at(phase, home, preserve_unit_loops=True)
-    sch.set_scope(phase, 0, "local")
+def _sum_in_groups(sch: Schedule, t: GpuTiles, parts: Any, factors: _Factors, block: Any) -> None:
     sch.set_scope(parts, 0, "shared")
     leave = sch.cache_write(parts, 0, "local")
     sch.compute_at(leave, block, preserve_unit_loops=True)
@@ -215,12 +270,9 @@ def _sum_in_groups(sch: Schedule, t: GpuTiles, phase: Any, parts: Any, columns: 
     for loop in (m_in, *f, q_in):
         sch.unroll(loop)
     sch.compute_at(parts, thread, preserve_unit_loops=True)
-    *spatial, t_d, t_h, t_w, c = _own(sch, parts, thread)
-    sch.reorder(t_d, t_h, t_w, c, *spatial)
+    spatial, summed = _kinds(sch, parts, thread)
+    sch.reorder(*summed, *spatial)
     for loop in spatial:
         sch.unroll(loop)
-    weights = sch.cache_read(parts, 1, "local", [parts])
-    sch.set_scope(columns, 0, "local")
-    _to_registers(sch, columns, c, 1)
-    _to_registers(sch, weights, c, t.tile_m)
-    sch.decompose_reduction(parts, t_d)
+    _feed(sch, t, parts, factors, summed[-2], summed[-1])
+    sch.decompose_reduction(parts, summed[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -22,11 +22,13 @@ class GpuTiles:
     ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
     which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
     ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
-    phases are tiles of the grid too, where they are axes of one block.
+    phases are tiles of the grid too, where they are axes of one block. Of derivatives, read rows and columns of
+    the product (`opcompile.gradients.declare_flat`) for channels and positions, and what is summed last for input
+    channels; with lanes ``terms`` it is that which lies side by side in memory.
     """
 
     family: Family
-    lanes: Literal["positions", "channels"]
+    lanes: Literal["positions", "channels", "terms"]
     threads_m: int
     threads_q: int
     tile_m: int
@@ -83,8 +85,13 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
 
     Deterministic: the order depends on ``spec`` and ``gpu`` alone.
     """
-    layer = _Layer.of(spec)
-    estimates = [_estimate(layer, gpu, tiles) for tiles in _sensible(layer)]
+    layer = Sums.of(spec)
+    return ranked(layer, gpu, sensible(layer))
+
+
+def ranked(layer: Sums, gpu: Gpu, tiles: Iterable[GpuTiles]) -> list[GpuEstimate]:
+    """Those ``tiles`` that keep to the limits of ``gpu``, best first by estimated cycles."""
+    estimates = [_estimate(layer, gpu, t) for t in tiles]
     legal = [e for e in estimates if _within_limits(e, gpu)]
     return sorted(legal, key=lambda e: (e.cycles, e.tiles))
 
@@ -95,9 +102,10 @@ def baseline(spec: ConvTranspose3d, gpu: Gpu) -> GpuEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    """What the arithmetic needs of a spec.
+class Sums:
+    """What the arithmetic needs of a layer, or of a derivative.
 
+    With ``gathered`` weights lie as they come, not packed, and what is staged is widened to the type of the sums.
     ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
     ``positions`` of an image. ``phases`` are those with taps, ``taps`` the taps of all of them; ``alike`` says that
     they read the same columns, ``axes`` that they are axes of one block, ``many`` that they must lie apart.
@@ -105,6 +113,7 @@ class _Layer:
 
     itemsize: int
     sum_bytes: int
+    gathered: bool
     m: int
     c: int
     images: int
@@ -121,7 +130,8 @@ class _Layer:
     y_bytes: int
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d) -> _Layer:
+    def of(cls, spec: ConvTranspose3d) -> Sums:
+        """Describe a layer."""
         axes = [a.phases for a in spec.axes]
         alike = all(len({(p.taps, p.first_offset) for p in phases}) == 1 and phases[0].taps for phases in axes)
         count = math.prod(map(len, axes))
@@ -131,6 +141,7 @@ class _Layer:
         return cls(
             itemsize=spec.itemsize,
             sum_bytes=8 if spec.sum_dtype == "float64" else 4,
+            gathered=False,
             m=spec.channels_out // spec.groups,
             c=spec.channels_in // spec.groups,
             images=spec.groups * (spec.batch or 1),
@@ -165,19 +176,19 @@ class _Layer:
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory of a block."""
-        if t.family == "staged":
-            rows = t.channels * (self.together(t) if self.alike else 1)
-            return t.chunk * (rows + t.positions) * self.itemsize
-        if t.family == "split":
-            return self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
-        return 0
+        rows = t.channels * (self.together(t) if self.alike else 1)
+        # rows of shared memory that are set apart
+        apart = 2 * 4 if t.lanes == "terms" else 0
+        staged = t.chunk * (rows + t.positions + apart) * (self.sum_bytes if self.gathered else self.itemsize)
+        parts = self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
+        return staged + (parts if t.family == "split" else 0)
 
 
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: with more phases each block of threads sums one.
 MOST_TOGETHER = 27
 
 
-def _sensible(layer: _Layer) -> Iterator[GpuTiles]:
+def sensible(layer: Sums) -> Iterator[GpuTiles]:
     """Yield tiles that fit the layer: powers of two, none twice as large as what there is to cover."""
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
     apart = [True] if layer.many else [False, True] if layer.axes and layer.phases > 1 else [False]
@@ -229,7 +240,7 @@ _BUSY, _BUSY_LOADING = 8, 16
 _L2 = 3.0
 
 
-def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
+def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
     slots = _slots(layer, t)
     each = _over(blocks, gpu.processors)
@@ -237,7 +248,7 @@ def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     if shared:
         fit = min(fit, 2 * gpu.shared // shared)
     warps = max(1, min(fit, each)) * t.threads / gpu.warp
-    busy = min(1.0, warps / (_BUSY if t.family == "staged" else _BUSY_LOADING))
+    busy = min(1.0, warps / (_BUSY if t.chunk else _BUSY_LOADING))
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
     computing = each * t.threads * slots / (rate * busy)
     moving = _moving(layer, gpu, t, blocks)
@@ -245,7 +256,7 @@ def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
 
 
-def _slots(layer: _Layer, t: GpuTiles) -> float:
+def _slots(layer: Sums, t: GpuTiles) -> float:
     """Issue slots of one thread."""
     together = layer.together(t)
     taps = layer.taps / (layer.phases if t.apart and layer.phases else 1)
@@ -254,17 +265,19 @@ def _slots(layer: _Layer, t: GpuTiles) -> float:
     steps = taps * layer.c / t.split / (together if layer.alike else 1)
     weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
     step: float = rows * t.tile_q
-    if t.family == "staged":
+    if t.chunk:
         copied = t.positions * (_CACHED_LOAD + _ADDRESS)
-        copied += t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
-        step += _SHARED_LOAD * (weights + elements) + copied / t.threads + _BARRIERS / t.chunk
+        weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
+        copied += t.channels * rows / t.tile_m * weight
+        step += _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
     else:
+        weights = rows if layer.gathered else weights
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
-    outputs = together * t.tile_m * t.tile_q / t.split
+    outputs = max(1.0, together * t.tile_m * t.tile_q / t.split)
     return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60
 
 
-def _moving(layer: _Layer, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
+def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
     """Cycles that moving bytes takes: once through memory, and what every block reads through the second cache."""
     bytes_per_cycle = gpu.bandwidth_gbs / gpu.clock_ghz
     # a phase apart writes single elements of sectors of 32 bytes

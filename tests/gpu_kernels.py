@@ -31,7 +31,7 @@ def simulated(kernel: LoweredGpu) -> Kernel:
 
     def call(x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None) -> NDArray[Any]:
         y = np.zeros((x.shape[0], *kernel.spec.y_shape[1:]), x.dtype)
-        simulator.run({"x": x, "w": kernel.packing(w), **({} if b is None else {"b": b})}, y)
+        simulator.run({"x": x, "w": kernel.packing(w), **({} if b is None else {"b": b})}, y, x.shape[0])
         return y
 
     return call

@@ -26,7 +26,7 @@ def kernel(
     """Compile ``gradient`` for this machine; the result starts out as garbage."""
     tiles = tiles or lower.choose(gradient, HERE, "baseline")[0]
     with tvm.target.Target({**HERE.tvm(), "opt-level": 3 if optimised else 0}) as tvm_target:
-        function = tvm.compile(lower.scheduled(gradient, tiles), target=tvm_target)[lower.kernel_name(gradient)]
+        function = tvm.compile(lower.scheduled(gradient, tiles), target=tvm_target)[gradient.kernel]
     dtype, name = dtype_of(gradient.layer), gradient.layer.dtype
 
     def call(operands: Operands) -> NDArray[Any]:

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 MARK = "<!-- what follows is written by tests/targets_page.py -->\n"
 
 # What the tests do to code for each kind of machine, and which tests; a GPU was not at hand for any of it.
-SIMULATED = "simulated: `tests/test_gpu_table.py`"
+SIMULATED = "simulated: `tests/test_gpu_table.py`; derivatives: `tests/test_gradient_gpu.py`"
 CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by clang: `tests/test_metal.py`"}
 
 

@@ -130,7 +130,7 @@ def test_the_driver_tells_what_it_has(gpu: pytest.MonkeyPatch) -> None:
 CASES = {
     "dtype": ({"x": lambda: tensor(X.astype(np.float16))[0]}, r"x is float16 \(1, 1, 8, 8, 8\), but .* needs float32"),
     "shape": ({"x": lambda: tensor(X[..., :7])[0]}, r"x is float32 \(1, 1, 8, 8, 7\), but .*\(1, 1, 8, 8, 8\)"),
-    "rank": ({"b": lambda: tensor(B[None])[0]}, r"b is float32 \(1, 1\), but this layer needs float32 \(1,\)"),
+    "rank": ({"b": lambda: tensor(B[None])[0]}, r"b is float32 \(1, 1\), but this kernel needs float32 \(1,\)"),
     "alignment of x": ({"x": lambda: tensor(X, offset=8)[0]}, "x is not at a multiple of 16 bytes; pass a copy"),
     "alignment of out": ({"out": lambda: tensor(X, offset=4)[0]}, "out is not at a multiple of 16 bytes"),
     "another GPU": ({"b": lambda: tensor(B, ordinal=1)[0]}, "b is on another GPU than x; copy it there"),

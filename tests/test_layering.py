@@ -114,7 +114,9 @@ def test_no_module_imports_both_tvm_and_onnx(module: str) -> None:
     assert not ("tvm" in found and found & {"onnx", "onnxruntime"})
 
 
-JUDGES = [f"gradients.{name}" for name in ("gradient", "reference", "bounds", "golden", "verify", "runtime")]
+JUDGES = [
+    f"gradients.{name}" for name in ("gradient", "reference", "bounds", "golden", "verify", "runtime", "simulate")
+]
 
 
 TIMERS = ["runtime_cuda", "cuda_driver", "trials", "job", "measure", "_measure_gpu"]

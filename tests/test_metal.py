@@ -15,6 +15,8 @@ from gpu_kernels import METAL, lowered
 from opcompile import artifact
 from opcompile.cases import CASES, Case
 from opcompile.errors import TargetError
+from opcompile.gradients.gradient import Gradient, Wrt
+from opcompile.gradients.lower_gpu import lower_gpu
 from opcompile.lower_gpu import choose
 from opcompile.spec import ConvTranspose3d
 
@@ -46,6 +48,14 @@ def complaints(source: str, folder: Path) -> str:
 @pytest.mark.parametrize("case", TYPED, ids=lambda c: c.name)
 def test_the_types_of_the_text_are_right(case: Case, tmp_path: Path) -> None:
     assert complaints(lowered(case.spec, METAL).source, tmp_path) == ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("wrt", ["x", "w", "b"])
+def test_the_types_of_a_derivative_are_right(wrt: Wrt, tmp_path: Path) -> None:
+    for text in ("in=Nx8x2x4x5 co=8 k=3 s=2 p=1 act=softplus dtype=float16", "in=1x8x2x4x5 co=8 k=2 s=2 layout=NDHWC"):
+        gradient = Gradient(ConvTranspose3d.parse(text), wrt)
+        assert complaints(lower_gpu(gradient, METAL).source, tmp_path) == ""
 
 
 @pytest.mark.peers

@@ -1,13 +1,12 @@
 """A compiled derivative as a directory: what `opcompile.artifact` writes for the layer, under other names.
 
 The library and the header are called ``conv_transpose3d_dx`` (``_dw``, ``_db``), as the kernel inside is,
-and the manifest says which derivative it is. There are no packed weights: those that are trained change
-with each call.
+and the manifest says which derivative it is. For a GPU there are the kernel's text and its launch instead of
+the header. There are no packed weights: those that are trained change with each call.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import asdict
@@ -23,6 +22,8 @@ from opcompile.artifact import (
     useful_threads,
     versions,
 )
+from opcompile.artifact_gpu import gpu_files, library_name
+from opcompile.gpus import GpuTarget
 from opcompile.gradients.golden import SALTS, amplitude, golden
 from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
@@ -30,9 +31,10 @@ from opcompile.runtime import FORMAT, GOLDEN, STORAGE, VERSION
 
 if TYPE_CHECKING:
     from opcompile.gradients.lower import LoweredGradient
+    from opcompile.gradients.lower_gpu import LoweredGpuGradient
 
 
-def write(lowered: LoweredGradient, into: str | os.PathLike[str]) -> Path:
+def write(lowered: LoweredGradient | LoweredGpuGradient, into: str | os.PathLike[str]) -> Path:
     """Link ``lowered`` and write its artifact, replacing the one that is in ``into``; return the directory.
 
     Raises `ArtifactError` where ``into`` holds anything but an artifact, `EngineError` when the library
@@ -40,22 +42,29 @@ def write(lowered: LoweredGradient, into: str | os.PathLike[str]) -> Path:
     """
     gradient, place = lowered.gradient, Path(into).resolve()
     require_replaceable(place)
-    stem = f"conv_transpose3d_{gradient.name}"
-    text = header(gradient)
-    library = link(lowered.object_code, text, lowered.target, kernel=f"__tvm_ffi_{stem}")
-    suffix = "dylib" if lowered.target.system == "darwin" else "so"
-    name = f"{stem}-{hashlib.sha256(library).hexdigest()[:16]}.{suffix}"
+    if isinstance(lowered.target, GpuTarget):
+        files, name = gpu_files(lowered, gradient.layer.batch, gradient.kernel)
+    else:
+        files, name = _cpu_files(lowered)
 
     def fill(beside: Path) -> dict[str, Any]:
-        (beside / name).write_bytes(library)
-        (beside / f"{stem}.h").write_text(text)
+        for file, content in files.items():
+            (beside / file).write_bytes(content)
         (beside / GOLDEN).write_bytes(archive(golden(gradient)))
         return _manifest(lowered, name)
 
     return publish(place, fill)
 
 
-def _manifest(lowered: LoweredGradient, library: str) -> dict[str, Any]:
+def _cpu_files(lowered: LoweredGradient) -> tuple[dict[str, bytes], str]:
+    """Return the library and its header, and which of them is the library."""
+    kernel, text = lowered.gradient.kernel, header(lowered.gradient)
+    library = link(lowered.object_code, text, lowered.target, kernel=f"__tvm_ffi_{kernel}")
+    name = library_name(library, lowered.target.system, kernel)
+    return {name: library, f"{kernel}.h": text.encode()}, name
+
+
+def _manifest(lowered: LoweredGradient | LoweredGpuGradient, library: str) -> dict[str, Any]:
     gradient = lowered.gradient
     itemsize = STORAGE[gradient.layer.dtype].itemsize
     shapes = {**gradient.operands, gradient.name: gradient.shape}

@@ -99,7 +99,7 @@ def declare(gradient: Gradient, grain: Grain = Grain()) -> tirx.PrimFunc:
         name: te.placeholder(scope.shape(shape), layer.dtype, name=name.upper())
         for name, shape in gradient.operands.items()
     }
-    dz = _upstream(layer, given)
+    dz = upstream(layer, given)
     make = {"x": _of_input, "w": _of_weight, "b": _of_bias}[gradient.wrt]
     output = make(scope, dz, given)
     return unaligned(te.create_prim_func([*given.values(), output]), layer.itemsize)
@@ -209,7 +209,7 @@ def _index_dtype(gradient: Gradient, positions: Sequence[int], c: int, m: int, g
 # --- what goes in ---
 
 
-def _read(layer: ConvTranspose3d, tensor: Any) -> Element:
+def read(layer: ConvTranspose3d, tensor: Any) -> Element:
     """An activation tensor's element ``(n, channel, d, h, w)``, in the type of the sums."""
 
     def element(n: Any, channel: Any, *at: Any) -> Any:
@@ -219,12 +219,12 @@ def _read(layer: ConvTranspose3d, tensor: Any) -> Element:
     return element
 
 
-def _upstream(layer: ConvTranspose3d, given: dict[str, Any]) -> Element:
+def upstream(layer: ConvTranspose3d, given: dict[str, Any]) -> Element:
     """The gradient of the sum: dY times the slope of the activation."""
-    dy = _read(layer, given["dy"])
+    dy = read(layer, given["dy"])
     if "y" not in given:
         return dy
-    y = _read(layer, given["y"])
+    y = read(layer, given["y"])
     return lambda *at: dy(*at) * slope(layer.activation, y(*at))
 
 
@@ -261,7 +261,7 @@ def _of_input(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
 
 
 def _of_weight(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
-    layer, grain, pad, x = scope.layer, scope.grain, scope.pad(dz), _read(scope.layer, given["x"])
+    layer, grain, pad, x = scope.layer, scope.grain, scope.pad(dz), read(scope.layer, given["x"])
     c_in = layer.channels_in // layer.groups
 
     def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
@@ -307,7 +307,7 @@ def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
     inside, k = _slice(scope.gradient, grain), scope.reduced("k", _slice(scope.gradient, grain))
     part = te.compute(
         scope.batched(grain.slices, layer.channels_out, grain.lanes),
-        lambda n, s, m, lane: te.sum(dz(n, m, *_unravel((s * inside + k) * grain.lanes + lane, sizes)), axis=[k]),
+        lambda n, s, m, lane: te.sum(dz(n, m, *unravel((s * inside + k) * grain.lanes + lane, sizes)), axis=[k]),
         name="part",
     )
     n, s, lane = scope.reduced("n", scope.batch), scope.reduced("s", grain.slices), scope.reduced("lane", grain.lanes)
@@ -321,7 +321,7 @@ def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
         n, k = scope.reduced("n", scope.batch), scope.reduced("k", math.prod(sizes) - begun)
         rest = te.compute(
             scope.shape((layer.channels_out,)),
-            lambda m: te.sum(dz(n, m, *_unravel(begun + k, sizes)), axis=[n, k]),
+            lambda m: te.sum(dz(n, m, *unravel(begun + k, sizes)), axis=[n, k]),
             name="rest",
         )
     return te.compute(
@@ -331,7 +331,7 @@ def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
     )
 
 
-def _unravel(flat: Any, sizes: Sequence[int]) -> list[Any]:
+def unravel(flat: Any, sizes: Sequence[int]) -> list[Any]:
     """The index of each axis, of an element's number."""
     _, height, width = sizes
     return [

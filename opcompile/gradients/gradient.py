@@ -86,6 +86,11 @@ class Gradient:
         return f"d{self.wrt}"
 
     @property
+    def kernel(self) -> str:
+        """The function's name: a derivative must not be found under the name of the layer."""
+        return f"conv_transpose3d_{self.name}"
+
+    @property
     def shape(self) -> Shape:
         """Shape of the result."""
         shapes: dict[Wrt, Shape] = {"x": self.layer.x_shape, "w": self.layer.w_shape, "b": (self.layer.channels_out,)}

@@ -32,11 +32,6 @@ class LoweredGradient:
     workspace_bytes: int
 
 
-def kernel_name(gradient: Gradient) -> str:
-    """The function's name: a derivative must not be found under the name of the layer."""
-    return f"conv_transpose3d_{gradient.name}"
-
-
 def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> LoweredGradient:
     """Compile ``gradient`` for ``target``.
 
@@ -53,12 +48,17 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
 
 def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
     """The tiles that ``plan`` asks for, and the account of the choice."""
-    require_plan(plan)
-    if plan == "tuned":
-        raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
+    require_untuned(gradient, plan)
     estimate = gradients.candidates(gradient, target.machine)[0]
     tiles: GradientTiles = estimate.tiles
     return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), estimate.why(), None)
+
+
+def require_untuned(gradient: Gradient, plan: PlanName) -> None:
+    """Raise `RecordError` for plan ``tuned``: derivatives are not."""
+    require_plan(plan)
+    if plan == "tuned":
+        raise RecordError(f"no tuned record for {gradient}: derivatives are not tuned; use plan best or baseline")
 
 
 def grain(tiles: GradientTiles) -> Grain:
@@ -73,7 +73,7 @@ def grain(tiles: GradientTiles) -> Grain:
 
 def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
     """The module ready to compile."""
-    name = kernel_name(gradient)
+    name = gradient.kernel
     declared = declare(gradient, grain(tiles)).with_attr("global_symbol", name)
     sch = s_tir.Schedule(tvm.IRModule({name: declared}))
     sch.work_on(name)
@@ -84,4 +84,4 @@ def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
 def workspace_bytes(gradient: Gradient, tiles: GradientTiles) -> int:
     """Bytes that one call allocates with one thread; for a dynamic batch, with one image."""
     whole = gradient if gradient.layer.batch is not None else gradient.with_batch(1)
-    return allocated_bytes(scheduled(whole, tiles)[kernel_name(gradient)])
+    return allocated_bytes(scheduled(whole, tiles)[gradient.kernel])

@@ -27,7 +27,59 @@ from opcompile.runtime import (
 from opcompile.spec import ConvTranspose3d
 
 
-class GradientArtifact:
+class Derivative:
+    """What every artifact of a derivative is, wherever its kernel runs."""
+
+    __slots__ = ()
+
+    directory: Path
+    manifest: dict[str, Any]
+    gradient: Gradient
+
+    def __repr__(self) -> str:
+        """Name the derivative, the target and the place."""
+        return f"<{type(self).__name__} {self.gradient} for {self.manifest['target']['name']} in {self.directory}>"
+
+    @property
+    def spec(self) -> ConvTranspose3d:
+        """The layer that this is a derivative of."""
+        return self.gradient.layer
+
+    def golden(self) -> GoldenGradient:
+        """Return the test vector that was computed when the artifact was written.
+
+        Raises `ArtifactError` when its file has changed since.
+        """
+        stored = read_arrays(self.directory, self.manifest, GOLDEN)
+        operands = golden_operands(self.gradient, int(stored["batch"]))
+        return GoldenGradient(operands, stored["indices"], stored["expected"])
+
+    def depth(self, batch: int) -> int:
+        """Return how many roundings a term of the result meets at most."""
+        return int(self.manifest["depth"]["fixed"] + batch * self.manifest["depth"]["per_image"])
+
+    def bound(self, given: tuple[Any, ...], **named: Any) -> dict[str, Any]:
+        """Bring the arguments of a call into order; a named one that is None was not given. Raises `CallError`."""
+        names = list(self.gradient.operands)
+        takes = f"{self.gradient.name} takes {', '.join(names)}"
+        if len(given) > len(names):
+            raise CallError(f"{takes}, and was given {len(given)} tensors")
+        values = dict(zip(names, given, strict=False))
+        for name, value in named.items():
+            if value is None:
+                continue
+            if name not in names:
+                raise CallError(f"{name} was given, but {takes}")
+            if name in values:
+                raise CallError(f"{name} was given twice, by its place and by its name")
+            values[name] = value
+        for name in names:
+            if values.get(name) is None:
+                raise CallError(f"{name} is missing: {takes}")
+        return {name: values[name] for name in names}
+
+
+class GradientArtifact(Derivative):
     """A loaded derivative: call it as ``dx = artifact(dy, w)``, ``dw = artifact(dy, x)`` or ``db = artifact(dy)``.
 
     A layer that fuses an activation takes its output as well, last: ``dx = artifact(dy, w, y)``. Safe
@@ -49,15 +101,6 @@ class GradientArtifact:
         self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
 
-    def __repr__(self) -> str:
-        """Name the derivative, the target and the place."""
-        return f"<GradientArtifact {self.gradient} for {self.manifest['target']['name']} in {self.directory}>"
-
-    @property
-    def spec(self) -> ConvTranspose3d:
-        """The layer that this is a derivative of."""
-        return self.gradient.layer
-
     def __call__(
         self,
         *given: Any,
@@ -75,8 +118,7 @@ class GradientArtifact:
         are not contiguous are copied first. ``threads`` is the most to use in this call. Raises `CallError`.
         """
         most = self.threads if threads is None else checked_threads(threads, "threads")
-        named = {"dy": dy, "w": w, "x": x, "y": y}
-        values = self._bound(given, {name: value for name, value in named.items() if value is not None})
+        values = list(self.bound(given, dy=dy, w=w, x=x, y=y).values())
         borrowed = [slot.borrow(value) for slot, value in zip(self._slots, values, strict=True)]
         batch = borrowed[0][1][0]
         for slot, (_, shape, _) in zip(self._slots, borrowed, strict=True):
@@ -93,38 +135,7 @@ class GradientArtifact:
             raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
         return result if framework is None else as_kind_of(values[0], result, framework, self.gradient.layer.dtype)
 
-    def golden(self) -> GoldenGradient:
-        """Return the test vector that was computed when the artifact was written.
-
-        Raises `ArtifactError` when its file has changed since.
-        """
-        stored = read_arrays(self.directory, self.manifest, GOLDEN)
-        operands = golden_operands(self.gradient, int(stored["batch"]))
-        return GoldenGradient(operands, stored["indices"], stored["expected"])
-
-    def depth(self, batch: int) -> int:
-        """Return how many roundings a term of the result meets at most."""
-        return int(self.manifest["depth"]["fixed"] + batch * self.manifest["depth"]["per_image"])
-
     # --- arguments ---
-
-    def _bound(self, given: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
-        """Bring the arguments of a call into order."""
-        names = [slot.name for slot in self._slots]
-        takes = f"{self.gradient.name} takes {', '.join(names)}"
-        if len(given) > len(names):
-            raise CallError(f"{takes}, and was given {len(given)} tensors")
-        values = dict(zip(names, given, strict=False))
-        for name, value in named.items():
-            if name not in names:
-                raise CallError(f"{name} was given, but {takes}")
-            if name in values:
-                raise CallError(f"{name} was given twice, by its place and by its name")
-            values[name] = value
-        for name in names:
-            if values.get(name) is None:
-                raise CallError(f"{name} is missing: {takes}")
-        return [values[name] for name in names]
 
     def _pointers(self, borrowed: list[Borrowed]) -> list[int | None]:
         """Return the first three pointers of the library's entry: dY, the factor, and Y where it is needed."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,11 @@ from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS, Check, judge
 from opcompile.errors import EngineError, TargetError
 from opcompile.gradients.bounds import Truth, judge_all
 from opcompile.gradients.gradient import Gradient
+from opcompile.gradients.runtime import Derivative, GradientArtifact
+from opcompile.gradients.runtime_cuda import CudaGradient
+from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
-from opcompile.verify import NotAsked, Report, Row, cpus, distinct, stored
-
-if TYPE_CHECKING:
-    from opcompile.gradients.runtime import GradientArtifact
+from opcompile.verify import SIMULATED, NotAsked, Report, Row, cpus, distinct, stored
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
@@ -124,15 +124,18 @@ def _questions(gradient: Gradient) -> tuple[str, list[_Question]]:
 # --- the questions, one after the other ---
 
 
-def _answers(artifact: GradientArtifact, operands: Operands, threads: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    given: dict[str, Any] = dict(operands)
-    for count in threads:
-        yield f"opcompile, {count} thread{'s' * (count > 1)}", artifact(**given, threads=count)
+def _answers(artifact: Derivative, operands: Operands, threads: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(artifact, CudaGradient):
+        yield "opcompile, on a GPU", artifact.on_host(operands)
+    if isinstance(artifact, SimulatedGradient):  # it orders the threads itself
+        yield "opcompile, simulated", artifact(**operands)
+    if isinstance(artifact, GradientArtifact):
+        given: dict[str, Any] = dict(operands)
+        for count in threads:
+            yield f"opcompile, {count} thread{'s' * (count > 1)}", artifact(**given, threads=count)
 
 
-def _ask(
-    artifact: GradientArtifact, question: _Question, rng: np.random.Generator, threads: Sequence[int]
-) -> Iterator[Row]:
+def _ask(artifact: Derivative, question: _Question, rng: np.random.Generator, threads: Sequence[int]) -> Iterator[Row]:
     gradient = artifact.gradient
     drawn = question.draw(gradient, rng, question.batch)
     operands = {name: stored(gradient.layer.dtype, values) for name, values in drawn.items()}
@@ -145,7 +148,7 @@ def _ask(
         yield Row(question.name, "caller", question.batch, name, "reference", checks[twin])
 
 
-def _ask_golden(artifact: GradientArtifact) -> tuple[Row, ...]:
+def _ask_golden(artifact: Derivative) -> tuple[Row, ...]:
     """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
     golden, gradient = artifact.golden(), artifact.gradient
     truth = Truth.of(gradient, golden.operands)
@@ -153,8 +156,8 @@ def _ask_golden(artifact: GradientArtifact) -> tuple[Row, ...]:
     sums, storage = FORMATS[layer.sum_dtype], FORMATS[layer.dtype]
     bound = truth.bound(sums, storage, artifact.depth(batch)).reshape(-1)[golden.indices]
     expected = truth.value.reshape(-1)[golden.indices]
-    given: dict[str, Any] = dict(golden.operands)
-    ours = np.asarray(artifact(**given)).reshape(-1)[golden.indices].astype(np.float64)
+    _, answer = next(_answers(artifact, golden.operands, (1,)))
+    ours = np.asarray(answer).reshape(-1)[golden.indices].astype(np.float64)
 
     def check(values: Tensor) -> Check:
         found = judge("bound", layer.sum_dtype, values, expected, bound, min(storage.limit, sums.limit))
@@ -167,18 +170,22 @@ def _ask_golden(artifact: GradientArtifact) -> tuple[Row, ...]:
     )
 
 
-def verify(artifact: GradientArtifact, *, seed: int = 0) -> Report:
+def verify(artifact: Derivative, *, seed: int = 0) -> Report:
     """Ask ``artifact`` and the oracle about the same operands, and compare; what cannot be asked is listed.
 
     Small integers first, to the last bit; reals, drawn and structured, under the bound of the depth that
-    the artifact states; the test vector. Every question goes to it with one thread and with several;
-    with a dynamic batch, 1, 2 and 3 images are asked.
+    the artifact states; the test vector. Every question goes to it with one thread and with several,
+    where these are a CPU's; with a dynamic batch, 1, 2 and 3 images are asked.
     """
+    if isinstance(artifact, CudaGradient):
+        artifact.require_gpu()
     started, gradient = time.perf_counter(), artifact.gradient
     rule, questions = _questions(gradient)
-    threads = (1, max(2, cpus()))
+    threads = (1, max(2, cpus())) if isinstance(artifact, GradientArtifact) else ()
     rows: list[Row] = []
     not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle alone judges it")]
+    if isinstance(artifact, SimulatedGradient):
+        not_asked.insert(0, SIMULATED)
     try:
         for number, question in enumerate(questions):
             rows += _ask(artifact, question, np.random.default_rng([seed, number]), threads)
