@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ _SIGNATURES = {
 _SHARED = re.compile(
     r"^\s*(?:__shared__ (?:alignas\(\d+\) )?|threadgroup )(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];", re.M
 )
-_BYTES = {"float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
-_ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?$")
+_BYTES = {"uchar": 1, "float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
+_ELEMENT = re.compile(r"(?P<base>uchar|float|half|nv_bfloat16|double)(?P<length>[24])?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """The one launch of a layer.
 
-    ``blocks`` thread blocks for each image of the batch, in one dimension, of ``threads`` threads each.
+    ``blocks`` thread blocks for each image of the batch, in one dimension, of ``block`` threads each: along x, y, z.
     ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y``, and ``batch`` (a 64-bit
     integer) where N is open. A kernel does not take what it does not read. ``shared_bytes`` of shared
     (threadgroup) memory are declared inside the kernel; none are to be added by the launch.
@@ -39,12 +40,12 @@ class Launch:
 
     kernel: str
     blocks: int
-    threads: int
+    block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: str, language: str, blocks: int, threads: int) -> Launch:
+    def of(cls, source: str, language: str, blocks: int, block: tuple[int, ...]) -> Launch:
         """Read the rest from the emitted text, which must hold exactly one kernel."""
         found = list(_SIGNATURES[language].finditer(source))
         if len(found) != 1:
@@ -55,7 +56,13 @@ class Launch:
         if re.search(r"\bbatch\b|_args_t\b", parameters):
             arguments.append("batch")
         shared = sum(int(a["count"]) * _bytes(a["type"]) for a in _SHARED.finditer(source))
-        return cls(signature["kernel"], blocks, threads, shared, tuple(arguments))
+        x, y, z = (*block, 1, 1)[:3]
+        return cls(signature["kernel"], blocks, (x, y, z), shared, tuple(arguments))
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return math.prod(self.block)
 
     def grid(self, batch: int) -> int:
         """Thread blocks for ``batch`` images."""
@@ -66,7 +73,7 @@ class Launch:
         fields = {
             "kernel": self.kernel,
             "grid": [None if batch is None else self.grid(batch), 1, 1],
-            "block": [self.threads, 1, 1],
+            "block": list(self.block),
             "blocks_per_image": self.blocks,
             "shared_bytes": self.shared_bytes,
             "arguments": list(self.arguments),
@@ -78,10 +85,11 @@ class Launch:
         """Read what `to_json` wrote. Raises `ArtifactError`."""
         try:
             fields: Mapping[str, Any] = json.loads(text)
+            x, y, z = (int(size) for size in fields["block"])
             return cls(
                 str(fields["kernel"]),
                 int(fields["blocks_per_image"]),
-                int(fields["block"][0]),
+                (x, y, z),
                 int(fields["shared_bytes"]),
                 tuple(str(name) for name in fields["arguments"]),
             )

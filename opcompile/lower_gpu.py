@@ -12,6 +12,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.backend.cuda import export_cuda_host
+from tvm.s_tir.transform import ConvertBlocksToOpaque, PlanAndUpdateBufferAllocationLocation
+from tvm.tirx.transform import StmtSimplify
 
 from opcompile.declare import Grain, packed_from
 from opcompile.declare_flat import FlatGrain, declare_flat, positions
@@ -23,6 +25,10 @@ from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
+
+# Buffers in shared memory follow each other in one array of bytes. TVM's other way of reuse gives them the type of
+# the first, and then refuses the pointers that matrix instructions take.
+_SHARED_BYTES = {"tirx.merge_static_smem": True, "tirx.disable_storage_rewrite": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,11 @@ def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[Gp
 def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
     """Emit the kernel that ``tiles`` make."""
     module = scheduled(spec, tiles)
-    with tvm.target.Target(target.tvm()) as tvm_target:
+    config = _SHARED_BYTES if tiles.family == "matrix" else {}
+    with tvm.transform.PassContext(config=config), tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
-    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
+    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.block)
     cuda = target.language == "cuda"
     text, objects = (export_cuda_host(built), ()) if cuda else ("", _objects(built))
     return LoweredGpu(spec, target, plan, source, text, objects, launch, packing(spec, tiles))
@@ -100,7 +107,13 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
     schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     gpu.schedule(schedule, spec, tiles)
-    return schedule.mod
+    return _with_plain_indices(schedule.mod) if tiles.family == "matrix" else schedule.mod
+
+
+def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
+    """Simplify before TVM measures which part of a buffer is used: it would count the fragments of other warps."""
+    passes = [PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
+    return tvm.transform.Sequential(passes)(module)
 
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:

@@ -1,7 +1,7 @@
 """Schedules for GPUs: one kernel a layer, its tiles decided by arithmetic or sampled by the tuner.
 
 A block of threads owns a tile of output channels and positions, in all phases, and writes it once; nothing
-goes through device memory in between. Three families share the first and the last step:
+goes through device memory in between. Four families share the first and the last step:
 
 *direct*
     Each thread sums its own tile in registers, from X and W as they lie in memory. Right where little is shared:
@@ -12,13 +12,18 @@ goes through device memory in between. Three families share the first and the la
 *split*
     Threads share the input channels of one tile as well, and add up at the end, in shared memory: for small
     spatial sizes with many channels, where tiles alone are too few to fill the device.
+*matrix*
+    As *staged*, for the matrix instructions of tensor cores: warps own the tiles, sum them in fragments, and hand
+    them to their threads through shared memory, 16 channels at a time. For float16 and bfloat16, where the input
+    channels of a group are whole fragments.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from schedules.gpu_tiles import GpuEstimate, GpuTiles, baseline, candidates
+from schedules.gpu_tiles import EDGE, PAD, WARP, GpuEstimate, GpuTiles, baseline, candidates
+from schedules.wmma import intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -46,6 +51,9 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     blocks = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root"))}
     names = [name for name in blocks if name.startswith("phase")]
     _lay_out(sch, spec, tiles, [blocks[name] for name in names])
+    if tiles.family == "matrix":
+        for name in names:
+            _in_fragments(sch, tiles, blocks[name])
     summed = {name: _split_sums(sch, tiles, blocks[name]) for name in names} if tiles.family == "split" else {}
 
     # --- a block of threads owns a tile, and writes it ---
@@ -71,6 +79,8 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
         columns = blocks[name.replace("phase", "columns")]
         if tiles.family == "split":
             _sum_in_groups(sch, tiles, blocks[name], summed[name], columns, block, home)
+        elif tiles.family == "matrix":
+            _sum_in_fragments(sch, tiles, spec.dtype, blocks[name], columns, block, inside[0])
         else:
             _sum_in_registers(sch, tiles, blocks[name], columns, thread)
 
@@ -89,8 +99,10 @@ def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: GpuTiles, phases: list[Any
 def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any, list[Any]]:
     """Deal the tile ``m x q`` out to the threads.
 
-    Returns the loop over the threads, the loop where a thread begins to write, and the loops inside of that.
+    Returns the loop over the threads, the loop where a thread begins to write, and the loops that it unrolls.
     """
+    if t.family == "matrix":
+        return _deal_to_warps(sch, t, m, q)
     if t.family == "split":
         # all groups take part in writing: neighbours take neighbouring elements, in turns
         both = [m, q] if t.lanes == "positions" else [q, m]
@@ -104,6 +116,17 @@ def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any, list[An
     sch.reorder(*threads, m_in, q_in)
     thread = sch.fuse(*threads)
     return thread, thread, [m_in, q_in]
+
+
+def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any, list[Any]]:
+    """Deal fragments to warps; the threads of a warp write one after the other."""
+    m, fragments, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
+    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    far, near = (m_in, q_in) if t.lanes == "positions" else (q_in, m_in)
+    turns, far = sch.split(far, [None, WARP // EDGE])
+    sch.reorder(m, q, fragments, far, near, turns)
+    sch.bind(sch.fuse(m, q), "threadIdx.y")
+    return sch.fuse(far, near), turns, [fragments]
 
 
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
@@ -176,12 +199,11 @@ def _to_shared(sch: Schedule, t: GpuTiles, copy: Any, at: Any, vector: int) -> N
     """Copy at loop ``at``, all threads together, neighbours taking neighbours."""
     sch.compute_at(copy, at, preserve_unit_loops=True)
     fused = sch.fuse(*_own(sch, copy, at))
+    _, *threads, lane = sch.split(fused, [None, *reversed(t.block), vector])
     if vector > 1:
-        _, thread, lane = sch.split(fused, [None, t.threads, vector])
         sch.vectorize(lane)
-    else:
-        _, thread = sch.split(fused, [None, t.threads])
-    sch.bind(thread, "threadIdx.x")
+    for loop, index in zip(reversed(threads), "xy", strict=False):
+        sch.bind(loop, f"threadIdx.{index}")
 
 
 def _vector(length: int) -> int:
@@ -224,3 +246,50 @@ def _sum_in_groups(sch: Schedule, t: GpuTiles, phase: Any, parts: Any, columns: 
     _to_registers(sch, columns, c, 1)
     _to_registers(sch, weights, c, t.tile_m)
     sch.decompose_reduction(parts, t_d)
+
+
+# --- matrix: fragments of warps ---
+
+
+def _in_fragments(sch: Schedule, t: GpuTiles, phase: Any) -> None:
+    """Lay a phase out as fragments, told apart by warp and by place in the warp."""
+    own = t.tile_m // EDGE
+
+    def fragments(n: Any, g: Any, m: Any, *fq: Any) -> tuple[Any, ...]:
+        *f, q = fq
+        return (n, g, *f, m // (EDGE * own), m // EDGE % own, q // EDGE, m % EDGE, q % EDGE)
+
+    sch.transform_layout(phase, ("write", 0), fragments)
+
+
+def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, columns: Any, block: Any, step: Any) -> None:
+    """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
+    does = intrinsics(dtype)
+    leave = sch.cache_write(phase, 0, "wmma.accumulator")
+    sch.compute_at(leave, step, preserve_unit_loops=True)
+    sch.set_scope(leave, 0, "shared")
+    sch.compute_at(phase, block, preserve_unit_loops=True)
+    n, g, m, *f, q, t_d, t_h, t_w, c = _own(sch, phase, block)
+    warp, m, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
+    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    c, c_step, c_in = sch.split(c, [None, t.chunk // EDGE, EDGE])
+    sch.reorder(n, g, warp, q, t_d, t_h, t_w, c, c_step, *f, m, m_in, q_in, c_in)
+    sch.bind(sch.fuse(warp, q), "threadIdx.y")
+    for loop in (c_step, *f, m):
+        sch.unroll(loop)
+    elements = sch.cache_read(phase, 0, "wmma.matrix_b", [phase])
+    staged = sch.cache_read(phase, 1, "shared", [phase])
+    sch.set_scope(columns, 0, "shared")
+    sch.compute_at(elements, c_step, preserve_unit_loops=True)
+    for copy, vector in ((columns, 1), (staged, _vector(t.channels))):
+        _to_shared(sch, t, copy, c, vector)
+        # rows that begin in different banks
+        sch.storage_align(copy, 0, -2, EDGE, PAD)
+    fill = sch.decompose_reduction(phase, t_d)
+    *outer, m, _ = _own(sch, leave, step)
+    for loop in outer:
+        sch.unroll(loop)
+    sch.tensorize(m, does["store"])
+    sch.tensorize(_own(sch, elements, c_step)[-2], does["load"])
+    sch.tensorize(sch.get_loops(fill)[-2], does["fill"])
+    sch.tensorize(m_in, does["multiply"])

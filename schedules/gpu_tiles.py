@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from opcompile.gpus import Gpu
     from opcompile.spec import ConvTranspose3d
 
-Family = Literal["direct", "staged", "split"]
+Family = Literal["direct", "staged", "split", "matrix"]
+
+# Threads of a warp, on every GPU that has a name here.
+WARP = 32
+# Rows and columns of what a warp multiplies at once.
+EDGE = 16
+# Elements between the rows that matrix instructions read in shared memory: they begin in different banks.
+PAD = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,7 +29,8 @@ class GpuTiles:
     ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
     which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
     ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
-    phases are tiles of the grid too, where they are axes of one block.
+    phases are tiles of the grid too, where they are axes of one block. In the family ``matrix`` it is warps that own
+    tiles.
     """
 
     family: Family
@@ -48,7 +56,13 @@ class GpuTiles:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return self.threads_m * self.threads_q * self.split
+        return math.prod(self.block)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Threads of a block along x, and along y where warps own the tiles."""
+        owners = self.threads_m * self.threads_q * self.split
+        return (WARP, owners) if self.family == "matrix" else (owners,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +83,15 @@ class GpuEstimate:
         lines = [
             f"{self.blocks} blocks of {t.threads} threads; each writes {t.channels} channels x {t.positions} positions "
             + ("of one phase" if t.apart else "in all phases"),
-            f"a thread sums {t.tile_m} channels x {t.tile_q} positions; about {self.registers} registers",
+            f"a {'warp' if t.family == 'matrix' else 'thread'} sums {t.tile_m} channels x {t.tile_q} positions; "
+            f"about {self.registers} registers",
         ]
-        if t.family == "staged":
+        if t.family in ("staged", "matrix"):
             lines.append(f"{t.chunk} input channels at a time through {self.shared} bytes of shared memory")
         if t.family == "split":
             lines.append(f"{t.split} groups of threads share the input channels, and add up in {self.shared} bytes")
+        if t.family == "matrix":
+            lines.append("products by matrix instructions, summed in float32 that is cut off and not rounded")
         return (*lines, f"estimated cycles: {self.computing:.3g} computing, {self.moving:.3g} moving bytes")
 
 
@@ -84,7 +101,8 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
     Deterministic: the order depends on ``spec`` and ``gpu`` alone.
     """
     layer = _Layer.of(spec)
-    estimates = [_estimate(layer, gpu, tiles) for tiles in _sensible(layer)]
+    every = [*_sensible(layer), *(_fragments(layer) if spec.dtype in gpu.matrix_types else ())]
+    estimates = [_estimate(layer, gpu, tiles) for tiles in every]
     legal = [e for e in estimates if _within_limits(e, gpu)]
     return sorted(legal, key=lambda e: (e.cycles, e.tiles))
 
@@ -160,14 +178,21 @@ class _Layer:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
         words = self.sum_bytes // 4
         sums = self.together(t) * t.tile_m * t.tile_q
+        if t.family == "matrix":  # and two fragments of factors
+            return (sums + EDGE * EDGE) // WARP + 40
         weights = t.tile_m * (self.together(t) if self.alike else 1)
         return words * (sums + weights + t.tile_q) + 32
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory of a block."""
+        weights = self.together(t) if self.alike else 1
         if t.family == "staged":
-            rows = t.channels * (self.together(t) if self.alike else 1)
-            return t.chunk * (rows + t.positions) * self.itemsize
+            return t.chunk * (weights * t.channels + t.positions) * self.itemsize
+        if t.family == "matrix":
+            factors = t.chunk * (weights * (t.channels + PAD) + t.positions + PAD) * self.itemsize
+            sums = self.together(t) * t.threads_m * EDGE * t.positions * self.sum_bytes
+            # sums take the place of factors; at most so much where TVM places several pairs of them
+            return max(factors, sums) if self.alike else factors + sums
         if t.family == "split":
             return self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
         return 0
@@ -201,6 +226,21 @@ def _sensible(layer: _Layer) -> Iterator[GpuTiles]:
         yield GpuTiles("direct", lanes, 1, 32, 1, 1, 0, 1, layer.many)
 
 
+def _fragments(layer: _Layer) -> Iterator[GpuTiles]:
+    """Yield tiles of whole fragments, for layers that are large enough to fill them."""
+    if layer.c % EDGE or not layer.phases or (layer.many and not layer.alike) or min(layer.m, layer.positions) < EDGE:
+        return
+    lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
+    chunks = [n for n in (EDGE, 2 * EDGE) if layer.c % n == 0]
+    for warps_m, warps_q, own, chunk in product(_powers(8), _powers(8), _powers(8), chunks):
+        if EDGE * own * warps_m >= 2 * layer.m or EDGE * warps_q >= 2 * layer.positions:
+            continue
+        if not 2 <= warps_m * warps_q <= 8:
+            continue
+        for apart in [False, True] if layer.axes and layer.phases > 1 else [False]:
+            yield GpuTiles("matrix", lanes, warps_m, warps_q, EDGE * own, EDGE, chunk, 1, apart)
+
+
 def _powers(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length())]
 
@@ -223,6 +263,8 @@ def _within_limits(e: GpuEstimate, gpu: Gpu) -> bool:
 # Issue slots of a load from shared memory, of one through the first cache, of computing where an element of X
 # is and whether, of waiting at two barriers.
 _SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS = 1.5, 5.0, 12.0, 40.0
+# The same of a fragment of 16-bit elements: four cycles of the banks, where a vector of a warp takes one.
+_FRAGMENT_LOAD = 4 * _SHARED_LOAD
 # Warps that hide latency, of arithmetic on shared memory and of loads from further away.
 _BUSY, _BUSY_LOADING = 8, 16
 # How much faster the second cache is than memory.
@@ -231,13 +273,13 @@ _L2 = 3.0
 
 def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
-    slots = _slots(layer, t)
+    slots = _slots(layer, gpu, t)
     each = _over(blocks, gpu.processors)
     fit = min(gpu.resident // t.threads, gpu.register_file // (registers * t.threads) or 1)
     if shared:
         fit = min(fit, 2 * gpu.shared // shared)
     warps = max(1, min(fit, each)) * t.threads / gpu.warp
-    busy = min(1.0, warps / (_BUSY if t.family == "staged" else _BUSY_LOADING))
+    busy = min(1.0, warps / (_BUSY if t.family in ("staged", "matrix") else _BUSY_LOADING))
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
     computing = each * t.threads * slots / (rate * busy)
     moving = _moving(layer, gpu, t, blocks)
@@ -245,7 +287,7 @@ def _estimate(layer: _Layer, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
 
 
-def _slots(layer: _Layer, t: GpuTiles) -> float:
+def _slots(layer: _Layer, gpu: Gpu, t: GpuTiles) -> float:
     """Issue slots of one thread."""
     together = layer.together(t)
     taps = layer.taps / (layer.phases if t.apart and layer.phases else 1)
@@ -254,13 +296,16 @@ def _slots(layer: _Layer, t: GpuTiles) -> float:
     steps = taps * layer.c / t.split / (together if layer.alike else 1)
     weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
     step: float = rows * t.tile_q
-    if t.family == "staged":
+    if t.family in ("staged", "matrix"):
         copied = t.positions * (_CACHED_LOAD + _ADDRESS)
         copied += t.channels * rows / t.tile_m / _vector(t.channels) * _CACHED_LOAD
+        if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
+            step *= gpu.lanes / gpu.matrix / WARP
+            weights, elements = _FRAGMENT_LOAD / _SHARED_LOAD * rows / EDGE / EDGE, _FRAGMENT_LOAD / _SHARED_LOAD / EDGE
         step += _SHARED_LOAD * (weights + elements) + copied / t.threads + _BARRIERS / t.chunk
     else:
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
-    outputs = together * t.tile_m * t.tile_q / t.split
+    outputs = together * t.channels * t.positions / t.threads
     return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60
 
 

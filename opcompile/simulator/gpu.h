@@ -12,6 +12,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <sys/mman.h>
+#include <type_traits>
 #include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -35,11 +36,12 @@ struct Buffer {
 const int MOST_BUFFERS = 64;
 const size_t GUARD = 1 << 20;   /* bytes on either side of a buffer that must not be touched */
 const size_t ALIGNMENT = 16; /* what callers promise: the longest vector a kernel moves at once */
+const size_t SHARED_ALIGNMENT = 64; /* what arrays in shared memory declare */
 static Buffer buffers[MOST_BUFFERS];
 static int buffer_count;
 
 /* At the upper end of its pages an index too large is seen, at the lower end one too small. */
-static char *guarded(const char *name, size_t bytes, bool upper) {
+static char *guarded(const char *name, size_t bytes, bool upper, size_t alignment = ALIGNMENT) {
   size_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
   char *all = (char *)mmap(nullptr, inside + 2 * GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   char *pages = (char *)mmap(all + GUARD, inside, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
@@ -47,7 +49,7 @@ static char *guarded(const char *name, size_t bytes, bool upper) {
     fprintf(stderr, "no memory for %s, %zu bytes\n", name, bytes);
     _exit(WRONG_USE);
   }
-  char *first = pages + (upper ? (inside - bytes) / ALIGNMENT * ALIGNMENT : 0);
+  char *first = pages + (upper ? (inside - bytes) / alignment * alignment : 0);
   Buffer &b = buffers[buffer_count++];
   snprintf(b.name, sizeof b.name, "%s", name);
   b.first = first, b.pages = pages, b.bytes = bytes, b.reserved = inside;
@@ -158,7 +160,7 @@ template <class Array> static Array &shared(int number, const char *name) {
   Shared &s = shared_arrays[number];
   if (!s.memory) {
     s.bytes = sizeof(Array);
-    s.memory = guarded(name, s.bytes, upper_end);
+    s.memory = guarded(name, s.bytes, upper_end, SHARED_ALIGNMENT);
     memset(s.memory, 0xFF, s.bytes);
   }
   return *(Array *)s.memory;
