@@ -275,7 +275,7 @@ def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, column
     c, c_step, c_in = sch.split(c, [None, t.chunk // EDGE, EDGE])
     sch.reorder(n, g, warp, q, t_d, t_h, t_w, c, c_step, *f, m, m_in, q_in, c_in)
     sch.bind(sch.fuse(warp, q), "threadIdx.y")
-    for loop in (c_step, *f, m):
+    for loop in (*f, m):
         sch.unroll(loop)
     elements = sch.cache_read(phase, 0, "wmma.matrix_b", [phase])
     staged = sch.cache_read(phase, 1, "shared", [phase])
