@@ -228,7 +228,7 @@ def _sensible(layer: _Layer) -> Iterator[GpuTiles]:
 
 def _fragments(layer: _Layer) -> Iterator[GpuTiles]:
     """Yield tiles of whole fragments, for layers that are large enough to fill them."""
-    if layer.c % EDGE or not layer.phases or (layer.many and not layer.alike) or min(layer.m, layer.positions) < EDGE:
+    if not layer.phases or (layer.many and not layer.alike) or min(layer.m, layer.positions) < EDGE:
         return
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
     chunks = [n for n in (EDGE, 2 * EDGE) if layer.c % n == 0]
