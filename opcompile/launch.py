@@ -24,8 +24,8 @@ _SIGNATURES = {
 _SHARED = re.compile(
     r"^\s*(?:__shared__ (?:alignas\(\d+\) )?|threadgroup )(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];", re.M
 )
-_BYTES = {"uchar": 1, "float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
-_ELEMENT = re.compile(r"(?P<base>uchar|float|half|nv_bfloat16|double)(?P<length>[24])?$")
+_BYTES = {"float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
+_ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?$")
 
 
 @dataclass(frozen=True, slots=True)

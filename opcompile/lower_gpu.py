@@ -26,9 +26,9 @@ from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
 
-# Buffers in shared memory follow each other in one array of bytes. TVM's other way of reuse gives them the type of
-# the first, and then refuses the pointers that matrix instructions take.
-_SHARED_BYTES = {"tirx.merge_static_smem": True, "tirx.disable_storage_rewrite": True}
+# Every buffer in shared memory has its own place. TVM's reuse gives them the type of the first, and then refuses the
+# pointers that matrix instructions take; its merging as bytes comes after the barriers, and makes races.
+_OWN_PLACES = {"tirx.disable_storage_rewrite": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[Gp
 def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
     """Emit the kernel that ``tiles`` make."""
     module = scheduled(spec, tiles)
-    config = _SHARED_BYTES if tiles.family == "matrix" else {}
+    config = _OWN_PLACES if tiles.family == "matrix" else {}
     with tvm.transform.PassContext(config=config), tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)

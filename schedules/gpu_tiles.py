@@ -190,9 +190,8 @@ class _Layer:
             return t.chunk * (weights * t.channels + t.positions) * self.itemsize
         if t.family == "matrix":
             factors = t.chunk * (weights * (t.channels + PAD) + t.positions + PAD) * self.itemsize
-            sums = self.together(t) * t.threads_m * EDGE * t.positions * self.sum_bytes
-            # sums take the place of factors; at most so much where TVM places several pairs of them
-            return max(factors, sums) if self.alike else factors + sums
+            pairs = 1 if self.alike else self.together(t)
+            return pairs * factors + self.together(t) * t.threads_m * EDGE * t.positions * self.sum_bytes
         if t.family == "split":
             return self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
         return 0

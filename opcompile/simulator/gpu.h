@@ -174,13 +174,18 @@ static void poison_shared() {
 
 /* --- blocks --- */
 
-static void release_warps(unsigned threads) {
-  for (unsigned first = 0; first < threads; first += WARP) {
-    unsigned end = first + WARP < threads ? first + WARP : threads;
-    bool all = true;
+/* Run a warp as far as it comes without the others: they meet at barriers alone. Whether it came any further. */
+static bool run_warp(unsigned first, unsigned end) {
+  bool ran = false;
+  for (bool all = true; all;) {
+    for (unsigned i = first; i < end; i++) {
+      Fiber &f = fibers[backwards ? first + end - 1 - i : i];
+      if (f.state == READY) run(f), ran = true;
+    }
     for (unsigned i = first; i < end; i++) all &= fibers[i].state == IN_SHUFFLE && fibers[i].line == fibers[first].line;
     for (unsigned i = first; all && i < end; i++) fibers[i].state = READY;
   }
+  return ran;
 }
 
 static void complain_of_divergence(unsigned threads) {
@@ -209,9 +214,10 @@ static void run_block(char *stacks) {
   }
   for (;;) {
     bool ran = false;
-    for (unsigned i = 0; i < threads; i++) {
-      Fiber &f = fibers[backwards ? threads - 1 - i : i];
-      if (f.state == READY) run(f), ran = true;
+    unsigned warps = (threads + WARP - 1) / WARP;
+    for (unsigned i = 0; i < warps; i++) {
+      unsigned first = (backwards ? warps - 1 - i : i) * WARP;
+      ran |= run_warp(first, first + WARP < threads ? first + WARP : threads);
     }
     unsigned done = 0, waiting = 0;
     for (unsigned i = 0; i < threads; i++) {
@@ -223,7 +229,6 @@ static void run_block(char *stacks) {
       for (unsigned i = 0; i < threads; i++) fibers[i].state = READY;
       continue;
     }
-    release_warps(threads);
     if (!ran) complain_of_divergence(threads);
   }
 }
