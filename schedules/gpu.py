@@ -126,6 +126,8 @@ def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, Any
     turns, far = sch.split(far, [None, WARP // EDGE])
     sch.reorder(m, q, fragments, far, near, turns)
     sch.bind(sch.fuse(m, q), "threadIdx.y")
+    # left to the compiler, whose copies share one place for the sums
+    sch.annotate(fragments, "pragma_unroll_explicit", 0)
     return sch.fuse(far, near), turns, [fragments]
 
 
