@@ -310,6 +310,11 @@ def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
     return SUMS[name]
 
 
+def sums_of(manifest: Mapping[str, Any]) -> str | None:
+    """What an artifact's kernel sums in, of `SUMS`; None is ``spec.sum_dtype``."""
+    return "tensor cores" if manifest["plan"]["schedule"] == "matrix" else None
+
+
 def bounds(spec: ConvTranspose3d, x: Any, w: Any, b: Any = None, *, computed_in: str | None = None) -> Array:
     """Bound |computed - oracle| for every element of Y, whatever the order of the sums, fused or not.
 
