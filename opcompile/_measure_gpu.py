@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opcompile.bounds import Inputs, compare_at
+from opcompile.bounds import Answer, Inputs, compare_at, sums_of
 from opcompile.cuda_driver import Gpu
 from opcompile.errors import ArtifactError, EngineError, TargetError
 from opcompile.runtime import Golden, opened
@@ -57,7 +57,8 @@ def _require_right(gpu: Gpu, layer: CudaArtifact, golden: Golden) -> None:
     y = gpu.empty((x.shape[0], *_sizes(layer)), dtype)
     layer(x, PackedCuda(layer.packing, w), b, out=y)
     found = gpu.get(y, golden.x.dtype).reshape(-1)[golden.indices]
-    (check,) = compare_at(Inputs.of(layer.spec, golden.x, golden.w, golden.b), golden.indices, [found])
+    inputs = Inputs.of(layer.spec, golden.x, golden.w, golden.b)
+    (check,) = compare_at(inputs, golden.indices, [Answer(found, sums_of(layer.manifest))])
     check.require()
 
 
@@ -87,10 +88,11 @@ def _in_turns(gpu: Gpu, started: Sequence[Sequence[Start]], samples: int) -> lis
     """Take samples of each layer in microseconds, one of each, then the next of each."""
     series = []
     for starts in started:
-        until, us = time.monotonic() + _WARM_S, 0.0
-        while time.monotonic() < until or not us:
+        until = time.monotonic() + _WARM_S
+        us = gpu.timed_us(starts[:1])
+        while time.monotonic() < until:
             us = gpu.timed_us(starts[:1])
-        calls = max(1, min(_CALLS, int(SAMPLE_MS * 1e3 / us)))
+        calls = max(1, min(_CALLS, int(SAMPLE_MS * 1e3 / max(us, 1))))
         series.append([starts[number % len(starts)] for number in range(calls)])
     times: list[list[float]] = [[] for _ in series]
     for _ in range(samples):

@@ -26,12 +26,16 @@ Tensor = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A binary floating-point format, rounding to nearest. ``precision`` is in bits, hidden bit included."""
+    """A binary floating-point format, rounding to nearest. ``precision`` is in bits, hidden bit included.
+
+    ``each`` is how many roundings a product costs on its way into a sum.
+    """
 
     precision: int
     smallest_exponent: int
     largest_exponent: int
     flushes: bool = True
+    each: int = 1
 
     @property
     def unit(self) -> float:
@@ -55,6 +59,14 @@ FORMATS = {
     "bfloat16": Format(8, -126, 127),
     # float16 is a storage type only, and no conversion to it flushes
     "float16": Format(11, -14, 15, flushes=False),
+}
+
+# What sums are kept in. Tensor cores align the products of an instruction, four at least, and the sum so far, to the
+# largest of them, and cut off: n + 2 times 2^-23 for n products.
+SUMS = {
+    "float32": FORMATS["float32"],
+    "float64": FORMATS["float64"],
+    "tensor cores": replace(FORMATS["float32"], each=3),
 }
 
 
@@ -274,7 +286,7 @@ class _Truth:
                 raise ValueError("a bound for sums that round needs the sum of magnitudes")
             # t products and the bias: t roundings a product, one more where there is a bias,
             # and two more where the engine first rounds the inputs to a narrower format
-            roundings = spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
+            roundings = sums.each * spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
             relative = gamma(roundings, sums.unit) + gamma(spec.terms + 1, double.unit)
             error = self.magnitude * (relative * (1 + gamma(spec.terms + 1, double.unit)))
             # a term, and either of its factors, can be lost below the normal range
@@ -293,15 +305,20 @@ class _Truth:
 
 def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
     name = computed_in or spec.sum_dtype
-    if name not in ("float32", "float64"):
-        raise ValueError(f"computed_in is {name!r}, but sums are known for float32 and float64 only")
-    return FORMATS[name]
+    if name not in SUMS:
+        raise ValueError(f"computed_in is {name!r}, but sums are known for {', '.join(SUMS)} only")
+    return SUMS[name]
+
+
+def sums_of(manifest: Mapping[str, Any]) -> str | None:
+    """What an artifact's kernel sums in, of `SUMS`; None is ``spec.sum_dtype``."""
+    return "tensor cores" if manifest["plan"]["schedule"] == "matrix" else None
 
 
 def bounds(spec: ConvTranspose3d, x: Any, w: Any, b: Any = None, *, computed_in: str | None = None) -> Array:
     """Bound |computed - oracle| for every element of Y, whatever the order of the sums, fused or not.
 
-    ``computed_in`` names the format an engine sums in where that is not ``spec.sum_dtype``. The result has
+    ``computed_in`` names what an engine sums in, of `SUMS`, where that is not ``spec.sum_dtype``. The result has
     Y's shape; it is infinite where a partial sum may overflow. Where |oracle| + bound reaches the largest
     number of a format on the way, infinity is a right answer too (`compare` knows).
     Integers that no partial sum can round have no summation error: there the bound is the activation's and
@@ -516,15 +533,15 @@ def compare(
     return compare_all(Inputs.of(spec, x, w, b), answers, exact, [pair])[pair]
 
 
-def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Tensor]) -> list[Check]:
+def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Answer]) -> list[Check]:
     """Judge answers that are known at some elements of Y only: ``indices``, flat. One check for each answer.
 
     The oracle is asked for the boxes that hold the indices, one for each image and corner of Y.
     """
-    spec, storage, sums = inputs.spec, FORMATS[inputs.spec.dtype], FORMATS[inputs.spec.sum_dtype]
+    spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
     shape = (inputs.batch, *(n or 0 for n in spec.y_shape[1:]))
     channel = 4 if spec.layout == "NDHWC" else 1
-    exact = inputs.sums_exactly(sums)
+    exact = inputs.sums_exactly(FORMATS[spec.sum_dtype])
     places = np.stack(np.unravel_index(indices, shape), axis=1)
     voxels = np.delete(places, channel, axis=1)
     corners = np.concatenate([voxels[:, :1], 2 * voxels[:, 1:] // [axis.out for axis in spec.axes]], axis=1)
@@ -534,11 +551,11 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ten
         low, high = voxels[chosen].min(axis=0), voxels[chosen].max(axis=0) + 1
         part = _part(spec, [slice(int(i), int(j)) for i, j in zip(low, high, strict=True)])
         truth = _Truth.of(part, inputs, magnitudes=not exact)
-        bound = truth.bound(sums, storage, exact)
         inside = tuple((places[chosen] - [s.start or 0 for s in part.y]).T)
         for checks, answer in zip(found, answers, strict=True):
-            values = np.asarray(answer)[chosen].astype(np.float64)
-            limit = min(storage.limit, sums.limit)
-            check = judge("bound", spec.sum_dtype, values, truth.y[inside], bound[inside], limit)
+            sums = _engine(spec, answer.computed_in)
+            values = np.asarray(answer.y)[chosen].astype(np.float64)
+            bound, limit = truth.bound(sums, storage, exact)[inside], min(storage.limit, sums.limit)
+            check = judge("bound", answer.computed_in or spec.sum_dtype, values, truth.y[inside], bound, limit)
             checks.append(replace(check, index=tuple(int(i) for i in places[chosen][check.index[0]])))
     return [_join(checks) for checks in found]

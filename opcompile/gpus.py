@@ -7,7 +7,7 @@ devices; the numbers that rank schedules are those of one typical member, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from opcompile.errors import TargetError
@@ -24,7 +24,9 @@ class Gpu:
     What a kernel must keep to: ``threads`` of a block, bytes of ``shared`` memory that a block declares,
     ``registers`` of a thread. What ranks schedules: ``processors`` (streaming multiprocessors, cores), each with
     ``lanes`` multiply-adds a cycle, ``register_file`` 32-bit registers and room for ``resident`` threads;
-    ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step.
+    ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
+    cores do ``matrix`` multiply-adds a cycle, summing in float32, for factors of ``matrix_types``: as warps' matrix
+    instructions reach them.
     """
 
     example: str
@@ -33,6 +35,8 @@ class Gpu:
     clock_ghz: float
     bandwidth_gbs: float
     resident: int
+    matrix: int = 0
+    matrix_types: tuple[str, ...] = ()
     threads: int = 1024
     shared: int = 48 * _KIB
     registers: int = 255
@@ -90,15 +94,17 @@ def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float
     return Gpu(example, processors, 128, clock_ghz, bandwidth_gbs, 1024, shared=32 * _KIB, registers=128)
 
 
+_HALVES = ("float16", "bfloat16")
+
 # 48 KiB is what a block may declare everywhere; more must be asked for at the launch.
 _GPUS: dict[str, tuple[Language, Gpu]] = {
-    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024)),
-    "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048)),
-    "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536)),
-    "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536)),
-    "cuda:sm_90": ("cuda", Gpu("H100", 132, 128, 1.83, 3350, 2048)),
-    "cuda:sm_100": ("cuda", Gpu("B200", 148, 128, 1.85, 8000, 2048)),
-    "cuda:sm_120": ("cuda", Gpu("RTX 5090", 170, 128, 2.41, 1792, 1536)),
+    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",))),
+    "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048, 1024, _HALVES)),
+    "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536, 256, _HALVES)),
+    "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536, 256, _HALVES)),
+    "cuda:sm_90": ("cuda", Gpu("H100", 132, 128, 1.83, 3350, 2048, 1024, _HALVES)),
+    "cuda:sm_100": ("cuda", Gpu("B200", 148, 128, 1.85, 8000, 2048, 1024, _HALVES)),
+    "cuda:sm_120": ("cuda", Gpu("RTX 5090", 170, 128, 2.41, 1792, 1536, 256, _HALVES)),
     "metal:apple-m1": ("metal", _apple("M1", 8, 1.28, 68)),
     "metal:apple-m2": ("metal", _apple("M2", 10, 1.40, 100)),
     "metal:apple-m3": ("metal", _apple("M3", 10, 1.38, 100)),
@@ -146,4 +152,6 @@ def gpu_target(name: str) -> GpuTarget:
         several = "; several CUDA ones are joined like cuda:sm_80+sm_90"
         raise TargetError(f"target {name!r} is unknown; use one of {', '.join(_GPUS)}{several}")
     kind, gpu = _GPUS[members[0]]
-    return GpuTarget(name, kind, tuple(devices.split("+")), gpu)
+    # one text for all of them
+    shared_by_all = tuple(t for t in gpu.matrix_types if all(t in _GPUS[member][1].matrix_types for member in members))
+    return GpuTarget(name, kind, tuple(devices.split("+")), replace(gpu, matrix_types=shared_by_all))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,15 +30,16 @@ _ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?
 class Launch:
     """The one launch of a layer, or of a derivative.
 
-    ``blocks`` thread blocks, for each image of the batch if ``per_image``, in one dimension, of ``threads`` threads
-    each. ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y`` (of a derivative its operands
-    and ``result``), and ``batch`` (a 64-bit integer) where N is open. A kernel does not take what it does not read.
-    ``shared_bytes`` of shared (threadgroup) memory are declared inside the kernel; none are to be added by the launch.
+    ``blocks`` thread blocks, for each image of the batch if ``per_image``, in one dimension, of ``block`` threads
+    each: along x, y, z. ``arguments`` are in the kernel's order: ``x``, ``w`` (packed), ``b``, ``y`` (of a derivative
+    its operands and ``result``), and ``batch`` (a 64-bit integer) where N is open. A kernel does not take what it does
+    not read. ``shared_bytes`` of shared (threadgroup) memory are declared inside the kernel; none are to be added by
+    the launch.
     """
 
     kernel: str
     blocks: int
-    threads: int
+    block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[str, ...]
     result: str = "y"
@@ -45,7 +47,7 @@ class Launch:
 
     @classmethod
     def of(
-        cls, source: str, language: str, blocks: int, threads: int, result: str = "y", per_image: bool = True
+        cls, source: str, language: str, blocks: int, block: tuple[int, ...], result: str = "y", per_image: bool = True
     ) -> Launch:
         """Read the rest from the emitted text, which must hold exactly one kernel."""
         found = list(_SIGNATURES[language].finditer(source))
@@ -58,7 +60,13 @@ class Launch:
         if re.search(r"\bbatch\b|_args_t\b", parameters):
             arguments.append("batch")
         shared = sum(int(a["count"]) * _bytes(a["type"]) for a in _SHARED.finditer(source))
-        return cls(signature["kernel"], blocks, threads, shared, tuple(arguments), result, per_image)
+        x, y, z = (*block, 1, 1)[:3]
+        return cls(signature["kernel"], blocks, (x, y, z), shared, tuple(arguments), result, per_image)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return math.prod(self.block)
 
     def grid(self, batch: int) -> int:
         """Thread blocks for ``batch`` images."""
@@ -69,7 +77,7 @@ class Launch:
         fields = {
             "kernel": self.kernel,
             "grid": [None if batch is None and self.per_image else self.grid(batch or 1), 1, 1],
-            "block": [self.threads, 1, 1],
+            "block": list(self.block),
             "blocks_per_image": self.blocks if self.per_image else None,
             "shared_bytes": self.shared_bytes,
             "arguments": list(self.arguments),
@@ -83,10 +91,11 @@ class Launch:
         try:
             fields: Mapping[str, Any] = json.loads(text)
             blocks = fields["blocks_per_image"]
+            x, y, z = (int(size) for size in fields["block"])
             return cls(
                 str(fields["kernel"]),
                 int(fields["grid"][0] if blocks is None else blocks),
-                int(fields["block"][0]),
+                (x, y, z),
                 int(fields["shared_bytes"]),
                 tuple(str(name) for name in fields["arguments"]),
                 str(fields["result"]),

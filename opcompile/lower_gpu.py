@@ -12,6 +12,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.backend.cuda import export_cuda_host
+from tvm.s_tir.transform import ConvertBlocksToOpaque, PlanAndUpdateBufferAllocationLocation
+from tvm.tirx.transform import StmtSimplify
 
 from opcompile.declare import Grain, packed_from
 from opcompile.declare_flat import FlatGrain, declare_flat, positions
@@ -23,6 +25,10 @@ from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
+
+# Every buffer in shared memory has its own place. TVM's reuse gives them the type of the first, and then refuses the
+# pointers that matrix instructions take; its merging as bytes comes after the barriers, and makes races.
+_OWN_PLACES = {"tirx.disable_storage_rewrite": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +90,10 @@ def require_dtype(spec: ConvTranspose3d, target: GpuTarget) -> None:
 
 def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpu:
     """Emit the kernel that ``tiles`` make."""
-    source, host, objects = texts(scheduled(spec, tiles), target)
-    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.threads)
+    config = _OWN_PLACES if tiles.family == "matrix" else {}
+    with tvm.transform.PassContext(config=config):
+        source, host, objects = texts(scheduled(spec, tiles), target)
+    launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.block)
     return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
 
 
@@ -117,7 +125,13 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
     schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     gpu.schedule(schedule, spec, tiles)
-    return schedule.mod
+    return _with_plain_indices(schedule.mod) if tiles.family == "matrix" else schedule.mod
+
+
+def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
+    """Simplify before TVM measures which part of a buffer is used: it would count the fragments of other warps."""
+    passes = [PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
+    return tvm.transform.Sequential(passes)(module)
 
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:

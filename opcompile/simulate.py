@@ -75,7 +75,7 @@ class Simulator:
         """Run with buffers at the upper end of their pages, or, ``backwards``, at the lower."""
         program, result = self._program, self.launch.result
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
-            words = [str(n) for n in (self.launch.grid(batch), 1, 1, self.launch.threads, 1, 1)]
+            words = [str(n) for n in (self.launch.grid(batch), 1, 1, *self.launch.block)]
             words += [str(int(backwards)), str(int(not backwards)), str(self._workers(batch))]
             for argument in self.launch.arguments:
                 if argument == "batch":

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at
+from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
 from opcompile.runtime_cuda import CudaArtifact
@@ -437,7 +437,7 @@ def _ask(
         w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
     inputs = Inputs.of(spec, x, w, b)
     kept, twins = distinct(_ours(artifact, inputs, passed, threads))
-    answers = {name: Answer(y) for name, y in kept.items()}
+    answers = {name: Answer(y, sums_of(artifact.manifest)) for name, y in kept.items()}
     pairs = [(name, "reference") for name in twins]
     not_asked: list[NotAsked] = []
     if runtime is not None and not question.compiled and any(mine is not None for mine in own):
@@ -468,7 +468,7 @@ def _ask_golden(
     y = np.asarray(call(golden.x, golden.w, golden.b)).reshape(-1)[golden.indices]
     inputs = Inputs.of(artifact.spec, golden.x, w, b)
     weights, batch = "compiled" if golden.w is None else "caller", inputs.batch
-    ours, stored = compare_at(inputs, golden.indices, [y, golden.expected])
+    ours, stored = compare_at(inputs, golden.indices, [Answer(y, sums_of(artifact.manifest)), Answer(golden.expected)])
     return (
         Row("golden.npz", weights, batch, "opcompile", "reference", ours),
         Row("golden.npz", weights, batch, "golden.npz", "reference", stored),

@@ -1,7 +1,7 @@
 """Schedules for GPUs: one kernel a layer, its tiles decided by arithmetic or sampled by the tuner.
 
 A block of threads owns a tile of output channels and positions, in all phases, and writes it once; nothing
-goes through device memory in between. Three families share the first and the last step:
+goes through device memory in between. Four families share the first and the last step:
 
 *direct*
     Each thread sums its own tile in registers, from X and W as they lie in memory. Right where little is shared:
@@ -13,6 +13,10 @@ goes through device memory in between. Three families share the first and the la
     Threads share the input channels of one tile as well, and add up at the end, in shared memory: for small
     spatial sizes with many channels, where tiles alone are too few to fill the device. Of a derivative they share
     positions, which are staged before.
+*matrix*
+    As *staged*, for the matrix instructions of tensor cores: warps own the tiles, sum them in fragments, and hand
+    them to their threads through shared memory, 16 channels at a time. For float16 and bfloat16, where the input
+    channels of a group are whole fragments.
 
 The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """
@@ -24,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from schedules.gpu_tiles import GpuEstimate, GpuTiles, baseline, candidates
+from schedules.gpu_tiles import EDGE, PAD, WARP, GpuEstimate, GpuTiles, baseline, candidates
+from schedules.wmma import intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -55,14 +60,17 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     phases = [block for name, block in _blocks(sch).items() if name.startswith("phase")]
     if phases:
         _lay_out(sch, spec, tiles, phases[0])
-    sums(sch, tiles, vectors=_whole_vectors(spec, tiles))
+    if tiles.family == "matrix":
+        for phase in phases:
+            _in_fragments(sch, tiles, phase)
+    sums(sch, tiles, spec.dtype, vectors=_whole_vectors(spec, tiles))
 
 
-def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
+def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False) -> None:
     """Make one kernel of ``columns``, perhaps ``weights``, ``phase``, ``result`` and ``output``; see `schedule`.
 
-    Without a block ``weights`` the phases read a parameter that is packed. With ``vectors`` the last phases
-    are written as one vector.
+    ``dtype`` is that of what is multiplied. Without a block ``weights`` the phases read a parameter that is packed.
+    With ``vectors`` the last phases are written as one vector.
     """
     blocks = _blocks(sch)
     names = [name for name in blocks if name.startswith("phase")]
@@ -86,6 +94,10 @@ def sums(sch: Schedule, tiles: GpuTiles, *, vectors: bool = False) -> None:
 
     # --- the sums ---
     for name in names:
+        if tiles.family == "matrix":
+            columns = blocks[name.replace("phase", "columns")]
+            _sum_in_fragments(sch, tiles, dtype, blocks[name], columns, block, inside[0])
+            continue
         sch.compute_at(blocks[name], home, preserve_unit_loops=True)
         sch.set_scope(blocks[name], 0, "local")
         factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"))
@@ -115,6 +127,8 @@ def _deal(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, list[Any]]:
 
     Where groups share a tile, that loop is over its elements, and `_take_turns` deals them out.
     """
+    if t.family == "matrix":
+        return _deal_to_warps(sch, t, m, q)
     if t.family == "split":
         both = [m, q] if t.lanes == "positions" else [q, m]
         sch.reorder(*both)
@@ -136,6 +150,20 @@ def _take_turns(sch: Schedule, t: GpuTiles, elements: Any) -> None:
     turns, thread = sch.split(elements, [None, t.threads])
     sch.reorder(thread, turns)
     sch.bind(thread, "threadIdx.x")
+
+
+def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, list[Any]]:
+    """Deal fragments to warps; the threads of a warp write one after the other."""
+    m, fragments, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
+    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    far, near = (m_in, q_in) if t.lanes == "positions" else (q_in, m_in)
+    turns, far = sch.split(far, [None, WARP // EDGE])
+    sch.reorder(m, q, fragments, far, near, turns)
+    sch.bind(sch.fuse(m, q), "threadIdx.y")
+    # left to the compiler, whose copies share one place for the sums
+    sch.annotate(fragments, "pragma_unroll_explicit", 0)
+    sch.bind(sch.fuse(far, near), "threadIdx.x")
+    return turns, [fragments]
 
 
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
@@ -233,12 +261,11 @@ def _to_shared(sch: Schedule, t: GpuTiles, copy: Any, at: Any, vector: int) -> N
         loops = [*others, last, term]
         sch.storage_align(copy, 0, -2, 2 * _SPREAD, _SPREAD)
     fused = sch.fuse(*loops)
+    _, *threads, lane = sch.split(fused, [None, *reversed(t.block), vector])
     if vector > 1:
-        _, thread, lane = sch.split(fused, [None, t.threads, vector])
         sch.vectorize(lane)
-    else:
-        _, thread = sch.split(fused, [None, t.threads])
-    sch.bind(thread, "threadIdx.x")
+    for loop, index in zip(reversed(threads), "xy", strict=False):
+        sch.bind(loop, f"threadIdx.{index}")
 
 
 def _vector(length: int) -> int:
@@ -276,3 +303,50 @@ def _sum_in_groups(sch: Schedule, t: GpuTiles, parts: Any, factors: _Factors, bl
         sch.unroll(loop)
     _feed(sch, t, parts, factors, summed[-2], summed[-1])
     sch.decompose_reduction(parts, summed[0])
+
+
+# --- matrix: fragments of warps ---
+
+
+def _in_fragments(sch: Schedule, t: GpuTiles, phase: Any) -> None:
+    """Lay a phase out as fragments, told apart by warp and by place in the warp."""
+    own = t.tile_m // EDGE
+
+    def fragments(n: Any, g: Any, m: Any, *fq: Any) -> tuple[Any, ...]:
+        *f, q = fq
+        return (n, g, *f, m // (EDGE * own), m // EDGE % own, q // EDGE, m % EDGE, q % EDGE)
+
+    sch.transform_layout(phase, ("write", 0), fragments)
+
+
+def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, columns: Any, block: Any, step: Any) -> None:
+    """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
+    does = intrinsics(dtype)
+    leave = sch.cache_write(phase, 0, "wmma.accumulator")
+    sch.compute_at(leave, step, preserve_unit_loops=True)
+    sch.set_scope(leave, 0, "shared")
+    sch.compute_at(phase, block, preserve_unit_loops=True)
+    n, g, m, *f, q, t_d, t_h, t_w, c = _own(sch, phase, block)
+    warp, m, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
+    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    c, c_step, c_in = sch.split(c, [None, t.chunk // EDGE, EDGE])
+    sch.reorder(n, g, warp, q, t_d, t_h, t_w, c, c_step, *f, m, m_in, q_in, c_in)
+    sch.bind(sch.fuse(warp, q), "threadIdx.y")
+    for loop in (*f, m):
+        sch.unroll(loop)
+    elements = sch.cache_read(phase, 0, "wmma.matrix_b", [phase])
+    staged = sch.cache_read(phase, 1, "shared", [phase])
+    sch.set_scope(columns, 0, "shared")
+    sch.compute_at(elements, c_step, preserve_unit_loops=True)
+    for copy, vector in ((columns, 1), (staged, _vector(t.channels))):
+        _to_shared(sch, t, copy, c, vector)
+        # rows that begin in different banks
+        sch.storage_align(copy, 0, -2, EDGE, PAD)
+    fill = sch.decompose_reduction(phase, t_d)
+    *outer, m, _ = _own(sch, leave, step)
+    for loop in outer:
+        sch.unroll(loop)
+    sch.tensorize(m, does["store"])
+    sch.tensorize(_own(sch, elements, c_step)[-2], does["load"])
+    sch.tensorize(sch.get_loops(fill)[-2], does["fill"])
+    sch.tensorize(m_in, does["multiply"])

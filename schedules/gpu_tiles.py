@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from opcompile.gpus import Gpu
     from opcompile.spec import ConvTranspose3d
 
-Family = Literal["direct", "staged", "split"]
+Family = Literal["direct", "staged", "split", "matrix"]
+
+# Threads of a warp, on every GPU that has a name here.
+WARP = 32
+# Rows and columns of what a warp multiplies at once.
+EDGE = 16
+# Elements between the rows that matrix instructions read in shared memory: they begin in different banks.
+PAD = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,7 +29,8 @@ class GpuTiles:
     ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
     which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
     ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
-    phases are tiles of the grid too, where they are axes of one block. Of derivatives, read rows and columns of
+    phases are tiles of the grid too, where they are axes of one block. In the family ``matrix`` it is warps that own
+    tiles. Of derivatives, read rows and columns of
     the product (`opcompile.gradients.declare_flat`) for channels and positions, and what is summed last for input
     channels; with lanes ``terms`` it is that which lies side by side in memory.
     """
@@ -50,7 +58,13 @@ class GpuTiles:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return self.threads_m * self.threads_q * self.split
+        return math.prod(self.block)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Threads of a block along x, and along y where warps own the tiles."""
+        owners = self.threads_m * self.threads_q * self.split
+        return (WARP, owners) if self.family == "matrix" else (owners,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +85,15 @@ class GpuEstimate:
         lines = [
             f"{self.blocks} blocks of {t.threads} threads; each writes {t.channels} channels x {t.positions} positions "
             + ("of one phase" if t.apart else "in all phases"),
-            f"a thread sums {t.tile_m} channels x {t.tile_q} positions; about {self.registers} registers",
+            f"a {'warp' if t.family == 'matrix' else 'thread'} sums {t.tile_m} channels x {t.tile_q} positions; "
+            f"about {self.registers} registers",
         ]
-        if t.family == "staged":
+        if t.family in ("staged", "matrix"):
             lines.append(f"{t.chunk} input channels at a time through {self.shared} bytes of shared memory")
         if t.family == "split":
             lines.append(f"{t.split} groups of threads share the input channels, and add up in {self.shared} bytes")
+        if t.family == "matrix":
+            lines.append("products by matrix instructions, summed in float32 that is cut off and not rounded")
         return (*lines, f"estimated cycles: {self.computing:.3g} computing, {self.moving:.3g} moving bytes")
 
 
@@ -86,7 +103,8 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
     Deterministic: the order depends on ``spec`` and ``gpu`` alone.
     """
     layer = Sums.of(spec)
-    return ranked(layer, gpu, sensible(layer))
+    fragments = _fragments(layer) if spec.dtype in gpu.matrix_types else ()
+    return ranked(layer, gpu, [*sensible(layer), *fragments])
 
 
 def ranked(layer: Sums, gpu: Gpu, tiles: Iterable[GpuTiles]) -> list[GpuEstimate]:
@@ -171,16 +189,24 @@ class Sums:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
         words = self.sum_bytes // 4
         sums = self.together(t) * t.tile_m * t.tile_q
+        if t.family == "matrix":  # and two fragments of factors
+            return (sums + EDGE * EDGE) // WARP + 40
         weights = t.tile_m * (self.together(t) if self.alike else 1)
         return words * (sums + weights + t.tile_q) + 32
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory of a block."""
-        rows = t.channels * (self.together(t) if self.alike else 1)
+        together = self.together(t)
+        sharing = together if self.alike else 1
+        if t.family == "matrix":
+            factors = t.chunk * (sharing * (t.channels + PAD) + t.positions + PAD) * self.itemsize
+            pairs = 1 if self.alike else together
+            return pairs * factors + together * t.threads_m * EDGE * t.positions * self.sum_bytes
         # rows of shared memory that are set apart
         apart = 2 * 4 if t.lanes == "terms" else 0
-        staged = t.chunk * (rows + t.positions + apart) * (self.sum_bytes if self.gathered else self.itemsize)
-        parts = self.together(t) * t.split * t.channels * t.positions * self.sum_bytes
+        itemsize = self.sum_bytes if self.gathered else self.itemsize
+        staged = t.chunk * (t.channels * sharing + t.positions + apart) * itemsize
+        parts = together * t.split * t.channels * t.positions * self.sum_bytes
         return staged + (parts if t.family == "split" else 0)
 
 
@@ -212,6 +238,21 @@ def sensible(layer: Sums) -> Iterator[GpuTiles]:
         yield GpuTiles("direct", lanes, 1, 32, 1, 1, 0, 1, layer.many)
 
 
+def _fragments(layer: Sums) -> Iterator[GpuTiles]:
+    """Yield tiles of whole fragments, for layers that are large enough to fill them."""
+    if not layer.phases or (layer.many and not layer.alike) or min(layer.m, layer.positions) < EDGE:
+        return
+    lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
+    chunks = [n for n in (EDGE, 2 * EDGE) if layer.c % n == 0]
+    for warps_m, warps_q, own, chunk in product(_powers(8), _powers(8), _powers(8), chunks):
+        if EDGE * own * warps_m >= 2 * layer.m or EDGE * warps_q >= 2 * layer.positions:
+            continue
+        if not 2 <= warps_m * warps_q <= 8:
+            continue
+        for apart in [False, True] if layer.axes and layer.phases > 1 else [False]:
+            yield GpuTiles("matrix", lanes, warps_m, warps_q, EDGE * own, EDGE, chunk, 1, apart)
+
+
 def _powers(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length())]
 
@@ -234,6 +275,8 @@ def _within_limits(e: GpuEstimate, gpu: Gpu) -> bool:
 # Issue slots of a load from shared memory, of one through the first cache, of computing where an element of X
 # is and whether, of waiting at two barriers.
 _SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS = 1.5, 5.0, 12.0, 40.0
+# The same of a fragment of 16-bit elements: four cycles of the banks, where a vector of a warp takes one.
+_FRAGMENT_LOAD = 4 * _SHARED_LOAD
 # Warps that hide latency, of arithmetic on shared memory and of loads from further away.
 _BUSY, _BUSY_LOADING = 8, 16
 # How much faster the second cache is than memory.
@@ -242,7 +285,7 @@ _L2 = 3.0
 
 def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
-    slots = _slots(layer, t)
+    slots = _slots(layer, gpu, t)
     each = _over(blocks, gpu.processors)
     fit = min(gpu.resident // t.threads, gpu.register_file // (registers * t.threads) or 1)
     if shared:
@@ -256,7 +299,7 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
 
 
-def _slots(layer: Sums, t: GpuTiles) -> float:
+def _slots(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
     """Issue slots of one thread."""
     together = layer.together(t)
     taps = layer.taps / (layer.phases if t.apart and layer.phases else 1)
@@ -269,11 +312,14 @@ def _slots(layer: Sums, t: GpuTiles) -> float:
         copied = t.positions * (_CACHED_LOAD + _ADDRESS)
         weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
         copied += t.channels * rows / t.tile_m * weight
+        if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
+            step *= gpu.lanes / gpu.matrix / WARP
+            weights, elements = _FRAGMENT_LOAD / _SHARED_LOAD * rows / EDGE / EDGE, _FRAGMENT_LOAD / _SHARED_LOAD / EDGE
         step += _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
     else:
         weights = rows if layer.gathered else weights
         step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
-    outputs = max(1.0, together * t.tile_m * t.tile_q / t.split)
+    outputs = max(1.0, together * t.channels * t.positions / t.threads)
     return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60
 
 

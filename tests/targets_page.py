@@ -23,12 +23,14 @@ def page() -> str:
 
 
 def _gpus() -> list[str]:
-    head = "| GPU | as in | threads of a block | its shared memory | registers of a thread | types |"
-    rows = [head, "|---|---|---|---|---|---|"]
+    head = "| GPU | as in | threads of a block | its shared memory | registers of a thread | types | tensor cores |"
+    rows = [head, "|---|---|---|---|---|---|---|"]
     for name in gpu_names():
         t = gpu_target(name)
         limits = f"{t.gpu.threads} | {t.gpu.shared // 1024} KiB | {t.gpu.registers}"
-        rows.append(f"| `{name}` | {t.gpu.example} | {limits} | {', '.join(t.dtypes)} |")
+        rows.append(
+            f"| `{name}` | {t.gpu.example} | {limits} | {', '.join(t.dtypes)} | {', '.join(t.gpu.matrix_types)} |"
+        )
     return rows
 
 

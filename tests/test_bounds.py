@@ -432,7 +432,7 @@ def test_a_few_elements_can_be_judged_alone() -> None:
     inputs = module.Inputs.of(spec, x, w, b)
     bent = y.ravel()[indices]
     bent[17] += 1
-    right, wrong = module.compare_at(inputs, indices, [y.ravel()[indices], bent])
+    right, wrong = module.compare_at(inputs, indices, [module.Answer(y.ravel()[indices]), module.Answer(bent)])
     assert right.passed
     assert right.elements == 50
     assert (wrong.failures, wrong.index) == (1, tuple(np.unravel_index(indices[17], y.shape)))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from opcompile import artifact, build, nvcc
 from opcompile.cases import case
 from opcompile.errors import CallError, EngineError, TargetError
 from opcompile.gpus import gpu_target
+from opcompile.lower_gpu import lower_gpu
 from opcompile.runtime_cuda import CudaArtifact
+from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 
@@ -113,11 +116,21 @@ def test_wrong_tensors_are_refused(place: Path) -> None:
 
 
 @pytest.mark.gpu_table
-@pytest.mark.parametrize("name", ["L03-nnunet-up3", "L24-psmnet-conv5", "L01-nnunet-up1", "L34-mednext-up0"])
-def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("L03-nnunet-up3", "float32"),
+        ("L24-psmnet-conv5", "float32"),
+        ("L01-nnunet-up1", "float32"),
+        ("L34-mednext-up0", "float32"),
+        ("L03-nnunet-up3", "bfloat16"),
+        ("L24-psmnet-conv5", "float16"),
+    ],
+)
+def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str, dtype: str, tmp_path: Path) -> None:
     if not HAS_NVCC:
         pytest.skip("no nvcc on PATH")
-    kernel = lowered(case(name).spec, CUDA)
+    kernel = lowered(replace(case(name).spec, dtype=dtype), CUDA)
     (tmp_path / "k.cu").write_text(kernel.source)
     command = ["nvcc", "-w", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "k.cu", "-o", "k.cubin"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
@@ -127,3 +140,15 @@ def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str,
     assert int(registers) <= CUDA.gpu.registers
     shared = re.findall(r"(\d+) bytes smem", said)
     assert int(shared[0] if shared else 0) == kernel.launch.shared_bytes
+
+
+@pytest.mark.gpu_table
+@needs_nvcc
+def test_an_artifact_with_matrix_instructions_is_judged_by_how_they_sum(tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse("in=1x32x4x4x8 co=64 k=2 s=2 dtype=float16")
+    kernel = lower_gpu(spec, gpu_target("cuda:sm_80"))
+    assert kernel.plan.schedule == "matrix"
+    report = opcompile.verify(Simulated(artifact.write(kernel, tmp_path / "a")), engines=("reference",)).require()
+    ours = [row.check for row in report.rows if row.answer.startswith("opcompile")]
+    assert ours
+    assert {check.computed_in for check in ours} == {"tensor cores"}

@@ -43,7 +43,7 @@ def run(body: str, language: str = "cuda", type_: str = "float", shared: str = "
         )
     dtype = np.dtype({"float": "float32", "half": "float16", "nv_bfloat16": ml_dtypes.bfloat16}[type_])
     x, y = np.arange(THREADS).astype(dtype), np.zeros(THREADS, dtype)
-    launch = Launch.of(source, language, 1, THREADS)
+    launch = Launch.of(source, language, 1, (THREADS,))
     Simulator(source, language, replace(launch, blocks=1)).run({"x": x}, y.reshape(1, -1), 1)
     return y
 

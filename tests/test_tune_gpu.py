@@ -12,9 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,16 +286,21 @@ def test_tensors_rotate_past_the_second_cache(emitted: Path, gpu: pytest.MonkeyP
         for tensor in range(4):
             assert len({call.args[tensor].data_ptr() for call in started}) == count
     called: list[int] = []
+
+    def take(number: int, us: int) -> None:
+        called.append(number)
+        gpu.setenv("STUB_CLOCK_US", str(int(os.environ.get("STUB_CLOCK_US", "0")) + us))
+
     gpu.setattr(timing, "_WARM_S", 0)
-    calls = [lambda number=number: called.append(number) for number in range(3)]
+    calls = [partial(take, number, 7) for number in range(3)]
     ((sample,),) = timing._in_turns(here, [calls], 1)
     assert called == [0, *(number % 3 for number in range(16))]
-    assert sample > 0
-    slow = [lambda: called.append(3) or time.sleep(0.011)]
+    assert sample == 7
+    slow = [partial(take, 3, 11_000)]
     called.clear()
     timing._in_turns(here, [slow], 2)
     assert called == [3] * 3  # one call fills a sample
-    assert 50_000 <= here.timed_us([lambda: time.sleep(0.05)] * 2) < 100_000  # the mean
+    assert here.timed_us([partial(take, 4, 4000), partial(take, 4, 6000)]) == 5000  # the mean
 
 
 def test_a_changed_candidate_is_not_timed(emitted: Path, tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:

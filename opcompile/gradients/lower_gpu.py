@@ -52,7 +52,7 @@ def emitted(gradient: Gradient, target: GpuTarget, tiles: GpuTiles, plan: Plan) 
     """Emit the kernel that ``tiles`` make."""
     source, host, objects = texts(scheduled(gradient, tiles), target)
     launch = Launch.of(
-        source, target.language, blocks(gradient, tiles), tiles.threads, gradient.name, gradient.wrt == "x"
+        source, target.language, blocks(gradient, tiles), tiles.block, gradient.name, gradient.wrt == "x"
     )
     found = depth(gradient, _terms(tiles), tiles.split)
     return LoweredGpuGradient(target, plan, source, host, objects, launch, gradient, found)
@@ -64,7 +64,7 @@ def scheduled(gradient: Gradient, tiles: GpuTiles) -> tvm.IRModule:
     declared = declare_flat(gradient, FlatGrain(tiles.channels, tiles.positions), _terms(tiles))
     sch = s_tir.Schedule(tvm.IRModule({name: declared.with_attr("global_symbol", name)}))
     sch.work_on(name)
-    gpu.sums(sch, tiles)
+    gpu.sums(sch, tiles, gradient.layer.dtype)
     return sch.mod
 
 

@@ -15,6 +15,7 @@
 #include <math.h>
 #undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <sys/mman.h>
+#include <type_traits>
 #include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -38,11 +39,12 @@ struct Buffer {
 const int MOST_BUFFERS = 64;
 const size_t GUARD = 1 << 20;   /* bytes on either side of a buffer that must not be touched */
 const size_t ALIGNMENT = 16; /* what callers promise: the longest vector a kernel moves at once */
+const size_t SHARED_ALIGNMENT = 64; /* what arrays in shared memory declare */
 static Buffer buffers[MOST_BUFFERS];
 static int buffer_count;
 
 /* At the upper end of its pages an index too large is seen, at the lower end one too small. */
-static char *guarded(const char *name, size_t bytes, bool upper) {
+static char *guarded(const char *name, size_t bytes, bool upper, size_t alignment = ALIGNMENT) {
   size_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
   char *all = (char *)mmap(nullptr, inside + 2 * GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   char *pages = (char *)mmap(all + GUARD, inside, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
@@ -50,7 +52,7 @@ static char *guarded(const char *name, size_t bytes, bool upper) {
     fprintf(stderr, "no memory for %s, %zu bytes\n", name, bytes);
     _exit(WRONG_USE);
   }
-  char *first = pages + (upper ? (inside - bytes) / ALIGNMENT * ALIGNMENT : 0);
+  char *first = pages + (upper ? (inside - bytes) / alignment * alignment : 0);
   Buffer &b = buffers[buffer_count++];
   snprintf(b.name, sizeof b.name, "%s", name);
   b.first = first, b.pages = pages, b.bytes = bytes, b.reserved = inside;
@@ -161,7 +163,7 @@ template <class Array> static Array &shared(int number, const char *name) {
   Shared &s = shared_arrays[number];
   if (!s.memory) {
     s.bytes = sizeof(Array);
-    s.memory = guarded(name, s.bytes, upper_end);
+    s.memory = guarded(name, s.bytes, upper_end, SHARED_ALIGNMENT);
     memset(s.memory, 0xFF, s.bytes);
   }
   return *(Array *)s.memory;
@@ -175,13 +177,18 @@ static void poison_shared() {
 
 /* --- blocks --- */
 
-static void release_warps(unsigned threads) {
-  for (unsigned first = 0; first < threads; first += WARP) {
-    unsigned end = first + WARP < threads ? first + WARP : threads;
-    bool all = true;
+/* Run a warp as far as it comes without the others: they meet at barriers alone. Whether it came any further. */
+static bool run_warp(unsigned first, unsigned end) {
+  bool ran = false;
+  for (bool all = true; all;) {
+    for (unsigned i = first; i < end; i++) {
+      Fiber &f = fibers[backwards ? first + end - 1 - i : i];
+      if (f.state == READY) run(f), ran = true;
+    }
     for (unsigned i = first; i < end; i++) all &= fibers[i].state == IN_SHUFFLE && fibers[i].line == fibers[first].line;
     for (unsigned i = first; all && i < end; i++) fibers[i].state = READY;
   }
+  return ran;
 }
 
 static void complain_of_divergence(unsigned threads) {
@@ -210,9 +217,10 @@ static void run_block(char *stacks) {
   }
   for (;;) {
     bool ran = false;
-    for (unsigned i = 0; i < threads; i++) {
-      Fiber &f = fibers[backwards ? threads - 1 - i : i];
-      if (f.state == READY) run(f), ran = true;
+    unsigned warps = (threads + WARP - 1) / WARP;
+    for (unsigned i = 0; i < warps; i++) {
+      unsigned first = (backwards ? warps - 1 - i : i) * WARP;
+      ran |= run_warp(first, first + WARP < threads ? first + WARP : threads);
     }
     unsigned done = 0, waiting = 0;
     for (unsigned i = 0; i < threads; i++) {
@@ -224,7 +232,6 @@ static void run_block(char *stacks) {
       for (unsigned i = 0; i < threads; i++) fibers[i].state = READY;
       continue;
     }
-    release_warps(threads);
     if (!ran) complain_of_divergence(threads);
   }
 }
