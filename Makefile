@@ -5,7 +5,8 @@
 #   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, links for other machines;
 #                    TORCH=torch==2.13.0 picks a version
 #   make test-gpu    every case as GPU code, simulated on the CPU
-#   make test-onnxruntime  replaced nodes at length, inside the oldest and the newest ONNX Runtime
+#   make test-long   what takes long: real models, many threads, fuzzing, dying servers, every activation
+#   make test-onnxruntime  replaced nodes inside the oldest ONNX Runtime that is supported
 #   make test-tensorflow test-lucid   TensorFlow's and Lucid's grids, each in an environment of its own
 #   make conformance put every grid to the real systems, and write docs/conformance.md
 #   make lint types  what must hold of the code
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-peers test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
+.PHONY: demo test test-gpu test-peers test-long test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -49,8 +50,9 @@ test-peers: $(VENV)/.installed-test
 test-onnxruntime: $(VENV)/.installed-test
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/oldest onnxruntime==1.20.1
 	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
-	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
-	$(RUN) pytest -n auto --dist loadfile -m heavy tests/test_replace.py tests/test_relax.py $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile -m heavy $(ARGS)
 
 test-tensorflow: $(VENV)-tensorflow/.installed
 	TF_ENABLE_ONEDNN_OPTS=0 TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.:tests $(VENV)-tensorflow/bin/python -m conformance with_tensorflow

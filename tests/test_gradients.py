@@ -71,7 +71,7 @@ def test_a_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(exampl
         require_right(gradient, optimised=False)
 
 
-@pytest.mark.peers  # some minutes
+@pytest.mark.heavy
 @pytest.mark.parametrize("example", CORNERS, ids=lambda c: c.name)
 def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
     for gradient in gradients_of(example.spec):

@@ -21,8 +21,16 @@ from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
 from opcompile.spec import ConvTranspose3d
 from schedules import llvm
 
+# of the activations; the others differ in a formula, and take long together
+QUICK = ("act-relu", "act-gelu", "act-tanh")
 
-@pytest.mark.parametrize("example", tagged("corner"), ids=lambda c: c.name)
+
+def corner(example: Case) -> Any:
+    rare = example.name.startswith("act-") and example.name not in QUICK
+    return pytest.param(example, id=example.name, marks=[pytest.mark.heavy] * rare)
+
+
+@pytest.mark.parametrize("example", [corner(example) for example in tagged("corner")])
 def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(example: Case) -> None:
     spec = example.spec
     run = kernel(spec)
@@ -64,6 +72,7 @@ def test_a_dynamic_batch_is_one_kernel_for_every_batch() -> None:
         compare(spec, run(x, w, b), x, w, b, exact=True).require()
 
 
+@pytest.mark.heavy
 def test_all_candidates_of_a_layer_agree() -> None:
     spec = ConvTranspose3d.parse("in=1x5x3x5x18 co=20 k=3 s=2 p=1 op=1")
     candidates = llvm.candidates(spec, HERE.machine)

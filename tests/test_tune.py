@@ -61,6 +61,7 @@ tune(ConvTranspose3d.parse(sys.argv[1]), trials=int(sys.argv[2]), work_dir=sys.a
 """
 
 
+@pytest.mark.heavy
 def test_a_killed_run_continues_where_it_was(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.trials.FINALISTS", 1)
     work_dir = tmp_path / "work"

@@ -28,6 +28,8 @@ tuning = importlib.import_module("opcompile.tune")
 
 SPEC = ConvTranspose3d.parse("in=1x2x2x3x4 co=3 k=1")
 KEY = "board"
+
+pytestmark = pytest.mark.heavy
 TRIALS = 4
 
 
