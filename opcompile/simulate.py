@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from opcompile.gradients.simulate import SimulatedGradient
 
 _HEADERS = Path(__file__).with_name("simulator")
-_FLAGS = ("-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
+_FLAGS = ("-std=c++17", "-Og", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
 # An index beyond an array, or a vector that is not aligned, ends the program; the two compilers spell it differently.
 _BOUNDS = ("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error")
 _FAULTS = {65: "an access out of bounds", 66: "a divergent barrier"}
