@@ -33,9 +33,9 @@ def complaints(source: str, folder: Path) -> str:
     """What clang says of MSL text, without the attributes of parameters; shared arrays are static to C++."""
     text = re.sub(r"(?m)^  threadgroup (?=\w+ \w+\[)", "  static threadgroup ", re.sub(r"\[\[.*?\]\]", "", source))
     (folder / "kernel.cpp").write_text(text)
-    command = [sys.executable, "-m", "ziglang", "cc", "-xc++", "-c", "-w", "-nostdinc", "-ferror-limit=3"]
+    command = [sys.executable, "-m", "ziglang", "clang", "-xc++", "-fsyntax-only", "-w", "-nostdinc", "-ferror-limit=3"]
     done = subprocess.run(
-        [*command, "-std=c++17", f"-I{HEADERS}", "kernel.cpp", "-o", "kernel.o"],
+        [*command, "-std=c++17", f"-I{HEADERS}", "kernel.cpp"],
         cwd=folder,
         capture_output=True,
         text=True,
