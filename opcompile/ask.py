@@ -68,7 +68,8 @@ def _package(name: str) -> tuple[Any, str]:
     try:
         return import_module(module), found
     except Exception as error:  # whatever a package does at its import, like Keras without its backend
-        raise EngineError(f"the package {distribution} cannot be imported: {_first_line(error)}") from error
+        way_out = "; set KERAS_BACKEND to one that is installed, torch or jax" if name == "Keras" else ""
+        raise EngineError(f"the package {distribution} cannot be imported: {_first_line(error)}{way_out}") from error
 
 
 def _first_line(error: Exception) -> str:
