@@ -8,7 +8,6 @@ Neither TVM nor ONNX is imported: the oracle, the kernel and the model share not
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import platform
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
+from opcompile.runtime import own_weights
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
@@ -301,11 +301,7 @@ def stored(dtype: str, values: Tensor) -> Tensor:
 
 def _compiled_in(artifact: Artifact | CudaArtifact | Simulated) -> tuple[Tensor | None, Tensor | None]:
     """Return the canonical W and B that the artifact holds, each or None, out of its own packed file."""
-    spec = artifact.spec
-    if not artifact.manifest["weights"]:
-        return None, None
-    with np.load(io.BytesIO((artifact.directory / "weights.npz").read_bytes()), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    spec, arrays = artifact.spec, own_weights(artifact.directory, artifact.manifest)
     if spec.dtype == "bfloat16":
         arrays = {name: bits.view(stored("bfloat16", np.zeros(0)).dtype) for name, bits in arrays.items()}
     w = _unpacked(artifact.packing, arrays["W"], spec.w_shape) if "W" in arrays else None

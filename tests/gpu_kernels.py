@@ -10,12 +10,12 @@ import numpy as np
 from kernels import Kernel
 from numpy.typing import NDArray
 
-from opcompile.gpus import gpu_target
+from opcompile.gpus import Gpu, gpu_target
 from opcompile.lower import Plan
 from opcompile.lower_gpu import LoweredGpu, choose, emitted
 from opcompile.simulate import Simulator
 from opcompile.spec import ConvTranspose3d
-from schedules.gpu import GpuTiles
+from schedules.gpu import GpuEstimate, GpuTiles
 
 CUDA, METAL = gpu_target("cuda:sm_90"), gpu_target("metal:apple-m1")
 _FOR_TESTS = Plan("baseline", "", {}, (), None)
@@ -23,6 +23,14 @@ _FOR_TESTS = Plan("baseline", "", {}, (), None)
 
 def lowered(spec: ConvTranspose3d, target: Any, tiles: GpuTiles | None = None) -> LoweredGpu:
     return emitted(spec, target, tiles or choose(spec, target, "baseline")[0], _FOR_TESTS)
+
+
+def assert_within_limits(estimate: GpuEstimate, gpu: Gpu) -> None:
+    """What a schedule is estimated to take is there on the device."""
+    assert estimate.tiles.threads <= gpu.threads
+    assert estimate.shared <= gpu.shared
+    assert estimate.registers <= gpu.registers
+    assert estimate.registers * estimate.tiles.threads <= gpu.register_file
 
 
 def simulated(kernel: LoweredGpu) -> Kernel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpu_kernels import CUDA, METAL, lowered, simulated
+from gpu_kernels import CUDA, METAL, assert_within_limits, lowered, simulated
 from hypothesis import given, settings
 from kernels import integers
 from strategies import specs
@@ -37,10 +37,7 @@ def test_all_candidates_keep_to_the_limits_of_the_device(name: str) -> None:
         found = candidates(case(layer).spec, gpu)
         assert found
         for e in found:
-            assert e.tiles.threads <= gpu.threads
-            assert e.shared <= gpu.shared
-            assert e.registers <= gpu.registers
-            assert e.registers * e.tiles.threads <= gpu.register_file
+            assert_within_limits(e, gpu)
         assert found == candidates(case(layer).spec, gpu)
 
 

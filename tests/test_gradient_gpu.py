@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gpu_kernels import CUDA, METAL
+from gpu_kernels import CUDA, METAL, assert_within_limits
 from gradient_kernels import Operands, draw, gradients_of
 from hypothesis import given, settings
 from strategies import specs
@@ -148,10 +148,7 @@ def test_all_candidates_keep_to_the_limits_of_the_device(name: str, wrt: Any) ->
         found = gpu_candidates(Gradient(case(layer).spec, wrt), gpu)
         assert found
         for e in found:
-            assert e.tiles.threads <= gpu.threads
-            assert e.shared <= gpu.shared
-            assert e.registers <= gpu.registers
-            assert e.registers * e.tiles.threads <= gpu.register_file
+            assert_within_limits(e, gpu)
 
 
 @pytest.mark.gpu_table

@@ -35,7 +35,8 @@ class CudaGradient(Derivative, OnGpu):
         batch, device = self.checked("dy", operands["dy"], shapes["dy"])
         shape = tuple(batch if n is None else n for n in self.gradient.shape)
         result = out if out is not None else self.empty("dy", operands["dy"], shape)
-        for name, tensor in {**operands, "out": result}.items():
+        others = {name: tensor for name, tensor in operands.items() if name != "dy"}
+        for name, tensor in {**others, "out": result}.items():
             wanted = tuple(batch if n is None else n for n in shapes.get(name, shape))
             if self.checked(name, tensor, wanted)[1] != device:
                 raise CallError(f"{name} is on another GPU than dy; copy it there")
