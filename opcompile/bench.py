@@ -31,7 +31,7 @@ import numpy as np
 
 from opcompile._memory import weigh
 from opcompile.bounds import Answer, Inputs, compare_all
-from opcompile.engines import OURS, PEERS, Engine, Job, Run, Tensor, prepare
+from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.machine import processor, system
 from opcompile.roofline import Roof
@@ -39,6 +39,7 @@ from opcompile.source import brief
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
 from opcompile.units import binary, duration, scaled
+from opcompile.verify import stored
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +107,8 @@ class Ratio:
 class BenchReport:
     """The timings of one layer, with the origin of every number; ``timings[0]`` is ours.
 
-    ``pinned`` names the processors that the process was kept on, or is empty where the system cannot.
+    ``threads`` is None on a GPU. ``pinned`` names the processors that the process was kept on, or is empty where the
+    system cannot.
     ``flop`` counts every product of an input element and a weight, as layers are usually measured;
     ``needed_flop`` those that are not cropped, which alone bind the roofline. ``memory`` is the peak
     of each engine in bytes, beside X and Y; ``not_weighed`` says why one has none. ``cpu_share`` is the
@@ -116,7 +118,7 @@ class BenchReport:
     spec: str
     target: str
     plan: str
-    threads: int
+    threads: int | None
     pinned: tuple[int, ...]
     seed: int
     date: str
@@ -155,6 +157,14 @@ class BenchReport:
     def gbytes(self, timing: Timing) -> float:
         """10^9 bytes a second of X, W, B and Y, each counted once, at the median."""
         return self.bytes / timing.median_us / 1e3
+
+    @property
+    def where(self) -> str:
+        """What it ran on, of the machine."""
+        if self.threads is None:
+            return "on the GPU"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return threads + (f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned")
 
     @property
     def noisy(self) -> str:
@@ -229,9 +239,7 @@ class BenchReport:
             yield f"too noisy: {self.noisy}; times and shares say little, ratios what their intervals say"
         yield from (f"not asked: {name}: {reason}" for name, reason in self.not_asked.items())
         yield from (f"peak memory of {name} is unknown: {reason}" for name, reason in self.not_weighed.items())
-        where = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        where += f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned"
-        yield f"{where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
+        yield f"{self.where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
         yield self.machine
 
 
@@ -285,7 +293,7 @@ def bench(
     from opcompile.build import compile  # on use: both bring the compiler
     from opcompile.probes import Probes
 
-    inputs, exact = _inputs(spec, np.random.default_rng(seed))
+    inputs, exact = small_inputs(spec, np.random.default_rng(seed))
     artifact = compile(spec, target, plan, weight=inputs.w, bias=inputs.b)
     job = Job(spec, artifact.directory, inputs.x, inputs.w, inputs.b, threads)
     with pinned_to(threads) as pinned:
@@ -297,7 +305,7 @@ def bench(
         timings = take_turns(engines, seconds)
         cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
-        weights, not_weighed = _of_each(engines if memory else (), lambda name: weigh(name, job))
+        weights, not_weighed = answer_to_each(engines if memory else (), lambda name: weigh(name, job))
     return BenchReport(
         spec=str(spec),
         target=str(artifact.manifest["target"]["name"]),
@@ -323,11 +331,11 @@ def bench(
 def _prepared(names: Sequence[str], job: Job) -> tuple[dict[str, Engine], dict[str, str]]:
     """Return the engines that can compute the layer, ours first, and the reasons of those that cannot."""
     ours = prepare(OURS, job)
-    peers, not_asked = _of_each(names, lambda name: prepare(name, job))
+    peers, not_asked = answer_to_each(names, lambda name: prepare(name, job))
     return {OURS: ours, **peers}, not_asked
 
 
-def _of_each(names: Iterable[str], ask: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
+def answer_to_each(names: Iterable[str], ask: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
     """Return what each engine answers, and the reasons of those that cannot."""
     answers, reasons = {}, {}
     for name in names:
@@ -353,7 +361,7 @@ def pinned_to(threads: int) -> Iterator[tuple[int, ...]]:
         os.sched_setaffinity(0, before)
 
 
-def _inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bool]:
+def small_inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bool]:
     """Draw integers so small that every sum is exact, where there are such; else normal numbers."""
     largest = min(3, math.isqrt((2**24 - 1) // (spec.terms + 1)))
     shapes = (tuple(n or 1 for n in spec.x_shape), spec.w_shape, (spec.channels_out,))
@@ -361,28 +369,15 @@ def _inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bo
         drawn = [rng.integers(-largest, largest + 1, shape).astype(np.float32) for shape in shapes]
     else:
         drawn = [rng.standard_normal(shape, np.float32) for shape in shapes]
-    x, w, b = (_stored(spec.dtype, values) for values in drawn)
+    x, w, b = (stored(spec.dtype, values) for values in drawn)
     return Inputs.of(spec, x, w, b if spec.bias else None), largest > 0
-
-
-def _stored(dtype: str, values: Tensor) -> Tensor:
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise EngineError(
-            f"bfloat16 arrays in NumPy need the package ml_dtypes (pip install ml_dtypes): {error}"
-        ) from error
-    return values.astype(bfloat16)
 
 
 def take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]:
     """Warm up, find out how many calls fill a sample, then time round after round."""
     calls = {name: _calls(engine.run) for name, engine in engines.items()}
     round_us = sum(count * us for count, us in calls.values())
-    rounds = int(seconds * 1e6 * len(engines) / round_us)
-    rounds = min(max(rounds, _FEWEST_ROUNDS), _MOST_ROUNDS)
+    rounds = rounds_in(seconds * len(engines), round_us)
     samples: dict[str, list[float]] = {name: [] for name in engines}
     order = list(engines)
     for _ in range(rounds):
@@ -393,6 +388,11 @@ def take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]
             samples[name].append(_time(engines[name].run, count))
         order.append(order.pop(0))
     return tuple(Timing(name, e.version, calls[name][0], tuple(samples[name])) for name, e in engines.items())
+
+
+def rounds_in(seconds: float, round_us: float) -> int:
+    """How many rounds to take in about ``seconds``: never so few that nothing can be concluded."""
+    return min(max(int(seconds * 1e6 / round_us), _FEWEST_ROUNDS), _MOST_ROUNDS)
 
 
 def _calls(run: Run) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from opcompile import artifact
+from opcompile.cuda_driver import device, require_runs_on
 from opcompile.errors import (
     ArtifactError,
     CallError,
@@ -97,12 +98,7 @@ def compile(
     directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target whose code
     does not run here: `write` makes its directory), `EngineError`.
     """
-    machine = any_target(target)
-    if isinstance(machine, GpuTarget) or not machine.native:
-        raise TargetError(
-            f"code for {target} does not run on this machine, so that its artifact cannot be loaded here; "
-            "opcompile.build.write writes the directory alone, as does the command line"
-        )
+    _require_runs_here(any_target(target))
     place = into if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
     loaded = load_any(written)
@@ -112,6 +108,21 @@ def compile(
         if not report.passed:
             raise VerificationError(f"{written}: outputs lie beyond the error bound; report.json has the details")
     return loaded
+
+
+def _require_runs_here(machine: Target | GpuTarget) -> None:
+    reason = "" if isinstance(machine, Target) and machine.native else " (it is for another)"
+    if isinstance(machine, GpuTarget) and machine.language == "cuda":
+        try:
+            require_runs_on(machine.archs, device(), f"code for {machine.name}")
+            return
+        except TargetError as error:
+            reason = f" ({error})"
+    if reason:
+        raise TargetError(
+            f"code for {machine.name} does not run on this machine{reason}, so that its artifact cannot be loaded "
+            "here; opcompile.build.write writes the directory alone, as does the command line"
+        )
 
 
 def write(

@@ -31,6 +31,7 @@ import click
 
 from opcompile import __version__
 from opcompile.errors import ArtifactError, CallError, OpcompileError
+from opcompile.gpus import is_gpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from opcompile.bench import BenchReport
     from opcompile.build import Built
     from opcompile.cases import Case
     from opcompile.record import Record
@@ -434,10 +436,9 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @click.option("--tag", "tags", multiple=True, metavar="T", help="Also all cases with this tag (repeatable: with all).")
 @click.option(
     "--against",
-    default="onnxruntime",
-    show_default=True,
     metavar="E,E",
-    help="Engines: onnxruntime, torch, torch-channels-last, openvino; or all.",
+    help="Engines: onnxruntime (the default), torch, torch-channels-last, openvino; on a GPU cudnn (the default), "
+    "cudnn-channels-last; or all.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
 @click.option(
@@ -455,7 +456,7 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 def bench(
     sources: tuple[str, ...],
     tags: tuple[str, ...],
-    against: str,
+    against: str | None,
     threads: int,
     seconds: float,
     at_least: float | None,
@@ -471,12 +472,10 @@ def bench(
     """Time each SOURCE side by side with other engines, in one process, taking turns.
 
     Outputs are compared first: a wrong one is not timed. A ratio comes with its 95 % interval. The
-    roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run.
+    roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run. With
+    --target cuda:... it is this machine's GPU that is timed, beside cuDNN, and its own clock that times it.
     """
     from opcompile import summary
-    from opcompile.bench import BenchReport
-    from opcompile.bench import bench as bench_one
-    from opcompile.engines import PEERS
     from opcompile.plot import plot, require
 
     if markdown and as_json:
@@ -484,21 +483,13 @@ def bench(
     if picture:
         require(picture)
     layers = _layers(sources, tags, nodes)
-    engines = list(PEERS) if against == "all" else [name.strip() for name in against.split(",") if name.strip()]
+    time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
     with _progress("timing") as show:
         for number, (name, spec) in enumerate(layers.items()):
             show(number, len(layers), f"time {name}")
-            reports[name] = bench_one(
-                spec,
-                against=engines,
-                threads=threads,
-                seconds=seconds,
-                target=target,
-                plan=plan,
-                memory=not no_memory,
-            )
+            reports[name] = time_one(spec)
             content["layers"][name] = reports[name].to_json()
             if save:  # each time: a long run that ends early leaves what it has
                 Path(save).write_text(json.dumps(content, indent=1) + "\n")
@@ -516,6 +507,31 @@ def bench(
 
     _emit(as_json, content, shown)
     return int(at_least is not None and any(report.slower_than(at_least) for report in reports.values()))
+
+
+def _stopwatch(
+    target: str, against: str | None, threads: int, seconds: float, plan: Any, *, memory: bool
+) -> Callable[[ConvTranspose3d], BenchReport]:
+    """Return what times one layer on ``target``."""
+    if is_gpu(target):
+        from opcompile.bench_gpu import PEERS as GPU_PEERS
+        from opcompile.bench_gpu import bench_gpu
+
+        if threads != 1:
+            raise click.UsageError("--threads is for CPUs; leave it out on a GPU")
+        on_gpu = _engines(against or GPU_PEERS[0], GPU_PEERS)
+        return lambda spec: bench_gpu(spec, target=target, against=on_gpu, plan=plan, seconds=seconds)
+    from opcompile.bench import bench as bench_one
+    from opcompile.engines import PEERS
+
+    engines = _engines(against or PEERS[0], PEERS)
+    return lambda spec: bench_one(
+        spec, against=engines, threads=threads, seconds=seconds, target=target, plan=plan, memory=memory
+    )
+
+
+def _engines(against: str, peers: Sequence[str]) -> list[str]:
+    return list(peers) if against == "all" else [name.strip() for name in against.split(",") if name.strip()]
 
 
 def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -> dict[str, ConvTranspose3d]:

@@ -144,7 +144,7 @@ def _openvino(job: Job) -> Engine:
 
 
 def _torch(job: Job) -> Engine:
-    _require_torch_can(job.spec)
+    require_torch_can(job.spec)
     if job.spec.layout != "NCDHW":
         raise EngineError("it is asked for contiguous NCDHW only; torch-channels-last is asked for NDHWC")
     return _in_torch(job, channels_last=False)
@@ -152,7 +152,7 @@ def _torch(job: Job) -> Engine:
 
 def _torch_channels_last(job: Job) -> Engine:
     """Let PyTorch have X and W with channels last; then it writes Y so where its kernel for that takes the layer."""
-    _require_torch_can(job.spec)
+    require_torch_can(job.spec)
     return _in_torch(job, channels_last=True)
 
 
@@ -183,9 +183,9 @@ def _in_torch(job: Job, *, channels_last: bool) -> Engine:
     return Engine(str(torch.__version__), run, y, spec.sum_dtype)
 
 
-def _require_torch_can(spec: ConvTranspose3d) -> None:
-    """Raise `EngineError` for what PyTorch's one call does not say."""
-    if spec.dtype not in ("float32", "float64"):
+def require_torch_can(spec: ConvTranspose3d, *, halves: bool = False) -> None:
+    """Raise `EngineError` for what PyTorch's one call does not say; on a CPU nor in ``halves``."""
+    if not halves and spec.dtype not in ("float32", "float64"):
         raise EngineError(f"its sums in {spec.dtype} are rounded on the way, which the derived bound does not cover")
     if spec.activation.name != "none":
         raise EngineError(f"it does not fuse the activation {spec.activation}")

@@ -53,13 +53,13 @@ def _figure() -> Any:
 
 
 def _title(reports: Mapping[str, BenchReport]) -> str:
-    """Name the machine, the threads, and the dates of all reports."""
+    """Name the machine, what of it was used, and the dates of all reports."""
     every = list(reports.values())
-    threads = sorted({r.threads for r in every})
+    where = " / ".join(dict.fromkeys(r.where.partition(" on CPU")[0] for r in every))
     dates = sorted({r.date[:10] for r in every})
     machines = " / ".join(dict.fromkeys(r.machine for r in every))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{machines}; {'/'.join(map(str, threads))} thread{'s' if threads != [1] else ''}; {days}"
+    return f"{machines}; {where}; {days}"
 
 
 def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:

@@ -167,10 +167,10 @@ def test_bfloat16_is_timed_alone() -> None:
     ],
 )
 def test_what_torch_cannot_say_is_said(text: str, reason: str) -> None:
-    from opcompile.engines import _require_torch_can
+    from opcompile.engines import require_torch_can
 
     with pytest.raises(EngineError, match=reason):
-        _require_torch_can(ConvTranspose3d.parse(text))
+        require_torch_can(ConvTranspose3d.parse(text))
 
 
 @pytest.mark.peers

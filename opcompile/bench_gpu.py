@@ -1,0 +1,290 @@
+"""Our kernel and cuDNN side by side on an NVIDIA GPU: one process, one GPU, taking turns.
+
+The rules are those of `opcompile.bench`; what differs is the clock. A sample is a CUDA graph of several calls, between
+two events: neither the interpreter nor a launch is in it. The calls rotate through tensors that together exceed the
+second cache twice over, and a large buffer is overwritten before each sample, so that every call finds its operands in
+memory. cuDNN is asked by PyTorch, once for contiguous tensors and once with channels last, with
+``cudnn.benchmark`` on, which tries its kernels, and TF32 off, which would round float32 inputs to 10 bits.
+
+The roofline's limits are measured in the same run: a matrix product by cuBLAS, and a copy in device memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs
+from opcompile.bounds import Answer, Inputs, compare_at, sums_of
+from opcompile.cuda_driver import device
+from opcompile.engines import OURS, require_torch_can
+from opcompile.errors import CallError, EngineError
+from opcompile.roofline import Roof, Sample
+from opcompile.runtime_cuda import CudaArtifact
+from opcompile.spec import ConvTranspose3d
+from opcompile.verify import stored
+
+if TYPE_CHECKING:
+    from opcompile.lower import PlanName
+
+PEERS = ("cudnn", "cudnn-channels-last")
+
+# A sample has so many calls, or as many as fill this time.
+_MOST_CALLS, _SAMPLE_US = 16, 5e3
+# Overwritten before each sample: more than any second cache holds.
+_FLUSHED_BYTES = 256 << 20
+# Elements that are held against the oracle.
+_CHECKED = 4096
+# Sizes of the probes: rows of a square matrix, bytes of a copy.
+_MATRIX, _COPIED_BYTES = 8192, 1 << 30
+
+Call = Callable[[], Any]
+
+
+def bench_gpu(
+    spec: ConvTranspose3d,
+    *,
+    target: str,
+    against: Sequence[str] = PEERS,
+    plan: PlanName = "best",
+    seconds: float = 1.0,
+    seed: int = 0,
+) -> BenchReport:
+    """Compile ``spec`` for ``target`` and time it on this machine's GPU, in turns with the engines of ``against``.
+
+    A dynamic batch is timed with one image. Raises `CallError` for an unknown engine, `TargetError` where there is no
+    GPU for the target, `EngineError` without nvcc or PyTorch, `VerificationError` where an output is wrong.
+    """
+    unknown = sorted(set(against) - set(PEERS))
+    if unknown:
+        raise CallError(f"engine {unknown[0]!r} is unknown on a GPU; compare with some of {', '.join(PEERS)}")
+    from opcompile.build import compile  # on use: it brings the compiler
+
+    artifact: Any = compile(spec, target, plan)  # it refuses Metal
+    return bench_artifact(artifact, against=against, seconds=seconds, seed=seed)
+
+
+def bench_artifact(
+    artifact: CudaArtifact, *, against: Sequence[str] = PEERS, seconds: float = 1.0, seed: int = 0
+) -> BenchReport:
+    """Time an artifact that was compiled before, perhaps elsewhere. Raises as `bench_gpu`."""
+    torch, spec, gpu = artifact.require_gpu(), artifact.spec, device()
+    inputs, _ = small_inputs(spec, np.random.default_rng(seed))
+    with _as_documented(torch), torch.inference_mode():
+        layer = _Layer(torch, artifact, inputs)
+        asked, not_asked = answer_to_each(dict.fromkeys(against), layer.peer)
+        engines = {OURS: layer.ours(), **asked}
+        layer.require_right(engines)
+        probes = _Probes(torch, spec)
+        before = probes.samples()
+        series = {name: _Series(torch, engine.calls) for name, engine in engines.items()}
+        timings = _in_turns(engines, series, seconds)
+        roof = Roof(f"{spec.dtype}, by cuBLAS", before, probes.samples())
+    return BenchReport(
+        spec=str(spec),
+        target=str(artifact.manifest["target"]["name"]),
+        plan=f"{artifact.manifest['plan']['name']}, {artifact.manifest['plan']['schedule']}",
+        threads=None,
+        pinned=(),
+        seed=seed,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=f"{gpu.name}, compute capability {gpu.compute}; driver {gpu.driver}",
+        versions={k: str(v) for k, v in artifact.manifest["versions"].items()},
+        flop=spec.flops,
+        needed_flop=spec.needed_flops,
+        bytes=spec.bytes(),
+        roof=roof,
+        cpu_share=1.0,
+        timings=timings,
+        memory={name: engine.workspace_bytes for name, engine in engines.items()},
+        not_asked=not_asked,
+        not_weighed={},
+    )
+
+
+@contextmanager
+def _as_documented(torch: Any) -> Iterator[None]:
+    """Let cuDNN and cuBLAS sum float32 in float32, and cuDNN try its kernels; afterwards as before."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, True, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+
+
+# --- the engines ---
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Engine:
+    """Calls that each return Y, canonical in shape; ``workspace_bytes`` of device memory are taken on the way."""
+
+    version: str
+    calls: list[Call]
+    computed_in: str | None
+    workspace_bytes: int
+
+
+class _Layer:
+    """One layer's tensors on the GPU, and who computes it."""
+
+    def __init__(self, torch: Any, artifact: CudaArtifact, inputs: Inputs) -> None:
+        spec = artifact.spec
+        self._torch, self._artifact, self._inputs = torch, artifact, inputs
+        self._x, self._w = (artifact.there(stored(spec.dtype, values)) for values in (inputs.x, inputs.w))
+        self._b = None if inputs.b is None else artifact.there(stored(spec.dtype, inputs.b))
+        held = spec.with_batch(inputs.batch).bytes()
+        self._sets = min(_MOST_CALLS, 1 + math.ceil(2 * device().l2_bytes / held))
+
+    def ours(self) -> _Engine:
+        """The artifact, its weights packed once."""
+        w = self._artifact.pack(self._w)
+        calls = [self._bound(self._x.clone(), w) for _ in range(self._sets)]
+        version = str(self._artifact.manifest["versions"]["opcompile"])
+        return self._weighed(version, calls, sums_of(self._artifact.manifest))
+
+    def _bound(self, x: Any, w: Any) -> Call:
+        return lambda: self._artifact(x, w, self._b)
+
+    def peer(self, name: str) -> _Engine:
+        """PyTorch's layer. Raises `EngineError` where it cannot say ours."""
+        torch, spec = self._torch, self._artifact.spec
+        require_torch_can(spec, halves=True)
+        if name == "cudnn" and spec.layout != "NCDHW":
+            raise EngineError("it is asked for contiguous NCDHW only; cudnn-channels-last is asked for NDHWC")
+        order = torch.contiguous_format if name == "cudnn" else torch.channels_last_3d
+        x = self._x if spec.layout == "NCDHW" else self._x.movedim(-1, 1)
+        w = self._w.contiguous(memory_format=order)
+        layer = torch.nn.functional.conv_transpose3d
+        axes = spec.axes
+        geometry = {
+            "stride": tuple(a.stride for a in axes),
+            "padding": tuple(a.pad[0] for a in axes),
+            "output_padding": tuple(a.output_pad for a in axes),
+            "dilation": tuple(a.dilation for a in axes),
+            "groups": spec.groups,
+        }
+
+        def bound(x: Any) -> Call:
+            return lambda: layer(x, w, self._b, **geometry)
+
+        calls = [bound(x.clone(memory_format=order)) for _ in range(self._sets)]
+        try:
+            calls[0]()
+        except RuntimeError as error:
+            raise EngineError(str(error).splitlines()[0]) from error
+        return self._weighed(f"{torch.backends.cudnn.version()}, torch {torch.__version__}", calls, "float32")
+
+    def _weighed(self, version: str, calls: list[Call], computed_in: str | None) -> _Engine:
+        """Call once, so that kernels are loaded and chosen; then see what a call takes of the device's memory."""
+        cuda = self._torch.cuda
+        calls[0]()
+        cuda.synchronize()
+        cuda.reset_peak_memory_stats()
+        before = cuda.memory_allocated()
+        y = calls[0]()
+        taken = cuda.max_memory_allocated() - before - y.numel() * y.element_size()
+        return _Engine(version, calls, computed_in, max(0, taken))
+
+    def require_right(self, engines: dict[str, _Engine]) -> None:
+        """Hold some elements of each answer against the oracle. Raises `VerificationError`: none is timed then."""
+        spec = self._artifact.spec
+        rng = np.random.default_rng(0)
+        answers, places = {}, None
+        for name, engine in engines.items():
+            y = engine.calls[0]()
+            if name != OURS and spec.layout == "NDHWC":
+                y = y.movedim(1, -1)
+            if places is None:
+                places = np.sort(rng.choice(y.numel(), min(_CHECKED, y.numel()), replace=False))
+            where = self._torch.from_numpy(places).cuda()
+            found = y.contiguous().reshape(-1)[where].float().cpu().numpy()
+            answers[name] = Answer(found, engine.computed_in)
+        if places is not None:
+            for check in compare_at(self._inputs, places, list(answers.values())):
+                check.require()
+
+
+# --- time ---
+
+
+@dataclass(slots=True, eq=False)
+class _Series:
+    """A CUDA graph of some calls, on buffers in turn; `sample` replays it between two events."""
+
+    torch: Any
+    calls: Sequence[Call]
+    count: int = field(init=False)
+    _graph: Any = field(init=False)
+    _kept: list[Any] = field(init=False)
+    _flushed: Any = field(init=False)
+    _events: tuple[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch = self.torch
+        self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            us = min(self._timed(self.calls[0]) for _ in range(3))
+            self.count = max(1, min(_MOST_CALLS, int(_SAMPLE_US / us)))
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream):
+                # every Y is kept, so that none is written where the one before lies in the cache
+                self._kept = [self.calls[n % len(self.calls)]() for n in range(self.count)]
+        torch.cuda.synchronize()
+
+    def sample(self) -> float:
+        """Microseconds of one call, the mean over the graph."""
+        self._flushed.zero_()
+        return self._timed(self._graph.replay) / self.count
+
+    def _timed(self, run: Call) -> float:
+        begin, end = self._events
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+
+def _in_turns(engines: dict[str, _Engine], series: dict[str, _Series], seconds: float) -> tuple[Timing, ...]:
+    """Time round after round, each engine once, in an order that moves on by one."""
+    round_us = sum(s.sample() * s.count for s in series.values())
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    order = list(engines)
+    for _ in range(rounds_in(seconds * len(engines), round_us)):
+        for name in order:
+            samples[name].append(series[name].sample())
+        order.append(order.pop(0))
+    return tuple(Timing(name, e.version, series[name].count, tuple(samples[name])) for name, e in engines.items())
+
+
+class _Probes:
+    """The limits of the GPU, as its own libraries reach them."""
+
+    def __init__(self, torch: Any, spec: ConvTranspose3d) -> None:
+        dtype = getattr(torch, spec.dtype)
+        # drawn numbers: on zeros the clock stays higher
+        self._factors = [torch.randn(_MATRIX, _MATRIX, device="cuda").to(dtype) for _ in range(2)]
+        self._from, self._to = (torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+        product = torch.empty_like(self._factors[0])
+        self._product = _Series(torch, [lambda: torch.mm(*self._factors, out=product)])
+        self._copy = _Series(torch, [lambda: self._to.copy_(self._from)])
+
+    def samples(self, count: int = 5) -> tuple[Sample, ...]:
+        """Measure both limits ``count`` times."""
+        flop = 2 * _MATRIX**3
+        return tuple(
+            Sample(flop / self._product.sample() / 1e3, 2 * _COPIED_BYTES / self._copy.sample() / 1e3)
+            for _ in range(count)
+        )
