@@ -5,7 +5,8 @@ across rows and planes, so here they are one axis ``q``, and every block has siz
 (`FlatGrain`): no schedule meets a ragged end. What lies beyond the output is computed and not stored. Blocks:
 
 ``columns[_<fd>_<fh>_<fw>]``
-    ``(N, G, tD, tH, tW, C/g, Q)``: the element of X that each product reads, zero where X has none.
+    ``(N, G, tD, tH, tW, C/g, Q)``: the element of X that each product reads, zero where X has none. With positions
+    that are one thread's, ``Q`` is two axes.
 ``phase[_<fd>_<fh>_<fw>]``
     ``(N, G, M/g, Q)``: one a phase that has taps, reduced over ``(tD, tH, tW, c)``.
 ``result``
@@ -13,9 +14,11 @@ across rows and planes, so here they are one axis ``q``, and every block has siz
 ``output``
     Y in its layout: a scatter of ``result``, guarded where that was rounded up or cropped.
 
-There is one ``phase`` with the phases as axes, ``(N, G, M/g, sD, sH, sW, Q)``, where all of them read the same
-columns (`alike`: k2 s2 is a matrix product with more rows), or where one block each would be too many
-(`opcompile.declare.phases_as_axes`; ``columns`` then has their axes as well, after ``G``).
+There is one ``phase`` with the phases as axes, ``(N, G, M/g, sD, sH, sW, Q)``, in two cases (`phase_axes`). Where all
+of them have as many taps, they can read the same ``columns``: a matrix product with more rows. Where they are tiles
+of the grid (``apart``), a block of threads sums one of them, and ``columns`` has their axes as well, after ``G``.
+As axes, phases are numbered by their taps (`Numbering`), so that which weights one of them reads is an affine
+function of its number, as `compute_at` needs it.
 """
 
 from __future__ import annotations
@@ -26,76 +29,157 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import tvm_ffi
 from tvm import ir, te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from opcompile.declare import (
-    Grain,
-    Scope,
-    activate,
-    first_of,
-    most_taps,
-    packed_from,
-    phases_as_axes,
-    round_up,
-    sum_type,
-)
+from opcompile.declare import Grain, Scope, activate, round_up, sum_type
 from opcompile.spec import Axis, ConvTranspose3d
 
 
 @dataclass(frozen=True, slots=True)
 class FlatGrain:
-    """Multiples that the sizes of the blocks are rounded up to: M/g, and the number of positions."""
+    """Multiples that the sizes of the blocks are rounded up to: M/g, and the number of positions.
+
+    With ``apart``, phases are summed one by one. ``own`` neighbours in ``q`` are one thread's: they lie a tile's
+    ``positions / own`` apart, so that what neighbouring threads read and write at a time lies side by side.
+    """
 
     channels: int = 1
     positions: int = 1
+    apart: bool = False
+    own: int = 1
 
 
-def alike(spec: ConvTranspose3d) -> bool:
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """The phases of an axis by their taps, and the positions of each.
+
+    With ``g = gcd(s, d)``, phase ``f = r*g + c`` (``0 <= f < s``) has the outputs ``o = s*q + r*d + c - begin``. For
+    ``c = 0`` they meet the taps ``t = r + j*s/g``, at input ``q - j*d/g``, which does not depend on ``r``; for others
+    none. In this order the first ``q`` may differ from phase to phase.
+    """
+
+    axis: Axis
+
+    @property
+    def gcd(self) -> int:
+        """How many phases share each first tap, of which one has any."""
+        return math.gcd(self.axis.stride, self.axis.dilation)
+
+    @property
+    def most_taps(self) -> int:
+        """Taps of the phase that has the most."""
+        return -(-self.axis.kernel // self.axis.tap_step)
+
+    @property
+    def even(self) -> bool:
+        """Whether every phase has as many taps."""
+        return self.gcd == 1 and self.axis.kernel % self.axis.tap_step == 0
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first position of each phase that is in the output."""
+        return [-(-self._lag(f) // self.axis.stride) for f in range(self.axis.stride)]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all phases begin at the same position."""
+        return len(set(self.firsts)) == 1
+
+    @property
+    def together(self) -> range:
+        """The positions of all phases."""
+        ends = [(self.axis.out - 1 + self._lag(f)) // self.axis.stride for f in range(self.axis.stride)]
+        return range(min(self.firsts), max(ends) + 1)
+
+    def output(self, q: Any, f: Any) -> Any:
+        """The output at position ``q`` of phase ``f``."""
+        shift = self.first_tap(f) * self.axis.dilation - self.axis.begin
+        return q * self.axis.stride + (shift if self.gcd == 1 else shift + tirx.floormod(f, self.gcd))
+
+    def first_tap(self, f: Any) -> Any:
+        """The first tap of phase ``f``."""
+        return f if self.gcd == 1 else tirx.floordiv(f, self.gcd)
+
+    def has_taps(self, f: Any) -> list[Any]:
+        """Tests for whether phase ``f`` is one of those with taps."""
+        return [] if self.gcd == 1 else [tirx.floormod(f, self.gcd) == 0]
+
+    def taps(self, f: Any) -> Any:
+        """How many taps phase ``f`` has."""
+        count = tirx.max(tirx.floordiv(self.axis.kernel - 1 - self.first_tap(f), self.axis.tap_step) + 1, 0)
+        tests = self.has_taps(f)
+        return tirx.Select(tests[0], count, _like(count, 0)) if tests else count
+
+    def first(self, f: Any) -> Any:
+        """The first position of phase ``f``, by comparisons."""
+        *others, last = enumerate(self.firsts)
+        result = _like(f, last[1])
+        for number, value in reversed(others):
+            result = tirx.Select(f <= number, _like(f, value), result) if value != self.firsts[number + 1] else result
+        return result
+
+    def _lag(self, f: int) -> int:
+        return self.axis.begin - f // self.gcd * self.axis.dilation - f % self.gcd
+
+
+def same_columns(spec: ConvTranspose3d, apart: bool) -> bool:
     """Whether every phase reads the same elements of X, through taps of its own."""
-    return all(len({(p.taps, p.first_offset) for p in axis.phases}) == 1 and axis.phases[0].taps for axis in spec.axes)
+    numberings = [Numbering(axis) for axis in spec.axes]
+    return all(n.even and (n.aligned or not apart) for n in numberings)
 
 
-def phase_axes(spec: ConvTranspose3d) -> bool:
+def phase_axes(spec: ConvTranspose3d, apart: bool) -> bool:
     """Whether the phases are axes of one block."""
-    return alike(spec) or phases_as_axes(spec)
+    return apart or same_columns(spec, apart)
 
 
 def declare_flat(spec: ConvTranspose3d, grain: FlatGrain = FlatGrain()) -> tirx.PrimFunc:
-    """Return the unscheduled function ``main(X, W[, B], output)``, of the shapes that `declare` gives them."""
+    """Return the unscheduled function ``main(X, W[, B], output)``, of the shapes that `declare` gives X, B and Y.
+
+    W has that of `weight_shape`.
+    """
     return _Flat.of(spec, grain).function()
 
 
-def positions(spec: ConvTranspose3d) -> int:
-    """How many positions an image has, all axes together."""
-    return math.prod(axis.positions for axis in spec.axes)
+def weight_shape(spec: ConvTranspose3d, channels: int) -> tuple[int, ...]:
+    """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, with M/g rounded up."""
+    c, m, *kernel = spec.w_shape
+    return (c, round_up(m, channels), *kernel)
+
+
+def extents(spec: ConvTranspose3d, apart: bool) -> tuple[int, ...]:
+    """How many positions there are along each axis; an image has their product."""
+    if same_columns(spec, apart):
+        return tuple(len(Numbering(axis).together) for axis in spec.axes)
+    return tuple(axis.positions for axis in spec.axes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """One declaration: ``count`` positions, rounded up to ``rounded``, in the scope of what `declare` shares."""
+    """One declaration: its positions along the axes, ``rounded`` in all, in the scope of what `declare` shares."""
 
     spec: ConvTranspose3d
+    grain: FlatGrain
     scope: Scope
-    weight: tuple[int, ...]
-    count: int
+    extents: tuple[int, ...]
     rounded: int
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: FlatGrain) -> _Flat:
-        count = positions(spec)
-        rounded = round_up(count, grain.positions)
+        each = extents(spec, grain.apart)
+        rounded = round_up(math.prod(each), grain.positions)
         # whole planes that hold the rounded positions: for the size of the indices
         planes = -(-rounded // math.prod(axis.positions for axis in spec.axes[1:]))
-        within = Grain(grain.channels, (planes, 1, 1))
-        return cls(spec, Scope.of(spec, within), packed_from(spec, within), count, rounded)
+        return cls(spec, grain, Scope.of(spec, Grain(grain.channels, (planes, 1, 1))), each, rounded)
 
     def function(self) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
         x = te.placeholder(scope.batched(*spec.x_shape[1:]), spec.dtype, name="X")
-        w = te.placeholder(scope.sizes(*self.weight), spec.dtype, name="W")
+        w = te.placeholder(scope.sizes(*weight_shape(spec, self.grain.channels)), spec.dtype, name="W")
         b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
-        picked = self._axes(x, w) if phase_axes(spec) else self._blocks(x, w)
+        picked = self._axes(x, w) if self._as_axes else self._blocks(x, w)
         m_out = spec.channels_out // spec.groups
 
         def finished(n: Any, g: Any, m: Any, q: Any, *f: Any) -> Any:
@@ -112,14 +196,44 @@ class _Flat:
     def ragged_channels(self) -> bool:
         return self.scope.channels * self.spec.groups != self.spec.channels_out
 
-    def _result_sizes(self) -> tuple[int, ...]:
-        phases = [len(axis.phases) for axis in self.spec.axes]
-        return (self.spec.groups, self.scope.channels, self.rounded, *phases)
+    @property
+    def _as_axes(self) -> bool:
+        return phase_axes(self.spec, self.grain.apart)
 
-    def _at(self, q: Any) -> tuple[Any, Any, Any]:
-        """Positions along the axes of the flat position ``q``."""
-        _, height, width = (axis.positions for axis in self.spec.axes)
-        return tirx.floordiv(q, height * width), tirx.floormod(tirx.floordiv(q, width), height), tirx.floormod(q, width)
+    def _phases(self) -> list[int]:
+        """How many phases there are along each axis: as axes all that the stride has, also beyond a short output."""
+        return [axis.stride if self._as_axes else len(axis.phases) for axis in self.spec.axes]
+
+    def _result_sizes(self) -> tuple[int, ...]:
+        return (self.spec.groups, self.scope.channels, self.rounded, *self._phases())
+
+    @property
+    def _of_columns(self) -> tuple[int, ...]:
+        """The positions as the last axes of ``columns``: in a row, or in rows of which each thread has a column."""
+        lanes = self.grain.positions // self.grain.own
+        return (self.rounded,) if self.grain.own == 1 else (self.rounded // lanes, lanes)
+
+    def _read(self, q: Any) -> tuple[Any, ...]:
+        """Where ``columns`` holds ``q``."""
+        tile, own = self.grain.positions, self.grain.own
+        if own == 1:
+            return (q,)
+        inside = tirx.floormod(q, tile)
+        return (tirx.floordiv(q, tile) * own + tirx.floormod(inside, own), tirx.floordiv(inside, own))
+
+    def _held(self, at: Sequence[Any]) -> Any:
+        """The place of what ``columns`` holds at ``at``: they are in order."""
+        return at[0] if self.grain.own == 1 else at[0] * (self.grain.positions // self.grain.own) + at[1]
+
+    def _place(self, q: Any) -> Any:
+        """The place of ``q`` among the positions."""
+        return self._held(self._read(q))
+
+    def _at(self, place: Any) -> tuple[Any, Any, Any]:
+        """Positions along the axes, of the one at ``place``."""
+        _, height, width = self.extents
+        rows = tirx.floordiv(place, width)
+        return tirx.floordiv(place, height * width), tirx.floormod(rows, height), tirx.floormod(place, width)
 
     def _element(self, x: Any, n: Any, channel: Any, at: Sequence[Any]) -> Any:
         """X at ``at``, zero outside of it."""
@@ -144,20 +258,20 @@ class _Flat:
             name = "_".join(str(p.index) for p in phases)
             counts, (c_in, c) = [p.taps for p in phases], self._channel()
 
-            def column(n: Any, g: Any, td: Any, th: Any, tw: Any, c: Any, q: Any) -> Any:
-                of = zip(self._at(q), phases, (td, th, tw), spec.axes, strict=True)
+            def column(n: Any, g: Any, td: Any, th: Any, tw: Any, c: Any, *at: Any) -> Any:
+                of = zip(self._at(self._held(at)), phases, (td, th, tw), spec.axes, strict=True)
                 reads = [i + p.first_offset - t * axis.offset_step for i, p, t, axis in of]
                 return self._element(x, n, g * c_in + c, reads)
 
             columns = te.compute(
-                scope.batched(spec.groups, *counts, c_in, self.rounded), column, name=f"columns_{name}"
+                scope.batched(spec.groups, *counts, c_in, *self._of_columns), column, name=f"columns_{name}"
             )
             taps = scope.reduced(counts)
             kernel = [p.first_tap + t * axis.tap_step for p, t, axis in zip(phases, taps, spec.axes, strict=True)]
             return te.compute(
                 scope.batched(spec.groups, scope.channels, self.rounded),
                 lambda n, g, m, q: te.sum(
-                    self._product(columns(n, g, *taps, c, q), w(g * c_in + c, m, *kernel)), axis=[*taps, c]
+                    self._product(columns(n, g, *taps, c, *self._read(q)), w(g * c_in + c, m, *kernel)), axis=[*taps, c]
                 ),
                 name=f"phase_{name}",
             )
@@ -175,61 +289,109 @@ class _Flat:
 
         return pick
 
+    # --- the phases as axes ---
+
     def _axes(self, x: Any, w: Any) -> Any:
-        """One pair of blocks with the phases as axes, each reduced over the largest number of taps of any."""
-        spec, scope, same = self.spec, self.scope, alike(self.spec)
-        counts, (c_in, c) = [most_taps(axis) for axis in spec.axes], self._channel()
-        phases = [len(axis.phases) for axis in spec.axes]
+        """One pair of blocks, reduced over the largest number of taps of any phase.
 
-        def column(n: Any, g: Any, *at: Any) -> Any:
-            *f, td, th, tw, c, q = at
-            firsts = (
-                [axis.phases[0].first_offset for axis in spec.axes]
-                if same
-                else [_of_phase(a, 1, i) for a, i in zip(spec.axes, f, strict=True)]
-            )
-            of = zip(self._at(q), firsts, (td, th, tw), spec.axes, strict=True)
-            return self._element(x, n, g * c_in + c, [i + first - t * axis.offset_step for i, first, t, axis in of])
+        What a phase has less must not be summed: `only_taps` cuts the loops of what was scheduled.
+        """
+        spec, scope, same = self.spec, self.scope, same_columns(self.spec, self.grain.apart)
+        numberings, (c_in, c) = [Numbering(axis) for axis in spec.axes], self._channel()
+        counts = [n.most_taps for n in numberings]
 
-        sizes = [*([] if same else phases), *counts, c_in, self.rounded]
+        def column(n: Any, g: Any, *rest: Any) -> Any:
+            f, (td, th, tw, c, *at) = ([], rest) if same else (rest[:3], rest[3:])
+            positions = self._positions(self._held(at), None if same else f)
+            of = zip(numberings, positions, (td, th, tw), strict=True)
+            return self._element(x, n, g * c_in + c, [i - t * axis.axis.offset_step for axis, i, t in of])
+
+        sizes = [*([] if same else self._phases()), *counts, c_in, *self._of_columns]
         columns = te.compute(scope.batched(spec.groups, *sizes), column, name="columns")
         taps = scope.reduced(counts)
 
         def contract(n: Any, g: Any, m: Any, fd: Any, fh: Any, fw: Any, q: Any) -> Any:
             f = (fd, fh, fw)
-            firsts = [_of_phase(a, 0, i) for a, i in zip(spec.axes, f, strict=True)]
-            kernel = [tap + t * axis.tap_step for tap, t, axis in zip(firsts, taps, spec.axes, strict=True)]
-            read = columns(n, g, *([] if same else f), *taps, c, q)
+            kernel = [
+                tap if axis.even else tirx.min(tap, axis.axis.kernel - 1)
+                for axis, i, t in zip(numberings, f, taps, strict=True)
+                for tap in [axis.first_tap(i) + t * axis.axis.tap_step]
+            ]
+            read = columns(n, g, *([] if same else f), *taps, c, *self._read(q))
             return te.sum(self._product(read, w(g * c_in + c, m, *kernel)), axis=[*taps, c])
 
-        block = te.compute(scope.batched(spec.groups, scope.channels, *phases, self.rounded), contract, name="phase")
+        sums = scope.batched(spec.groups, scope.channels, *self._phases(), self.rounded)
+        block = te.compute(sums, contract, name="phase")
 
         def pick(n: Any, g: Any, m: Any, q: Any, f: Sequence[Any]) -> Any:
-            value, gcds = block(n, g, m, *f, q), [math.gcd(a.stride, a.dilation) for a in spec.axes]
-            tests = [tirx.floormod(i + a.begin, s) == 0 for i, a, s in zip(f, spec.axes, gcds, strict=True) if s > 1]
+            value = block(n, g, m, *f, q)
+            tests = [test for axis, i in zip(numberings, f, strict=True) for test in axis.has_taps(i)]
             return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value
 
         return pick
+
+    def _positions(self, place: Any, f: Sequence[Any] | None) -> list[Any]:
+        """Positions along the axes, as the phases ``f`` count them; without ``f`` as all of them do."""
+        numberings = [Numbering(axis) for axis in self.spec.axes]
+        if f is None:
+            return [i + n.together.start for i, n in zip(self._at(place), numberings, strict=True)]
+        return [i + n.first(phase) for i, n, phase in zip(self._at(place), numberings, f, strict=True)]
 
     # --- the scatter ---
 
     def _scattered(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
-        m_out = spec.channels_out // spec.groups
+        m_out, count = spec.channels_out // spec.groups, math.prod(self.extents)
+        same = same_columns(spec, self.grain.apart)
+        axes = list(zip(spec.axes, self.extents, self._phases(), strict=True))
 
         def place(n: Any, g: Any, m: Any, q: Any, *f: Any) -> tuple[list[Any], list[Any]]:
-            outputs = [i * a.stride + phase for i, phase, a in zip(self._at(q), f, spec.axes, strict=True)]
             channel = g * m_out + m
-            where = [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel]
             guards = [m < m_out] if self.ragged_channels else []
-            guards += [q < self.count] if self.rounded > self.count else []
-            guards += [
-                o < a.out for o, a in zip(outputs, spec.axes, strict=True) if a.out % a.stride and a.positions > 1
-            ]
-            return where, guards
+            where = self._place(q)
+            guards += [where < count] if self.rounded > count else []
+            if self._as_axes:
+                at = self._positions(where, None if same else f)
+                outputs = [Numbering(a).output(i, phase) for a, i, phase in zip(spec.axes, at, f, strict=True)]
+            else:
+                outputs = [i * a.stride + phase for i, phase, a in zip(self._at(where), f, spec.axes, strict=True)]
+            for o, (axis, positions, phases) in zip(outputs, axes, strict=True):
+                if positions * phases > axis.out:
+                    guards += [o >= 0, o < axis.out] if same and not Numbering(axis).aligned else [o < axis.out]
+            return [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel], guards
 
         y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
         return scattered(func, y, ("n", "g", "m", "q", "fd", "fh", "fw"), place)
+
+
+def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str) -> tirx.PrimFunc:
+    """Let loops over taps end where those of a block's phase do, in a scheduled function whose phases are apart.
+
+    The loops are those that are annotated with ``mark``, and the axis. Phases must vary fastest in the block's index.
+    """
+    blocks: list[Any] = []
+
+    def found(loop: Any) -> None:
+        if loop.thread_binding is not None and loop.thread_binding.thread_tag == "blockIdx.x":
+            blocks.append(loop.loop_var)
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, found))
+    (block,) = set(blocks)
+    numberings, within = [Numbering(axis) for axis in spec.axes], block
+    phases: list[Any] = []
+    for axis in reversed(spec.axes):
+        phases.insert(0, tirx.floormod(within, axis.stride))
+        within = tirx.floordiv(within, axis.stride)
+
+    def cut(loop: Any) -> Any:
+        if mark not in loop.annotations:
+            return loop
+        axis = int(loop.annotations[mark])
+        rest = {name: value for name, value in loop.annotations.items() if name != mark}
+        extent = loop.extent if numberings[axis].even else numberings[axis].taps(phases[axis])
+        return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body, loop.thread_binding, rest)
+
+    return func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, cut)))
 
 
 def scattered(
@@ -271,30 +433,3 @@ def scattered(
 
 def _like(index: Any, value: int) -> Any:
     return tirx.const(value, index.ty.dtype)
-
-
-def _of_phase(axis: Axis, which: int, f: Any) -> Any:
-    """First tap (0) or first offset (1) of phase ``f``, by comparisons: runs that rise by one, or stay.
-
-    `opcompile.declare.first_of` has a formula for both. Its remainder of a shifted phase, ``(f/2 + 1) % 2``, loses
-    the shift where the phase is itself a part of a block's index, and TVM then emits another tap's weight.
-    """
-    values = [first_of(axis, phase.index)[which] for phase in axis.phases]
-    runs: list[range] = []
-    for i, value in enumerate(values):
-        run = runs[-1] if runs else range(0)
-        slope = value - values[run.start] if len(run) == 1 else _slope(values, run)
-        if runs and slope in (0, 1) and value == values[run.start] + slope * (i - run.start):
-            runs[-1] = range(run.start, i + 1)
-        else:
-            runs.append(range(i, i + 1))
-    *others, last = runs
-    result = f * _slope(values, last) + (values[last.start] - _slope(values, last) * last.start)
-    for run in reversed(others):
-        here = f * _slope(values, run) + (values[run.start] - _slope(values, run) * run.start)
-        result = tirx.Select(f < run.stop, here, result)
-    return result
-
-
-def _slope(values: Sequence[int], run: range) -> int:
-    return values[run.start + 1] - values[run.start] if len(run) > 1 else 0

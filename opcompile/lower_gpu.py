@@ -12,11 +12,10 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.backend.cuda import export_cuda_host
-from tvm.s_tir.transform import ConvertBlocksToOpaque, PlanAndUpdateBufferAllocationLocation
+from tvm.s_tir.transform import ConvertBlocksToOpaque, LowerInitBlock, PlanAndUpdateBufferAllocationLocation
 from tvm.tirx.transform import StmtSimplify
 
-from opcompile.declare import Grain, packed_from
-from opcompile.declare_flat import FlatGrain, declare_flat, positions
+from opcompile.declare_flat import FlatGrain, declare_flat, extents, only_taps, weight_shape
 from opcompile.errors import TargetError
 from opcompile.gpus import GpuTarget
 from opcompile.launch import Launch
@@ -117,7 +116,8 @@ def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:
 
 def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
     """The unscheduled function, rounded for these tiles."""
-    return declare_flat(spec, FlatGrain(tiles.channels, tiles.positions)).with_attr("global_symbol", KERNEL)
+    grain = FlatGrain(tiles.channels, tiles.positions, tiles.apart, tiles.own)
+    return declare_flat(spec, grain).with_attr("global_symbol", KERNEL)
 
 
 def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
@@ -125,25 +125,28 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
     schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     gpu.schedule(schedule, spec, tiles)
-    return _with_plain_indices(schedule.mod) if tiles.family == "matrix" else schedule.mod
+    module = schedule.mod
+    if tiles.apart:
+        module = tvm.IRModule({KERNEL: only_taps(module[KERNEL], spec, gpu.TAPS_OF)})
+    return _with_plain_indices(module)
 
 
 def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
-    """Simplify before TVM measures which part of a buffer is used: it would count the fragments of other warps."""
-    passes = [PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
+    """Simplify before TVM measures which part of a buffer is used: it would count what other threads use."""
+    passes = [LowerInitBlock(), PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
     return tvm.transform.Sequential(passes)(module)
 
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:
     """Thread blocks for one image."""
     rows = math.ceil(spec.channels_out // spec.groups / tiles.channels)
-    apart = math.prod(len(axis.phases) for axis in spec.axes) if tiles.apart else 1
-    return spec.groups * rows * math.ceil(positions(spec) / tiles.positions) * apart
+    apart = math.prod(axis.stride for axis in spec.axes) if tiles.apart else 1
+    return spec.groups * rows * math.ceil(math.prod(extents(spec, tiles.apart)) / tiles.positions) * apart
 
 
 def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:
     """How a canonical weight becomes the kernel's W."""
-    padded = packed_from(spec, Grain(tiles.channels))
+    padded = weight_shape(spec, tiles.channels)
     view, order = gpu.packed(spec, tiles, padded)
     return Packing(padded, view, order)
 

@@ -23,12 +23,13 @@ The derivatives are the same sums under other names: `sums` makes a kernel of ei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from schedules.gpu_tiles import EDGE, PAD, WARP, GpuEstimate, GpuTiles, baseline, candidates
+from schedules.gpu_tiles import EDGE, PAD, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
 from schedules.wmma import intrinsics
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuEstimate", "GpuTiles", "baseline", "candidates", "packed", "schedule"]
 
+# Loops over the taps of an axis carry its number under this name, where phases are apart and may have fewer.
+TAPS_OF = "opcompile_taps_of"
 # Elements by which rows in shared memory are set apart, where neighbouring threads write them: a vector.
 _SPREAD = 4
 
@@ -48,7 +51,7 @@ def packed(spec: ConvTranspose3d, tiles: GpuTiles, shape: tuple[int, ...]) -> tu
     As for a CPU: W ``(C, M/g, kD, kH, kW)`` becomes ``(g, M/block, kD, kH, kW, C/g, block)``, with a block's
     channels side by side; a layer that reads no weight leaves it as it is.
     """
-    if not spec.terms:
+    if not spec.terms and not tiles.apart:
         return shape, tuple(range(5))
     c, m, *kernel = shape
     view = (spec.groups, c // spec.groups, m // tiles.channels, tiles.channels, *kernel)
@@ -63,14 +66,14 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     if tiles.family == "matrix":
         for phase in phases:
             _in_fragments(sch, tiles, phase)
-    sums(sch, tiles, spec.dtype, vectors=_whole_vectors(spec, tiles))
+    sums(sch, tiles, spec.dtype, vectors=_whole_vectors(spec, tiles), own=tiles.own)
 
 
-def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False) -> None:
+def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False, own: int = 1) -> None:
     """Make one kernel of ``columns``, perhaps ``weights``, ``phase``, ``result`` and ``output``; see `schedule`.
 
     ``dtype`` is that of what is multiplied. Without a block ``weights`` the phases read a parameter that is packed.
-    With ``vectors`` the last phases are written as one vector.
+    With ``vectors`` the last phases are written as one vector. ``own`` is that of the declaration's `FlatGrain`.
     """
     blocks = _blocks(sch)
     names = [name for name in blocks if name.startswith("phase")]
@@ -80,17 +83,17 @@ def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False) -
     n, g, m, q, *phases = sch.get_loops(blocks["output"])
     m, m_in = sch.split(m, [None, tiles.channels])
     q, q_in = sch.split(q, [None, tiles.positions])
-    grid, own = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
-    sch.reorder(*grid, m_in, q_in, *own)
+    grid, together = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
+    sch.reorder(*grid, m_in, q_in, *together)
     block = sch.fuse(*grid)
     sch.bind(block, "blockIdx.x")
     home, inside = _deal(sch, tiles, m_in, q_in)
     sch.compute_at(blocks["result"], home, preserve_unit_loops=True)
     sch.set_scope(blocks["result"], 0, "local")
-    for loop in (*_own(sch, blocks["result"], home), *inside, *(own[:2] if vectors else own)):
+    for loop in (*_own(sch, blocks["result"], home), *inside, *(together[:2] if vectors else together)):
         sch.unroll(loop)
     if vectors:
-        sch.vectorize(own[2])
+        sch.vectorize(together[2])
 
     # --- the sums ---
     for name in names:
@@ -100,7 +103,7 @@ def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False) -
             continue
         sch.compute_at(blocks[name], home, preserve_unit_loops=True)
         sch.set_scope(blocks[name], 0, "local")
-        factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"))
+        factors = _Factors(blocks[name.replace("phase", "columns")], blocks.get("weights"), own)
         if parts:
             _sum_in_groups(sch, tiles, parts[name], factors, block)
         else:
@@ -169,25 +172,38 @@ def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, lis
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
     """Whether the phases of a row, neighbours in Y, can be written as one vector: never cut, always aligned."""
     row = spec.axes[2]
-    return not t.apart and spec.layout == "NCDHW" and row.stride in (2, 4) and row.out % row.stride == 0
+    # phases that read the same columns are numbered by their taps
+    in_order = not Sums.of(spec).alike or (row.dilation == 1 and row.begin % row.stride == 0)
+    return not t.apart and in_order and spec.layout == "NCDHW" and row.stride in (2, 4) and row.out % row.stride == 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The blocks that copy what is multiplied; ``weights`` is None where a packed parameter is read, or nothing."""
+    """The blocks that copy what is multiplied; ``weights`` is None where a packed parameter is read, or nothing.
+
+    ``own`` is that of the declaration: above 1, a thread's columns do not lie side by side.
+    """
 
     columns: Any
     weights: Any
+    own: int
 
 
 def _sum_in_registers(sch: Schedule, t: GpuTiles, phase: Any, factors: _Factors, thread: Any) -> None:
     (n, g, m, *f, q), (*taps, c) = _kinds(sch, phase, thread)
     c, c_in = sch.split(c, [None, t.chunk or 1])
     sch.reorder(n, g, *taps, c, c_in, m, *f, q)
+    _name_taps(sch, t, taps)
     for loop in (m, *f, q):
         sch.unroll(loop)
     _feed(sch, t, phase, factors, c, c_in)
     sch.decompose_reduction(phase, taps[0])
+
+
+def _name_taps(sch: Schedule, t: GpuTiles, taps: Sequence[Any]) -> None:
+    if t.apart:
+        for axis, loop in enumerate(taps):
+            sch.annotate(loop, TAPS_OF, axis)
 
 
 def _kinds(sch: Schedule, block: Any, at: Any) -> tuple[list[Any], list[Any]]:
@@ -204,13 +220,9 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
     """
     columns, weights = factors.columns, factors.weights
     packed = weights is None and len(sch.get(sums).reads) > 1
-    if not _affine(sch, columns):
-        sch.set_scope(columns, 0, "local")
-        _to_registers(sch, columns, each, 1)
-        return
     if packed:
         weights = sch.cache_read(sums, 1, "local", [sums])
-    copies = [(columns, 1, t.tile_q)]
+    copies = [(columns, 1, t.tile_q if factors.own == 1 else 1)]
     if weights is not None:
         copies.append((weights, _vector(t.channels) if packed else 1, t.tile_m))
     for number, (copy, together, tile) in enumerate(copies):
@@ -222,14 +234,6 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
         sch.set_scope(copy, 0, "shared")
         _to_registers(sch, near, each, tile)
         _to_shared(sch, t, copy, step, together)
-
-
-def _affine(sch: Schedule, columns: Any) -> bool:
-    """Whether the taps of a phase are an affine function of its axes: they are not where X is read by phase.
-
-    Only of affine reads does `compute_at` know which part of W to copy.
-    """
-    return len(sch.get(columns).iter_vars) <= len(("n", "g", "td", "th", "tw", "c", "q"))
 
 
 def _to_registers(sch: Schedule, copy: Any, at: Any, length: int) -> None:
@@ -299,6 +303,7 @@ def _sum_in_groups(sch: Schedule, t: GpuTiles, parts: Any, factors: _Factors, bl
     sch.compute_at(parts, thread, preserve_unit_loops=True)
     spatial, summed = _kinds(sch, parts, thread)
     sch.reorder(*summed, *spatial)
+    _name_taps(sch, t, summed[:3])
     for loop in spatial:
         sch.unroll(loop)
     _feed(sch, t, parts, factors, summed[-2], summed[-1])
@@ -331,6 +336,7 @@ def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, column
     q, q_in = sch.split(q, [t.threads_q, EDGE])
     c, c_step, c_in = sch.split(c, [None, t.chunk // EDGE, EDGE])
     sch.reorder(n, g, warp, q, t_d, t_h, t_w, c, c_step, *f, m, m_in, q_in, c_in)
+    _name_taps(sch, t, (t_d, t_h, t_w))
     sch.bind(sch.fuse(warp, q), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)

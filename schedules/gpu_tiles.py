@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from opcompile.gpus import Gpu
-    from opcompile.spec import ConvTranspose3d
+    from opcompile.spec import Axis, ConvTranspose3d
 
 Family = Literal["direct", "staged", "split", "matrix"]
 
@@ -29,7 +29,7 @@ class GpuTiles:
     ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
     which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
     ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
-    phases are tiles of the grid too, where they are axes of one block. In the family ``matrix`` it is warps that own
+    phases are tiles of the grid too: a block of threads sums one of them. In the family ``matrix`` it is warps that own
     tiles. Of derivatives, read rows and columns of
     the product (`opcompile.gradients.declare_flat`) for channels and positions, and what is summed last for input
     channels; with lanes ``terms`` it is that which lies side by side in memory.
@@ -54,6 +54,15 @@ class GpuTiles:
     def positions(self) -> int:
         """Positions of a block's tile."""
         return self.threads_q * self.tile_q
+
+    @property
+    def own(self) -> int:
+        """How many neighbouring positions of the declaration are one thread's, which lie apart in memory.
+
+        So what neighbouring threads load and store at a time lies side by side. Not where all of a tile's positions
+        go through shared memory to be written.
+        """
+        return self.tile_q if self.family in ("direct", "staged") and self.lanes == "positions" else 1
 
     @property
     def threads(self) -> int:
@@ -125,8 +134,9 @@ class Sums:
 
     With ``gathered`` weights lie as they come, not packed, and what is staged is widened to the type of the sums.
     ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
-    ``positions`` of an image. ``phases`` are those with taps, ``taps`` the taps of all of them; ``alike`` says that
-    they read the same columns, ``axes`` that they are axes of one block, ``many`` that they must lie apart.
+    ``positions`` of a phase, ``together`` positions of all of them at once. ``phases`` counts them, ``with_taps``
+    those with taps, ``taps`` the taps of all; ``alike`` says that together they read the same columns, ``many`` that
+    they must lie apart.
     """
 
     itemsize: int
@@ -136,10 +146,11 @@ class Sums:
     c: int
     images: int
     positions: int
+    together: int
     phases: int
+    with_taps: int
     taps: int
     alike: bool
-    axes: bool
     many: bool
     row_stride: int
     channels_last: bool
@@ -150,12 +161,8 @@ class Sums:
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> Sums:
         """Describe a layer."""
-        axes = [a.phases for a in spec.axes]
-        alike = all(len({(p.taps, p.first_offset) for p in phases}) == 1 and phases[0].taps for phases in axes)
-        count = math.prod(map(len, axes))
-        with_taps = math.prod(sum(p.taps > 0 for p in phases) for phases in axes)
-        most = [max(p.taps for p in phases) for phases in axes]
-        many = count > MOST_TOGETHER
+        alike = all(math.gcd(a.stride, a.dilation) == 1 and a.kernel % a.stride == 0 for a in spec.axes)
+        positions = math.prod(a.positions for a in spec.axes)
         return cls(
             itemsize=spec.itemsize,
             sum_bytes=8 if spec.sum_dtype == "float64" else 4,
@@ -163,12 +170,13 @@ class Sums:
             m=spec.channels_out // spec.groups,
             c=spec.channels_in // spec.groups,
             images=spec.groups * (spec.batch or 1),
-            positions=math.prod(a.positions for a in spec.axes),
-            phases=count if many or alike else with_taps,
-            taps=count * math.prod(most) if many else math.prod(sum(p.taps for p in phases) for phases in axes),
+            positions=positions,
+            together=math.prod(map(_positions_together, spec.axes)) if alike else positions,
+            phases=math.prod(a.stride for a in spec.axes),
+            with_taps=math.prod(sum(phase.taps > 0 for phase in a.phases) for a in spec.axes),
+            taps=math.prod(sum(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
-            axes=alike or many,
-            many=many,
+            many=math.prod(len(a.phases) for a in spec.axes) > MOST_TOGETHER,
             row_stride=spec.axes[2].stride,
             channels_last=spec.layout == "NDHWC",
             x_bytes=math.prod(n or 1 for n in spec.x_shape) * spec.itemsize,
@@ -178,25 +186,26 @@ class Sums:
 
     def blocks(self, t: GpuTiles) -> int:
         """Thread blocks of the whole batch."""
-        tiles = _over(self.m, t.channels) * _over(self.positions, t.positions)
+        positions = self.positions if t.apart else self.together
+        tiles = _over(self.m, t.channels) * _over(positions, t.positions)
         return self.images * tiles * (self.phases if t.apart else 1)
 
-    def together(self, t: GpuTiles) -> int:
+    def summed(self, t: GpuTiles) -> int:
         """Phases that one block sums."""
-        return 1 if t.apart else self.phases
+        return 1 if t.apart else self.phases if self.alike else self.with_taps
 
     def registers(self, t: GpuTiles) -> int:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
         words = self.sum_bytes // 4
-        sums = self.together(t) * t.tile_m * t.tile_q
+        sums = self.summed(t) * t.tile_m * t.tile_q
         if t.family == "matrix":  # and two fragments of factors
             return (sums + EDGE * EDGE) // WARP + 40
-        weights = t.tile_m * (self.together(t) if self.alike else 1)
+        weights = t.tile_m * (self.summed(t) if self.alike else 1)
         return words * (sums + weights + t.tile_q) + 32
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory of a block."""
-        together = self.together(t)
+        together = self.summed(t)
         sharing = together if self.alike else 1
         if t.family == "matrix":
             factors = t.chunk * (sharing * (t.channels + PAD) + t.positions + PAD) * self.itemsize
@@ -217,7 +226,7 @@ MOST_TOGETHER = 27
 def sensible(layer: Sums) -> Iterator[GpuTiles]:
     """Yield tiles that fit the layer: powers of two, none twice as large as what there is to cover."""
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
-    apart = [True] if layer.many else [False, True] if layer.axes and layer.phases > 1 else [False]
+    apart = _apart(layer)
     for threads_m, threads_q, tile_m, tile_q in product(_powers(64), _powers(256), _powers(8), _powers(8)):
         if threads_m * tile_m >= 2 * layer.m or threads_q * tile_q >= 2 * layer.positions:
             continue
@@ -225,7 +234,7 @@ def sensible(layer: Sums) -> Iterator[GpuTiles]:
         for a in apart:
             if 32 <= threads <= 256:
                 yield GpuTiles("direct", lanes, threads_m, threads_q, tile_m, tile_q, 0, 1, a)
-            if not layer.phases or layer.c < 4 or (layer.many and not layer.alike):
+            if not layer.taps or layer.c < 4:
                 continue
             if 64 <= threads <= 256 and threads_m >= 2:
                 for chunk in _divisors(layer.c, 32)[-2:]:
@@ -238,9 +247,14 @@ def sensible(layer: Sums) -> Iterator[GpuTiles]:
         yield GpuTiles("direct", lanes, 1, 32, 1, 1, 0, 1, layer.many)
 
 
+def _apart(layer: Sums) -> list[bool]:
+    """Whether phases may lie together, and apart."""
+    return [True] if layer.many else [False, True] if layer.phases > 1 and layer.taps else [False]
+
+
 def _fragments(layer: Sums) -> Iterator[GpuTiles]:
     """Yield tiles of whole fragments, for layers that are large enough to fill them."""
-    if not layer.phases or (layer.many and not layer.alike) or min(layer.m, layer.positions) < EDGE:
+    if not layer.taps or min(layer.m, layer.positions) < EDGE:
         return
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
     chunks = [n for n in (EDGE, 2 * EDGE) if layer.c % n == 0]
@@ -249,8 +263,15 @@ def _fragments(layer: Sums) -> Iterator[GpuTiles]:
             continue
         if not 2 <= warps_m * warps_q <= 8:
             continue
-        for apart in [False, True] if layer.axes and layer.phases > 1 else [False]:
+        for apart in _apart(layer):
             yield GpuTiles("matrix", lanes, warps_m, warps_q, EDGE * own, EDGE, chunk, 1, apart)
+
+
+def _positions_together(axis: Axis) -> int:
+    """Positions that all phases of an axis cover, where they are numbered by their taps: `Numbering.together`."""
+    lags = [axis.begin - r * axis.dilation for r in range(axis.stride)]
+    first, last = min(-(-lag // axis.stride) for lag in lags), max((axis.out - 1 + lag) // axis.stride for lag in lags)
+    return last + 1 - first
 
 
 def _powers(most: int) -> list[int]:
@@ -301,12 +322,12 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
 
 def _slots(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
     """Issue slots of one thread."""
-    together = layer.together(t)
-    taps = layer.taps / (layer.phases if t.apart and layer.phases else 1)
+    together = layer.summed(t)
+    taps = layer.taps / (layer.phases if t.apart else 1)
     # one step is a channel of a tap: of all phases where they are alike
     rows = t.tile_m * (together if layer.alike else 1)
     steps = taps * layer.c / t.split / (together if layer.alike else 1)
-    weights, elements = rows / _vector(t.tile_m), t.tile_q / _vector(t.tile_q)
+    weights, elements = rows / _vector(t.tile_m), t.tile_q / (_vector(t.tile_q) if t.own == 1 else 1)
     step: float = rows * t.tile_q
     if t.chunk:
         copied = t.positions * (_CACHED_LOAD + _ADDRESS)
@@ -330,7 +351,7 @@ def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
     wasted = min(layer.row_stride, 32 // layer.itemsize) if t.apart and not layer.channels_last else 1
     memory = layer.x_bytes + layer.w_bytes + layer.y_bytes * wasted
     taps = layer.taps / (layer.phases if layer.alike or t.apart else 1)
-    rows = t.channels * (layer.together(t) if layer.alike else 1)
+    rows = t.channels * (layer.summed(t) if layer.alike else 1)
     read = blocks * layer.c * layer.itemsize * taps * (t.positions + rows)
     return max(memory / bytes_per_cycle, read / (_L2 * bytes_per_cycle))
 
