@@ -5,6 +5,7 @@
 #   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, links for other machines;
 #                    TORCH=torch==2.13.0 picks a version
 #   make test-gpu    every case as GPU code, simulated on the CPU
+#   make test-on-gpu  every case on a GPU of NVIDIA, and its compute-sanitizer; needs one, nvcc and PyTorch for CUDA
 #   make test-long   what takes long: real models, many threads, fuzzing, dying servers, every activation
 #   make test-onnxruntime  replaced nodes inside the oldest ONNX Runtime that is supported
 #   make test-tensorflow test-lucid   TensorFlow's and Lucid's grids, each in an environment of its own
@@ -29,7 +30,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-peers test-long test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
+.PHONY: demo test test-gpu test-on-gpu test-peers test-long test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opcompile compile $(DEMO) -o demo-artifacts
@@ -37,10 +38,14 @@ demo: $(VENV)/.installed
 	$(BIN)/opcompile bench $(DEMO) --seconds 0.5
 
 test: $(VENV)/.installed-test
-	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy and not gpu_table" $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m "not peers and not heavy and not gpu_table and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.installed-test
 	$(RUN) pytest -n auto -m gpu_table $(ARGS)
+
+test-on-gpu: $(VENV)/.installed-test
+	$(INSTALL) "$(TORCH)"
+	$(RUN) pytest -n auto -m gpu tests/test_on_gpu.py $(ARGS)
 
 test-peers: $(VENV)/.installed-test
 	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot,words]"
