@@ -23,7 +23,8 @@ class Gpu:
 
     What a kernel must keep to: ``threads`` of a block, bytes of ``shared`` memory that a block declares,
     ``registers`` of a thread. What ranks schedules: ``processors`` (streaming multiprocessors, cores), each with
-    ``lanes`` multiply-adds a cycle, ``register_file`` 32-bit registers and room for ``resident`` threads;
+    ``lanes`` multiply-adds a cycle, ``register_file`` 32-bit registers, ``shared_file`` bytes of shared memory and room
+    for ``resident`` threads;
     ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
     cores do ``matrix`` multiply-adds a cycle, summing in float32, for factors of ``matrix_types``: as warps' matrix
     instructions reach them.
@@ -39,6 +40,7 @@ class Gpu:
     matrix_types: tuple[str, ...] = ()
     threads: int = 1024
     shared: int = 48 * _KIB
+    shared_file: int = 100 * _KIB
     registers: int = 255
     register_file: int = 65536
     warp: int = 32
@@ -91,19 +93,21 @@ class GpuTarget:
 
 def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float) -> Gpu:
     # Apple documents threads and threadgroup memory. Beyond 128 registers compilers were seen to spill.
-    return Gpu(example, processors, 128, clock_ghz, bandwidth_gbs, 1024, shared=32 * _KIB, registers=128)
+    return Gpu(
+        example, processors, 128, clock_ghz, bandwidth_gbs, 1024, shared=32 * _KIB, shared_file=60 * _KIB, registers=128
+    )
 
 
 _HALVES = ("float16", "bfloat16")
 
 # 48 KiB is what a block may declare everywhere; more must be asked for at the launch.
 _GPUS: dict[str, tuple[Language, Gpu]] = {
-    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",))),
-    "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048, 1024, _HALVES)),
+    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",), shared_file=64 * _KIB)),
+    "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048, 1024, _HALVES, shared_file=164 * _KIB)),
     "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536, 256, _HALVES)),
     "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536, 256, _HALVES)),
-    "cuda:sm_90": ("cuda", Gpu("H100", 132, 128, 1.83, 3350, 2048, 1024, _HALVES)),
-    "cuda:sm_100": ("cuda", Gpu("B200", 148, 128, 1.85, 8000, 2048, 1024, _HALVES)),
+    "cuda:sm_90": ("cuda", Gpu("H100", 132, 128, 1.83, 3350, 2048, 1024, _HALVES, shared_file=228 * _KIB)),
+    "cuda:sm_100": ("cuda", Gpu("B200", 148, 128, 1.85, 8000, 2048, 1024, _HALVES, shared_file=228 * _KIB)),
     "cuda:sm_120": ("cuda", Gpu("RTX 5090", 170, 128, 2.41, 1792, 1536, 256, _HALVES)),
     "metal:apple-m1": ("metal", _apple("M1", 8, 1.28, 68)),
     "metal:apple-m2": ("metal", _apple("M2", 10, 1.40, 100)),

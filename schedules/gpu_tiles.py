@@ -135,8 +135,8 @@ class Sums:
     With ``gathered`` weights lie as they come, not packed, and what is staged is widened to the type of the sums.
     ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
     ``positions`` of a phase, ``together`` positions of all of them at once. ``phases`` counts them, ``with_taps``
-    those with taps, ``taps`` the taps of all; ``alike`` says that together they read the same columns, ``many`` that
-    they must lie apart.
+    those with taps, ``taps`` the taps of all, ``most_taps`` of the one that has the most; ``alike`` says that together
+    they read the same columns, ``many`` that they must lie apart.
     """
 
     itemsize: int
@@ -150,6 +150,7 @@ class Sums:
     phases: int
     with_taps: int
     taps: int
+    most_taps: int
     alike: bool
     many: bool
     row_stride: int
@@ -175,6 +176,7 @@ class Sums:
             phases=math.prod(a.stride for a in spec.axes),
             with_taps=math.prod(sum(phase.taps > 0 for phase in a.phases) for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in a.phases) for a in spec.axes),
+            most_taps=math.prod(max(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
             many=math.prod(len(a.phases) for a in spec.axes) > MOST_TOGETHER,
             row_stride=spec.axes[2].stride,
@@ -193,6 +195,12 @@ class Sums:
     def summed(self, t: GpuTiles) -> int:
         """Phases that one block sums."""
         return 1 if t.apart else self.phases if self.alike else self.with_taps
+
+    def steps(self, t: GpuTiles) -> tuple[float, float]:
+        """Channels of taps that a thread sums: of the average block, and of the one with the most taps."""
+        share = self.phases if t.apart or self.alike else 1
+        of_a_tap = self.c / t.split
+        return self.taps / share * of_a_tap, (self.most_taps if t.apart else self.taps / share) * of_a_tap
 
     def registers(self, t: GpuTiles) -> int:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
@@ -290,69 +298,84 @@ def _within_limits(e: GpuEstimate, gpu: Gpu) -> bool:
 
 # --- what they cost ---
 #
-# Cycles of the device by counting instructions of a thread and bytes. The weights are estimates from the
-# manufacturers' tables of throughput; no device was at hand to fit them to. They rank, and the tuner measures.
+# Cycles of the device by counting instructions of a thread and bytes. The form is the manufacturers' account of
+# throughput; the weights were fitted to 1636 candidates of 29 layers in float32 and float16, measured on an H100. They
+# are to rank, not to predict: of what was measured, the first of the ranking was 11 % slower than the best, in the
+# geometric mean, and 1.75 times at the most.
 
 # Issue slots of a load from shared memory, of one through the first cache, of computing where an element of X
-# is and whether, of waiting at two barriers.
-_SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS = 1.5, 5.0, 12.0, 40.0
+# is and whether, of waiting at two barriers, of an output, of a block.
+_SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS, _OUTPUT, _BLOCK = 1.1, 3.75, 4.1, 17.5, 16.0, 100.0
 # The same of a fragment of 16-bit elements: four cycles of the banks, where a vector of a warp takes one.
 _FRAGMENT_LOAD = 4 * _SHARED_LOAD
-# Warps that hide latency, of arithmetic on shared memory and of loads from further away.
-_BUSY, _BUSY_LOADING = 8, 16
-# How much faster the second cache is than memory.
-_L2 = 3.0
+# How much faster than a warp alone could go its matrix instructions are, for they overlap.
+_OVERLAP = 1.4
+# Channels for which the address of an element serves, by how many elements a thread reads: beyond two it holds
+# fewer addresses than it needs.
+_SERVES = {1: 8.0, 2: 8.0, 4: 2.6, 8: 0.85}
+# Warps that hide latency, of arithmetic on shared memory and of loads from further away; those of one block alone.
+_BUSY, _BUSY_LOADING, _BUSY_ALONE = 9.0, 14.0, 6.2
+# Registers that the compiler takes for each that is counted.
+_TAKEN = 1.3
+# How much faster the second cache is than memory; what share of direct loads the first one leaves to it.
+_L2, _MISSED = 2.6, 0.46
+# What of the memory's bandwidth a copy reaches.
+_REACHED = 0.77
 
 
 def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
-    slots = _slots(layer, gpu, t)
-    each = _over(blocks, gpu.processors)
-    fit = min(gpu.resident // t.threads, gpu.register_file // (registers * t.threads) or 1)
+    fit = min(gpu.resident // t.threads, gpu.register_file // (int(_TAKEN * registers) * t.threads) or 1)
     if shared:
-        fit = min(fit, 2 * gpu.shared // shared)
-    warps = max(1, min(fit, each)) * t.threads / gpu.warp
+        fit = min(fit, gpu.shared_file // shared)
+    each = blocks / gpu.processors
+    warps = max(1.0, min(fit, each)) * t.threads / gpu.warp
     busy = min(1.0, warps / (_BUSY if t.chunk else _BUSY_LOADING))
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
-    computing = each * t.threads * slots / (rate * busy)
+    step, rest = _step(layer, gpu, t), _rest(layer, t)
+    average, most = layer.steps(t)
+    computing = max(1.0, each) * t.threads * (average * step + rest) / (rate * busy)
+    # a block of the phase with the most taps may outlast all others
+    alone = min(1.0, t.threads / gpu.warp / _BUSY_ALONE)
+    computing = max(computing, t.threads * (most * step + rest) / (rate * alone))
     moving = _moving(layer, gpu, t, blocks)
     cycles = max(computing, moving) + 0.1 * min(computing, moving)
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
 
 
-def _slots(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
-    """Issue slots of one thread."""
-    together = layer.summed(t)
-    taps = layer.taps / (layer.phases if t.apart else 1)
-    # one step is a channel of a tap: of all phases where they are alike
-    rows = t.tile_m * (together if layer.alike else 1)
-    steps = taps * layer.c / t.split / (together if layer.alike else 1)
+def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
+    """Issue slots of one thread for a channel of a tap: of all phases where they are alike."""
+    rows = t.tile_m * (layer.summed(t) if layer.alike else 1)
     weights, elements = rows / _vector(t.tile_m), t.tile_q / (_vector(t.tile_q) if t.own == 1 else 1)
     step: float = rows * t.tile_q
-    if t.chunk:
-        copied = t.positions * (_CACHED_LOAD + _ADDRESS)
-        weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
-        copied += t.channels * rows / t.tile_m * weight
-        if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
-            step *= gpu.lanes / gpu.matrix / WARP
-            weights, elements = _FRAGMENT_LOAD / _SHARED_LOAD * rows / EDGE / EDGE, _FRAGMENT_LOAD / _SHARED_LOAD / EDGE
-        step += _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
-    else:
+    if not t.chunk:
         weights = rows if layer.gathered else weights
-        step += _CACHED_LOAD * (weights + t.tile_q) + _ADDRESS / min(layer.c / t.split, 8) * t.tile_q
-    outputs = max(1.0, together * t.channels * t.positions / t.threads)
-    return steps * step + outputs * (6 + 4 * (t.split if t.family == "split" else 0)) + 60
+        address = _ADDRESS / min(layer.c / t.split, _SERVES[t.tile_q])
+        return step + _CACHED_LOAD * (weights + t.tile_q) + address * t.tile_q
+    copied = t.positions * (_CACHED_LOAD + _ADDRESS)
+    weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
+    copied += t.channels * rows / t.tile_m * weight
+    if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
+        step *= gpu.lanes / gpu.matrix / WARP / _OVERLAP
+        weights, elements = _FRAGMENT_LOAD / _SHARED_LOAD * rows / EDGE / EDGE, _FRAGMENT_LOAD / _SHARED_LOAD / EDGE
+    return step + _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
+
+
+def _rest(layer: Sums, t: GpuTiles) -> float:
+    """Issue slots of one thread beside its sums."""
+    outputs = max(1.0, layer.summed(t) * t.channels * t.positions / t.threads)
+    return outputs * (_OUTPUT + (t.split / 2 if t.family == "split" else 0)) + _BLOCK
 
 
 def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
     """Cycles that moving bytes takes: once through memory, and what every block reads through the second cache."""
-    bytes_per_cycle = gpu.bandwidth_gbs / gpu.clock_ghz
+    bytes_per_cycle = _REACHED * gpu.bandwidth_gbs / gpu.clock_ghz
     # a phase apart writes single elements of sectors of 32 bytes
     wasted = min(layer.row_stride, 32 // layer.itemsize) if t.apart and not layer.channels_last else 1
     memory = layer.x_bytes + layer.w_bytes + layer.y_bytes * wasted
     taps = layer.taps / (layer.phases if layer.alike or t.apart else 1)
     rows = t.channels * (layer.summed(t) if layer.alike else 1)
-    read = blocks * layer.c * layer.itemsize * taps * (t.positions + rows)
+    read = blocks * layer.c * layer.itemsize * taps * (t.positions + rows) * (1 if t.chunk else _MISSED)
     return max(memory / bytes_per_cycle, read / (_L2 * bytes_per_cycle))
 
 

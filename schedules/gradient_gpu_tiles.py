@@ -69,6 +69,7 @@ def _sums(gradient: Gradient) -> Sums:
         phases=1,
         with_taps=1,
         taps=taps if wrt == "x" else 1,
+        most_taps=taps if wrt == "x" else 1,
         alike=False,
         many=False,
         row_stride=1,
