@@ -34,7 +34,7 @@ def gpu_files(lowered: GpuCode, batch: int | None, kernel: str = "conv_transpose
     language = lowered.target.language
     files = {SOURCES[language]: lowered.source.encode(), LAUNCH: lowered.launch.to_json(batch).encode()}
     if language == "cuda":
-        library = nvcc(lowered.host_source, lowered.target)
+        library = nvcc(lowered.source, lowered.host_source, lowered.target)
     elif importlib.util.find_spec("ziglang") is not None:
         library = _dylib(lowered.host_objects)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tarfile
 import tempfile
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ _OWN_PLACES = {"tirx.disable_storage_rewrite": True}
 class GpuCode:
     """A kernel as text: ``source`` in the target's language, and how to start it.
 
-    ``host_source`` is, for CUDA, the kernel with the C++ that checks the arguments and launches it;
+    ``host_source`` is, for CUDA, the C++ that checks the arguments and launches it;
     ``host_objects`` are, for Metal, Mach-O objects that do the same with TVM's runtime.
     """
 
@@ -101,7 +102,33 @@ def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, tuple[byte
     with tvm.target.Target(target.tvm()) as tvm_target:
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
-    return (source, export_cuda_host(built), ()) if target.language == "cuda" else (source, "", _objects(built))
+    if target.language == "cuda":
+        return source, host_half(export_cuda_host(built), source), ()
+    return source, "", _objects(built)
+
+
+# The host half only hands pointers on.
+_HALVES = """\
+#include <cstdint>
+struct __half;
+struct __nv_bfloat16;
+using half = __half;
+using nv_bfloat16 = __nv_bfloat16;
+"""
+
+
+def host_half(both: str, source: str) -> str:
+    """Take the C++ out of TVM's text of ``both`` halves, with a prototype for the kernel that ``source`` defines.
+
+    Apart, only the C++ reads the headers of `apache-tvm-ffi`, once and not three times.
+    """
+    (kernel,) = re.findall(r'^extern "C" __global__ void [^;{]*;\n.*', source, re.M | re.S)
+    _, found, host = both.partition(kernel.strip())
+    if not found:
+        raise AssertionError("the kernel in the text of both halves is not the one that was emitted")
+    name, parameters = re.findall(r"(\w+)\(([^()]*)\);", kernel)[0]
+    types = ["void*" if "*" in parameter else parameter for parameter in parameters.split(",")]
+    return f'{_HALVES}extern "C" void {name}({", ".join(types)});\n{host}'
 
 
 def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:

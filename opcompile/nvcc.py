@@ -21,13 +21,18 @@ from opcompile.gpus import GpuTarget
 _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
 
 
-def nvcc(source: str, target: GpuTarget) -> bytes:
-    """Return the library for the architectures of ``target``. Raises `EngineError` without nvcc, or with its words."""
+def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
+    """Return the library of a kernel and its host half, in C++, for the architectures of ``target``.
+
+    Raises `EngineError` without nvcc, or with its words.
+    """
     compiler, home = _nvcc(), _tvm_ffi()
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
-        # a plain name, so that no path of this machine gets into the library
-        (Path(name) / "kernel.cu").write_text(source)
-        command = [compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "-o", "library.so"]
+        # plain names, so that no path of this machine gets into the library
+        (Path(name) / "kernel.cu").write_text(kernel)
+        (Path(name) / "host.cpp").write_text(host)
+        command = [compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
+        command += ["-o", "library.so"]
         command += [f"-L{home / 'lib'}", "-ltvm_ffi"]
         environment = {**os.environ, "PATH": f"{Path(compiler).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         try:
