@@ -24,7 +24,7 @@ from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, smal
 from opcompile.bounds import Answer, Inputs, compare_at, sums_of
 from opcompile.cuda_driver import device
 from opcompile.engines import OURS, require_torch_can
-from opcompile.errors import CallError, EngineError
+from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.roofline import Roof, Sample
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.spec import ConvTranspose3d
@@ -39,8 +39,6 @@ PEERS = ("cudnn", "cudnn-channels-last")
 _MOST_CALLS, _SAMPLE_US = 16, 5e3
 # Overwritten before each sample: more than any second cache holds.
 _FLUSHED_BYTES = 256 << 20
-# Elements that are held against the oracle.
-_CHECKED = 4096
 # Sizes of the probes: rows of a square matrix, bytes of a copy.
 _MATRIX, _COPIED_BYTES = 8192, 1 << 30
 
@@ -75,7 +73,9 @@ def bench_artifact(
 ) -> BenchReport:
     """Time an artifact that was compiled before, perhaps elsewhere. Raises as `bench_gpu`."""
     torch, spec, gpu = artifact.require_gpu(), artifact.spec, device()
-    inputs, _ = small_inputs(spec, np.random.default_rng(seed))
+    inputs, exact = small_inputs(spec, np.random.default_rng(seed))
+    if not exact:
+        raise CallError(f"{spec} sums {spec.terms} products, too many to hold engines against each other exactly")
     with _as_documented(torch), torch.inference_mode():
         layer = _Layer(torch, artifact, inputs)
         asked, not_asked = answer_to_each(dict.fromkeys(against), layer.peer)
@@ -125,11 +125,10 @@ def _as_documented(torch: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Engine:
-    """Calls that each return Y, canonical in shape; ``workspace_bytes`` of device memory are taken on the way."""
+    """Calls that each return Y; ``workspace_bytes`` of device memory are taken on the way."""
 
     version: str
     calls: list[Call]
-    computed_in: str | None
     workspace_bytes: int
 
 
@@ -138,7 +137,7 @@ class _Layer:
 
     def __init__(self, torch: Any, artifact: CudaArtifact, inputs: Inputs) -> None:
         spec = artifact.spec
-        self._torch, self._artifact, self._inputs = torch, artifact, inputs
+        self._torch, self._artifact = torch, artifact
         self._x, self._w = (artifact.there(stored(spec.dtype, values)) for values in (inputs.x, inputs.w))
         self._b = None if inputs.b is None else artifact.there(stored(spec.dtype, inputs.b))
         held = spec.with_batch(inputs.batch).bytes()
@@ -149,7 +148,7 @@ class _Layer:
         w = self._artifact.pack(self._w)
         calls = [self._bound(self._x.clone(), w) for _ in range(self._sets)]
         version = str(self._artifact.manifest["versions"]["opcompile"])
-        return self._weighed(version, calls, sums_of(self._artifact.manifest))
+        return self._weighed(version, calls)
 
     def _bound(self, x: Any, w: Any) -> Call:
         return lambda: self._artifact(x, w, self._b)
@@ -181,9 +180,9 @@ class _Layer:
             calls[0]()
         except RuntimeError as error:
             raise EngineError(str(error).splitlines()[0]) from error
-        return self._weighed(f"{torch.backends.cudnn.version()}, torch {torch.__version__}", calls, "float32")
+        return self._weighed(f"{torch.backends.cudnn.version()}, torch {torch.__version__}", calls)
 
-    def _weighed(self, version: str, calls: list[Call], computed_in: str | None) -> _Engine:
+    def _weighed(self, version: str, calls: list[Call]) -> _Engine:
         """Call once, so that kernels are loaded and chosen; then see what a call takes of the device's memory."""
         cuda = self._torch.cuda
         calls[0]()
@@ -192,25 +191,29 @@ class _Layer:
         before = cuda.memory_allocated()
         y = calls[0]()
         taken = cuda.max_memory_allocated() - before - y.numel() * y.element_size()
-        return _Engine(version, calls, computed_in, max(0, taken))
+        return _Engine(version, calls, max(0, taken))
 
     def require_right(self, engines: dict[str, _Engine]) -> None:
-        """Hold some elements of each answer against the oracle. Raises `VerificationError`: none is timed then."""
-        spec = self._artifact.spec
-        rng = np.random.default_rng(0)
-        answers, places = {}, None
+        """Hold ours against the oracle on the artifact's test vector, and every other answer against ours, to the bit.
+
+        The inputs are integers whose sums are exact. Raises `VerificationError`: a wrong answer is not timed.
+        """
+        golden = self._artifact.golden()
+        y = self._artifact.on_host(golden.x, golden.w, golden.b).reshape(-1)[golden.indices]
+        inputs = Inputs.of(self._artifact.spec, golden.x, golden.w, golden.b)
+        (check,) = compare_at(inputs, golden.indices, [Answer(y, sums_of(self._artifact.manifest))])
+        check.require()
+        ours = engines[OURS].calls[0]()
         for name, engine in engines.items():
-            y = engine.calls[0]()
-            if name != OURS and spec.layout == "NDHWC":
-                y = y.movedim(1, -1)
-            if places is None:
-                places = np.sort(rng.choice(y.numel(), min(_CHECKED, y.numel()), replace=False))
-            where = self._torch.from_numpy(places).cuda()
-            found = y.contiguous().reshape(-1)[where].float().cpu().numpy()
-            answers[name] = Answer(found, engine.computed_in)
-        if places is not None:
-            for check in compare_at(self._inputs, places, list(answers.values())):
-                check.require()
+            theirs = engine.calls[0]()
+            if name != OURS and self._artifact.spec.layout == "NDHWC":
+                theirs = theirs.movedim(1, -1)
+            wrong = int((theirs != ours).sum())
+            if wrong:
+                raise VerificationError(
+                    f"{name} and opcompile differ in {wrong} elements of {self._artifact.spec}, on integers whose sums "
+                    "are exact, so nothing was timed"
+                )
 
 
 # --- time ---

@@ -11,9 +11,11 @@ from opcompile.target import names
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 MARK = "<!-- what follows is written by tests/targets_page.py -->\n"
 
-# What the tests do to code for each kind of machine, and which tests; a GPU was not at hand for any of it.
+# What the tests do to code for each kind of machine, and which tests.
 SIMULATED = "simulated: `tests/test_gpu_table.py`; derivatives: `tests/test_gradient_gpu.py`"
 CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by clang: `tests/test_metal.py`"}
+# What was run where, by hand: a GPU is not at hand for every test run.
+ON_DEVICE = {"cuda": "H100: `tests/test_on_gpu.py`", "metal": "no"}
 
 
 def page() -> str:
@@ -42,7 +44,7 @@ def _verified() -> list[str]:
     for name in ("cuda:sm_90", "metal:apple-m1"):
         t = gpu_target(name)
         count = sum(case.spec.dtype in t.dtypes for case in CASES)
-        rows.append(f"| `{name}` | {count} | {SIMULATED} | {CHECKED[t.language]} | no |")
+        rows.append(f"| `{name}` | {count} | {SIMULATED} | {CHECKED[t.language]} | {ON_DEVICE[t.language]} |")
     rows.append("| other GPUs | | | tiles within the limits: `tests/test_gpu_tiles.py` | no |")
     return rows
 

@@ -19,8 +19,9 @@ from rich.console import Console
 from opcompile import compile, probes, summary
 from opcompile._memory import weigh
 from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
+from opcompile.bench_gpu import bench_gpu
 from opcompile.engines import PEERS, Engine, Job, prepare
-from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.plot import plot
 from opcompile.roofline import Roof, Sample
 from opcompile.spec import ConvTranspose3d
@@ -480,3 +481,31 @@ def test_the_table_tells_all() -> None:
     ):
         assert words in shown(report)
     assert "too noisy" not in shown(report)
+
+
+# --- on a GPU: what needs none of it ---
+
+
+def test_a_report_of_a_gpu_has_no_threads() -> None:
+    on_gpu = replace(report_of({"opcompile": [1.0] * 11, "cudnn": [2.0] * 11}), threads=None, pinned=())
+    assert on_gpu.where == "on the GPU"
+    assert any(line.startswith("on the GPU; 11 rounds") for line in on_gpu._words())
+    assert "an example; on the GPU; llvm:x86-64-v3; 2026-01-01" in summary.markdown({"a": on_gpu})
+
+
+def test_without_a_gpu_none_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise TargetError("there is no driver")
+
+    monkeypatch.setattr("opcompile.build.device", no_driver)
+    with pytest.raises(TargetError, match=r"does not run on this machine \(there is no driver\)"):
+        bench_gpu(SPEC, target="cuda:sm_90")
+
+
+def test_what_is_timed_on_a_gpu_is_known() -> None:
+    with pytest.raises(CallError, match="engine 'openvino' is unknown on a GPU; compare with some of cudnn"):
+        bench_gpu(SPEC, target="cuda:sm_90", against=("openvino",))
+    with pytest.raises(
+        TargetError, match=r"code for metal:apple-m1 does not run on this machine \(it is for another\)"
+    ):
+        bench_gpu(SPEC, target="metal:apple-m1")

@@ -20,7 +20,7 @@ SITUATIONS = {
     "k4 s2": ("L21-videogpt-convt1", "staged"),
     "depthwise": ("L34-mednext-up0", "direct"),
     "one output channel": ("L27-gcnet-last", "direct"),
-    "small sizes, many channels": ("L01-nnunet-up1", "split"),
+    "small sizes, many channels": ("L13-swinunetr-dec5", "split"),
 }
 
 
