@@ -364,24 +364,24 @@ class _Flat:
         return scattered(func, y, ("n", "g", "m", "q", "fd", "fh", "fw"), place)
 
 
-def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str) -> tirx.PrimFunc:
+def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str, *, long_first: bool) -> tirx.PrimFunc:
     """Let loops over taps end where those of a block's phase do, in a scheduled function whose phases are apart.
 
-    The loops are those that are annotated with ``mark``, and the axis. Phases must vary fastest in the block's index.
+    The loops are those that are annotated with ``mark``, and the axis. Phases vary fastest in the block's index; with
+    ``long_first`` those of a row do, and those of the other axes slowest.
     """
-    blocks: list[Any] = []
+    grids: list[Any] = []
 
     def found(loop: Any) -> None:
         if loop.thread_binding is not None and loop.thread_binding.thread_tag == "blockIdx.x":
-            blocks.append(loop.loop_var)
+            grids.append(loop)
 
     tvm_ffi.structural_walk(func.body, (tirx.For, found))
-    (block,) = set(blocks)
-    numberings, within = [Numbering(axis) for axis in spec.axes], block
-    phases: list[Any] = []
-    for axis in reversed(spec.axes):
-        phases.insert(0, tirx.floormod(within, axis.stride))
-        within = tirx.floordiv(within, axis.stride)
+    block, blocks = grids[0].loop_var, grids[0].extent
+    fd, fh, fw = (axis.stride for axis in spec.axes)
+    others = tirx.floordiv(block, tirx.floordiv(blocks, fd * fh) if long_first else fw)
+    phases = (tirx.floormod(tirx.floordiv(others, fh), fd), tirx.floormod(others, fh), tirx.floormod(block, fw))
+    numberings = [Numbering(axis) for axis in spec.axes]
 
     def cut(loop: Any) -> Any:
         if mark not in loop.annotations:

@@ -154,7 +154,8 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
     gpu.schedule(schedule, spec, tiles)
     module = schedule.mod
     if tiles.apart:
-        module = tvm.IRModule({KERNEL: only_taps(module[KERNEL], spec, gpu.TAPS_OF)})
+        cut = only_taps(module[KERNEL], spec, gpu.TAPS_OF, long_first=gpu.longest_first(spec))
+        module = tvm.IRModule({KERNEL: cut})
     return _with_plain_indices(module)
 
 

@@ -23,6 +23,7 @@ The derivatives are the same sums under other names: `sums` makes a kernel of ei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ __all__ = ["GpuEstimate", "GpuTiles", "baseline", "candidates", "packed", "sched
 
 # Loops over the taps of an axis carry its number under this name, where phases are apart and may have fewer.
 TAPS_OF = "opcompile_taps_of"
+# Bytes of X that stay in the second cache of a large GPU, which holds 40 to 60 MiB.
+_STAYS = 32 << 20
 # Elements by which rows in shared memory are set apart, where neighbouring threads write them: a vector.
 _SPREAD = 4
 
@@ -66,14 +69,28 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
     if tiles.family == "matrix":
         for phase in phases:
             _in_fragments(sch, tiles, phase)
-    sums(sch, tiles, spec.dtype, vectors=_whole_vectors(spec, tiles), own=tiles.own)
+    vectors, long_first = _whole_vectors(spec, tiles), tiles.apart and longest_first(spec)
+    sums(sch, tiles, spec.dtype, vectors=vectors, own=tiles.own, long_first=long_first)
 
 
-def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False, own: int = 1) -> None:
+def longest_first(spec: ConvTranspose3d) -> bool:
+    """Whether blocks of phases that are apart start in the order of their taps, but for the phases of a row.
+
+    A block of eight taps that starts last keeps the device waiting. Not where each phase would then read X from memory
+    again; nor can it matter where all phases have as many taps.
+    """
+    uneven = any(a.kernel % a.tap_step for a in spec.axes)
+    return uneven and math.prod(n or 1 for n in spec.x_shape) * spec.itemsize <= _STAYS
+
+
+def sums(
+    sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False, own: int = 1, long_first: bool = False
+) -> None:
     """Make one kernel of ``columns``, perhaps ``weights``, ``phase``, ``result`` and ``output``; see `schedule`.
 
     ``dtype`` is that of what is multiplied. Without a block ``weights`` the phases read a parameter that is packed.
-    With ``vectors`` the last phases are written as one vector. ``own`` is that of the declaration's `FlatGrain`.
+    With ``vectors`` the last phases are written as one vector. ``own`` is that of the declaration's `FlatGrain`,
+    ``long_first`` the order of blocks (`longest_first`).
     """
     blocks = _blocks(sch)
     names = [name for name in blocks if name.startswith("phase")]
@@ -84,6 +101,8 @@ def sums(sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False, o
     m, m_in = sch.split(m, [None, tiles.channels])
     q, q_in = sch.split(q, [None, tiles.positions])
     grid, together = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
+    if long_first:
+        grid = [*phases[:2], n, g, m, q, phases[2]]
     sch.reorder(*grid, m_in, q_in, *together)
     block = sch.fuse(*grid)
     sch.bind(block, "blockIdx.x")
