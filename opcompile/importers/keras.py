@@ -27,7 +27,9 @@ from opcompile.importers.imported import (
     WeightOrder,
     cropped,
     dtype_of,
+    repeated,
     shape_of,
+    whole,
 )
 from opcompile.say import keras_words
 from opcompile.spec import Activation
@@ -99,10 +101,11 @@ def Conv3DTranspose(
 ) -> Imported:
     """Read the constructor of ``keras.layers.Conv3DTranspose``, for an ``input`` or its shape.
 
-    N may be None for a dynamic batch. Without ``data_format``, that of ``keras.json`` counts. With
-    ``initialize`` the initializers build the weights, as Keras itself does (which must then be installed);
-    without it the layer has none yet. Regularizers and constraints are remarked: they change nothing here.
-    Raises `WordsError` where Keras refuses, or for an activation that cannot be fused.
+    N may be None for a dynamic batch. Without ``data_format`` and ``dtype``, those of ``keras.json`` count; the
+    input's own dtype does not, for Keras converts it to the layer's. With ``initialize`` the initializers build
+    the weights, as Keras itself does (which must then be installed); without it the layer has none yet.
+    Regularizers and constraints are remarked: they change nothing here. Raises `WordsError` where Keras refuses,
+    or for an activation that cannot be fused.
     """
     rules = Rules(SYSTEM, strict)
     kernel, strides, dilation = (
@@ -112,8 +115,9 @@ def Conv3DTranspose(
     same = _is_same(rules, padding)
     extra = None if output_padding is None else _triple(rules, "output_padding", output_padding, least=0)
     layout = _layout(rules, data_format)
+    count = whole(filters) or 0
     rules.must(
-        isinstance(filters, int) and filters > 0,
+        count > 0,
         f"Invalid value for argument `filters`. Expected a strictly positive value. Received filters={filters}.",
     )
     _require_strides(rules, strides, dilation, extra)
@@ -135,11 +139,11 @@ def Conv3DTranspose(
     spec = Spec(
         batch=sizes["N"],
         channels_in=sizes["C"],
-        channels_out=filters,
+        channels_out=count,
         axes=axes,
-        bias=use_bias,
+        bias=bool(use_bias),
         activation=_activation(activation),
-        dtype=dtype_of(_policy(dtype), input),
+        dtype=dtype_of(_policy(dtype) or _configured("floatx", "float32")),
         layout=layout,
     )
     training = {
@@ -320,8 +324,8 @@ def _place(size: int, reach: int, stride: int, same: bool, extra: int | None) ->
 
 def _triple(rules: Rules, name: str, value: Any, least: int = 1) -> Triple:
     said = f"The `{name}` argument must be a tuple of 3 integers. Received {name}={value}"
-    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    rules.must(len(given) == 3 and all(isinstance(n, int) for n in given), said)
+    given = repeated(value) or ()
+    rules.must(len(given) == 3, said)
     wrong = {n for n in given if n < least}
     rules.must(
         not wrong, f"{said}, including values {wrong} that do not satisfy `value {'>= 0' if least == 0 else '> 0'}`"
@@ -333,14 +337,14 @@ def _triple(rules: Rules, name: str, value: Any, least: int = 1) -> Triple:
 def _is_same(rules: Rules, padding: Any) -> bool:
     word = padding.lower() if isinstance(padding, str) else padding
     rules.must(
-        word in ("valid", "same"),
+        isinstance(word, str) and word in ("valid", "same"),
         f"The `padding` argument must be a list/tuple or one of {{'same', 'valid'}}. Received: {word}",
     )
     return bool(word == "same")
 
 
 def _layout(rules: Rules, data_format: Any) -> str:
-    word = _configured() if data_format is None else str(data_format).lower()
+    word = _configured("image_data_format", "channels_last") if data_format is None else str(data_format).lower()
     rules.must(
         word in _LAYOUTS,
         "The `data_format` argument must be one of {'channels_first', 'channels_last'}. "
@@ -349,16 +353,16 @@ def _layout(rules: Rules, data_format: Any) -> str:
     return _LAYOUTS[word]
 
 
-def _configured() -> str:
-    """Return the format of ``keras.json``, or Keras's own default where there is none."""
+def _configured(key: str, default: str) -> str:
+    """Return a setting of ``keras.json``, or Keras's own default where there is none."""
     home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
     path = Path(home) / "keras.json"
     if not path.is_file():
-        return "channels_last"
+        return default
     try:
-        return str(json.loads(path.read_text()).get("image_data_format", "channels_last"))
+        return str(json.loads(path.read_text()).get(key, default))
     except (ValueError, AttributeError, OSError) as error:
-        raise WordsError(f"cannot read {path}: {error}; correct it, or say data_format") from error
+        raise WordsError(f"cannot read {path}: {error}; correct it, or say data_format and dtype") from error
 
 
 def _require_strides(rules: Rules, strides: Triple, dilation: Triple, extra: Triple | None) -> None:

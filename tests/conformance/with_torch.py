@@ -83,6 +83,10 @@ def wrong() -> Iterator[Case]:
         {"padding": "same"},
         {"stride": (2, 2)},
         {"stride": 2.0},
+        {"stride": True},
+        {"stride": (np.int64(2),) * 3, "groups": np.int64(2)},
+        {"groups": "2"},
+        {"groups": 2.0},
     ):
         yield of_call(described(**geometry), x, w, 0, geometry)
     for given, weight, bias in (
