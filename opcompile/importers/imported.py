@@ -127,9 +127,12 @@ class Imported:
         return _moved(y, self.spec.layout, self.y_layout)
 
     def holding(self, weight: Any, bias: Any = None) -> Imported:
-        """Return the layer with the values of a call's tensors, and itself where only their shapes were given."""
-        values = values_of(weight)
-        return self if values is None else self.with_weights(values, values_of(bias))
+        """Return the layer with the values of a call's tensors; what was given by its shape stays unknown."""
+        values, known = values_of(weight), values_of(bias)
+        if values is None:
+            return self
+        held = self.with_weights(values, known)
+        return held if known is not None else replace(held, bias=None)
 
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with values, both as the system stores them.

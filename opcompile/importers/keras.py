@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -198,16 +198,22 @@ def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -
 
 
 def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Imported:
-    """Read a ``keras.layers.Conv3DTranspose`` with its weights; without ``input``, for the shape it was built with.
+    """Read a ``keras.layers.Conv3DTranspose`` with its weights; without ``input``, for the sizes it was built with.
 
+    N is then dynamic, for a Keras layer takes any batch.
     Raises as `Conv3DTranspose`, and `SpecError` for a layer whose spatial sizes are not known.
     """
+    kind = _kind(layer)
+    if kind is None:
+        raise WordsError(f"{type(layer).__name__} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
+    if type(layer).call is not kind.call:
+        raise WordsError(f"{type(layer).__name__} has a call of its own, which cannot be read; name a plain layer")
     config = {key: value for key, value in layer.get_config().items() if key != "name"}
     if input is None:
         built = layer.get_build_config() or {}
         if "input_shape" not in built:
             raise WordsError("the layer was not built yet; give the input's shape")
-        input = built["input_shape"]
+        input = (None, *built["input_shape"][1:])
     read = from_config(config, shape_of(input), strict=strict)
     if not layer.built:
         return read
@@ -230,7 +236,9 @@ def find(source: Any) -> list[Found]:
             raise ModelError(f"cannot read {source} as a Keras model: {reason}; save it again as .keras") from error
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
-    return [_found(layer) for layer in _layers(model)]
+    # the public `layers` knows nothing of wrapped layers, nor of those inside of a layer of one's own
+    inside = model._flatten_layers(include_self=False)
+    return [_found(layer) for layer in inside if _kind(layer)]
 
 
 def _found(layer: Any) -> Found:
@@ -240,12 +248,9 @@ def _found(layer: Any) -> Found:
         return Found(layer.name, None, str(error))
 
 
-def _layers(model: Any) -> Iterator[Any]:
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            yield from _layers(layer)
-        elif type(layer).__name__ in ("Conv3DTranspose", "Convolution3DTranspose"):
-            yield layer
+def _kind(layer: Any) -> Any:
+    """Return Keras's class among the layer's own and those that it derives from; None where it is not there."""
+    return next((kind for kind in type(layer).__mro__ if kind.__name__ == "Conv3DTranspose"), None)
 
 
 # --- the other way ---
@@ -405,6 +410,8 @@ def _activation(given: Any) -> Activation:
     if hasattr(given, "get_config") and not isinstance(given, str):
         return _configured_activation(type(given).__name__, given.get_config())
     name = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    if callable(given) and name not in (*ACTIVATIONS, *NOT_ELEMENTWISE, *NOT_FUSED):
+        raise WordsError(f"the activation {name} is a function of your own and cannot be fused; apply it to the output")
     if name in ACTIVATIONS:
         return Activation.parse(ACTIVATIONS[name])
     if name in NOT_ELEMENTWISE:
@@ -433,7 +440,7 @@ def _configured_activation(kind: str, config: Any) -> Activation:
             return Activation("relu6")
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
     if plain in ("softmax", "p_re_lu", "re_lu") or plain not in ACTIVATIONS:
-        raise WordsError(f"the activation layer {kind} with {config} cannot be fused; apply it to the output")
+        raise WordsError(f"the activation layer {kind} with its parameters cannot be fused; apply it to the output")
     return _activation(plain)
 
 
@@ -443,8 +450,11 @@ def _configured_activation(kind: str, config: Any) -> Activation:
 def _initialized(read: Imported, kernel: Any, bias: Any) -> Imported:
     keras = _keras()
     make: Callable[..., Any] = keras.initializers.get
-    w = make(kernel)(shape=read.w_shape, dtype=read.spec.dtype)
-    b = make(bias)(shape=(read.spec.channels_out,), dtype=read.spec.dtype) if read.spec.bias else None
+    try:
+        w = make(kernel)(shape=read.w_shape, dtype=read.spec.dtype)
+        b = make(bias)(shape=(read.spec.channels_out,), dtype=read.spec.dtype) if read.spec.bias else None
+    except ValueError as error:
+        raise WordsError(f"{SYSTEM} refuses this: {error}") from error
     to_numpy = keras.ops.convert_to_numpy
     return read.with_weights(to_numpy(w), None if b is None else to_numpy(b))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opcompile.errors import WordsError
 from opcompile.importers.imported import (
     Imported,
     Rules,
@@ -108,6 +109,8 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read an ``mlx.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
+    if type(module).__name__ != "ConvTranspose3d":
+        raise WordsError(f"{type(module).__name__} is not an mlx.nn.ConvTranspose3d; name the layer inside of it")
     geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "output_padding")}
     bias = module.get("bias")
     read = conv_transpose3d(
