@@ -5,6 +5,7 @@ The text is `say`'s own, and is evaluated with the system's modules and arrays u
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +66,9 @@ def _package(name: str) -> tuple[Any, str]:
         raise EngineError(f"the package {distribution} is not installed") from error
     if name.startswith("Lucid") and name != f"Lucid {found.split('.')[0]}":
         raise EngineError(f"the package {distribution} is version {found}")
+    if name == "OpenVINO":
+        # its import reports itself over the network, by a process that it forks beside JAX's threads
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_module(module), found
     except Exception as error:  # whatever a package does at its import, like Keras without its backend

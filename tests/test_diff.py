@@ -96,6 +96,7 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure"], catch_exceptions=False).stdout
     assert "shifted by one voxel" in text
+    assert "measured" not in text
     assert "F.conv_transpose3d(x, w, b, stride=2, padding=1, output_padding=1)" in text
     done = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure", "--json"], catch_exceptions=False)
     content = json.loads(done.stdout)

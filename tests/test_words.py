@@ -416,6 +416,13 @@ def test_weights_of_another_shape_are_refused() -> None:
         layer.with_weights(np.zeros((2, 3, 3, 3, 4)), np.zeros(3))
 
 
+def test_a_bias_that_was_given_by_its_shape_is_not_zero_but_unknown() -> None:
+    layer = torch.conv_transpose3d(X, np.ones(W, np.float32), (2,))
+    assert layer.spec.bias
+    assert layer.weight is not None
+    assert layer.bias is None
+
+
 def test_arrays_bring_their_dtype() -> None:
     layer = torch.conv_transpose3d(np.zeros((1, 4, 2, 2, 2)), np.zeros(W))
     assert layer.spec.dtype == "float64"
@@ -452,6 +459,7 @@ def test_a_system_converts_dtypes_as_it_does() -> None:
         assert layer.weight is not None
         assert layer.weight.dtype == dtype, layer.system
         assert layer.bias is None or layer.bias.dtype == dtype
+        assert layer.to_x(np.zeros(X if layer.x_layout == "NCDHW" else V)).dtype == dtype
     with pytest.raises(WordsError, match="same dtypes, got float16, float32"):
         jax.conv_transpose(x.astype(half), np.zeros((3, 3, 3, 4, 2)), (1, 1, 1), "SAME")
     with pytest.raises(WordsError, match="expected scalar type Double but found Float"):

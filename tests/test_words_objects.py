@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from opcompile import load
 from opcompile.bounds import compare
+from opcompile.cli import cli
 from opcompile.errors import ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
+from opcompile.source import read
 from opcompile.spec import ConvTranspose3d
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -138,6 +142,94 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(tmp_path / "bad.keras")
     with pytest.raises(ModelError, match="is not a Keras model"):
         keras.find(first)
+
+
+def test_layers_inside_of_others_are_found() -> None:
+    """Shared, wrapped, derived, nested, inside of a layer of one's own; N is dynamic whatever they were built with."""
+    real = pytest.importorskip("keras")
+    kind = real.layers.Conv3DTranspose
+
+    class Derived(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    class Twice(kind):  # type: ignore[misc, valid-type]
+        def call(self, x: Any) -> Any:
+            return 2 * super().call(x)
+
+    class Block(real.layers.Layer):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = kind(3, 2, 2, name="inside")
+
+        def call(self, x: Any) -> Any:
+            return real.ops.relu(self.up(x))
+
+    given, shared = real.Input((2, 2, 3, 4)), kind(4, 2, padding="same", name="shared")
+    y = Derived(2, 2, name="derived")(Block()(shared(shared(given))))
+    y = real.Sequential([kind(2, 2, name="nested")])(y)
+    found = {f.name: f for f in keras.find(real.Model(given, Twice(2, 2, name="twice")(y)))}
+    assert list(found) == ["shared", "inside", "derived", "nested", "twice"]
+    assert {name for name, f in found.items() if f.layer and f.layer.spec.batch is None} == found.keys() - {"twice"}
+    assert "call of its own" in (found["twice"].reason or "")
+    wrapped = real.Sequential([real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(kind(2, 2, name="wrapped"))])
+    assert [f.name for f in keras.find(wrapped)] == ["wrapped"]
+
+
+def test_a_mixed_policy_computes_in_its_half() -> None:
+    real = pytest.importorskip("keras")
+    layer, x = real.layers.Conv3DTranspose(2, 2, dtype="mixed_float16"), drawn(1, 2, 2, 2, 4)
+    y = real.ops.convert_to_numpy(layer(x))
+    read = keras.from_layer(layer)
+    assert read.weight is not None
+    assert read.spec.dtype == read.weight.dtype == read.to_x(x).dtype == y.dtype == "float16"
+
+
+@pytest.mark.parametrize("system", ["mlx", "keras"])
+def test_another_layer_is_refused(system: str) -> None:
+    if system == "mlx":
+        real = pytest.importorskip("mlx.nn")
+        with pytest.raises(WordsError, match=r"Conv3d is not an mlx\.nn\.ConvTranspose3d"):
+            mlx.from_module(real.Conv3d(2, 3, 3), (1, 4, 4, 4, 2))
+    else:
+        real = pytest.importorskip("keras")
+        with pytest.raises(WordsError, match=r"Conv3D is not a keras\.layers\.Conv3DTranspose"):
+            keras.from_layer(real.layers.Conv3D(2, 3), (1, 4, 4, 4, 2))
+        with pytest.raises(WordsError, match="function of your own"):
+            keras.Conv3DTranspose(2, 3, activation=lambda v: v, input=(1, 2, 2, 2, 4))
+        with pytest.raises(WordsError, match="Could not interpret initializer identifier: foo"):
+            keras.Conv3DTranspose(2, 3, kernel_initializer="foo", input=(1, 2, 2, 2, 4), initialize=True)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "keras"])
+def test_a_file_of_such_a_model_is_a_source(kind: str, tmp_path: Path) -> None:
+    """The command line compiles what can be compiled of it, with its weights, and names what cannot."""
+    path, x = tmp_path / f"model.{kind}", drawn(1, 4, 3, 4, 5)
+    if kind == "pt2":
+        real = pytest.importorskip("torch")
+        model = decoder()
+        real.export.save(real.export.export(model, (real.from_numpy(x),)), path)
+        with real.no_grad():
+            names, y = ["conv_transpose3d", "conv_transpose3d_1"], model[0](real.from_numpy(x)).numpy()
+    else:
+        real, x = pytest.importorskip("keras"), np.moveaxis(x, 1, -1)
+        up = real.layers.Conv3DTranspose(6, 3, 2, padding="same", name="up")
+        last = real.layers.Conv3DTranspose(2, 2, activation="softmax", name="last")
+        real.Sequential([real.Input(x.shape[1:]), up, last]).save(path)
+        names, y = ["up", "last"], real.ops.convert_to_numpy(up(x))
+    found = read(path)
+    assert [layer.name for layer in found.layers] == names
+    done = CliRunner().invoke(cli, ["compile", str(path), "-o", str(tmp_path / "out"), "--no-verify"])
+    assert done.exit_code == 0, done.output
+    layer = found.layers[0]
+    assert layer.spec is not None
+    assert layer.weight is not None
+    assert compare(layer.spec, load(tmp_path / "out" / names[0])(x), x, layer.weight, layer.bias).passed
+    assert compare(layer.spec, y, x, layer.weight, layer.bias).passed
+    assert kind == "pt2" or "softmax" in done.output
+    with pytest.raises(ModelError, match=f"no 3-D transposed convolution 'other'; it has: {names[0]}"):
+        read(path, ["other"])
+    with pytest.raises(ModelError, match="there is no file"):
+        read(tmp_path / f"absent.{kind}")
 
 
 def test_initializers_build_weights() -> None:

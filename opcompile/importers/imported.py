@@ -118,9 +118,8 @@ class Imported:
         return np.pad(canonical, [(0, 0), (0, 0), *((zeros, 0) for zeros in self.zero_taps)])
 
     def to_x(self, x: Any) -> Tensor:
-        """Return the system's input as X, in the spec's layout."""
-        own = array(x)
-        return np.ascontiguousarray(_moved(own, self.x_layout, self.spec.layout))
+        """Return the system's input as X, in the spec's layout and dtype."""
+        return np.ascontiguousarray(_moved(self._in_dtype(array(x)), self.x_layout, self.spec.layout))
 
     def from_y(self, y: Tensor) -> Tensor:
         """Return Y as the system would have given it."""
@@ -145,9 +144,11 @@ class Imported:
             raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
         if own is None and self.spec.bias:
             own = np.zeros(self.spec.channels_out)
-        dtype = _bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype
-        w, b = self.to_w(weight).astype(dtype), None if own is None else own.astype(dtype)
+        w, b = self._in_dtype(self.to_w(weight)), None if own is None else self._in_dtype(own)
         return replace(self, weight=w, bias=b, spec=replace(self.spec, bias=b is not None))
+
+    def _in_dtype(self, a: Tensor) -> Tensor:
+        return a.astype(_bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

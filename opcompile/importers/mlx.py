@@ -42,6 +42,7 @@ def conv_transpose3d(
     output_padding: Any = 0,
     groups: int = 1,
     *,
+    stream: Any = None,
     bias: bool = False,
     dtype: str | None = None,
     strict: bool = True,
@@ -80,7 +81,8 @@ def conv_transpose3d(
         dtype=dtype or promoted(*(single_of(a) for a in (input, weight) if hasattr(a, "dtype"))),
         layout="NDHWC",
     )
-    return Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros).holding(weight)
+    remarks = (f"stream={stream} says where MLX would run it",) if stream is not None else ()
+    return Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros, remarks=remarks).holding(weight)
 
 
 def ConvTranspose3d(
