@@ -249,6 +249,8 @@ SAID = [
     "in=2x4x3x4x5 co=6 k=3 s=2 p=0:1 act=gelu layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=2 s=3 op=1 act=hard_silu layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=3 d=2 p=2 act=elu:0.5",
+    "in=2x4x3x4x5 co=6 k=3 s=2 p=0:1 act=elu:0.5 layout=NDHWC",
+    "in=2x4x3x4x5 co=6 k=2 s=2 act=leaky_relu:0.01 layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=log_sigmoid",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=soft_shrink",
 ]

@@ -293,7 +293,8 @@ def layer(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
 
 def _means(text: str, x: tuple[int | None, ...]) -> tuple[Triple, Triple] | None:
     """Return where the output of a layer's text begins, and its size; None where Keras refuses it."""
-    reader = SimpleNamespace(layers=SimpleNamespace(Conv3DTranspose=partial(Conv3DTranspose, input=x)))
+    layers = {name: partial(_configuration, name) for name in ("LeakyReLU", "ELU")}
+    reader = SimpleNamespace(layers=SimpleNamespace(Conv3DTranspose=partial(Conv3DTranspose, input=x), **layers))
     try:
         read: Imported = eval(text, {"__builtins__": {}}, {"keras": reader})  # noqa: S307 (a text of our own)
     except (WordsError, SpecError):
@@ -301,12 +302,27 @@ def _means(text: str, x: tuple[int | None, ...]) -> tuple[Triple, Triple] | None
     return read.place
 
 
+def _configuration(kind: str, **config: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": config}
+
+
+class _Code(str):
+    """A text that stands for itself where a value is written."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def _name(activation: Activation) -> str | None:
     if activation.name == "none":
         return None
     if activation == Activation("leaky_relu", (0.2,)):
         return "leaky_relu"
-    if activation != Activation(activation.name) or activation.name in ("leaky_relu", "gelu_tanh"):
+    if activation.name == "leaky_relu":
+        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r})")
+    if activation.name == "elu" and activation != Activation("elu"):
+        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r})")
+    if activation != Activation(activation.name) or activation.name == "gelu_tanh":
         raise WordsError(f"{SYSTEM} has no name for the activation {activation}; give the layer a function")
     return activation.name
 
