@@ -413,7 +413,14 @@ def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(WordsError, match=r"\(2, 3, 3, 3, 4\)"):
         layer.with_weights(np.zeros((4, 2, 3, 3, 3)))
     with pytest.raises(WordsError, match="bias"):
-        layer.with_weights(np.zeros((2, 3, 3, 3, 4)), np.zeros(3))
+        mlx.ConvTranspose3d(4, 2, 3, input=V).with_weights(np.zeros((2, 3, 3, 3, 4)), np.zeros(3))
+
+
+def test_a_bias_that_one_has_and_the_other_lacks_is_refused() -> None:
+    with pytest.raises(WordsError, match="has a bias, but its values are missing"):
+        torch.ConvTranspose3d(4, 2, 3, input=X).with_weights(np.zeros(W))
+    with pytest.raises(WordsError, match="has no bias, but values of one were given"):
+        torch.ConvTranspose3d(4, 2, 3, bias=False, input=X).with_weights(np.zeros(W), np.zeros(2))
 
 
 def test_a_bias_that_was_given_by_its_shape_is_not_zero_but_unknown() -> None:
@@ -454,7 +461,8 @@ def test_a_system_converts_dtypes_as_it_does() -> None:
         (jax.conv_transpose(x, np.zeros((3, 3, 3, 4, 2)), (1, 1, 1), "SAME"), "float32"),  # without x64
     ]
     for layer, dtype in dtypes:
-        layer = layer if layer.weight is not None else layer.with_weights(np.zeros(layer.w_shape, half))
+        if layer.weight is None:
+            layer = layer.with_weights(np.zeros(layer.w_shape, half), np.zeros(2, half))
         assert layer.spec.dtype == dtype, layer.system
         assert layer.weight is not None
         assert layer.weight.dtype == dtype, layer.system

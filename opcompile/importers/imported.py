@@ -130,22 +130,27 @@ class Imported:
         values, known = values_of(weight), values_of(bias)
         if values is None:
             return self
-        held = self.with_weights(values, known)
-        return held if known is not None else replace(held, bias=None)
+        if known is None:
+            return replace(self, weight=self._in_dtype(self.to_w(values)))
+        return self.with_weights(values, known)
 
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with values, both as the system stores them.
 
         They are converted to the dtype that the layer computes in, as the systems do when they load or promote
-        weights. Raises `WordsError` for other shapes.
+        weights. Raises `WordsError` for other shapes, and where one has a bias, of layer and values, that the
+        other lacks.
         """
         own = None if bias is None else array(bias)
+        if own is None and self.spec.bias:
+            raise WordsError("the layer has a bias, but its values are missing; give them, or say that it has none")
+        if own is not None and not self.spec.bias:
+            raise WordsError("the layer has no bias, but values of one were given; leave them out, or say that it has")
         if own is not None and own.shape != (self.spec.channels_out,):
             raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
-        if own is None and self.spec.bias:
-            own = np.zeros(self.spec.channels_out)
-        w, b = self._in_dtype(self.to_w(weight)), None if own is None else self._in_dtype(own)
-        return replace(self, weight=w, bias=b, spec=replace(self.spec, bias=b is not None))
+        return replace(
+            self, weight=self._in_dtype(self.to_w(weight)), bias=None if own is None else self._in_dtype(own)
+        )
 
     def _in_dtype(self, a: Tensor) -> Tensor:
         return a.astype(_bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
