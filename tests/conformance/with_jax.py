@@ -24,7 +24,7 @@ LAYOUTS = [
 
 def suites() -> Iterator[Result]:
     yield run("jax", SYSTEM, VERSION, "grid of lax.conv_transpose", grid())
-    yield run("jax-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("jax-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
 
 
 def of_call(name: str, x: Any, w: Any, strides: Any, padding: Any, more: dict[str, Any], **case: Any) -> Case:

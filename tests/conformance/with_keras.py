@@ -19,7 +19,7 @@ SYSTEM, VERSION = f"Keras ({BACKEND})", keras.__version__
 
 def suites() -> Iterator[Result]:
     yield run("keras", SYSTEM, VERSION, "grid of Conv3DTranspose", grid())
-    yield run("keras-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("keras-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("keras-activations", SYSTEM, VERSION, "every fused activation, and those that are not", activations())
     yield run("keras-own", SYSTEM, VERSION, "its own 3-D tests (6), and its NumPy oracle on the grid", own())
 

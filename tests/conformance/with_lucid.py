@@ -19,7 +19,7 @@ SYSTEM, VERSION = "Lucid", version("lucid-dl")
 
 def suites() -> Iterator[Result]:
     yield run("lucid", SYSTEM, VERSION, "grid of F.conv_transpose3d", grid())
-    yield run("lucid-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("lucid-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("lucid-layer", SYSTEM, VERSION, "grid of nn.ConvTranspose3d, padding strings", layers())
     yield run("lucid-documented", SYSTEM, VERSION, "its documented examples", documented())
 

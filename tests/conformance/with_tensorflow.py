@@ -16,7 +16,7 @@ SYSTEM, VERSION = "TensorFlow", tf.__version__
 
 def suites() -> Iterator[Result]:
     yield run("tensorflow", SYSTEM, VERSION, "grid of tf.nn.conv3d_transpose", grid())
-    yield run("tensorflow-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("tensorflow-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
 
 
 def of_call(name: str, x: Any, w: Any, args: tuple[Any, ...], **more: Any) -> Case:

@@ -17,7 +17,7 @@ SYSTEM, VERSION = "PyTorch", torch.__version__
 
 def suites() -> Iterator[Result]:
     yield run("torch", SYSTEM, VERSION, "grid of F.conv_transpose3d", grid())
-    yield run("torch-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("torch-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("torch-module", SYSTEM, VERSION, "grid of nn.ConvTranspose3d, output_size", modules())
     yield run("torch-opinfo", SYSTEM, VERSION, "its OpInfo samples, float32 and float64", opinfo())
     yield run("torch-inputs", SYSTEM, VERSION, "its module inputs", module_inputs())
