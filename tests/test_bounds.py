@@ -110,6 +110,7 @@ def naive(activation: Activation, z: np.ndarray) -> np.ndarray:
             "exponential": lambda: np.exp(z),
             "hard_tanh": lambda: np.clip(z, -1, 1),
             "soft_shrink": lambda: np.where(z > 0.5, z - half, np.where(z < -0.5, z + half, 0)).astype(np.float32),
+            "hard_shrink": lambda: np.where(np.abs(z) > half, z, 0).astype(np.float32),
             "tanh_shrink": lambda: z - np.tanh(z),
             "log_sigmoid": lambda: np.minimum(z, 0) - np.log1p(np.exp(-np.abs(z))),
             "squareplus": lambda: half * (z + np.sqrt(z * z + np.float32(4))),
@@ -137,7 +138,8 @@ def test_slope_is_the_largest_derivative(name: str) -> None:
         if name == "exponential":
             continue
         z = np.linspace(-12, 12, 240_001)
-        steepest = np.abs(np.diff(activate(activation, z)) / np.diff(z)).max()
+        slopes = np.abs(np.diff(activate(activation, z)) / np.diff(z))
+        steepest = slopes[slopes < 1000].max()  # a jump has none
         slope = module._carries(activation).slope
         assert steepest <= slope * (1 + 1e-9)
         assert slope <= steepest * 1.01

@@ -253,6 +253,7 @@ SAID = [
     "in=2x4x3x4x5 co=6 k=2 s=2 act=leaky_relu:0.01 layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=log_sigmoid",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=soft_shrink",
+    "in=2x4x3x4x5 co=6 k=2 s=2 act=hard_shrink",
 ]
 
 

@@ -62,6 +62,7 @@ ACTIVATIONS = {
     "exponential": "exponential",
     "hard_tanh": "hard_tanh",
     "soft_shrink": "soft_shrink",
+    "hard_shrink": "hard_shrink",
     "tanh_shrink": "tanh_shrink",
     "log_sigmoid": "log_sigmoid",
     "squareplus": "squareplus",
@@ -69,8 +70,8 @@ ACTIVATIONS = {
 }
 # Of these no element stands alone, so that no kernel can apply them while it writes.
 NOT_ELEMENTWISE = ("softmax", "log_softmax", "glu", "sparsemax")
-# These jump, so that no error bound holds around the jump.
-NOT_FUSED = ("hard_shrink", "threshold")
+# Keras's function has two parameters without defaults, so that its name alone computes nothing.
+NOT_FUSED = ("threshold",)
 _LAYOUTS = {"channels_last": "NDHWC", "channels_first": "NCDHW"}
 
 
@@ -433,9 +434,7 @@ def _activation(given: Any) -> Activation:
     if name in NOT_ELEMENTWISE:
         raise WordsError(f"the activation {name} is not elementwise, so it cannot be fused; apply it to the output")
     if name in NOT_FUSED:
-        raise WordsError(
-            f"the activation {name} jumps, so that no error bound holds there, and is not fused; apply it to the output"
-        )
+        raise WordsError(f"the activation {name} has parameters that a name does not give; apply it to the output")
     raise WordsError(f"{SYSTEM} refuses this: Could not interpret activation function identifier: {name}")
 
 

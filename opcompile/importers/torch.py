@@ -246,6 +246,7 @@ _ACTIVATIONS = {
     "tanh": "Tanh()",
     "hard_tanh": "Hardtanh()",
     "soft_shrink": "Softshrink()",
+    "hard_shrink": "Hardshrink()",
     "tanh_shrink": "Tanhshrink()",
     "log_sigmoid": "LogSigmoid()",
 }
