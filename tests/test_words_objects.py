@@ -147,7 +147,7 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
 def test_layers_inside_of_others_are_found() -> None:
     """Shared, wrapped, derived, nested, inside of a layer of one's own; N is dynamic whatever they were built with."""
     real = pytest.importorskip("keras")
-    kind = real.layers.Conv3DTranspose
+    kind, zeros = real.layers.Conv3DTranspose, {"kernel_initializer": "zeros"}  # random ones take JAX long
 
     class Derived(kind):  # type: ignore[misc, valid-type]
         pass
@@ -159,19 +159,21 @@ def test_layers_inside_of_others_are_found() -> None:
     class Block(real.layers.Layer):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.up = kind(3, 2, 2, name="inside")
+            self.up = kind(3, 2, 2, name="inside", **zeros)
 
         def call(self, x: Any) -> Any:
             return real.ops.relu(self.up(x))
 
-    given, shared = real.Input((2, 2, 3, 4)), kind(4, 2, padding="same", name="shared")
-    y = Derived(2, 2, name="derived")(Block()(shared(shared(given))))
-    y = real.Sequential([kind(2, 2, name="nested")])(y)
-    found = {f.name: f for f in keras.find(real.Model(given, Twice(2, 2, name="twice")(y)))}
+    given, shared = real.Input((2, 2, 3, 4)), kind(4, 2, padding="same", name="shared", **zeros)
+    y = Derived(2, 2, name="derived", **zeros)(Block()(shared(shared(given))))
+    y = real.Sequential([kind(2, 2, name="nested", **zeros)])(y)
+    found = {f.name: f for f in keras.find(real.Model(given, Twice(2, 2, name="twice", **zeros)(y)))}
     assert list(found) == ["shared", "inside", "derived", "nested", "twice"]
     assert {name for name, f in found.items() if f.layer and f.layer.spec.batch is None} == found.keys() - {"twice"}
     assert "call of its own" in (found["twice"].reason or "")
-    wrapped = real.Sequential([real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(kind(2, 2, name="wrapped"))])
+    wrapped = real.Sequential(
+        [real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(kind(2, 2, name="wrapped", **zeros))]
+    )
     assert [f.name for f in keras.find(wrapped)] == ["wrapped"]
 
 
