@@ -154,6 +154,16 @@ def test_errors_of_the_sum_are_carried_through(activation: Activation, z: float,
         assert abs(activate(activation, np.array([moved])) - activate(activation, here))[0] <= allowed[0]
 
 
+def test_a_jump_is_granted_where_the_error_reaches_it_and_nowhere_else() -> None:
+    shrink, error = Activation("hard_shrink"), np.array(0.125)
+    z = np.linspace(-1, 1, 129)  # multiples of 1/64: nothing rounds
+    allowed = module._through(shrink, z, activate(shrink, z), error, FORMATS["float32"])
+    for moved in (z + step for step in np.linspace(-0.125, 0.125, 17)):
+        assert (np.abs(activate(shrink, moved) - activate(shrink, z)) <= allowed).all()
+    np.testing.assert_array_equal(allowed == error, np.abs(np.abs(z) - 0.5) > error)
+    np.testing.assert_array_equal(module._through(shrink, z, z, np.array(0.0), FORMATS["float32"]), 0 * z)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_formats_are_those_of_numpy(dtype: str) -> None:
     info, ours = np.finfo(dtype), FORMATS[dtype]
