@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 from opcompile import load
 from opcompile.bounds import compare
 from opcompile.cli import cli
-from opcompile.errors import ModelError, WordsError
+from opcompile.errors import EngineError, ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
 from opcompile.source import read
@@ -64,7 +66,7 @@ def test_a_pytorch_module() -> None:
             torch.from_module(other, x)
 
 
-def test_an_exported_program(tmp_path: Path) -> None:
+def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     real = pytest.importorskip("torch")
     model, x = decoder(), drawn(2, 4, 3, 4, 5)
     batch = real.export.Dim("n")
@@ -81,8 +83,14 @@ def test_an_exported_program(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"torch\.export"):
         torch.find(model)
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"bad\.pt2"):
-        torch.find(tmp_path / "bad.pt2")
+    log = logging.getLogger("torch.export")  # which tells no other logger
+    log.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ModelError, match=r"bad\.pt2"):
+            torch.find(tmp_path / "bad.pt2")
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records, "a traceback was logged"
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
@@ -232,6 +240,25 @@ def test_a_file_of_such_a_model_is_a_source(kind: str, tmp_path: Path) -> None:
         read(path, ["other"])
     with pytest.raises(ModelError, match="there is no file"):
         read(tmp_path / f"absent.{kind}")
+
+
+def test_keras_without_its_backend_is_told_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "keras"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent("tensorflow"), *sys.meta_path])
+    with pytest.raises(EngineError, match="set KERAS_BACKEND"):
+        keras.find("model.keras")
+
+
+class Absent:
+    """A finder for which Keras lacks its backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "keras":
+            raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
 
 
 def test_initializers_build_weights() -> None:

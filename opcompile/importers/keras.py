@@ -478,5 +478,7 @@ def _keras() -> Any:
     try:
         import keras
     except ImportError as error:
-        raise EngineError(f"the package keras is not usable ({error}); pip install 'opcompile[words]'") from error
+        backend = "set KERAS_BACKEND to one that is installed, torch or jax"
+        way_out = "pip install 'opcompile[words]'" if error.name == "keras" else backend
+        raise EngineError(f"the package keras is not usable ({error}); {way_out}") from error
     return keras

@@ -7,6 +7,7 @@ Rules and messages are those of PyTorch 2.13. PyTorch itself is needed only to r
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -163,10 +164,14 @@ def find(source: Any) -> list[Found]:
     torch = _torch()
     program = source
     if isinstance(source, (str, os.PathLike)):
+        log = logging.getLogger("torch.export")
+        before, log.disabled = log.disabled, True  # it logs the traceback of what it raises
         try:
             program = torch.export.load(source)
         except Exception as error:  # of many kinds, and each means that it cannot be read
             raise ModelError(f"cannot read {source} as a torch.export program: {error}; export it again") from error
+        finally:
+            log.disabled = before
     if not hasattr(program, "graph_module"):
         raise ModelError(f"{type(source).__name__} is not a torch.export program; make one with torch.export.export")
     constants = _constants(program)
