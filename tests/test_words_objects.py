@@ -90,7 +90,7 @@ def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
             torch.find(tmp_path / "bad.pt2")
     finally:
         log.removeHandler(caplog.handler)
-    assert not caplog.records, "a traceback was logged"
+    assert not [r for r in caplog.records if r.name == "torch.export"], "a traceback was logged"
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
