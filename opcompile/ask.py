@@ -5,6 +5,7 @@ The text is `say`'s own, and is evaluated with the system's modules and arrays u
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -15,16 +16,16 @@ import numpy as np
 from opcompile.errors import EngineError
 from opcompile.importers.imported import Imported, Tensor
 
-# The module and the distribution of each system; R's packages are not reached from Python.
+# The module of each system, and the distributions that bring it; R's packages are not reached from Python.
 _PACKAGES = {
     "PyTorch": ("torch", "torch"),
     "MLX": ("mlx.core", "mlx"),
     "Lucid 2": ("lucid", "lucid-dl"),
     "Lucid 3": ("lucid", "lucid-dl"),
     "Keras": ("keras", "keras"),
-    "TensorFlow": ("tensorflow", "tensorflow"),
+    "TensorFlow": ("tensorflow", "tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly"),
     "JAX": ("jax", "jax"),
-    "ONNX Runtime": ("onnxruntime", "onnxruntime"),
+    "ONNX Runtime": ("onnxruntime", "onnxruntime", "onnxruntime-gpu"),
     "OpenVINO": ("openvino", "openvino"),
 }
 
@@ -58,18 +59,27 @@ def order(a: Tensor, have: str, want: str) -> Tensor:
 
 def _package(name: str) -> tuple[Any, str]:
     """Import a system. Raises `EngineError` where it is not there, is another version, or cannot be imported."""
-    module, distribution = _PACKAGES[name]
-    try:
-        found = version(distribution)
-    except PackageNotFoundError as error:
-        raise EngineError(f"the package {distribution} is not installed") from error
+    module, distribution, *others = _PACKAGES[name]
+    found = next(filter(None, map(_version, (distribution, *others))), None)
+    if found is None:
+        raise EngineError(f"the package {distribution} is not installed")
     if name.startswith("Lucid") and name != f"Lucid {found.split('.')[0]}":
         raise EngineError(f"the package {distribution} is version {found}")
+    if name == "OpenVINO":
+        # its import reports itself over the network, by a process that it forks beside JAX's threads
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_module(module), found
     except Exception as error:  # whatever a package does at its import, like Keras without its backend
         way_out = "; set KERAS_BACKEND to one that is installed, torch or jax" if name == "Keras" else ""
         raise EngineError(f"the package {distribution} cannot be imported: {_first_line(error)}{way_out}") from error
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _first_line(error: Exception) -> str:

@@ -85,7 +85,7 @@ _RATIONAL = 6.0
 
 
 # Selections only: a sum that is exact stays exact.
-EXACT_ACTIVATIONS = ("none", "relu", "relu6", "hard_tanh")
+EXACT_ACTIVATIONS = ("none", "relu", "relu6", "hard_tanh", "hard_shrink")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _carries(activation: Activation) -> _Carries:
     """Slopes given as numbers are the largest |f'|, rounded up; a test holds each against a grid."""
     alpha, second, *_ = (*(abs(p) for p in activation.parameters), 0.0, 0.0)
     match activation.name:
-        case "none" | "relu" | "relu6" | "hard_tanh":
+        case "none" | "relu" | "relu6" | "hard_tanh" | "hard_shrink":
             return _Carries(1.0)
         case "leaky_relu":
             return _Carries(max(1.0, alpha), of_y=_RATIONAL)
@@ -144,6 +144,9 @@ def _carries(activation: Activation) -> _Carries:
 
 def _through(activation: Activation, z: Array, y: Array, error: Array, sums: Format) -> Array:
     """Bound |f^(z^) - f(z)|, where y = f(z), |z^ - z| <= error, and f^ is f evaluated in ``sums``."""
+    if activation.name == "hard_shrink":
+        # it jumps by 1/2 at 1/2: where the error reaches that far, z^ may lie on the other side
+        return error + 0.5 * ((np.abs(np.abs(z) - 0.5) <= error) & (error > 0))
     if activation.name in EXACT_ACTIVATIONS:
         return error
     # f is evaluated at z^, where |z^| <= |z| + error and |f(z^)| <= |f(z)| + carried

@@ -183,8 +183,9 @@ _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", 
 def cli() -> None:
     """Compile 3-D transposed convolutions ahead of time, and prove them equal to ONNX Runtime.
 
-    SOURCE is an ONNX file (all its 5-D ConvTranspose nodes), a layer as text, like
-    "in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1", or the name of a case (`opcompile cases`).
+    SOURCE is an ONNX file (all its 5-D ConvTranspose nodes), a torch.export program (.pt2), a Keras model
+    (.keras), a layer as text, like "in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1", or the name of a case
+    (`opcompile cases`).
     """
 
 

@@ -466,6 +466,7 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "exponential": tirx.exp,
     "hard_tanh": lambda z: _clip(z, -1, 1),
     "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
+    "hard_shrink": lambda z: tirx.Select(tirx.abs(z) > _const(z, 0.5), z, _const(z, 0)),
     "tanh_shrink": lambda z: z - _tanh(z),
     "log_sigmoid": lambda z: -_softplus(-z),
     "squareplus": _squareplus,

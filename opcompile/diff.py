@@ -402,15 +402,11 @@ def _shown(found: Comparison) -> Iterator[Any]:
     yield Text("\n".join(_labelled(names, call) for call, names in calls.items()))
     refused = _together((row.why, row.system) for row in found.rows if row.verdict == REFUSED)
     silent = _together((row.not_measured, row.system) for row in found.rows if row.not_measured)
-    yield Text(
-        "\n".join(
-            [
-                *(f"{names} cannot say it: {why}" for why, names in refused.items()),
-                f"Differences were measured on {brief(found.measured_on)}.",
-                *(f"Not measured: {names}: {why}" for why, names in silent.items()),
-            ]
-        )
-    )
+    lines = [f"{names} cannot say it: {why}" for why, names in refused.items()]
+    if any(row.own_difference is not None for row in found.rows):
+        lines.append(f"Differences were measured on {brief(found.measured_on)}.")
+    lines += [f"Not measured: {names}: {why}" for why, names in silent.items()]
+    yield Text("\n".join(lines))
 
 
 def _labelled(names: str, call: str) -> str:

@@ -319,6 +319,7 @@ _ACTIVATIONS: dict[str, Callable[..., str]] = {
     "exponential": lambda body, z: body.add("Exp", z),
     "hard_tanh": lambda body, z: body.add("Clip", z, body.constant(-1), body.constant(1)),
     "soft_shrink": lambda body, z: body.add("Shrink", z, lambd=0.5, bias=0.5),
+    "hard_shrink": lambda body, z: body.add("Shrink", z, lambd=0.5, bias=0.0),
     "tanh_shrink": lambda body, z: body.add("Sub", z, body.add("Tanh", z)),
     "log_sigmoid": lambda body, z: body.add("Neg", body.add("Softplus", body.add("Neg", z))),
     "squareplus": _squareplus,

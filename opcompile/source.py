@@ -1,7 +1,8 @@
-"""What a person may call a layer -> layers: an ONNX file, a text, or the name of a case.
+"""What a person may call a layer -> layers: a model's file, a text, or the name of a case.
 
-In this order: a file that exists is a model, and stands for its 5-D ConvTranspose nodes; a text with
-``=`` is a layer's text form; the rest is looked up among the cases.
+In this order: a file that exists is a model, and stands for its 3-D transposed convolutions: of a
+``torch.export`` program where its name ends in ``.pt2``, of a Keras model where it ends in ``.keras``, else of
+an ONNX file. A text with ``=`` is a layer's text form; the rest is looked up among the cases.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = ()) -> Source:
         raise ModelError(f"a node was chosen, but {text!r} is not a model file; leave it out, or name an ONNX file")
     if os.path.isdir(text) and text not in {c.name for c in CASES}:
         raise ModelError(f"{text} is a directory; name an ONNX file, a layer's text form or a case")
-    if text.endswith(".onnx") or (os.sep in text and "=" not in text):
+    if text.endswith((".onnx", ".pt2", ".keras")) or (os.sep in text and "=" not in text):
         raise ModelError(f"there is no file {text}; name an ONNX file, a layer's text form or a case")
     if "=" in text:
         return Source(text, "text", (Layer("layer", ConvTranspose3d.parse(text)),))
@@ -88,16 +89,27 @@ _EXAMPLE = "like in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"
 
 
 def _of_model(path: str, nodes: Sequence[str]) -> tuple[Layer, ...]:
-    from opcompile.importers.onnx import find  # on use: it brings onnx
-
-    found = [Layer(f.name, f.spec, f.weight, f.bias, f.reason) for f in find(path)]
+    found = _found(path)
     if not found:
-        raise ModelError(f"{path} has no ConvTranspose node on 5-D tensors; there is nothing to compile in it")
+        raise ModelError(f"{path} has no 3-D transposed convolution; there is nothing to compile in it")
     unknown = sorted(set(nodes) - {layer.name for layer in found})
     if unknown:
         names = ", ".join(layer.name for layer in found)
-        raise ModelError(f"{path} has no 5-D ConvTranspose node {unknown[0]!r}; it has: {names}")
+        raise ModelError(f"{path} has no 3-D transposed convolution {unknown[0]!r}; it has: {names}")
     return tuple(layer for layer in found if not nodes or layer.name in nodes)
+
+
+def _found(path: str) -> list[Layer]:
+    # on use: each brings its system
+    if path.endswith((".pt2", ".keras")):
+        from opcompile.importers import keras, torch
+
+        inside = (torch if path.endswith(".pt2") else keras).find(path)
+        layers = [(f.name, f.layer, f.reason) for f in inside]
+        return [Layer(n, x.spec, x.weight, x.bias) if x else Layer(n, None, reason=why) for n, x, why in layers]
+    from opcompile.importers.onnx import find
+
+    return [Layer(f.name, f.spec, f.weight, f.bias, f.reason) for f in find(path)]
 
 
 def brief(spec: ConvTranspose3d) -> str:

@@ -44,6 +44,7 @@ ACTIVATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "exponential": (),
     "hard_tanh": (),
     "soft_shrink": (),
+    "hard_shrink": (),
     "tanh_shrink": (),
     "log_sigmoid": (),
     "squareplus": (),

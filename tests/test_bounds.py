@@ -110,6 +110,7 @@ def naive(activation: Activation, z: np.ndarray) -> np.ndarray:
             "exponential": lambda: np.exp(z),
             "hard_tanh": lambda: np.clip(z, -1, 1),
             "soft_shrink": lambda: np.where(z > 0.5, z - half, np.where(z < -0.5, z + half, 0)).astype(np.float32),
+            "hard_shrink": lambda: np.where(np.abs(z) > half, z, 0).astype(np.float32),
             "tanh_shrink": lambda: z - np.tanh(z),
             "log_sigmoid": lambda: np.minimum(z, 0) - np.log1p(np.exp(-np.abs(z))),
             "squareplus": lambda: half * (z + np.sqrt(z * z + np.float32(4))),
@@ -137,7 +138,8 @@ def test_slope_is_the_largest_derivative(name: str) -> None:
         if name == "exponential":
             continue
         z = np.linspace(-12, 12, 240_001)
-        steepest = np.abs(np.diff(activate(activation, z)) / np.diff(z)).max()
+        slopes = np.abs(np.diff(activate(activation, z)) / np.diff(z))
+        steepest = slopes[slopes < 1000].max()  # a jump has none
         slope = module._carries(activation).slope
         assert steepest <= slope * (1 + 1e-9)
         assert slope <= steepest * 1.01
@@ -150,6 +152,16 @@ def test_errors_of_the_sum_are_carried_through(activation: Activation, z: float,
     allowed = module._through(activation, here, activate(activation, here), error_array, FORMATS["float32"])
     for moved in z + error * np.linspace(-0.999999, 0.999999, 9):  # the ends themselves would round
         assert abs(activate(activation, np.array([moved])) - activate(activation, here))[0] <= allowed[0]
+
+
+def test_a_jump_is_granted_where_the_error_reaches_it_and_nowhere_else() -> None:
+    shrink, error = Activation("hard_shrink"), np.array(0.125)
+    z = np.linspace(-1, 1, 129)  # multiples of 1/64: nothing rounds
+    allowed = module._through(shrink, z, activate(shrink, z), error, FORMATS["float32"])
+    for moved in (z + step for step in np.linspace(-0.125, 0.125, 17)):
+        assert (np.abs(activate(shrink, moved) - activate(shrink, z)) <= allowed).all()
+    np.testing.assert_array_equal(allowed == error, np.abs(np.abs(z) - 0.5) > error)
+    np.testing.assert_array_equal(module._through(shrink, z, z, np.array(0.0), FORMATS["float32"]), 0 * z)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])

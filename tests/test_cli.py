@@ -109,7 +109,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (
             ["{models}/unet.onnx", "-o", "{tmp}/a", "--node", "n"],
             2,
-            ["no 5-D ConvTranspose node 'n'", "node_convolution"],
+            ["no 3-D transposed convolution 'n'", "node_convolution"],
         ),
         (["{models}/unet.onnx", "-o", "{tmp}"], 2, ["not among the nodes"]),
         ([LAYER], 2, ["--output"]),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -96,6 +99,7 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure"], catch_exceptions=False).stdout
     assert "shifted by one voxel" in text
+    assert "measured" not in text
     assert "F.conv_transpose3d(x, w, b, stride=2, padding=1, output_padding=1)" in text
     done = CliRunner().invoke(cli, ["diff", str(QUESTION), "--no-measure", "--json"], catch_exceptions=False)
     content = json.loads(done.stdout)
@@ -112,6 +116,21 @@ def test_onnx_runtime_is_asked_for_the_very_node() -> None:
     assert shifted.own_difference is not None
     assert shifted.own_difference < 1e-5
     assert "definition" in found["ONNX 1 SAME_UPPER"].not_measured
+
+
+@pytest.mark.parametrize("distribution", ["tensorflow", "tensorflow-cpu"])
+def test_a_system_is_found_by_whichever_distribution_brings_it(
+    distribution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name != distribution:
+            raise PackageNotFoundError(name)
+        return "2.21.0"
+
+    monkeypatch.setattr("opcompile.ask.version", version)
+    monkeypatch.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
+    (row, *_) = [row for row in diff(QUESTION).rows if row.system == "TensorFlow"]
+    assert "TensorFlow 2.21.0 fails" in row.not_measured
 
 
 @pytest.mark.peers

@@ -89,12 +89,25 @@ def test_slopes_are_those_of_pytorch_kinks_included(name: str) -> None:
     compare(Gradient(spec, "b"), tensor.grad.numpy(), {"dy": ones, "y": y}).require()
 
 
-MLX = [
+MLX: list[str] = [
     "in=1x2x3x4x5 co=3 k=3",
     "in=2x4x3x4x5 co=6 k=3 s=2 p=1 op=1",
     "in=1x3x4x5x6 co=4 k=2x3x4 s=2x3x1 p=0x1x2",
     "in=1x3x4x5x6 co=4 k=3 d=2x1x3 p=1",
     "in=1x5x3x3x3 co=2 k=4 s=2 p=1",
+    # the layers of MLX's own test_torch_conv_3D_grad, but for the widest channels
+    *(
+        f"in={n}x{c}x{layer} co={m}"
+        for n, c, m in ((1, 1, 1), (1, 6, 1), (1, 1, 6), (2, 4, 8))
+        for layer in (
+            "1x1x1 k=1",
+            "3x3x3 k=3x1x1",
+            "15x15x15 k=5 s=5 p=2",
+            "16x16x16 k=3 s=2 p=1",
+            "15x15x15 k=5 s=5 p=2 d=3x2x2",
+            "16x16x16 k=3 s=2 p=1 d=3x2x2",
+        )
+    ),
 ]
 
 

@@ -182,6 +182,7 @@ CLOSED_FORMS = {
     "exponential": lambda z: z.exp(),
     "hard_tanh": lambda z: _clip(z, -1, 1),
     "soft_shrink": lambda z: z - max(min(z, Decimal("0.5")), Decimal("-0.5")),
+    "hard_shrink": lambda z: z if abs(z) > Decimal("0.5") else Decimal(0),
     "tanh_shrink": lambda z: z - _tanh(z),
     "log_sigmoid": lambda z: -_softplus(-z),
     "squareplus": lambda z: (z + (z * z + 4).sqrt()) / 2,

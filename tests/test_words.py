@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import arrays, specs
 
-from opcompile.errors import ModelError, SpecError, WordsError
+from opcompile.errors import ModelError, OpcompileError, SpecError, WordsError
 from opcompile.importers import files, jax, keras, lucid, mlx, rmlx, tensorflow, torch
 from opcompile.importers.imported import Imported, WeightOrder, array
 from opcompile.reference import reference
@@ -248,6 +250,86 @@ def test_what_only_that_system_refuses_is_computed_when_asked(
     assert tuple(a.out for a in read(*args, **kwargs, strict=False).spec.axes) == outs
 
 
+ODD = [None, "a", b"x", 2.0, 2.5, (), (1,), (1, 2), (1,) * 4, (1, None, 1), ("a",) * 3, [[1]], {}, -1, 10**20, object()]
+ODD += [float("nan"), range(1, 4), np.array(2), np.array([1, 2, 1]), np.array(["a"])]
+GEOMETRY = ["stride", "padding", "output_padding", "dilation", "groups"]
+CALLS: list[tuple[Callable[..., Imported], dict[str, Any], list[str]]] = [
+    (torch.conv_transpose3d, {"input": X, "weight": W}, [*GEOMETRY, "input", "weight", "bias"]),
+    (
+        torch.ConvTranspose3d,
+        {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "input": X},
+        [*GEOMETRY, "in_channels", "out_channels", "kernel_size", "output_size"],
+    ),
+    (partial(mlx.conv_transpose3d, V, (2, 3, 3, 3, 4)), {}, GEOMETRY),
+    (
+        mlx.ConvTranspose3d,
+        {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "input": V},
+        [*GEOMETRY[:4], "in_channels", "out_channels", "kernel_size", "input"],
+    ),
+    (
+        rmlx.mlx_conv_transpose3d,
+        {"input": V, "weight": (2, 3, 3, 3, 4)},
+        [*GEOMETRY, "input", "weight", "device"],
+    ),
+    (lucid.conv_transpose3d, {"input_": X, "weight": W}, [*GEOMETRY, "input_", "weight", "bias"]),
+    (
+        lucid.ConvTranspose3d,
+        {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "input": X},
+        [*GEOMETRY, "in_channels", "out_channels", "kernel_size"],
+    ),
+    (
+        keras.Conv3DTranspose,
+        {"filters": 2, "kernel_size": 3, "input": V},
+        [
+            "filters",
+            "kernel_size",
+            "strides",
+            "padding",
+            "output_padding",
+            "dilation_rate",
+            "data_format",
+            "activation",
+        ],
+    ),
+    (
+        tensorflow.conv3d_transpose,
+        {"input": V, "filters": (3, 3, 3, 2, 4), "output_shape": (1, 8, 8, 8, 2), "strides": 1},
+        ["input", "filters", "output_shape", "strides", "padding", "data_format", "dilations"],
+    ),
+    (
+        jax.conv_transpose,
+        {"lhs": V, "rhs": (3, 3, 3, 4, 2), "strides": (1, 1, 1), "padding": "SAME"},
+        ["lhs", "rhs", "strides", "padding", "rhs_dilation", "dimension_numbers"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("read", "words", "name"), [(read, words, name) for read, words, names in CALLS for name in names]
+)
+def test_whatever_an_argument_is_only_errors_of_ours_come(
+    read: Callable[..., Imported], words: dict[str, Any], name: str
+) -> None:
+    for value in ODD:
+        with suppress(OpcompileError):
+            assert read(**{**words, name: value}).spec.y_shape
+
+
+def test_numpys_integers_are_whole_numbers() -> None:
+    two, triple = np.int64(2), np.array([2, 2, 2])
+    seventeen = (17, 17, 17)
+    for layer in (
+        torch.conv_transpose3d(X, W, stride=tuple(triple), groups=np.int32(1)),
+        mlx.conv_transpose3d(V, (2, 3, 3, 3, 4), triple, groups=np.int64(1)),
+        rmlx.mlx_conv_transpose3d(V, (2, 3, 3, 3, 4), stride=triple.astype(float)),
+        lucid.conv_transpose3d(X, W, stride=tuple(triple)),
+        keras.Conv3DTranspose(two, 3, tuple(triple), input=V),
+        tensorflow.conv3d_transpose(V, (3, 3, 3, 2, 4), np.array((1, 17, 17, 17, 2)), triple, "VALID"),
+        jax.conv_transpose(V, (3, 3, 3, 4, 2), triple, "VALID"),
+    ):
+        assert layer.place[1] == seventeen, layer.system
+
+
 @pytest.mark.parametrize("groups", [0, 3])
 def test_what_nobody_could_compute_stays_refused(groups: int) -> None:
     with pytest.raises(WordsError):
@@ -331,7 +413,21 @@ def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(WordsError, match=r"\(2, 3, 3, 3, 4\)"):
         layer.with_weights(np.zeros((4, 2, 3, 3, 3)))
     with pytest.raises(WordsError, match="bias"):
-        layer.with_weights(np.zeros((2, 3, 3, 3, 4)), np.zeros(3))
+        mlx.ConvTranspose3d(4, 2, 3, input=V).with_weights(np.zeros((2, 3, 3, 3, 4)), np.zeros(3))
+
+
+def test_a_bias_that_one_has_and_the_other_lacks_is_refused() -> None:
+    with pytest.raises(WordsError, match="has a bias, but its values are missing"):
+        torch.ConvTranspose3d(4, 2, 3, input=X).with_weights(np.zeros(W))
+    with pytest.raises(WordsError, match="has no bias, but values of one were given"):
+        torch.ConvTranspose3d(4, 2, 3, bias=False, input=X).with_weights(np.zeros(W), np.zeros(2))
+
+
+def test_a_bias_that_was_given_by_its_shape_is_not_zero_but_unknown() -> None:
+    layer = torch.conv_transpose3d(X, np.ones(W, np.float32), (2,))
+    assert layer.spec.bias
+    assert layer.weight is not None
+    assert layer.bias is None
 
 
 def test_arrays_bring_their_dtype() -> None:
@@ -340,12 +436,49 @@ def test_arrays_bring_their_dtype() -> None:
     assert layer.weight is not None
     with pytest.raises(WordsError, match="expected scalar type Double but found Float"):
         torch.conv_transpose3d(np.zeros((1, 4, 2, 2, 2)), np.zeros(W, np.float32))
-    assert mlx.conv_transpose3d(np.zeros(V, np.float16), np.zeros((2, 3, 3, 3, 4), np.float32)).spec.dtype == "float32"
     half = np.zeros(W, ml_dtypes.bfloat16)
     assert torch.conv_transpose3d(X, half).spec.dtype == "bfloat16"
     assert array(half).dtype == half.dtype
     with pytest.raises(SpecError, match="int64"):
         torch.conv_transpose3d(np.zeros((1, 4, 2, 2, 2), np.int64), np.zeros(W, np.int64))
+
+
+def test_a_system_converts_dtypes_as_it_does() -> None:
+    """The conversions of each were seen in the system itself; the weights come in the dtype of the spec."""
+    x, w = np.zeros(V), np.zeros((2, 3, 3, 3, 4))
+    half, single = np.float16, np.float32
+    dtypes = [
+        (mlx.conv_transpose3d(x, w), "float32"),  # mx.array(x) is float32
+        (mlx.conv_transpose3d(x.astype(half), w.astype(half)), "float16"),
+        (mlx.conv_transpose3d(x.astype(half), w.astype(single)), "float32"),
+        (mlx.conv_transpose3d(x.astype(half), w.astype(ml_dtypes.bfloat16)), "float32"),
+        (rmlx.mlx_conv_transpose3d(x, w), "float32"),  # as_mlx(x) is float32
+        (lucid.conv_transpose3d(np.zeros(X), np.zeros(W, single)), "float64"),
+        (lucid.ConvTranspose3d(4, 2, 3, input=np.zeros(X)), "float64"),
+        (keras.Conv3DTranspose(2, 3, input=x), "float32"),
+        (keras.Conv3DTranspose(2, 3, input=x, dtype="mixed_float16"), "float16"),
+        (tensorflow.conv3d_transpose(x, np.zeros((3, 3, 3, 2, 4), single), (*V[:4], 2), 1), "float32"),
+        (jax.conv_transpose(x, np.zeros((3, 3, 3, 4, 2)), (1, 1, 1), "SAME"), "float32"),  # without x64
+    ]
+    for layer, dtype in dtypes:
+        if layer.weight is None:
+            layer = layer.with_weights(np.zeros(layer.w_shape, half), np.zeros(2, half))
+        assert layer.spec.dtype == dtype, layer.system
+        assert layer.weight is not None
+        assert layer.weight.dtype == dtype, layer.system
+        assert layer.bias is None or layer.bias.dtype == dtype
+        assert layer.to_x(np.zeros(X if layer.x_layout == "NCDHW" else V)).dtype == dtype
+    with pytest.raises(WordsError, match="same dtypes, got float16, float32"):
+        jax.conv_transpose(x.astype(half), np.zeros((3, 3, 3, 4, 2)), (1, 1, 1), "SAME")
+    with pytest.raises(WordsError, match="expected scalar type Double but found Float"):
+        torch.ConvTranspose3d(4, 2, 3, input=np.zeros(X))
+
+
+def test_floatx_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    (tmp_path / "keras.json").write_text('{"floatx": "float16"}')
+    assert keras.Conv3DTranspose(2, 3, input=V).spec.dtype == "float16"
+    assert keras.Conv3DTranspose(2, 3, input=V, dtype="float32").spec.dtype == "float32"
 
 
 # --- files ---

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from opcompile import load
 from opcompile.bounds import compare
-from opcompile.errors import ModelError, WordsError
+from opcompile.cli import cli
+from opcompile.errors import EngineError, ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
+from opcompile.source import read
 from opcompile.spec import ConvTranspose3d
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -60,7 +66,7 @@ def test_a_pytorch_module() -> None:
             torch.from_module(other, x)
 
 
-def test_an_exported_program(tmp_path: Path) -> None:
+def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     real = pytest.importorskip("torch")
     model, x = decoder(), drawn(2, 4, 3, 4, 5)
     batch = real.export.Dim("n")
@@ -77,8 +83,14 @@ def test_an_exported_program(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"torch\.export"):
         torch.find(model)
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"bad\.pt2"):
-        torch.find(tmp_path / "bad.pt2")
+    log = logging.getLogger("torch.export")  # which tells no other logger
+    log.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ModelError, match=r"bad\.pt2"):
+            torch.find(tmp_path / "bad.pt2")
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not [r for r in caplog.records if r.name == "torch.export"], "a traceback was logged"
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
@@ -140,6 +152,115 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(first)
 
 
+def test_layers_inside_of_others_are_found() -> None:
+    """Shared, wrapped, derived, nested, inside of a layer of one's own; N is dynamic whatever they were built with."""
+    real = pytest.importorskip("keras")
+    kind, zeros = real.layers.Conv3DTranspose, {"kernel_initializer": "zeros"}  # random ones take JAX long
+
+    class Derived(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    class Twice(kind):  # type: ignore[misc, valid-type]
+        def call(self, x: Any) -> Any:
+            return 2 * super().call(x)
+
+    class Block(real.layers.Layer):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = kind(3, 2, 2, name="inside", **zeros)
+
+        def call(self, x: Any) -> Any:
+            return real.ops.relu(self.up(x))
+
+    given, shared = real.Input((2, 2, 3, 4)), kind(4, 2, padding="same", name="shared", **zeros)
+    y = Derived(2, 2, name="derived", **zeros)(Block()(shared(shared(given))))
+    y = real.Sequential([kind(2, 2, name="nested", **zeros)])(y)
+    found = {f.name: f for f in keras.find(real.Model(given, Twice(2, 2, name="twice", **zeros)(y)))}
+    assert list(found) == ["shared", "inside", "derived", "nested", "twice"]
+    assert {name for name, f in found.items() if f.layer and f.layer.spec.batch is None} == found.keys() - {"twice"}
+    assert "call of its own" in (found["twice"].reason or "")
+    wrapped = real.Sequential(
+        [real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(kind(2, 2, name="wrapped", **zeros))]
+    )
+    assert [f.name for f in keras.find(wrapped)] == ["wrapped"]
+
+
+def test_a_mixed_policy_computes_in_its_half() -> None:
+    real = pytest.importorskip("keras")
+    layer, x = real.layers.Conv3DTranspose(2, 2, dtype="mixed_float16"), drawn(1, 2, 2, 2, 4)
+    y = real.ops.convert_to_numpy(layer(x))
+    read = keras.from_layer(layer)
+    assert read.weight is not None
+    assert read.spec.dtype == read.weight.dtype == read.to_x(x).dtype == y.dtype == "float16"
+
+
+@pytest.mark.parametrize("system", ["mlx", "keras"])
+def test_another_layer_is_refused(system: str) -> None:
+    if system == "mlx":
+        real = pytest.importorskip("mlx.nn")
+        with pytest.raises(WordsError, match=r"Conv3d is not an mlx\.nn\.ConvTranspose3d"):
+            mlx.from_module(real.Conv3d(2, 3, 3), (1, 4, 4, 4, 2))
+    else:
+        real = pytest.importorskip("keras")
+        with pytest.raises(WordsError, match=r"Conv3D is not a keras\.layers\.Conv3DTranspose"):
+            keras.from_layer(real.layers.Conv3D(2, 3), (1, 4, 4, 4, 2))
+        with pytest.raises(WordsError, match="function of your own"):
+            keras.Conv3DTranspose(2, 3, activation=lambda v: v, input=(1, 2, 2, 2, 4))
+        with pytest.raises(WordsError, match="Could not interpret initializer identifier: foo"):
+            keras.Conv3DTranspose(2, 3, kernel_initializer="foo", input=(1, 2, 2, 2, 4), initialize=True)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "keras"])
+def test_a_file_of_such_a_model_is_a_source(kind: str, tmp_path: Path) -> None:
+    """The command line compiles what can be compiled of it, with its weights, and names what cannot."""
+    path, x = tmp_path / f"model.{kind}", drawn(1, 4, 3, 4, 5)
+    if kind == "pt2":
+        real = pytest.importorskip("torch")
+        model = decoder()
+        real.export.save(real.export.export(model, (real.from_numpy(x),)), path)
+        with real.no_grad():
+            names, y = ["conv_transpose3d", "conv_transpose3d_1"], model[0](real.from_numpy(x)).numpy()
+    else:
+        real, x = pytest.importorskip("keras"), np.moveaxis(x, 1, -1)
+        up = real.layers.Conv3DTranspose(6, 3, 2, padding="same", name="up")
+        last = real.layers.Conv3DTranspose(2, 2, activation="softmax", name="last")
+        real.Sequential([real.Input(x.shape[1:]), up, last]).save(path)
+        names, y = ["up", "last"], real.ops.convert_to_numpy(up(x))
+    found = read(path)
+    assert [layer.name for layer in found.layers] == names
+    done = CliRunner().invoke(cli, ["compile", str(path), "-o", str(tmp_path / "out"), "--no-verify"])
+    assert done.exit_code == 0, done.output
+    layer = found.layers[0]
+    assert layer.spec is not None
+    assert layer.weight is not None
+    assert compare(layer.spec, load(tmp_path / "out" / names[0])(x), x, layer.weight, layer.bias).passed
+    assert compare(layer.spec, y, x, layer.weight, layer.bias).passed
+    assert kind == "pt2" or "softmax" in done.output
+    with pytest.raises(ModelError, match=f"no 3-D transposed convolution 'other'; it has: {names[0]}"):
+        read(path, ["other"])
+    with pytest.raises(ModelError, match="there is no file"):
+        read(tmp_path / f"absent.{kind}")
+
+
+def test_keras_without_its_backend_is_told_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "keras"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent("tensorflow"), *sys.meta_path])
+    with pytest.raises(EngineError, match="set KERAS_BACKEND"):
+        keras.find("model.keras")
+
+
+class Absent:
+    """A finder for which Keras lacks its backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "keras":
+            raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
+
+
 def test_initializers_build_weights() -> None:
     pytest.importorskip("keras")
     words = {"kernel_initializer": "ones", "bias_initializer": "zeros", "input": (1, 2, 2, 2, 4)}
@@ -157,8 +278,11 @@ SAID = [
     "in=2x4x3x4x5 co=6 k=3 s=2 p=0:1 act=gelu layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=2 s=3 op=1 act=hard_silu layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=3 d=2 p=2 act=elu:0.5",
+    "in=2x4x3x4x5 co=6 k=3 s=2 p=0:1 act=elu:0.5 layout=NDHWC",
+    "in=2x4x3x4x5 co=6 k=2 s=2 act=leaky_relu:0.01 layout=NDHWC",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=log_sigmoid",
     "in=2x4x3x4x5 co=6 k=2 s=2 act=soft_shrink",
+    "in=2x4x3x4x5 co=6 k=2 s=2 act=hard_shrink",
 ]
 
 

@@ -6,8 +6,9 @@ in which order X and Y have their axes. Letters name axes: N, C (input channels)
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,27 +118,42 @@ class Imported:
         return np.pad(canonical, [(0, 0), (0, 0), *((zeros, 0) for zeros in self.zero_taps)])
 
     def to_x(self, x: Any) -> Tensor:
-        """Return the system's input as X, in the spec's layout."""
-        own = array(x)
-        return np.ascontiguousarray(_moved(own, self.x_layout, self.spec.layout))
+        """Return the system's input as X, in the spec's layout and dtype."""
+        return np.ascontiguousarray(_moved(self._in_dtype(array(x)), self.x_layout, self.spec.layout))
 
     def from_y(self, y: Tensor) -> Tensor:
         """Return Y as the system would have given it."""
         return _moved(y, self.spec.layout, self.y_layout)
 
     def holding(self, weight: Any, bias: Any = None) -> Imported:
-        """Return the layer with the values of a call's tensors, and itself where only their shapes were given."""
-        values = values_of(weight)
-        return self if values is None else self.with_weights(values, values_of(bias))
+        """Return the layer with the values of a call's tensors; what was given by its shape stays unknown."""
+        values, known = values_of(weight), values_of(bias)
+        if values is None:
+            return self
+        if known is None:
+            return replace(self, weight=self._in_dtype(self.to_w(values)))
+        return self.with_weights(values, known)
 
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
-        """Return the layer with values, both as the system stores them. Raises `WordsError` for other shapes."""
+        """Return the layer with values, both as the system stores them.
+
+        They are converted to the dtype that the layer computes in, as the systems do when they load or promote
+        weights. Raises `WordsError` for other shapes, and where one has a bias, of layer and values, that the
+        other lacks.
+        """
         own = None if bias is None else array(bias)
+        if own is None and self.spec.bias:
+            raise WordsError("the layer has a bias, but its values are missing; give them, or say that it has none")
+        if own is not None and not self.spec.bias:
+            raise WordsError("the layer has no bias, but values of one were given; leave them out, or say that it has")
         if own is not None and own.shape != (self.spec.channels_out,):
             raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
-        if own is None and self.spec.bias:
-            own = np.zeros(self.spec.channels_out, array(weight).dtype)
-        return replace(self, weight=self.to_w(weight), bias=own, spec=replace(self.spec, bias=own is not None))
+        return replace(
+            self, weight=self._in_dtype(self.to_w(weight)), bias=None if own is None else self._in_dtype(own)
+        )
+
+    def _in_dtype(self, a: Tensor) -> Tensor:
+        return a.astype(_bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,12 +253,50 @@ def _axis(name: str, size: int, kernel: int, stride: int, dilation: int, pad: tu
         raise SpecError(f"axis {name}: {error}") from None
 
 
-# --- values: arrays of any system, or the shapes of such ---
+# --- values: whole numbers, arrays of any system, or the shapes of such ---
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number, Python's or an array library's, as an int; None for anything else."""
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        return None
+
+
+def whole_numbers(value: Any) -> tuple[int, ...] | None:
+    """Return a sequence of whole numbers as ints; None for anything else."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return None
+    try:
+        found = [whole(n) for n in value]
+    except TypeError:
+        return None
+    given = tuple(n for n in found if n is not None)
+    return given if len(given) == len(found) else None
+
+
+def repeated(value: Any) -> tuple[int, ...] | None:
+    """Return one whole number three times, a sequence of whole numbers as it is; None for anything else."""
+    one = whole(value)
+    return whole_numbers(value) if one is None else (one,) * 3
 
 
 def shape_of(value: Any) -> tuple[Any, ...]:
-    """Return the shape of an array, or a shape itself."""
-    return tuple(value.shape) if hasattr(value, "shape") else tuple(value)
+    """Return the shape of an array, or a shape itself; what is no whole number in it stays. Raises `WordsError`."""
+    shape = getattr(value, "shape", value)
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
+        raise WordsError(f"{value!r} is neither an array nor a shape; give one of these")
+    sizes = tuple(shape)
+    return tuple(n if whole(n) is None else whole(n) for n in sizes)
+
+
+def weight_shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of a weight, or such a shape itself. Raises `WordsError` where it holds anything but sizes."""
+    shape = shape_of(value)
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise WordsError(f"the weight has the shape {shape}, but all its sizes must be whole numbers, 0 or more")
+    return shape
 
 
 def values_of(value: Any) -> Tensor | None:
@@ -258,6 +312,19 @@ def dtype_of(dtype: str | None, *values: Any) -> str:
     if known is None:
         raise SpecError(f"the dtype is {name}, which opcompile does not compute; use one of {', '.join(DTYPES)}")
     return known.group(1)
+
+
+def single_of(value: Any) -> str:
+    """Return an array's dtype in a system that takes NumPy's float64, Python's own, as float32."""
+    found = dtype_of(None, value)
+    return "float32" if found == "float64" and isinstance(value, np.ndarray) else found
+
+
+def promoted(*dtypes: str) -> str:
+    """Return the smallest dtype that holds all, which is float32 for the two halves; float32 for none."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def array(value: Any) -> Tensor:

@@ -7,11 +7,23 @@ system here); with it, I and O of W change places as well. And explicit padding 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from opcompile.errors import SpecError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of
+from opcompile.importers.imported import (
+    Imported,
+    Rules,
+    Triple,
+    WeightOrder,
+    cropped,
+    dtype_of,
+    shape_of,
+    single_of,
+    weight_shape_of,
+    whole,
+    whole_numbers,
+)
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "JAX"
@@ -37,15 +49,23 @@ def conv_transpose(
     """Read a call of ``jax.lax.conv_transpose`` on 5-D arrays, which may be given by their shapes.
 
     The three spatial letters may be any; their order in W is that of the strides, and is our D, H, W. JAX's
-    call has no bias; with ``bias`` the layer takes one. Raises `WordsError` where JAX refuses.
+    call has no bias; with ``bias`` the layer takes one. NumPy's float64 counts as float32, which JAX makes of
+    it by default; JAX's own arrays keep theirs. Raises `WordsError` where JAX refuses.
     """
     rules = Rules(SYSTEM, strict)
-    x, w = shape_of(lhs), shape_of(rhs)
+    x, w = shape_of(lhs), weight_shape_of(rhs)
+    dtypes = [single_of(a) for a in (lhs, rhs) if hasattr(a, "dtype")]
+    rules.must(
+        len(set(dtypes)) < 2,
+        f"lax.conv_general_dilated requires arguments to have the same dtypes, got {', '.join(dtypes)}.",
+    )
     rules.must(len(x) == len(w) == 5, f"lhs and rhs have the shapes {x} and {w}, but a 3-D call takes 5-D arrays")
     x_layout, kernel_axes, y_layout = _letters(rules, dimension_numbers, len(x))
     order = WeightOrder(_kernel_letters(kernel_axes, transpose_kernel), flipped=not transpose_kernel)
     channels_in, channels_out, kernel = order.sizes(w, 1)
-    s, d = _triple(rules, strides), _triple(rules, (1, 1, 1) if rhs_dilation is None else rhs_dilation)
+    rules.must(hasattr(strides, "__len__"), f"object of type '{type(strides).__name__}' has no len()")
+    s = _triple(rules, "strides", strides)
+    d = _triple(rules, "rhs_dilation", (1, 1, 1) if rhs_dilation is None else rhs_dilation)
     sizes = dict(zip(x_layout, x, strict=True))
     rules.must(
         sizes["C"] == channels_in,
@@ -73,7 +93,7 @@ def conv_transpose(
         channels_out=channels_out,
         axes=axes,
         bias=bias,
-        dtype=dtype_of(dtype, lhs, rhs),
+        dtype=dtype_of(dtype or (dtypes[0] if dtypes else None)),
         layout="NDHWC" if x_layout == "NDHWC" else "NCDHW",
     )
     unused = {"precision": precision, "preferred_element_type": preferred_element_type}
@@ -86,7 +106,7 @@ def conv_transpose(
 
 def _letters(rules: Rules, numbers: Any, rank: int) -> tuple[str, str, str]:
     """Return the layouts of X, W and Y; spatial letters become D, H, W in the order they have in W."""
-    given = _DEFAULT if numbers is None else _spelled(numbers)
+    given = _DEFAULT if numbers is None else _spelled(rules, numbers)
     rules.must(len(given) == 3, f"convolution dimension_numbers list/tuple must be length 3, got {len(given)}.")
     for at, (text, (a, b)) in enumerate(zip(given, (("N", "C"), ("O", "I"), ("N", "C")), strict=True)):
         rules.must(
@@ -112,9 +132,15 @@ def _letters(rules: Rules, numbers: Any, rank: int) -> tuple[str, str, str]:
     return x, w, y
 
 
-def _spelled(numbers: Any) -> tuple[str, ...]:
+def _spelled(rules: Rules, numbers: Any) -> tuple[str, ...]:
     """Return a ``ConvDimensionNumbers`` (positions of batch, feature, spatial) as letters; others as they are."""
     if not hasattr(numbers, "lhs_spec"):
+        kind = type(numbers).__name__
+        rules.must(isinstance(numbers, (tuple, list)), f"convolution dimension_numbers must be tuple/list, got {kind}.")
+        rules.must(
+            all(isinstance(text, str) for text in numbers),
+            f"convolution dimension_numbers elements must be strings, got {tuple(type(text) for text in numbers)}.",
+        )
         return tuple(numbers)
     specs = [numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec]
     texts = []
@@ -131,9 +157,11 @@ def _kernel_letters(axes: str, transposed: bool) -> str:
 # --- paddings ---
 
 
-def _triple(rules: Rules, values: Any) -> Triple:
-    rules.must(not isinstance(values, int), "object of type 'int' has no len()")
-    given = tuple(int(n) for n in values)
+def _triple(rules: Rules, name: str, values: Any) -> Triple:
+    rules.must(whole(values) is None, f"'{type(values).__name__}' object is not iterable")
+    found = whole_numbers(values)
+    rules.must(found is not None, f"{name} is {values!r}, but must be a sequence of ints")
+    given = found or ()
     rules.must(len(given) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(given)}.")
     rules.must(min(given) > 0, f"All dilations must be positive, got {given}.")
     a, b, c = given
@@ -143,16 +171,44 @@ def _triple(rules: Rules, values: Any) -> Triple:
 def _pads(rules: Rules, padding: Any, reach: Sequence[int], strides: Triple, consistent: bool) -> list[tuple[int, int]]:
     """Return the zeros (low, high) around the stuffed input."""
     if isinstance(padding, str):
-        rules.must(padding in ("SAME", "VALID"), f"Invalid padding mode: {padding}; String padding is not implemented")
-        return [_named(padding, r, s) for r, s in zip(reach, strides, strict=True)]
+        return _by_name(rules, padding, reach, strides, consistent)
+    pairs = [whole_numbers(pair) or () for pair in padding] if _is_iterable(padding) else [()]
     rules.must(
-        all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in padding),
+        all(len(pair) == 2 for pair in pairs),
         "padding argument to conv_general_dilated should be a string or a sequence of (low, high) pairs, "
         f"got {padding}",
     )
-    rules.must(len(padding) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(padding)}.")
-    pairs = [(int(low), int(high)) for low, high in padding]
-    return [(r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, pairs, strict=True)] if consistent else pairs
+    rules.must(len(pairs) == 3, f"Wrong number of explicit pads for convolution: expected 3, got {len(pairs)}.")
+    if consistent:
+        rules.must(all(isinstance(pair, tuple) for pair in padding), f"Invalid padding mode: {padding[0]}")
+        return [(r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, pairs, strict=True)]
+    return [(low, high) for low, high in pairs]
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and whole(value) is None
+
+
+def _by_name(
+    rules: Rules, padding: str, reach: Sequence[int], strides: Triple, consistent: bool
+) -> list[tuple[int, int]]:
+    """Return the zeros of a padding string. At strides of 1 JAX passes unknown ones on to its plain convolution."""
+    if padding in ("SAME", "VALID"):
+        return [_named(padding, r, s) for r, s in zip(reach, strides, strict=True)]
+    rules.must(not consistent, f"Invalid padding mode: {padding}")
+    rules.must(
+        max(strides) == 1,
+        f"String padding is not implemented for transposed convolution using this op, got {padding}; "
+        "say 'SAME', 'VALID' or (low, high) pairs",
+    )
+    word = padding.upper()
+    rules.must(
+        word in ("SAME", "SAME_LOWER", "VALID"),
+        f"Unrecognized padding type: expected 'VALID', 'SAME', or 'SAME_LOWER', got {padding}.",
+    )
+    totals = [0 if word == "VALID" else r - 1 for r in reach]
+    pairs = [(total // 2, total - total // 2) for total in totals]
+    return [(high, low) for low, high in pairs] if word == "SAME_LOWER" else pairs
 
 
 def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:

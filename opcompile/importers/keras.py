@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,9 @@ from opcompile.importers.imported import (
     WeightOrder,
     cropped,
     dtype_of,
+    repeated,
     shape_of,
+    whole,
 )
 from opcompile.say import keras_words
 from opcompile.spec import Activation
@@ -60,6 +62,7 @@ ACTIVATIONS = {
     "exponential": "exponential",
     "hard_tanh": "hard_tanh",
     "soft_shrink": "soft_shrink",
+    "hard_shrink": "hard_shrink",
     "tanh_shrink": "tanh_shrink",
     "log_sigmoid": "log_sigmoid",
     "squareplus": "squareplus",
@@ -67,8 +70,8 @@ ACTIVATIONS = {
 }
 # Of these no element stands alone, so that no kernel can apply them while it writes.
 NOT_ELEMENTWISE = ("softmax", "log_softmax", "glu", "sparsemax")
-# These jump, so that no error bound holds around the jump.
-NOT_FUSED = ("hard_shrink", "threshold")
+# Keras's function has two parameters without defaults, so that its name alone computes nothing.
+NOT_FUSED = ("threshold",)
 _LAYOUTS = {"channels_last": "NDHWC", "channels_first": "NCDHW"}
 
 
@@ -99,10 +102,11 @@ def Conv3DTranspose(
 ) -> Imported:
     """Read the constructor of ``keras.layers.Conv3DTranspose``, for an ``input`` or its shape.
 
-    N may be None for a dynamic batch. Without ``data_format``, that of ``keras.json`` counts. With
-    ``initialize`` the initializers build the weights, as Keras itself does (which must then be installed);
-    without it the layer has none yet. Regularizers and constraints are remarked: they change nothing here.
-    Raises `WordsError` where Keras refuses, or for an activation that cannot be fused.
+    N may be None for a dynamic batch. Without ``data_format`` and ``dtype``, those of ``keras.json`` count; the
+    input's own dtype does not, for Keras converts it to the layer's. With ``initialize`` the initializers build
+    the weights, as Keras itself does (which must then be installed); without it the layer has none yet.
+    Regularizers and constraints are remarked: they change nothing here. Raises `WordsError` where Keras refuses,
+    or for an activation that cannot be fused.
     """
     rules = Rules(SYSTEM, strict)
     kernel, strides, dilation = (
@@ -112,8 +116,9 @@ def Conv3DTranspose(
     same = _is_same(rules, padding)
     extra = None if output_padding is None else _triple(rules, "output_padding", output_padding, least=0)
     layout = _layout(rules, data_format)
+    count = whole(filters) or 0
     rules.must(
-        isinstance(filters, int) and filters > 0,
+        count > 0,
         f"Invalid value for argument `filters`. Expected a strictly positive value. Received filters={filters}.",
     )
     _require_strides(rules, strides, dilation, extra)
@@ -135,11 +140,11 @@ def Conv3DTranspose(
     spec = Spec(
         batch=sizes["N"],
         channels_in=sizes["C"],
-        channels_out=filters,
+        channels_out=count,
         axes=axes,
-        bias=use_bias,
+        bias=bool(use_bias),
         activation=_activation(activation),
-        dtype=dtype_of(_policy(dtype), input),
+        dtype=dtype_of(_policy(dtype) or _configured("floatx", "float32")),
         layout=layout,
     )
     training = {
@@ -194,16 +199,22 @@ def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -
 
 
 def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Imported:
-    """Read a ``keras.layers.Conv3DTranspose`` with its weights; without ``input``, for the shape it was built with.
+    """Read a ``keras.layers.Conv3DTranspose`` with its weights; without ``input``, for the sizes it was built with.
 
+    N is then dynamic, for a Keras layer takes any batch.
     Raises as `Conv3DTranspose`, and `SpecError` for a layer whose spatial sizes are not known.
     """
+    kind = _kind(layer)
+    if kind is None:
+        raise WordsError(f"{type(layer).__name__} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
+    if type(layer).call is not kind.call:
+        raise WordsError(f"{type(layer).__name__} has a call of its own, which cannot be read; name a plain layer")
     config = {key: value for key, value in layer.get_config().items() if key != "name"}
     if input is None:
         built = layer.get_build_config() or {}
         if "input_shape" not in built:
             raise WordsError("the layer was not built yet; give the input's shape")
-        input = built["input_shape"]
+        input = (None, *built["input_shape"][1:])
     read = from_config(config, shape_of(input), strict=strict)
     if not layer.built:
         return read
@@ -226,7 +237,9 @@ def find(source: Any) -> list[Found]:
             raise ModelError(f"cannot read {source} as a Keras model: {reason}; save it again as .keras") from error
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
-    return [_found(layer) for layer in _layers(model)]
+    # the public `layers` knows nothing of wrapped layers, nor of those inside of a layer of one's own
+    inside = model._flatten_layers(include_self=False)
+    return [_found(layer) for layer in inside if _kind(layer)]
 
 
 def _found(layer: Any) -> Found:
@@ -236,12 +249,9 @@ def _found(layer: Any) -> Found:
         return Found(layer.name, None, str(error))
 
 
-def _layers(model: Any) -> Iterator[Any]:
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            yield from _layers(layer)
-        elif type(layer).__name__ in ("Conv3DTranspose", "Convolution3DTranspose"):
-            yield layer
+def _kind(layer: Any) -> Any:
+    """Return Keras's class among the layer's own and those that it derives from; None where it is not there."""
+    return next((kind for kind in type(layer).__mro__ if kind.__name__ == "Conv3DTranspose"), None)
 
 
 # --- the other way ---
@@ -284,7 +294,8 @@ def layer(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
 
 def _means(text: str, x: tuple[int | None, ...]) -> tuple[Triple, Triple] | None:
     """Return where the output of a layer's text begins, and its size; None where Keras refuses it."""
-    reader = SimpleNamespace(layers=SimpleNamespace(Conv3DTranspose=partial(Conv3DTranspose, input=x)))
+    layers = {name: partial(_configuration, name) for name in ("LeakyReLU", "ELU")}
+    reader = SimpleNamespace(layers=SimpleNamespace(Conv3DTranspose=partial(Conv3DTranspose, input=x), **layers))
     try:
         read: Imported = eval(text, {"__builtins__": {}}, {"keras": reader})  # noqa: S307 (a text of our own)
     except (WordsError, SpecError):
@@ -292,12 +303,27 @@ def _means(text: str, x: tuple[int | None, ...]) -> tuple[Triple, Triple] | None
     return read.place
 
 
+def _configuration(kind: str, **config: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": config}
+
+
+class _Code(str):
+    """A text that stands for itself where a value is written."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def _name(activation: Activation) -> str | None:
     if activation.name == "none":
         return None
     if activation == Activation("leaky_relu", (0.2,)):
         return "leaky_relu"
-    if activation != Activation(activation.name) or activation.name in ("leaky_relu", "gelu_tanh"):
+    if activation.name == "leaky_relu":
+        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r})")
+    if activation.name == "elu" and activation != Activation("elu"):
+        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r})")
+    if activation != Activation(activation.name) or activation.name == "gelu_tanh":
         raise WordsError(f"{SYSTEM} has no name for the activation {activation}; give the layer a function")
     return activation.name
 
@@ -320,8 +346,8 @@ def _place(size: int, reach: int, stride: int, same: bool, extra: int | None) ->
 
 def _triple(rules: Rules, name: str, value: Any, least: int = 1) -> Triple:
     said = f"The `{name}` argument must be a tuple of 3 integers. Received {name}={value}"
-    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    rules.must(len(given) == 3 and all(isinstance(n, int) for n in given), said)
+    given = repeated(value) or ()
+    rules.must(len(given) == 3, said)
     wrong = {n for n in given if n < least}
     rules.must(
         not wrong, f"{said}, including values {wrong} that do not satisfy `value {'>= 0' if least == 0 else '> 0'}`"
@@ -333,14 +359,14 @@ def _triple(rules: Rules, name: str, value: Any, least: int = 1) -> Triple:
 def _is_same(rules: Rules, padding: Any) -> bool:
     word = padding.lower() if isinstance(padding, str) else padding
     rules.must(
-        word in ("valid", "same"),
+        isinstance(word, str) and word in ("valid", "same"),
         f"The `padding` argument must be a list/tuple or one of {{'same', 'valid'}}. Received: {word}",
     )
     return bool(word == "same")
 
 
 def _layout(rules: Rules, data_format: Any) -> str:
-    word = _configured() if data_format is None else str(data_format).lower()
+    word = _configured("image_data_format", "channels_last") if data_format is None else str(data_format).lower()
     rules.must(
         word in _LAYOUTS,
         "The `data_format` argument must be one of {'channels_first', 'channels_last'}. "
@@ -349,16 +375,16 @@ def _layout(rules: Rules, data_format: Any) -> str:
     return _LAYOUTS[word]
 
 
-def _configured() -> str:
-    """Return the format of ``keras.json``, or Keras's own default where there is none."""
+def _configured(key: str, default: str) -> str:
+    """Return a setting of ``keras.json``, or Keras's own default where there is none."""
     home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
     path = Path(home) / "keras.json"
     if not path.is_file():
-        return "channels_last"
+        return default
     try:
-        return str(json.loads(path.read_text()).get("image_data_format", "channels_last"))
+        return str(json.loads(path.read_text()).get(key, default))
     except (ValueError, AttributeError, OSError) as error:
-        raise WordsError(f"cannot read {path}: {error}; correct it, or say data_format") from error
+        raise WordsError(f"cannot read {path}: {error}; correct it, or say data_format and dtype") from error
 
 
 def _require_strides(rules: Rules, strides: Triple, dilation: Triple, extra: Triple | None) -> None:
@@ -401,14 +427,14 @@ def _activation(given: Any) -> Activation:
     if hasattr(given, "get_config") and not isinstance(given, str):
         return _configured_activation(type(given).__name__, given.get_config())
     name = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    if callable(given) and name not in (*ACTIVATIONS, *NOT_ELEMENTWISE, *NOT_FUSED):
+        raise WordsError(f"the activation {name} is a function of your own and cannot be fused; apply it to the output")
     if name in ACTIVATIONS:
         return Activation.parse(ACTIVATIONS[name])
     if name in NOT_ELEMENTWISE:
         raise WordsError(f"the activation {name} is not elementwise, so it cannot be fused; apply it to the output")
     if name in NOT_FUSED:
-        raise WordsError(
-            f"the activation {name} jumps, so that no error bound holds there, and is not fused; apply it to the output"
-        )
+        raise WordsError(f"the activation {name} has parameters that a name does not give; apply it to the output")
     raise WordsError(f"{SYSTEM} refuses this: Could not interpret activation function identifier: {name}")
 
 
@@ -429,7 +455,7 @@ def _configured_activation(kind: str, config: Any) -> Activation:
             return Activation("relu6")
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
     if plain in ("softmax", "p_re_lu", "re_lu") or plain not in ACTIVATIONS:
-        raise WordsError(f"the activation layer {kind} with {config} cannot be fused; apply it to the output")
+        raise WordsError(f"the activation layer {kind} with its parameters cannot be fused; apply it to the output")
     return _activation(plain)
 
 
@@ -439,8 +465,11 @@ def _configured_activation(kind: str, config: Any) -> Activation:
 def _initialized(read: Imported, kernel: Any, bias: Any) -> Imported:
     keras = _keras()
     make: Callable[..., Any] = keras.initializers.get
-    w = make(kernel)(shape=read.w_shape, dtype=read.spec.dtype)
-    b = make(bias)(shape=(read.spec.channels_out,), dtype=read.spec.dtype) if read.spec.bias else None
+    try:
+        w = make(kernel)(shape=read.w_shape, dtype=read.spec.dtype)
+        b = make(bias)(shape=(read.spec.channels_out,), dtype=read.spec.dtype) if read.spec.bias else None
+    except ValueError as error:
+        raise WordsError(f"{SYSTEM} refuses this: {error}") from error
     to_numpy = keras.ops.convert_to_numpy
     return read.with_weights(to_numpy(w), None if b is None else to_numpy(b))
 
@@ -449,5 +478,7 @@ def _keras() -> Any:
     try:
         import keras
     except ImportError as error:
-        raise EngineError(f"the package keras is not usable ({error}); pip install 'opcompile[words]'") from error
+        backend = "set KERAS_BACKEND to one that is installed, torch or jax"
+        way_out = "pip install 'opcompile[words]'" if error.name == "keras" else backend
+        raise EngineError(f"the package keras is not usable ({error}); {way_out}") from error
     return keras

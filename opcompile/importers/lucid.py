@@ -13,7 +13,19 @@ from __future__ import annotations
 from typing import Any
 
 from opcompile.errors import WordsError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, dtype_of, shape_of, symmetric
+from opcompile.importers.imported import (
+    Imported,
+    Rules,
+    Triple,
+    WeightOrder,
+    dtype_of,
+    promoted,
+    repeated,
+    shape_of,
+    symmetric,
+    weight_shape_of,
+    whole,
+)
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "Lucid"
@@ -37,11 +49,11 @@ def conv_transpose3d(
 ) -> Imported:
     """Read a call of ``lucid.nn.functional.conv_transpose3d``; tensors may be given by their shapes.
 
-    ``input_`` is (N, C, D, H, W); ``bias`` may also be True. ``version`` is Lucid's, 2 or 3. Raises
-    `WordsError` where that Lucid refuses.
+    ``input_`` is (N, C, D, H, W); ``bias`` may also be True. ``version`` is Lucid's, 2 or 3. Tensors of two
+    dtypes are promoted, as Lucid does. Raises `WordsError` where that Lucid refuses.
     """
     rules = _rules(version, strict)
-    x, w = shape_of(input_), shape_of(weight)
+    x, w = shape_of(input_), weight_shape_of(weight)
     rules.must(len(x) == 5, f"expected 5D input, got {len(x)}D")
     rules.must(len(w) == 5, f"output_padding length must be {len(w) - 2}, got 3")
     rules.must(not isinstance(padding, str), "string padding is not supported by conv_transpose3d; the layer takes it")
@@ -52,6 +64,7 @@ def conv_transpose3d(
     for at, (o, a) in enumerate(zip(op, s, strict=True)):
         rules.strictly(0 <= o < a or version == 3, f"output_padding[{at}] must be in range [0, {a}), got {o}")
     rules.must(x[1] == w[0], "Weight's first dimension must match input channels.")
+    groups = _count(rules, "groups", groups)
     rules.must(groups > 0, "groups must be a positive integer.")
     rules.must(w[0] % groups == 0, "Input channels must be divisible by groups.")
     rules.strictly(groups == 1 or version == 2, "conv_transpose3d supports groups=1 only")
@@ -64,7 +77,9 @@ def conv_transpose3d(
     )
     axes, zeros = symmetric(x[2:], w[2:], s, p, op, d)
     has_bias = bias is not None and bias is not False
-    spec = Spec(x[0], w[0], w[1] * groups, axes, groups, has_bias, dtype=dtype_of(dtype, input_, weight))
+    arrays = [a for a in (input_, weight, bias) if hasattr(a, "dtype")]
+    named = dtype or promoted(*(dtype_of(None, a) for a in arrays))
+    spec = Spec(x[0], w[0], w[1] * groups, axes, groups, has_bias, dtype=named)
     return Imported(rules.system, spec, ORDER, "NCDHW", "NCDHW", zeros).holding(weight, bias)
 
 
@@ -86,6 +101,8 @@ def ConvTranspose3d(
 ) -> Imported:
     """Read the constructor of ``lucid.nn.ConvTranspose3d``, for an ``input`` or its shape. Raises as above."""
     rules = _rules(version, strict)
+    counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    in_channels, out_channels, groups = (_count(rules, name, value) for name, value in counts.items())
     rules.must(groups > 0, "groups must be a positive integer.")
     rules.must(in_channels % groups == 0, "in_channels must be divisible by groups.")
     rules.must(out_channels % groups == 0, "out_channels must be divisible by groups.")
@@ -97,13 +114,16 @@ def ConvTranspose3d(
         padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for k, d in zip(kernel, spread, strict=True))
     weight = (in_channels, out_channels // groups, *kernel)
     words = (stride, padding, output_padding, dilation, groups)
-    return conv_transpose3d(shape_of(input), weight, bias, *words, version=version, dtype=dtype, strict=strict)
+    named = dtype or promoted(dtype_of(None, input), "float32")
+    return conv_transpose3d(shape_of(input), weight, bool(bias), *words, version=version, dtype=named, strict=strict)
 
 
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read a ``lucid.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
+    if type(module).__name__ != "ConvTranspose3d":
+        raise WordsError(f"{type(module).__name__} is not a lucid.nn.ConvTranspose3d; name the layer inside of it")
     geometry = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
-    return conv_transpose3d(shape_of(input), module.weight, module.bias, *geometry, strict=strict)
+    return conv_transpose3d(input, module.weight, module.bias, *geometry, strict=strict)
 
 
 def _rules(version: int, strict: bool) -> Rules:
@@ -113,13 +133,18 @@ def _rules(version: int, strict: bool) -> Rules:
 
 
 def _triple(rules: Rules, name: str, value: Any) -> Triple:
-    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    rules.must(
-        len(given) == 3 and all(isinstance(n, int) for n in given),
-        f"{name} is {value!r}, but must be int | tuple[int, int, int]",
-    )
+    given = repeated(value)
+    rules.must(given is not None, f"{name} is {value!r}, but must be int | tuple[int, int, int]")
+    given = given or ()
+    rules.must(len(given) == 3, f"{name} length must be 3, got {len(given)}")
     a, b, c = given
     return a, b, c
+
+
+def _count(rules: Rules, name: str, value: Any) -> int:
+    found = whole(value)
+    rules.must(found is not None, f"{name} is {value!r}, but must be int")
+    return found or 0
 
 
 def _require_bias(rules: Rules, bias: Any, channels: int) -> None:

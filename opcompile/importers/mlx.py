@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from opcompile.errors import WordsError
 from opcompile.importers.imported import (
     Imported,
     Rules,
     Triple,
     WeightOrder,
     cropped,
-    dtype_of,
+    promoted,
+    repeated,
     shape_of,
+    single_of,
     symmetric,
+    weight_shape_of,
+    whole,
 )
 from opcompile.spec import ConvTranspose3d as Spec
 
@@ -37,6 +42,7 @@ def conv_transpose3d(
     output_padding: Any = 0,
     groups: int = 1,
     *,
+    stream: Any = None,
     bias: bool = False,
     dtype: str | None = None,
     strict: bool = True,
@@ -44,12 +50,14 @@ def conv_transpose3d(
     """Read a call of ``mlx.core.conv_transpose3d``; arrays may be given by their shapes.
 
     MLX's call has no bias; with ``bias`` the layer takes one, as MLX's module adds it. Arrays of two dtypes
-    are computed in float32, to which MLX promotes them. Raises `WordsError` where MLX refuses.
+    are promoted as MLX does, and NumPy's float64 counts as float32, which ``mx.array`` makes of it. Raises
+    `WordsError` where MLX refuses.
     """
     rules = Rules(SYSTEM, strict)
-    x, w = shape_of(input), shape_of(weight)
+    x, w = shape_of(input), weight_shape_of(weight)
     words = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
     s, p, d, op = (_triple(rules, name, value) for name, value in words.items())
+    groups = _count(rules, "groups", groups)
     _require(rules, x, w, groups, s, d)
     channels_in, channels_out, kernel = ORDER.sizes(w, groups)
     places = [_place(*axis) for axis in zip(x[1:4], kernel, s, p, d, op, strict=True)]
@@ -70,10 +78,11 @@ def conv_transpose3d(
         axes=axes,
         groups=groups,
         bias=bias,
-        dtype=dtype or _promoted(input, weight),
+        dtype=dtype or promoted(*(single_of(a) for a in (input, weight) if hasattr(a, "dtype"))),
         layout="NDHWC",
     )
-    return Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros).holding(weight)
+    remarks = (f"stream={stream} says where MLX would run it",) if stream is not None else ()
+    return Imported(SYSTEM, spec, ORDER, "NDHWC", "NDHWC", zeros, remarks=remarks).holding(weight)
 
 
 def ConvTranspose3d(
@@ -91,14 +100,19 @@ def ConvTranspose3d(
     strict: bool = True,
 ) -> Imported:
     """Read the constructor of ``mlx.nn.ConvTranspose3d``, for an ``input`` or its shape. Raises as above."""
-    kernel = _triple(Rules(SYSTEM, strict), "kernel_size", kernel_size)
-    weight = (out_channels, *kernel, in_channels)
+    rules = Rules(SYSTEM, strict)
+    kernel = _triple(rules, "kernel_size", kernel_size)
+    weight = (_count(rules, "out_channels", out_channels), *kernel, _count(rules, "in_channels", in_channels))
+    rules.must(min(weight) >= 0, f"Negative dimensions not allowed. Got {weight}.")
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
-    return conv_transpose3d(shape_of(input), weight, **geometry, bias=bias, dtype=dtype, strict=strict)
+    named = dtype or promoted(single_of(input), "float32")
+    return conv_transpose3d(shape_of(input), weight, **geometry, bias=bool(bias), dtype=named, strict=strict)
 
 
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read an ``mlx.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
+    if type(module).__name__ != "ConvTranspose3d":
+        raise WordsError(f"{type(module).__name__} is not an mlx.nn.ConvTranspose3d; name the layer inside of it")
     geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "output_padding")}
     bias = module.get("bias")
     read = conv_transpose3d(
@@ -106,7 +120,7 @@ def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
         module.weight.shape,
         **geometry,
         bias=bias is not None,
-        dtype=dtype_of(None, module.weight),
+        dtype=promoted(*(single_of(a) for a in (input, module.weight) if hasattr(a, "dtype"))),
         strict=strict,
     )
     return read.with_weights(module.weight, bias)
@@ -127,9 +141,9 @@ def _place(size: int, kernel: int, stride: int, pad: int, dilation: int, extra: 
 
 def _triple(rules: Rules, name: str, value: Any) -> Triple:
     """Return one value three times, or three. Raises `WordsError` as MLX's binding does."""
-    given = (value,) * 3 if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    given = repeated(value) or ()
     rules.must(
-        len(given) == 3 and all(isinstance(n, int) for n in given),
+        len(given) == 3,
         f"conv_transpose3d(): incompatible function arguments: {name}={value!r}, "
         f"but {name} is int | tuple[int, int, int]",
     )
@@ -137,9 +151,12 @@ def _triple(rules: Rules, name: str, value: Any) -> Triple:
     return a, b, c
 
 
-def _promoted(*arrays: Any) -> str:
-    found = {dtype_of(None, a) for a in arrays if hasattr(a, "dtype")}
-    return "float32" if len(found) != 1 else found.pop()
+def _count(rules: Rules, name: str, value: Any) -> int:
+    found = whole(value)
+    rules.must(
+        found is not None, f"conv_transpose3d(): incompatible function arguments: {name}={value!r}, but {name} is int"
+    )
+    return found or 0
 
 
 def _require(rules: Rules, x: tuple[Any, ...], w: tuple[int, ...], groups: int, s: Triple, d: Triple) -> None:

@@ -1,7 +1,8 @@
 """Rmlx's words: ``mlx_conv_transpose3d`` of the R package, by the same names and defaults from Python.
 
 The operator is MLX's. R's numbers may be whole floats (``2`` is a double there), a vector of length one stands
-for three, and an array may lie in memory column by column: its shape is what counts.
+for three, and an array may lie in memory column by column: its shape is what counts. An array of doubles is
+computed in float32, as Rmlx stores all of R's numbers.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from opcompile.errors import WordsError
 from opcompile.importers import mlx
-from opcompile.importers.imported import Imported, Rules
+from opcompile.importers.imported import Imported, Rules, whole
 
 SYSTEM = "Rmlx"
 
@@ -37,12 +40,13 @@ def mlx_conv_transpose3d(
     ``device`` is "cpu" or "gpu", and becomes the layer's ``target``. (R's default is the session's own
     device.) Raises `WordsError` where Rmlx, or MLX below it, refuses.
     """
-    if device not in DEVICES:
+    if not isinstance(device, str) or device not in DEVICES:
         raise WordsError(f"{SYSTEM} refuses this: device is {device!r}, but must be 'cpu' or 'gpu'")
     rules = Rules(SYSTEM, strict)
     words = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
     recycled: dict[str, Any] = {name: _recycled(rules, name, value) for name, value in words.items()}
-    (count,) = set(_recycled(rules, "groups", groups))
+    rules.must(np.ndim(groups) == 0 or len(groups) == 1, f"groups is {groups!r}, but must be one whole number")
+    count = _recycled(rules, "groups", groups)[0]
     try:
         read = mlx.conv_transpose3d(input, weight, **recycled, groups=count, dtype=dtype, strict=strict)
     except WordsError as error:
@@ -52,9 +56,9 @@ def mlx_conv_transpose3d(
 
 def _recycled(rules: Rules, name: str, value: Any) -> tuple[int, ...]:
     """Return R's vector as three whole numbers; as.integer cuts off decimals there, so they are refused here."""
-    given = list(value) if isinstance(value, (tuple, list)) else [value]
+    given = list(value) if isinstance(value, (tuple, list, np.ndarray)) and np.ndim(value) == 1 else [value]
     rules.must(
-        len(given) in (1, 3) and all(isinstance(n, (int, float)) and n == int(n) for n in given),
+        len(given) in (1, 3) and all(whole(n) is not None or (isinstance(n, float) and n.is_integer()) for n in given),
         f"{name} is {value!r}, but must be a scalar or a length-3 vector of whole numbers",
     )
     return tuple(int(n) for n in (given * 3 if len(given) == 1 else given))

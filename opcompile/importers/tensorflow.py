@@ -10,13 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from opcompile.errors import SpecError
-from opcompile.importers.imported import Imported, Rules, Triple, WeightOrder, cropped, dtype_of, shape_of
+from opcompile.importers.imported import (
+    Imported,
+    Rules,
+    Triple,
+    WeightOrder,
+    cropped,
+    dtype_of,
+    shape_of,
+    weight_shape_of,
+    whole,
+    whole_numbers,
+)
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "TensorFlow"
 ORDER = WeightOrder("DHWMC")
 _LAYOUTS = ("NDHWC", "NCDHW")
+_TENSORS = {"float32": "float", "float64": "double", "float16": "half", "bfloat16": "bfloat16"}
 
 
 def conv3d_transpose(
@@ -35,17 +49,20 @@ def conv3d_transpose(
 ) -> Imported:
     """Read a call of ``tf.nn.conv3d_transpose``; tensors may be given by their shapes.
 
-    TensorFlow's call has no bias; with ``bias`` the layer takes one. Raises `WordsError` where TensorFlow
-    refuses on a CPU.
+    TensorFlow's call has no bias; with ``bias`` the layer takes one. A NumPy input is converted to the filters'
+    dtype, as TensorFlow does. Raises `WordsError` where TensorFlow refuses on a CPU.
     """
     rules = Rules(SYSTEM, strict)
-    x, w, y = shape_of(input), shape_of(filters), tuple(output_shape)
+    x, w, y = shape_of(input), weight_shape_of(filters), _asked(rules, output_shape)
     _require_words(rules, padding, data_format)
+    _require_dtypes(rules, input, filters)
     for what, shape in (("input", y), ("out_backprop", x), ("filter", w)):
         rules.must(len(shape) == 5, f"{what} tensor must have 5 dimensions")
-    s, d = _triple(rules, "strides", strides, data_format), _triple(rules, "dilations", dilations or 1, data_format)
+    words = {"strides": strides, "dilations": dilations}
+    s, d = (_triple(rules, name, 1 if value is None else value, data_format) for name, value in words.items())
     rules.must(min(s) > 0, f"Stride must be > 0, but got {min(s)}")
     rules.must(min(d) > 0, f"Dilated rates should be larger than 0, but got {min(d)}")
+    rules.must(min((n for n in y if isinstance(n, int)), default=0) >= 0, f"Dimension {min(y)} must be >= 0")
     rules.strictly(max(d) == 1, "Current CPU implementation does not yet support dilation rates larger than 1.")
     given, asked = (dict(zip(data_format, shape, strict=True)) for shape in (x, y))
     channels_in, channels_out, kernel = ORDER.sizes(w, 1)
@@ -66,30 +83,53 @@ def conv3d_transpose(
         channels_out=channels_out,
         axes=axes,
         bias=bias,
-        dtype=dtype_of(dtype, input, filters),
+        dtype=dtype_of(dtype, filters, input),
         layout=data_format,
     )
     remarks = ("TensorFlow computes NCDHW on GPUs only",) if data_format == "NCDHW" else ()
     return Imported(SYSTEM, spec, ORDER, data_format, data_format, zeros, remarks=remarks).holding(filters)
 
 
+def _asked(rules: Rules, output_shape: Any) -> tuple[Any, ...]:
+    """Return the output's shape, from a list, an array or a tensor; an unknown size stays None."""
+    rules.must(
+        np.ndim(output_shape) == 1 and not isinstance(output_shape, (str, bytes)),
+        f"shape must be a vector of {{int32,int64}}, got shape {output_shape!r}",
+    )
+    return tuple(n if whole(n) is None else whole(n) for n in output_shape)
+
+
+def _require_dtypes(rules: Rules, input: Any, filters: Any) -> None:
+    if isinstance(input, np.ndarray) or not (hasattr(input, "dtype") and hasattr(filters, "dtype")):
+        return
+    x, w = dtype_of(None, input), dtype_of(None, filters)
+    rules.must(
+        x == w,
+        f"cannot compute Conv3DBackpropInputV2 as input #2(zero-based) was expected to be a {_TENSORS[w]} tensor but "
+        f"is a {_TENSORS[x]} tensor",
+    )
+
+
 def _require_words(rules: Rules, padding: Any, data_format: Any) -> None:
     rules.must(
-        padding in ("SAME", "VALID"),
+        isinstance(padding, str) and padding in ("SAME", "VALID"),
         f'Value for attr \'padding\' of "{padding}" is not in the list of allowed values: "SAME", "VALID"',
     )
     rules.must(
-        data_format in _LAYOUTS,
+        isinstance(data_format, str) and data_format in _LAYOUTS,
         f'Value for attr \'data_format\' of "{data_format}" is not in the list of allowed values: "NDHWC", "NCDHW"',
     )
 
 
 def _triple(rules: Rules, name: str, value: Any, layout: str) -> Triple:
     """Return one value three times, three, or the three of five that are not N and C."""
-    given = [value] if isinstance(value, int) else list(value)
+    one = whole(value)
+    found = whole_numbers(value) if one is None else (one,)
+    rules.must(found is not None, f"Expected int for argument '{name}' not {value!r}.")
+    given = found or ()
     rules.must(
         len(given) in (1, 3, 5),
-        f"{name} should be of length 1, 3 or 5. Received: {name}={given} of length {len(given)}",
+        f"{name} should be of length 1, 3 or 5. Received: {name}={list(given)} of length {len(given)}",
     )
     if len(given) == 5:
         by_letter = dict(zip(layout, given, strict=True))
@@ -97,7 +137,7 @@ def _triple(rules: Rules, name: str, value: Any, layout: str) -> Triple:
             by_letter["N"] == by_letter["C"] == 1,
             f"Current implementation does not yet support {name} in the batch and depth dimensions.",
         )
-        given = [by_letter[letter] for letter in "DHW"]
+        given = tuple(by_letter[letter] for letter in "DHW")
     a, b, c = given * 3 if len(given) == 1 else given
     return a, b, c
 

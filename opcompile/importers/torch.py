@@ -7,6 +7,7 @@ Rules and messages are those of PyTorch 2.13. PyTorch itself is needed only to r
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,9 @@ from opcompile.importers.imported import (
     dtype_of,
     shape_of,
     symmetric,
+    weight_shape_of,
+    whole,
+    whole_numbers,
 )
 from opcompile.say import DEFAULTS, keywords, several
 from opcompile.spec import Activation
@@ -52,14 +56,15 @@ def conv_transpose3d(
     Raises `WordsError` where PyTorch refuses, `SpecError` for what it computes and we do not.
     """
     rules = Rules(SYSTEM, strict)
-    x, w = shape_of(input), shape_of(weight)
+    x, w = shape_of(input), weight_shape_of(weight)
     _require_ranks(rules, x, w)
     words = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
     s, p, op, d = (_triple(rules, name, value) for name, value in words.items())
+    groups = _count(rules, "groups", groups)
     rules.must(groups > 0, "non-positive groups is not supported")
     _require_positive(rules, s, p, op, d)
     _require_channels(rules, x, w, bias, groups)
-    _require_dtypes(rules, input, weight, bias)
+    _require_dtypes(rules, *(dtype_of(None, t) for t in (input, weight, bias) if hasattr(t, "dtype")))
     rules.strictly(all(o < max(a, b) for o, a, b in zip(op, s, d, strict=True)), _output_padding_rule(op, s, d))
     axes, zeros = _fitting(rules, x[-3:], w[2:], s, p, op, d)
     layout = "NCDHW" if len(x) == 5 else "CDHW"
@@ -98,6 +103,8 @@ def ConvTranspose3d(
     ``output_size`` is what the module's call takes: it picks the output_padding. Raises as `conv_transpose3d`.
     """
     rules = Rules(SYSTEM, strict)
+    counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    in_channels, out_channels, groups = (_count(rules, name, value) for name, value in counts.items())
     rules.must(groups > 0, "groups must be a positive integer")
     rules.must(in_channels % groups == 0, "in_channels must be divisible by groups")
     rules.must(out_channels % groups == 0, "out_channels must be divisible by groups")
@@ -107,10 +114,11 @@ def ConvTranspose3d(
         s, p, d = (_triple(rules, "", value) for value in (stride, padding, dilation))
         output_padding = _for_output_size(rules, shape_of(input), output_size, kernel, s, p, d)
     weight = (in_channels, out_channels // groups, *kernel)
+    rules.must(min(weight) >= 0, f"Trying to create tensor with negative dimension {min(weight)}: {list(weight)}")
     words = (stride, padding, output_padding, groups, dilation)
-    read = conv_transpose3d(
-        shape_of(input), weight, bias, *words, dtype=None if dtype is None else str(dtype), strict=strict
-    )
+    named = dtype_of(None if dtype is None else str(dtype))
+    _require_dtypes(rules, *([dtype_of(None, input)] if hasattr(input, "dtype") else []), named)
+    read = conv_transpose3d(shape_of(input), weight, bool(bias), *words, dtype=named, strict=strict)
     remarks = (f"device={device} says where PyTorch would run it",) if device is not None else ()
     return replace(read, remarks=remarks)
 
@@ -156,10 +164,14 @@ def find(source: Any) -> list[Found]:
     torch = _torch()
     program = source
     if isinstance(source, (str, os.PathLike)):
+        log = logging.getLogger("torch.export")
+        before, log.disabled = log.disabled, True  # it logs the traceback of what it raises
         try:
             program = torch.export.load(source)
         except Exception as error:  # of many kinds, and each means that it cannot be read
             raise ModelError(f"cannot read {source} as a torch.export program: {error}; export it again") from error
+        finally:
+            log.disabled = before
     if not hasattr(program, "graph_module"):
         raise ModelError(f"{type(source).__name__} is not a torch.export program; make one with torch.export.export")
     constants = _constants(program)
@@ -239,6 +251,7 @@ _ACTIVATIONS = {
     "tanh": "Tanh()",
     "hard_tanh": "Hardtanh()",
     "soft_shrink": "Softshrink()",
+    "hard_shrink": "Hardshrink()",
     "tanh_shrink": "Tanhshrink()",
     "log_sigmoid": "LogSigmoid()",
 }
@@ -308,7 +321,7 @@ def _require_ranks(rules: Rules, x: tuple[Any, ...], w: tuple[Any, ...]) -> None
         f"Expected 4D (unbatched) or 5D (batched) input to conv_transpose3d, but got input of size: {list(x)}",
     )
     rules.must(
-        len(w) == 5 and all(n > 0 for n in w[2:]),
+        len(w) == 5 and all(n > 0 for n in w[1:]),
         "non-empty 5D (n_output_plane x n_input_plane x kernel_depth x kernel_height x kernel_width) tensor "
         f"expected for weight, but got: {list(w)}",
     )
@@ -319,15 +332,14 @@ def _require_ranks(rules: Rules, x: tuple[Any, ...], w: tuple[Any, ...]) -> None
 
 
 def _triple(rules: Rules, name: str, value: Any) -> Triple:
-    kind = type(value).__name__
-    given = [value] if isinstance(value, int) else value
+    given = [value] if _is_int(value) else value
     rules.must(
-        isinstance(given, Sequence) and not isinstance(given, str),
-        f"conv_transpose3d(): argument '{name}' must be tuple of ints, not {kind}",
+        isinstance(given, (list, tuple)),
+        f"conv_transpose3d(): argument '{name}' must be tuple of ints, not {type(value).__name__}",
     )
     for at, each in enumerate(given):
         rules.must(
-            isinstance(each, int),
+            _is_int(each),
             f"conv_transpose3d(): argument '{name}' must be tuple of ints, "
             f"but found element of type {type(each).__name__} at pos {at}",
         )
@@ -338,6 +350,15 @@ def _triple(rules: Rules, name: str, value: Any) -> Triple:
     )
     a, b, c = (int(n) for n in (given * 3 if len(given) == 1 else given))
     return a, b, c
+
+
+def _count(rules: Rules, name: str, value: Any) -> int:
+    rules.must(_is_int(value), f"conv_transpose3d(): argument '{name}' must be int, not {type(value).__name__}")
+    return int(value)
+
+
+def _is_int(value: Any) -> bool:
+    return whole(value) is not None and not isinstance(value, bool)
 
 
 def _require_positive(rules: Rules, s: Triple, p: Triple, op: Triple, d: Triple) -> None:
@@ -367,10 +388,9 @@ def _require_channels(rules: Rules, x: tuple[Any, ...], w: tuple[int, ...], bias
 _SCALARS = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16"}
 
 
-def _require_dtypes(rules: Rules, *tensors: Any) -> None:
-    found = [dtype_of(None, t) for t in tensors if hasattr(t, "dtype")]
-    for other in found[1:]:
-        rules.must(other == found[0], f"expected scalar type {_SCALARS[found[0]]} but found {_SCALARS[other]}")
+def _require_dtypes(rules: Rules, *dtypes: str) -> None:
+    for other in dtypes[1:]:
+        rules.must(other == dtypes[0], f"expected scalar type {_SCALARS[dtypes[0]]} but found {_SCALARS[other]}")
 
 
 def _output_padding_rule(op: Triple, s: Triple, d: Triple) -> str:
@@ -398,16 +418,19 @@ def _for_output_size(
 ) -> Triple:
     """Return the output_padding that gives the size that was asked for."""
     around = len(x) - 3
-    sizes = list(asked)[around:] if len(asked) == 3 + around else list(asked)
+    given = whole_numbers(asked)
+    rules.must(given is not None, f"output_size is {asked!r}, but must be a tuple of ints")
+    given = given or ()
+    sizes = given[around:] if len(given) == 3 + around else given
     rules.must(
         len(sizes) == 3,
-        f"ConvTranspose3D: for {len(x)}D input, output_size must have 3 or {3 + around} elements (got {len(asked)})",
+        f"ConvTranspose3D: for {len(x)}D input, output_size must have 3 or {3 + around} elements (got {len(given)})",
     )
     least = [(i - 1) * a - 2 * b + e * (n - 1) + 1 for i, n, a, b, e in zip(x[-3:], k, s, p, d, strict=True)]
     most = [n + a - 1 for n, a in zip(least, s, strict=True)]
     rules.strictly(
         all(low <= n <= high for low, n, high in zip(least, sizes, most, strict=True)),
-        f"requested an output size of {tuple(sizes)}, but valid sizes range from {least} to {most} "
+        f"requested an output size of {sizes}, but valid sizes range from {least} to {most} "
         f"(for an input of {list(x[-3:])})",
     )
     a, b, c = (n - low for n, low in zip(sizes, least, strict=True))

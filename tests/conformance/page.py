@@ -146,8 +146,8 @@ _TAIL = """
 - **Keras**: the parameters of its three shape tests and three value tests for `Conv3DTranspose`, and its own NumPy
   function `np_conv3d_transpose`, imported from the installed package and asked about the grid as well. (That
   function sizes dilated kernels as if they were not, so it is not asked about them.)
-- **MLX**: the layers of `test_torch_conv_transpose_3D` (12) and `test_torch_conv_3D_grad` (30, forward only), with
-  ten more in the manner of its output_padding tests.
+- **MLX**: the layers of `test_torch_conv_transpose_3D` (12) and `test_torch_conv_3D_grad` (30, here forward; the
+  gradients of 24 are in `tests/test_gradient_peers.py`), with ten more in the manner of its output_padding tests.
 - **TVM**: `topi.testing.conv3d_transpose_ncdhw_python`. It convolves by FFT, so only integers are compared, rounded.
 - **ONNX**: its node tests and ONNX Runtime's attribute grid are run by `make test`.
 

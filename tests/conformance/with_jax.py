@@ -24,7 +24,7 @@ LAYOUTS = [
 
 def suites() -> Iterator[Result]:
     yield run("jax", SYSTEM, VERSION, "grid of lax.conv_transpose", grid())
-    yield run("jax-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("jax-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
 
 
 def of_call(name: str, x: Any, w: Any, strides: Any, padding: Any, more: dict[str, Any], **case: Any) -> Case:
@@ -80,5 +80,11 @@ def wrong() -> Iterator[Case]:
     ):
         yield of_call(described(n=numbers), x, w, s, "SAME", {"dimension_numbers": numbers})
     yield of_call("4-D", x, w[1:], s, "SAME", {}, wordless=True)
-    lower = "SAME_LOWER, which JAX takes at strides of 1 alone"
-    yield of_call("SAME_LOWER", x, w, (1, 1, 1), "SAME_LOWER", {}, uncomputed=lower)
+    for padding in ("SAME_LOWER", "same", "valid", "full"):  # JAX takes the first three at strides of 1 alone
+        yield of_call(f"{padding} at strides of 1", x, (3, 2, 3, 4, 2), (1, 1, 1), padding, {})
+        yield of_call(f"{padding} at strides of 2", x, (3, 2, 3, 4, 2), s, padding, {})
+        consistent = {"use_consistent_padding": True}
+        yield of_call(f"{padding}, consistent", x, (3, 2, 3, 4, 2), (1, 1, 1), padding, consistent)
+    yield of_call("lists, consistent", x, w, s, [[1, 1]] * 3, {"use_consistent_padding": True})
+    yield of_call("no padding", x, w, s, None, {})
+    yield of_call("positions", x, w, s, "SAME", {"dimension_numbers": (1, 2, 3)})

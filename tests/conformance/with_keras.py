@@ -19,7 +19,7 @@ SYSTEM, VERSION = f"Keras ({BACKEND})", keras.__version__
 
 def suites() -> Iterator[Result]:
     yield run("keras", SYSTEM, VERSION, "grid of Conv3DTranspose", grid())
-    yield run("keras-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("keras-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("keras-activations", SYSTEM, VERSION, "every fused activation, and those that are not", activations())
     yield run("keras-own", SYSTEM, VERSION, "its own 3-D tests (6), and its NumPy oracle on the grid", own())
 
@@ -97,6 +97,8 @@ def wrong() -> Iterator[Case]:
         yield of_layer(described(**given), x, {"filters": 2, "kernel_size": 3, **given})
     for padding in (1, (1, 1, 1)):  # Keras fails on these without words of its own
         yield of_layer(f"{padding=}", x, {"filters": 2, "kernel_size": 3, "padding": padding}, wordless=True)
+    numpys = {"filters": np.int64(2), "kernel_size": (2, 2, 2), "strides": (np.int64(2),) * 3}
+    yield of_layer("NumPy's integers", x, numpys)
     yield of_layer("4-D", x[1:], {"filters": 2, "kernel_size": 3})
     empty = {"filters": 2, "kernel_size": 2, "padding": "same", "output_padding": 0}
     yield of_layer("an empty output", (1, 1, 1, 1, 4), empty, uncomputed="its output is empty")

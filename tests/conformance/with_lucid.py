@@ -19,7 +19,7 @@ SYSTEM, VERSION = "Lucid", version("lucid-dl")
 
 def suites() -> Iterator[Result]:
     yield run("lucid", SYSTEM, VERSION, "grid of F.conv_transpose3d", grid())
-    yield run("lucid-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("lucid-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("lucid-layer", SYSTEM, VERSION, "grid of nn.ConvTranspose3d, padding strings", layers())
     yield run("lucid-documented", SYSTEM, VERSION, "its documented examples", documented())
 
@@ -59,9 +59,18 @@ def wrong() -> Iterator[Case]:
         {"dilation": 2, "output_padding": 1},
         {"output_padding": -1},
         {"padding": 5},
+        {"output_padding": (1, 1)},
+        {"stride": (np.int64(2),) * 3},
     ):
         yield of_call(described(**geometry), x, w, 0, geometry)
-    for geometry in ({"groups": 0}, {"stride": 0}, {"padding": "same"}, {"stride": (2, 2)}, {"stride": 2.0}):
+    for geometry in (
+        {"groups": 0},
+        {"stride": 0},
+        {"padding": "same"},
+        {"stride": (2, 2)},
+        {"stride": 2.0},
+        {"groups": 2.0},
+    ):
         yield of_call(described(**geometry), x, w, 0, geometry, wordless=True)
     yield of_call("negative padding", x, w, 0, {"padding": -1})
     yield of_call("channels", (1, 3, 3, 3, 3), w, 0, {})

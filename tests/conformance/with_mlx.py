@@ -76,6 +76,9 @@ def odd() -> Iterator[Case]:
         {"padding": "same"},
         {"stride": (2, 2)},
         {"stride": 2.0},
+        {"stride": np.int64(2), "padding": np.array([1, 0, 1])},
+        {"groups": 1.0},
+        {"groups": "1"},
     ):
         yield of_call(described(**geometry), x, w, geometry)
     for given, weight in ((x, (2, 3, 3, 3, 5)), (x, (2, 3, 3, 4)), ((3, 3, 3, 4), w)):

@@ -16,7 +16,7 @@ SYSTEM, VERSION = "TensorFlow", tf.__version__
 
 def suites() -> Iterator[Result]:
     yield run("tensorflow", SYSTEM, VERSION, "grid of tf.nn.conv3d_transpose", grid())
-    yield run("tensorflow-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("tensorflow-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
 
 
 def of_call(name: str, x: Any, w: Any, args: tuple[Any, ...], **more: Any) -> Case:
@@ -62,8 +62,13 @@ def wrong() -> Iterator[Case]:
         "dilation": ((1, 3, 3, 3, 2), 1, "SAME", "NDHWC", 2),
         "data_format": (y, 2, "SAME", "NHWDC"),
         "the spatial sizes alone": ((6, 6, 6), 2),
+        "a scalar for a shape": (6, 2),
+        "NumPy's integers": (np.array(y), np.array([2, 2, 2])),
+        "a string for strides": (y, "a"),
+        "a dilation of 0": (y, 2, "SAME", "NDHWC", 0),
     }.items():
-        yield of_call(name, x, w, args)
+        # TensorFlow speaks of dilations above 1 there
+        yield of_call(name, x, w, args, wordless=name == "a dilation of 0")
     yield of_call("channels of the input", x, (3, 3, 3, 2, 5), (y, 2))
     yield of_call("4-D", x[1:], w, (y, 2))
     yield of_call("a stride over the batch", x, w, (y, (2, 2, 2, 2, 1)))

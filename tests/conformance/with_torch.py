@@ -17,7 +17,7 @@ SYSTEM, VERSION = "PyTorch", torch.__version__
 
 def suites() -> Iterator[Result]:
     yield run("torch", SYSTEM, VERSION, "grid of F.conv_transpose3d", grid())
-    yield run("torch-wrong", SYSTEM, VERSION, "wrong calls", wrong())
+    yield run("torch-wrong", SYSTEM, VERSION, "wrong and odd calls", wrong())
     yield run("torch-module", SYSTEM, VERSION, "grid of nn.ConvTranspose3d, output_size", modules())
     yield run("torch-opinfo", SYSTEM, VERSION, "its OpInfo samples, float32 and float64", opinfo())
     yield run("torch-inputs", SYSTEM, VERSION, "its module inputs", module_inputs())
@@ -83,6 +83,10 @@ def wrong() -> Iterator[Case]:
         {"padding": "same"},
         {"stride": (2, 2)},
         {"stride": 2.0},
+        {"stride": True},
+        {"stride": (np.int64(2),) * 3, "groups": np.int64(2)},
+        {"groups": "2"},
+        {"groups": 2.0},
     ):
         yield of_call(described(**geometry), x, w, 0, geometry)
     for given, weight, bias in (
