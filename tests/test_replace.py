@@ -345,6 +345,40 @@ def test_opset_22(override: Path) -> None:
     assert np.array_equal(run(model, x, override), right)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"strides": [2.0, 2.0, 2.0]}, "strides must be a list of integers"),
+        ({"strides": 2}, "strides must be a list of integers"),
+        ({"strides": "222"}, "strides must be a list of integers"),
+        ({"strides": [2**40, 2, 2]}, "strides has a value that does not fit into 32 bits"),
+        ({"pads": [0] * 30}, "pads has more values than a tensor has axes"),
+        ({"group": [1]}, "group must be an integer"),
+        ({"group": 0}, "group must be at least 1"),
+        ({"auto_pad": 1}, "auto_pad is .?, but must be"),
+        ({"output_padding": [0, 1]}, "output_padding has 2 values, but X has 3 spatial axes"),
+        ({"output_shape": [1, 6, 6, 8]}, "output_shape has 4 values"),
+        ({"bias": 5}, r"B has shape \(5\), but must have one value for each channel of Y"),
+    ],
+    ids=str,
+)
+def test_a_node_that_contradicts_itself(attributes: dict[str, Any], words: str, override: Path) -> None:
+    """ONNX's own checks do not see a node that was taken over, and older ONNX Runtimes read past what is missing."""
+    attributes = dict(attributes)
+    bias = attributes.pop("bias", 6)
+    model = upsampling(**attributes)
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(integers((bias,)), "b"))
+    with pytest.raises(opcompile.OpcompileError, match=words):
+        run(model, X, override)
+
+
+def test_a_2d_node_whose_output_ends_behind_the_last_tap(override: Path) -> None:
+    """Up to 1.27 ONNX Runtime's own kernel reads past its column buffer there."""
+    model, x = one_node((1, 3, 4, 5), (3, 4, 3, 3), strides=[2, 2], dilations=[3, 3], output_padding=[2, 0])
+    with pytest.raises(opcompile.OpcompileError, match="ends a whole stride or more after the last tap"):
+        run(model, x, override)
+
+
 @pytest.mark.parametrize("shape", [("n", 3, "d", 5, 6), ("n", 3, 4, 5, 6), (1, 3, 4, 5, 6)])
 def test_output_shapes_are_inferred_as_ever(shape: tuple[int | str, ...], override: Path) -> None:
     """An unknown size has a name that no other has: ONNX Runtime takes equal names for equal sizes."""
