@@ -124,8 +124,12 @@ def test_external_data_stay_external(tmp_path: Path) -> None:
     )
     how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
     path = saved(model, tmp_path, "big.onnx", **how)
-    report, out = replaced(path, tmp_path)
+    report, out = replaced(path, tmp_path, verify=True)
+    assert report.passed
+    assert report.checks
     assert set(report.files) == {"opcompile_ops.so", "big.onnx", "weights.bin", "opcompile.data"}
+    onnx.load(path)
+    onnx.load(out / "big.onnx")
     assert (out / "weights.bin").read_bytes() == (tmp_path / "weights.bin").read_bytes()
     agree(tmp_path, model="big.onnx")
 
