@@ -426,10 +426,30 @@ def test_a_node_that_does_not_gain_stays(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(job, "race_models", slow)
     report, _ = replaced(upsampling(), tmp_path, measure=True)
     assert (report.nodes[0].status, report.library) == ("kept", None)
+    assert report.nodes[0].kernels == (report.kernels[0].key,)
     assert "not faster" in str(report.nodes[0].reason)
     report, out = replaced(upsampling(), tmp_path, measure=True, everything=True)
     assert (report.nodes[0].status, report.slower) == ("replaced", True)
     assert json.loads((out / "report.json").read_text())["slower"] is True
+
+
+def test_what_gains_only_without_what_follows_is_not_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.bench import Ratio
+    from opcompile.replace.report import Speed
+
+    def by_fusion(_: Any, kernel: library.Kernel, *__: Any) -> tuple[Speed, ...]:
+        ratio = 2.0 if kernel.spec.activation.name == "none" else 0.5
+        return (Speed(1, 1.0, 1 / ratio, Ratio("onnxruntime", ratio, ratio, ratio)),)
+
+    monkeypatch.setattr(job, "race", by_fusion)
+    monkeypatch.setattr(job, "race_models", lambda *_: ())
+    model = upsampling(after=GELU, constants=GELU_CONSTANTS)
+    report, out = replaced(model, tmp_path, measure=True, verify=True)
+    assert report.passed
+    assert ["act=gelu" in kernel.spec for kernel in report.kernels] == [True, False]
+    assert (report.nodes[0].status, report.nodes[0].fused) == ("replaced", ())
+    assert operators(out / "model.onnx") == ["Neg", OURS, *(node.op_type for node in GELU)]
+    agree(tmp_path)
 
 
 def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
