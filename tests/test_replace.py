@@ -115,6 +115,19 @@ def test_a_wrong_whole_model_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not report.passed
 
 
+def test_an_output_that_no_replaced_node_reaches(tmp_path: Path) -> None:
+    """It must be equal to the bit, also where ONNX Runtime adds up in another order on two threads, as here."""
+    model = upsampling((1, 32, 4, 4, 4))
+    model.graph.node.append(helper.make_node("Conv", ["x", "v"], ["z"], pads=[1] * 6))
+    rng = np.random.default_rng(0)
+    model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal((16, 32, 3, 3, 3), np.float32), "v"))
+    model.graph.output.append(value("z", None))
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.passed
+    assert {(c.threads, c.error, c.bound) for c in report.checks if c.output == "z"} >= {(1, 0.0, 0.0)}
+    assert any(c.bound for c in report.checks if c.output == "y")
+
+
 # --- kinds of models ---
 
 
@@ -124,8 +137,12 @@ def test_external_data_stay_external(tmp_path: Path) -> None:
     )
     how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
     path = saved(model, tmp_path, "big.onnx", **how)
-    report, out = replaced(path, tmp_path)
+    report, out = replaced(path, tmp_path, verify=True)
+    assert report.passed
+    assert report.checks
     assert set(report.files) == {"opcompile_ops.so", "big.onnx", "weights.bin", "opcompile.data"}
+    onnx.load(path)
+    onnx.load(out / "big.onnx")
     assert (out / "weights.bin").read_bytes() == (tmp_path / "weights.bin").read_bytes()
     agree(tmp_path, model="big.onnx")
 
@@ -345,6 +362,40 @@ def test_opset_22(override: Path) -> None:
     assert np.array_equal(run(model, x, override), right)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"strides": [2.0, 2.0, 2.0]}, "strides must be a list of integers"),
+        ({"strides": 2}, "strides must be a list of integers"),
+        ({"strides": "222"}, "strides must be a list of integers"),
+        ({"strides": [2**40, 2, 2]}, "strides has a value that does not fit into 32 bits"),
+        ({"pads": [0] * 30}, "pads has more values than a tensor has axes"),
+        ({"group": [1]}, "group must be an integer"),
+        ({"group": 0}, "group must be at least 1"),
+        ({"auto_pad": 1}, "auto_pad is .?, but must be"),
+        ({"output_padding": [0, 1]}, "output_padding has 2 values, but X has 3 spatial axes"),
+        ({"output_shape": [1, 6, 6, 8]}, "output_shape has 4 values"),
+        ({"bias": 5}, r"B has shape \(5\), but must have one value for each channel of Y"),
+    ],
+    ids=str,
+)
+def test_a_node_that_contradicts_itself(attributes: dict[str, Any], words: str, override: Path) -> None:
+    """ONNX's own checks do not see a node that was taken over, and older ONNX Runtimes read past what is missing."""
+    attributes = dict(attributes)
+    bias = attributes.pop("bias", 6)
+    model = upsampling(**attributes)
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(integers((bias,)), "b"))
+    with pytest.raises(opcompile.OpcompileError, match=words):
+        run(model, X, override)
+
+
+def test_a_2d_node_whose_output_ends_behind_the_last_tap(override: Path) -> None:
+    """Up to 1.27 ONNX Runtime's own kernel reads past its column buffer there."""
+    model, x = one_node((1, 3, 4, 5), (3, 4, 3, 3), strides=[2, 2], dilations=[3, 3], output_padding=[2, 0])
+    with pytest.raises(opcompile.OpcompileError, match="ends a whole stride or more after the last tap"):
+        run(model, x, override)
+
+
 @pytest.mark.parametrize("shape", [("n", 3, "d", 5, 6), ("n", 3, 4, 5, 6), (1, 3, 4, 5, 6)])
 def test_output_shapes_are_inferred_as_ever(shape: tuple[int | str, ...], override: Path) -> None:
     """An unknown size has a name that no other has: ONNX Runtime takes equal names for equal sizes."""
@@ -375,10 +426,30 @@ def test_a_node_that_does_not_gain_stays(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(job, "race_models", slow)
     report, _ = replaced(upsampling(), tmp_path, measure=True)
     assert (report.nodes[0].status, report.library) == ("kept", None)
+    assert report.nodes[0].kernels == (report.kernels[0].key,)
     assert "not faster" in str(report.nodes[0].reason)
     report, out = replaced(upsampling(), tmp_path, measure=True, everything=True)
     assert (report.nodes[0].status, report.slower) == ("replaced", True)
     assert json.loads((out / "report.json").read_text())["slower"] is True
+
+
+def test_what_gains_only_without_what_follows_is_not_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.bench import Ratio
+    from opcompile.replace.report import Speed
+
+    def by_fusion(_: Any, kernel: library.Kernel, *__: Any) -> tuple[Speed, ...]:
+        ratio = 2.0 if kernel.spec.activation.name == "none" else 0.5
+        return (Speed(1, 1.0, 1 / ratio, Ratio("onnxruntime", ratio, ratio, ratio)),)
+
+    monkeypatch.setattr(job, "race", by_fusion)
+    monkeypatch.setattr(job, "race_models", lambda *_: ())
+    model = upsampling(after=GELU, constants=GELU_CONSTANTS)
+    report, out = replaced(model, tmp_path, measure=True, verify=True)
+    assert report.passed
+    assert ["act=gelu" in kernel.spec for kernel in report.kernels] == [True, False]
+    assert (report.nodes[0].status, report.nodes[0].fused) == ("replaced", ())
+    assert operators(out / "model.onnx") == ["Neg", OURS, *(node.op_type for node in GELU)]
+    agree(tmp_path)
 
 
 def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

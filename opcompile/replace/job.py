@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -34,11 +34,12 @@ Shapes = tuple[Mapping[str, Sequence[int | str]], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A node on its way: its kernels, or the reason why it stays as it is."""
+    """A node on its way: its kernels, or the reason why it stays as it is, and those that were ``tried`` in vain."""
 
     node: Node
     kernels: tuple[Kernel, ...] = ()
     reason: str | None = None
+    tried: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,10 +68,8 @@ class Job:
         machine = named(self.target)
         require_replaceable(self.into)
         threads = self._threads()
-        found = self._compiled(machine)
         not_asked = self._not_asked(machine)
-        kernels = self._tried(found, machine, threads, not_asked)
-        found = [self._chosen(f, kernels) for f in found]
+        found, kernels = self._best(machine, threads, not_asked)
         kept = [f for f in found if f.kernels]
         with written(self.into) as folder:
             files = self._write(kept, machine, folder)
@@ -114,14 +113,33 @@ class Job:
 
     # --- kernels ---
 
-    def _compiled(self, machine: Target) -> list[Found]:
-        """Find the nodes and compile their layers. Raises `ModelError` where a chosen one is not there."""
-        _, nodes = survey(self.model, self.shapes, fused=self.mode == "rewrite")
+    def _best(
+        self, machine: Target, threads: Sequence[int], not_asked: Mapping[str, str]
+    ) -> tuple[list[Found], dict[str, KernelReport]]:
+        """Compile, try and choose; a node that does not gain with what follows it is tried without."""
+        found = self._compiled(machine)
+        reports = self._tried(found, machine, threads, not_asked)
+        found = [self._chosen(f, reports) for f in found]
+        slow = {f.node.output for f in found if f.tried and f.node.fusion.nodes and reports[f.tried[0].key].passed}
+        if slow:
+            others = self._compiled(machine, slow)
+            reports |= self._tried(others, machine, threads, not_asked)
+            better = {f.node.output: f for f in (self._chosen(f, reports) for f in others) if f.kernels}
+            found = [better.get(f.node.output, f) for f in found]
+        return found, reports
+
+    def _compiled(self, machine: Target, unfused: Collection[str] = ()) -> list[Found]:
+        """Find the nodes and compile their layers; ``unfused`` asks for those alone, without what follows them.
+
+        Raises `ModelError` where a chosen one is not there.
+        """
+        _, nodes = survey(self.model, self.shapes, fused=self.mode == "rewrite", unfused=unfused)
         unknown = sorted(set(self.nodes) - {node.name for node in nodes})
         if unknown:
             names = ", ".join(node.name for node in nodes)
             raise ModelError(f"{self.model} has no 5-D ConvTranspose node {unknown[0]!r}; it has: {names}")
         found = []
+        nodes = [node for node in nodes if not unfused or node.output in unfused]
         for number, node in enumerate(nodes):
             if self.nodes and node.name not in self.nodes:
                 node = replace(node, specs=(), reason="it was not chosen")
@@ -200,7 +218,7 @@ class Job:
                 reason = "its kernel is not faster than ONNX Runtime's own; --all replaces it all the same"
             else:
                 kept.append(kernel)
-        return Found(f.node, tuple(kept), None if kept else reason)
+        return Found(f.node, tuple(kept), None, ()) if kept else Found(f.node, (), reason, f.kernels)
 
     # --- the directory ---
 
@@ -213,7 +231,7 @@ class Job:
         if self.mode == "override":
             return files
         self.progress(0, 1, "write the model")
-        model, nodes = survey(self.model, self.shapes)
+        model, nodes = survey(self.model, self.shapes, unfused=_unfused(kept))
         again = {node.output: node for node in nodes}
         edits = [
             (
@@ -254,7 +272,7 @@ class Job:
     @contextmanager
     def _spread(self, kept: Sequence[Found]) -> Iterator[Path]:
         """Write the stock model with errors as large as the bounds allow, for as long as it is needed."""
-        model, nodes = survey(self.model, self.shapes, fused=self.mode == "rewrite")
+        model, nodes = survey(self.model, self.shapes, fused=self.mode == "rewrite", unfused=_unfused(kept))
         outputs = {f.node.output for f in kept}
         perturbed(model, [node for node in nodes if node.output in outputs])
         with tempfile.TemporaryDirectory(prefix="opcompile-") as folder:
@@ -263,12 +281,17 @@ class Job:
             yield path
 
 
+def _unfused(found: Sequence[Found]) -> set[str]:
+    return {f.node.output for f in found if not f.node.fusion.nodes}
+
+
 def _node_report(f: Found) -> NodeReport:
     fused = tuple(node.op_type for node in f.node.fusion.nodes)
     if f.kernels:
         return NodeReport(f.node.name, "replaced", tuple(k.key for k in f.kernels), fused)
     tried = bool(f.node.specs) and not f.node.reason
-    return NodeReport(f.node.name, "kept" if tried else "refused", reason=f.reason)
+    keys = tuple(k.key for k in f.tried)
+    return NodeReport(f.node.name, "kept" if tried else "refused", keys, fused if keys else (), f.reason)
 
 
 def _kernel_report(kernel: Kernel) -> KernelReport:

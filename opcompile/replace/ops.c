@@ -345,6 +345,7 @@ static struct axis axis_of(const struct attributes *a, size_t i, size_t axes, in
 }
 
 static int auto_pad_of(const char *text) {
+  if (!*text) return NOTSET;
   for (int i = NOTSET; i <= SAME_LOWER; i++)
     if (!strcmp(text, auto_pads[i])) return i;
   return -1;
@@ -356,24 +357,47 @@ static int is_there(OrtStatus *status) {
   return !status;
 }
 
+/* Of an attribute of any type the integers can be asked for: it has none, if it is no list of integers. */
+static int is_attribute(const OrtKernelInfo *info, const char *attribute) {
+  size_t count = 0;
+  return is_there(ORT_KernelInfoGetAttributeArray_int64(info, attribute, NULL, &count));
+}
+
+static int is_no_list(const OrtKernelInfo *info, const char *attribute) {
+  int64_t integer;
+  float real;
+  size_t size = 0, count = 0;
+  return is_there(ORT_KernelInfoGetAttribute_int64(info, attribute, &integer)) ||
+         is_there(ORT_KernelInfoGetAttribute_float(info, attribute, &real)) ||
+         is_there(ORT_KernelInfoGetAttribute_string(info, attribute, NULL, &size)) ||
+         (is_there(ORT_KernelInfoGetAttributeArray_float(info, attribute, NULL, &count)) && count);
+}
+
+static OrtStatus *read_list(const OrtKernelInfo *info, int list, struct attributes *a) {
+  size_t count = 2 * MOST_SPATIAL;
+  if (!is_attribute(info, lists[list])) return NULL;
+  if (is_no_list(info, lists[list])) return invalid("ConvTranspose: %s must be a list of integers%s", lists[list], "");
+  if (!is_there(ORT_KernelInfoGetAttributeArray_int64(info, lists[list], a->values[list], &count)))
+    return invalid("ConvTranspose: %s has more values than %s", lists[list], "a tensor has axes");
+  a->counts[list] = count;
+  for (size_t i = 0; i < count; i++)
+    if (a->values[list][i] != (int32_t)a->values[list][i])
+      return invalid("ConvTranspose: %s has a value that does not fit into 32 bits%s", lists[list], "");
+  return NULL;
+}
+
 static OrtStatus *read_attributes(const OrtKernelInfo *info, struct attributes *a) {
-  const size_t most = 2 * MOST_SPATIAL;
   *a = (struct attributes){.group = 1};
-  for (int list = 0; list < LISTS; list++) {
-    size_t count = most;
-    if (is_there(ORT_KernelInfoGetAttributeArray_int64(info, lists[list], a->values[list], &count)))
-      a->counts[list] = count;
-    else if (count > most) /* it is there, and does not fit */
-      return invalid("ConvTranspose: %s has more values than %s", lists[list], "a tensor has axes");
-  }
-  char text[32] = "";
+  for (int list = 0; list < LISTS; list++) OR_RETURN(read_list(info, list, a));
+  char text[32] = "?";
   size_t size = sizeof text;
-  if (is_there(ORT_KernelInfoGetAttribute_string(info, "auto_pad", text, &size)) && *text)
-    a->auto_pad = auto_pad_of(text);
-  if (a->auto_pad < 0 || size > sizeof text)
-    return invalid("ConvTranspose: auto_pad is %s, but must be NOTSET, VALID, SAME_UPPER or SAME_LOWER%s", text, "");
-  int64_t group;
-  if (is_there(ORT_KernelInfoGetAttribute_int64(info, "group", &group))) a->group = group;
+  if (is_attribute(info, "auto_pad")) {
+    a->auto_pad = is_there(ORT_KernelInfoGetAttribute_string(info, "auto_pad", text, &size)) ? auto_pad_of(text) : -1;
+    if (a->auto_pad < 0)
+      return invalid("ConvTranspose: auto_pad is %s, but must be NOTSET, VALID, SAME_UPPER or SAME_LOWER%s", text, "");
+  }
+  if (is_attribute(info, "group") && !is_there(ORT_KernelInfoGetAttribute_int64(info, "group", &a->group)))
+    return invalid("ConvTranspose: %s must be an integer%s", "group", "");
   return NULL;
 }
 
@@ -556,12 +580,37 @@ static OrtStatus *compute_packed(const struct operator *operator, OrtKernelConte
   return run(kernel, context, &x, w.data, b.data);
 }
 
+/* What ONNX Runtime's own kernel trusts in older versions, and then reads past the end of. */
+static OrtStatus *require_sound(const struct attributes *a, const struct given *x, const struct given *w,
+                                const struct given *b) {
+  if (x->rank < 3 || x->rank != w->rank)
+    return ORT_CreateStatus(ORT_INVALID_ARGUMENT, "ConvTranspose: X and W must have the same number of axes, at least 3");
+  size_t axes = x->rank - 2;
+  char text[128];
+  for (int list = 0; list < LISTS; list++) {
+    size_t count = a->counts[list], must = list == PADS ? 2 * axes : axes;
+    if (!count || count == must || (list == OUTPUT_SHAPE && count == axes + 2)) continue;
+    snprintf(text, sizeof text, "has %d values, but X has %d spatial axes", (int)count, (int)axes);
+    return invalid("ConvTranspose: %s %s", lists[list], text);
+  }
+  for (size_t i = 0; i < axes; i++)
+    if (value_of(a, STRIDES, i, 1) < 1 || value_of(a, DILATIONS, i, 1) < 1 || value_of(a, OUTPUT_PADDING, i, 0) < 0)
+      return ORT_CreateStatus(ORT_INVALID_ARGUMENT, "ConvTranspose: strides and dilations must be at least 1, and "
+                                                    "output_padding at least 0");
+  if (a->group < 1 || a->group > INT32_MAX)
+    return ORT_CreateStatus(ORT_INVALID_ARGUMENT, "ConvTranspose: group must be at least 1, and fit into 32 bits");
+  int64_t channels = w->shape[1] * a->group;
+  if (b->value && (b->rank != 1 || b->shape[0] != channels)) {
+    write_shape(text, sizeof text, b->shape, b->rank);
+    return invalid("ConvTranspose: B has shape %s, but must have one value for each channel of Y%s", text, "");
+  }
+  return NULL;
+}
+
 /* ONNX Runtime's own kernel, on the same tensors: the result is its own to the bit. */
 static OrtStatus *compute_by_own(const struct node *node, OrtKernelContext *context, const struct given *inputs) {
   const struct given *x = &inputs[0], *w = &inputs[1];
   int64_t shape[MOST_AXES];
-  if (x->rank < 3 || x->rank != w->rank)
-    return ORT_CreateStatus(ORT_INVALID_ARGUMENT, "ConvTranspose: X and W must have the same number of axes, at least 3");
   shape[0] = x->shape[0];
   shape[1] = w->shape[1] * node->attributes.group;
   for (size_t i = 2; i < x->rank; i++) {
@@ -572,6 +621,13 @@ static OrtStatus *compute_by_own(const struct node *node, OrtKernelContext *cont
       write_shape(text, sizeof text, x->shape, x->rank);
       return invalid("ConvTranspose: X has shape %s: every spatial size must be at least 1, of %s too", text, "the output");
     }
+    /* its 2-D kernel works back from the output to how many columns it reads: there may be more than X has */
+    int64_t reach = (axis.size - 1) * axis.stride + axis.dilation * (axis.kernel - 1) + 1;
+    int64_t end = reach + value_of(&node->attributes, OUTPUT_PADDING, i - 2, 0);
+    if (x->rank == 4 && (end > axis.out ? end : axis.out) - reach >= axis.stride)
+      return ORT_CreateStatus(ORT_INVALID_ARGUMENT,
+                              "ConvTranspose: the output ends a whole stride or more after the last tap; make "
+                              "output_padding smaller than the stride, or output_shape smaller");
   }
   OrtValue *output;
   void *data;
@@ -587,6 +643,7 @@ static OrtStatus *compute_open(const struct node *node, OrtKernelContext *contex
   for (size_t i = 0; i < node->inputs && i < 3; i++) OR_RETURN(look_at_input(context, i, &inputs[i]));
   const struct given *x = &inputs[0], *w = &inputs[1], *b = &inputs[2];
   if (!x->value || !w->value) return ORT_CreateStatus(ORT_INVALID_ARGUMENT, "ConvTranspose: X and W must be given");
+  OR_RETURN(require_sound(&node->attributes, x, w, b));
   for (int i = 0; i < operator->count; i++) {
     const struct kernel *kernel = &kernels[operator->first + i];
     if (!computes(kernel, node, x, w, b)) continue;

@@ -75,6 +75,7 @@ static const OrtApi *ort; /* the table, once the library is registered */
 #define ORT_GetDimensions ORT_CALL(62, OrtStatus *, const OrtTensorTypeAndShapeInfo *, int64_t *, size_t)
 #define ORT_GetSymbolicDimensions ORT_CALL(63, OrtStatus *, const OrtTensorTypeAndShapeInfo *, const char **, size_t)
 #define ORT_GetTensorTypeAndShape ORT_CALL(65, OrtStatus *, const OrtValue *, OrtTensorTypeAndShapeInfo **)
+#define ORT_KernelInfoGetAttribute_float ORT_CALL(85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define ORT_KernelInfoGetAttribute_int64 ORT_CALL(86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define ORT_KernelInfoGetAttribute_string \
   ORT_CALL(87, OrtStatus *, const OrtKernelInfo *, const char *, char *, size_t *)
@@ -85,6 +86,8 @@ static const OrtApi *ort; /* the table, once the library is registered */
 #define ORT_ReleaseStatus ORT_CALL(93, void, OrtStatus *)
 #define ORT_ReleaseTensorTypeAndShapeInfo ORT_CALL(99, void, OrtTensorTypeAndShapeInfo *)
 #define ORT_ReleaseCustomOpDomain ORT_CALL(101, void, OrtCustomOpDomain *)
+#define ORT_KernelInfoGetAttributeArray_float \
+  ORT_CALL(162, OrtStatus *, const OrtKernelInfo *, const char *, float *, size_t *)
 #define ORT_KernelInfoGetAttributeArray_int64 \
   ORT_CALL(163, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *, size_t *)
 #define ORT_CreateOpAttr ORT_CALL(211, OrtStatus *, const char *, const void *, int, int, OrtOpAttr **)

@@ -77,7 +77,8 @@ class KernelReport:
 class NodeReport:
     """One node: ``status`` is ``replaced``, ``kept`` (with ONNX Runtime) or ``refused``; ``reason`` says why.
 
-    ``kernels`` are keys, one for each shape that was compiled; ``fused`` are the operators that went into them.
+    ``kernels`` are keys, one for each shape that was compiled, and of a node that was kept those that were tried;
+    ``fused`` are the operators that went into them.
     """
 
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,20 +123,13 @@ def save(model: Model, path: Path, data: Mapping[str, bytes] = MappingProxyType(
             raise ModelError(f"the model keeps data in {name!r}, which is outside of its folder; save it anew")
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _link_or_copy(source, place)
+            shutil.copyfile(source, place)  # no hard link: onnx refuses data that have several names, in both models
         except OSError as error:
             raise ModelError(f"{source}, where the model keeps data, cannot be read: {error.strerror}") from error
     for name, content in data.items():
         (path.parent / name).write_bytes(content)
     path.write_bytes(model.proto.SerializeToString())
     return [path.name, *files, *data]
-
-
-def _link_or_copy(source: Path, place: Path) -> None:
-    try:
-        os.link(source, place)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, place)
 
 
 # --- models that prove ---

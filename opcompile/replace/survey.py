@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,10 +41,11 @@ class Node:
 
 
 def survey(
-    path: str | os.PathLike[str], shapes: Sequence[Shapes] = (), *, fused: bool = True
+    path: str | os.PathLike[str], shapes: Sequence[Shapes] = (), *, fused: bool = True, unfused: Collection[str] = ()
 ) -> tuple[Model, list[Node]]:
     """Read a model and find its nodes, in graph order; ``shapes`` are more shapes of its inputs to compile for.
 
+    Without ``fused`` a node is compiled without what follows it; so are those whose output ``unfused`` names.
     Raises `ModelError` for a file that is no valid model, or has no such node.
     """
     found = find(path)
@@ -55,7 +56,11 @@ def survey(
     given = [{f.output: f for f in find(path, shapes=alternative)} for alternative in shapes]
     model = Model.read(path)
     sites = model.sites()
-    return model, [_node(model, sites, f, [alt[f.output] for alt in given if f.output in alt], fused) for f in found]
+    nodes = []
+    for f in found:
+        others = [alternative[f.output] for alternative in given if f.output in alternative]
+        nodes.append(_node(model, sites, f, others, fused and f.output not in unfused))
+    return model, nodes
 
 
 def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[Found], fused: bool) -> Node:
