@@ -11,6 +11,7 @@ The roofline's limits are measured in the same run: a matrix product by cuBLAS, 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,8 +146,7 @@ class _Layer:
 
     def ours(self) -> _Engine:
         """The artifact, its weights packed once."""
-        w = self._artifact.pack(self._w)
-        calls = [self._bound(self._x.clone(), w) for _ in range(self._sets)]
+        calls = [self._bound(self._x.clone(), self._artifact.pack(self._w)) for _ in range(self._sets)]
         version = str(self._artifact.manifest["versions"]["opcompile"])
         return self._weighed(version, calls)
 
@@ -161,7 +161,6 @@ class _Layer:
             raise EngineError("it is asked for contiguous NCDHW only; cudnn-channels-last is asked for NDHWC")
         order = torch.contiguous_format if name == "cudnn" else torch.channels_last_3d
         x = self._x if spec.layout == "NCDHW" else self._x.movedim(-1, 1)
-        w = self._w.contiguous(memory_format=order)
         layer = torch.nn.functional.conv_transpose3d
         axes = spec.axes
         geometry = {
@@ -172,10 +171,11 @@ class _Layer:
             "groups": spec.groups,
         }
 
-        def bound(x: Any) -> Call:
-            return lambda: layer(x, w, self._b, **geometry)
+        def bound() -> Call:
+            own, w = x.clone(memory_format=order), self._w.clone(memory_format=order)
+            return lambda: layer(own, w, self._b, **geometry)
 
-        calls = [bound(x.clone(memory_format=order)) for _ in range(self._sets)]
+        calls = [bound() for _ in range(self._sets)]
         try:
             calls[0]()
         except RuntimeError as error:
@@ -219,6 +219,17 @@ class _Layer:
 # --- time ---
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let Python free nothing meanwhile: a CUDA graph that is freed while another is captured spoils it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @dataclass(slots=True, eq=False)
 class _Series:
     """A CUDA graph of some calls, on buffers in turn; `sample` replays it between two events."""
@@ -241,7 +252,7 @@ class _Series:
             us = min(self._timed(self.calls[0]) for _ in range(3))
             self.count = max(1, min(_MOST_CALLS, int(_SAMPLE_US / us)))
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with _uncollected(), torch.cuda.graph(self._graph, stream=stream):
                 # every Y is kept, so that none is written where the one before lies in the cache
                 self._kept = [self.calls[n % len(self.calls)]() for n in range(self.count)]
         torch.cuda.synchronize()

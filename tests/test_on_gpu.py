@@ -58,7 +58,7 @@ def test_derivatives_are_right(text: str, wrt: Any, target: Any, tmp_path: Path)
     from opcompile.gradients import artifact as gradient_artifact
 
     lowered_gradient = lower_gradient(Gradient(ConvTranspose3d.parse(text), wrt), target)
-    layer: Any = opcompile.load(gradient_artifact.write(lowered_gradient, tmp_path / "derivative"))
+    layer: Any = opcompile.load(gradient_artifact.write(lowered_gradient, tmp_path / "derivative"), derivative=wrt)
     assert verify(layer).passed
 
 
