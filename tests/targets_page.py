@@ -15,7 +15,7 @@ MARK = "<!-- what follows is written by tests/targets_page.py -->\n"
 SIMULATED = "simulated: `tests/test_gpu_table.py`; derivatives: `tests/test_gradient_gpu.py`"
 CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by clang: `tests/test_metal.py`"}
 # What was run where, by hand: a GPU is not at hand for every test run.
-ON_DEVICE = {"cuda": "H100: `tests/test_on_gpu.py`", "metal": "no"}
+ON_DEVICE = {"cuda": "layers, on an H100: `tests/test_on_gpu.py`", "metal": "no"}
 
 
 def page() -> str:
