@@ -18,11 +18,12 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tvm
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir.schedule import _ffi_api
 from tvm_ffi import structural_map
 
@@ -31,7 +32,7 @@ from schedules.tiles import Estimate, Tiles, baseline, candidates, factors
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
-    from opcompile.spec import ConvTranspose3d
+    from opcompile.spec import Axis, ConvTranspose3d
 
 __all__ = ["Estimate", "Tiles", "baseline", "candidates", "packed", "schedule", "space"]
 
@@ -39,6 +40,8 @@ Span = tuple[Any, Any]
 
 # Marks a loop over columns of the copy of X.
 _VECTORS = "opcompile.vectors"
+# The block that moves the sums of one phase, where each has a block, out of registers.
+_LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 
 
 def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -179,6 +182,12 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         sch.storage_align(pad, 0, 4, t.lanes, 0)
 
 
+def _reach(axis: Axis) -> int:
+    """How many elements of X, zeros around it included, the positions of an axis read."""
+    first, last = axis.reads
+    return last - first + axis.positions
+
+
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
     return bool(t.line) and one_offset and length % t.columns == 0
@@ -190,8 +199,7 @@ def _in_tiles(sch, spec, t):
 
 def _unit(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many columns of a row never cross from one register tile into the next, where these are laid end to end."""
-    first, last = spec.axes[2].reads
-    return math.gcd(last - first + spec.axes[2].positions, t.lanes)
+    return math.gcd(_reach(spec.axes[2]), t.lanes)
 
 
 def _copy_by_vectors(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any) -> None:
@@ -203,13 +211,18 @@ def _copy_by_vectors(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: An
         sch.annotate(columns, _VECTORS, [low, high, t.lanes])
 
 
-def finish(module: tvm.IRModule) -> tvm.IRModule:
-    """Make vectors of the columns that a schedule marked: those between two pads need no test.
+def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
+    """What a schedule cannot say: rows of X are copied by vectors, and a task asks early for the part of Y it writes.
 
-    Not a move of the schedule, because TVM splits no loop that begins elsewhere than at 0. LLVM would unroll short
-    rows into scalars, a tenth of the time of a layer with few channels.
+    TVM splits no loop that begins elsewhere than at 0, and the columns between two pads are such; LLVM would unroll
+    short rows into scalars, a tenth of the time of a layer with few channels.
     """
-    return tvm.IRModule({name: structural_map(f, (tirx.For, _in_vectors)) for name, f in ((v.name_hint, f) for v, f in module.functions.items())})
+    ((name, function),) = module.functions.items()
+    function = structural_map(function, (tirx.For, _in_vectors))
+    y = function.params[-1]
+    if tiles.vector == "channels" or spec.layout == "NCDHW":  # else a vector's elements lie apart
+        function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
+    return tvm.IRModule({name.name_hint: function})
 
 
 def _in_vectors(loop: tirx.For) -> tirx.Stmt:
@@ -225,16 +238,45 @@ def _in_vectors(loop: tirx.For) -> tirx.Stmt:
     return parts[0] if len(parts) == 1 else tirx.SeqStmt(parts)
 
 
+def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
+    """Where a vector of sums leaves its registers, ask for a line of Y that the task will write when it is through.
+
+    The vectors of all phases of a row ask for as many lines as they fill, each for another one.
+    """
+    block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.VECTORIZED or block is None or not _LEAVING.fullmatch(block.name_hint):
+        return loop
+    first = {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype)}
+    n, g, m, d, h, w, *lane = [_with(value, first) for value in loop.body.iter_values]
+    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
+    if t.vector == "channels":
+        m *= t.lanes
+    else:
+        w += phase[2] * t.lanes // spec.axes[2].stride
+    if t.line:
+        pitch = _reach(spec.axes[2])
+        h, w = h * t.height + tirx.floordiv(w, pitch), tirx.floormod(w, pitch)
+    o = [i * axis.stride + f for i, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
+    if t.vector == "channels" and spec.layout == "NCDHW":  # each of the vector's channels is a line of its own
+        m += tirx.floormod(o[2], t.lanes)
+    m += g * (spec.channels_out // spec.groups)
+    line = y[(n, m, *o)] if spec.layout == "NCDHW" else y[(n, *o, m)]
+    hints = [tirx.const(i, "int32") for i in (0, 2, 1)]  # to read, into the second cache, of data
+    fetch = tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(line), *hints)
+    return tirx.SeqStmt([loop, tirx.Evaluate(fetch)])
+
+
+def _with(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:
+    """``tree`` with variables replaced."""
+    return structural_map(tree, (tirx.Var, lambda var: values.get(var, var)))
+
+
 def _columns(loop: tirx.For, first: int, count: int, lanes: int) -> tirx.Stmt:
     """The columns from ``first`` on, as ``count`` vectors."""
     kind = loop.loop_var.ty.dtype
     outer, lane = (tirx.Var(f"{loop.loop_var.name}_{part}", kind) for part in ("vector", "lane"))
     column = outer * lanes + lane + first
-
-    def replaced(var: tirx.Var) -> Any:
-        return column if var.same_as(loop.loop_var) else var
-
-    body = structural_map(loop.body, (tirx.Var, replaced))
+    body = _with(loop.body, {loop.loop_var: column})
     zero, one = tirx.const(0, kind), tirx.const(1, kind)
     inner = tirx.For(lane, zero, tirx.const(lanes, kind), tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL, body)
     return tirx.For(outer, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, inner)
