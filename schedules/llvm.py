@@ -18,30 +18,23 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import tvm
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
-from tvm_ffi import structural_map
 
+from schedules.finish import VECTORS, finish
 from schedules.tiles import Estimate, Tiles, baseline, candidates, factors
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
-    from opcompile.spec import Axis, ConvTranspose3d
+    from opcompile.spec import ConvTranspose3d
 
-__all__ = ["Estimate", "Tiles", "baseline", "candidates", "packed", "schedule", "space"]
+__all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "packed", "schedule", "space"]
 
 Span = tuple[Any, Any]
-
-# Marks a loop over columns of the copy of X.
-_VECTORS = "opcompile.vectors"
-# The block that moves the sums of one phase, where each has a block, out of registers.
-_LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 
 
 def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -118,13 +111,13 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
             sch.unroll(loop)
     if phases:
         n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
+        length = int(sch.get(row[-1]).extent)
         if tiles.line:
-            pitch = int(sch.get(sch.get_sblock("pad")).annotations["pitch"])
-            row = sch.split(row[0], [None, _unit(spec, tiles) if _in_tiles(sch, spec, tiles) else pitch])
+            row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
         sch.reorder(n, g, d, h, c, *row)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
-        _copy_by_vectors(sch, spec, tiles, row[-1])
+        _mark_columns(sch, spec, tiles, row[-1], length)
 
 
 def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
@@ -169,6 +162,18 @@ def _lay_out(
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
+def _row_of_x(spec: ConvTranspose3d) -> int:
+    """How many elements of a row of X are read, the zeros around it among them."""
+    first, last = spec.axes[2].reads
+    return last - first + spec.axes[2].positions
+
+
+def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
+    """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
+    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
+    return t.line > 0 and one_offset and length % t.columns == 0
+
+
 def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
     pad = sch.get_sblock("pad")
     length = int(sch.get(pad).writes[0].source.shape[-1])
@@ -182,104 +187,28 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         sch.storage_align(pad, 0, 4, t.lanes, 0)
 
 
-def _reach(axis: Axis) -> int:
-    """How many elements of X, zeros around it included, the positions of an axis read."""
-    first, last = axis.reads
-    return last - first + axis.positions
+def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
+    """How many elements of a line of X to copy at a time: a row, or what of it no two register tiles share."""
+    row = _row_of_x(spec)
+    part = math.gcd(row, t.lanes)
+    return part if _tiled(spec, t, length) and part >= 4 and _own_columns(spec) == (0, row) else row
 
 
-def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
-    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
-    return bool(t.line) and one_offset and length % t.columns == 0
-
-
-def _in_tiles(sch, spec, t):
-    return len(sch.get(sch.get_sblock("pad")).writes[0].source.shape) > 6
-
-
-def _unit(spec: ConvTranspose3d, t: Tiles) -> int:
-    """How many columns of a row never cross from one register tile into the next, where these are laid end to end."""
-    return math.gcd(_reach(spec.axes[2]), t.lanes)
-
-
-def _copy_by_vectors(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any) -> None:
-    """Say which columns of the copy are X's, and how wide a vector of them may be: `finish` makes the vectors."""
+def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
+    """Which columns of a row of the copy are X's, and not zeros beside it: the first, and the one after the last."""
     first, _ = spec.axes[2].reads
-    extent = int(sch.get(columns).extent)
-    low, high = min(max(0, -first), extent), max(0, min(extent, spec.axes[2].size - first))
-    if low < high and spec.layout == "NCDHW":
-        sch.annotate(columns, _VECTORS, [low, high, t.lanes])
+    return max(0, -first), min(_row_of_x(spec), spec.axes[2].size - first)
 
 
-def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
-    """What a schedule cannot say: rows of X are copied by vectors, and a task asks early for the part of Y it writes.
-
-    TVM splits no loop that begins elsewhere than at 0, and the columns between two pads are such; LLVM would unroll
-    short rows into scalars, a tenth of the time of a layer with few channels.
-    """
-    ((name, function),) = module.functions.items()
-    function = structural_map(function, (tirx.For, _in_vectors))
-    y = function.params[-1]
-    if tiles.vector == "channels" or spec.layout == "NCDHW":  # else a vector's elements lie apart
-        function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
-    return tvm.IRModule({name.name_hint: function})
-
-
-def _in_vectors(loop: tirx.For) -> tirx.Stmt:
-    if _VECTORS not in loop.annotations:
-        return loop
-    low, high, widest = (int(i) for i in loop.annotations[_VECTORS])
-    parts, at = [], 0
-    for end, lanes in ((low, 1), (low + (high - low) // widest * widest, widest), (high, high), (int(loop.extent), 1)):
-        lanes = min(lanes, end - at)
-        if lanes > 0:
-            parts.append(_columns(loop, at, (end - at) // lanes, lanes))
-        at = max(at, end)
-    return parts[0] if len(parts) == 1 else tirx.SeqStmt(parts)
-
-
-def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
-    """Where a vector of sums leaves its registers, ask for a line of Y that the task will write when it is through.
-
-    The vectors of all phases of a row ask for as many lines as they fill, each for another one.
-    """
-    block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
-    if loop.kind != tirx.ForKind.VECTORIZED or block is None or not _LEAVING.fullmatch(block.name_hint):
-        return loop
-    first = {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype)}
-    n, g, m, d, h, w, *lane = [_with(value, first) for value in loop.body.iter_values]
-    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
-    if t.vector == "channels":
-        m *= t.lanes
-    else:
-        w += phase[2] * t.lanes // spec.axes[2].stride
-    if t.line:
-        pitch = _reach(spec.axes[2])
-        h, w = h * t.height + tirx.floordiv(w, pitch), tirx.floormod(w, pitch)
-    o = [i * axis.stride + f for i, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
-    if t.vector == "channels" and spec.layout == "NCDHW":  # each of the vector's channels is a line of its own
-        m += tirx.floormod(o[2], t.lanes)
-    m += g * (spec.channels_out // spec.groups)
-    line = y[(n, m, *o)] if spec.layout == "NCDHW" else y[(n, *o, m)]
-    hints = [tirx.const(i, "int32") for i in (0, 2, 1)]  # to read, into the second cache, of data
-    fetch = tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(line), *hints)
-    return tirx.SeqStmt([loop, tirx.Evaluate(fetch)])
-
-
-def _with(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:
-    """``tree`` with variables replaced."""
-    return structural_map(tree, (tirx.Var, lambda var: values.get(var, var)))
-
-
-def _columns(loop: tirx.For, first: int, count: int, lanes: int) -> tirx.Stmt:
-    """The columns from ``first`` on, as ``count`` vectors."""
-    kind = loop.loop_var.ty.dtype
-    outer, lane = (tirx.Var(f"{loop.loop_var.name}_{part}", kind) for part in ("vector", "lane"))
-    column = outer * lanes + lane + first
-    body = _with(loop.body, {loop.loop_var: column})
-    zero, one = tirx.const(0, kind), tirx.const(1, kind)
-    inner = tirx.For(lane, zero, tirx.const(lanes, kind), tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL, body)
-    return tirx.For(outer, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, inner)
+def _mark_columns(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any, length: int) -> None:
+    """Tell `finish` which columns of the copy of X may be vectors."""
+    extent, row, (low, high) = int(sch.get(columns).extent), _row_of_x(spec), _own_columns(spec)
+    if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
+        return
+    if extent < row:
+        sch.annotate(columns, VECTORS, [0, extent, t.lanes])
+    elif low < high and not _tiled(spec, t, length):
+        sch.annotate(columns, VECTORS, [low, high, t.lanes])
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
