@@ -1,4 +1,4 @@
-"""What no move of a schedule can say: vectors of some columns of a loop, and asking for memory early."""
+"""What no move of a schedule can say: vectors of some columns of a loop, taps left out, memory asked for early."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 # Marks a loop over columns: those from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
 
+# The block that adds one product to the sums of one phase.
+_ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
 _LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 
 
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
-    """Rewrite a scheduled module: X is copied by vectors, and tasks ask early for what they write of Y.
+    """Rewrite a scheduled module: vectors copy X, zeros are not multiplied, Y is asked for before it is written.
 
     TVM splits no loop that begins elsewhere than at 0, and the columns of X between two pads are such; LLVM unrolls
     short rows into scalars. And between its last sum and its first store a task would wait for memory, line by line:
@@ -30,6 +32,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     """
     ((name, function),) = module.functions.items()
     function = structural_map(function, (tirx.For, _in_vectors))
+    function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         y = function.params[-1]
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
@@ -59,6 +62,32 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int) -> tirx.Stmt:
     zero = tirx.const(0, kind)
     inner = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, inner)
+
+
+def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
+    """Leave out a tap, with all its channels, where the plane or the row that it reads is zeros beside X.
+
+    That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
+    """
+    inner, first_of_tile = loop.body, {}
+    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
+        first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
+        inner = inner.body
+    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
+        return loop
+    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
+    _, _, _, d, h, _, tap_d, tap_h, *_ = [_with(value, first_of_tile) for value in inner.iter_values]
+    reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
+    tests = []
+    for axis, f, q, tap in reads[: 1 if t.line or t.rows > 1 else 2]:  # a tile of several rows reads as many
+        first, last = axis.reads
+        i = q + (axis.phases[f].first_offset - tap * axis.offset_step)
+        if first < 0:
+            tests.append(i >= 0)
+        if last + axis.positions > axis.size:
+            tests.append(i < axis.size)
+    return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
 
 
 def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
