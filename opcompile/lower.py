@@ -127,7 +127,7 @@ def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
     schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     llvm.schedule(schedule, spec, tiles)
-    return schedule.mod
+    return llvm.finish(schedule.mod, spec, tiles)
 
 
 def packing(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Packing:

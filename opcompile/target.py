@@ -23,7 +23,8 @@ class Machine:
 
     ``vector_bytes`` is the width of a vector register, ``registers`` their number, ``fma_in_flight``
     how many multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and
-    ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy.
+    ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
+    ``fma_units`` how many vectors are multiplied and added in one cycle.
     """
 
     vector_bytes: int
@@ -32,6 +33,7 @@ class Machine:
     l1_bytes: int
     l2_bytes: int
     cores: int = 8
+    fma_units: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,13 @@ _WIDE = ("-prefer-256-bit", "+prefer-no-gather", "+prefer-no-scatter")
 _SLP = "-slp-threshold:int=15"
 
 
-def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int) -> Callable[[str], Target]:
+def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_units: int = 2) -> Callable[[str], Target]:
     vector_bytes, registers, fma_in_flight = (16, 16, 4)
     if "fma" in features:
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
-        vector_bytes, registers, fma_in_flight = (64, 32, 8)
-    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB)
+        vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
+    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, fma_units=fma_units)
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 
@@ -139,7 +141,8 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "icelake-server": _x86("icelake-server", _ICELAKE, 48, 1280),
     "sapphirerapids": _x86("sapphirerapids", _SAPPHIRE, 48, 2048),
     "znver3": _x86("znver3", _V3, 32, 512),
-    "znver4": _x86("znver4", _ZEN4, 32, 1024),
+    # two halves of a vector of 64 bytes, each in a unit of its own
+    "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),

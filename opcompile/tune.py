@@ -267,10 +267,12 @@ class _Bench:
 
     def build(self, ranks: Sequence[int]) -> list[_Built]:
         """Schedule the candidates and compile them, on every core in a process of its own; each one once."""
+        from schedules import llvm
+
         modules: dict[int, Any] = {}
         for rank in (r for r in ranks if r not in self._built):
             try:
-                modules[rank] = self._schedule(rank).mod
+                modules[rank] = llvm.finish(self._schedule(rank).mod, self.spec, self.choices[rank])
             except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
                 self._built[rank] = _Built(rank, "", last_line(str(error)))
         compile_one = partial(_compile, self.machine.tvm(), str(self.folder), _linker(self.machine))

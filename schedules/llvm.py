@@ -17,12 +17,14 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
+from schedules.finish import VECTORS, finish
 from schedules.tiles import Estimate, Tiles, baseline, candidates, factors
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from opcompile.spec import ConvTranspose3d
 
-__all__ = ["Estimate", "Tiles", "baseline", "candidates", "packed", "schedule", "space"]
+__all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "packed", "schedule", "space"]
 
 Span = tuple[Any, Any]
 
@@ -109,11 +111,13 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
             sch.unroll(loop)
     if phases:
         n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
+        length = int(sch.get(row[-1]).extent)
         if tiles.line:
-            row = sch.split(row[0], [None, int(sch.get(sch.get_sblock("pad")).annotations["pitch"])])
+            row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
         sch.reorder(n, g, d, h, c, *row)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
+        _mark_columns(sch, spec, tiles, row[-1], length)
 
 
 def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
@@ -158,11 +162,22 @@ def _lay_out(
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
+def _row_of_x(spec: ConvTranspose3d) -> int:
+    """How many elements of a row of X are read, the zeros around it among them."""
+    first, last = spec.axes[2].reads
+    return last - first + spec.axes[2].positions
+
+
+def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
+    """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
+    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
+    return t.line > 0 and one_offset and length % t.columns == 0
+
+
 def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
     pad = sch.get_sblock("pad")
     length = int(sch.get(pad).writes[0].source.shape[-1])
-    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
-    if t.line and one_offset and length % t.columns == 0:
+    if _tiled(spec, t, length):
         # what a register tile reads lies together, in the order in which it is read
         of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, c, w % t.columns)  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
@@ -170,6 +185,30 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
     if t.line:  # each channel's line begins where a vector may
         sch.storage_align(pad, 0, 4, t.lanes, 0)
+
+
+def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
+    """How many elements of a line of X to copy at a time: a row, or what of it no two register tiles share."""
+    row = _row_of_x(spec)
+    part = math.gcd(row, t.lanes)
+    return part if _tiled(spec, t, length) and part >= 4 and _own_columns(spec) == (0, row) else row
+
+
+def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
+    """Which columns of a row of the copy are X's, and not zeros beside it: the first, and the one after the last."""
+    first, _ = spec.axes[2].reads
+    return max(0, -first), min(_row_of_x(spec), spec.axes[2].size - first)
+
+
+def _mark_columns(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any, length: int) -> None:
+    """Tell `finish` which columns of the copy of X may be vectors."""
+    extent, row, (low, high) = int(sch.get(columns).extent), _row_of_x(spec), _own_columns(spec)
+    if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
+        return
+    if extent < row:
+        sch.annotate(columns, VECTORS, [0, extent, t.lanes])
+    elif low < high and not _tiled(spec, t, length):
+        sch.annotate(columns, VECTORS, [low, high, t.lanes])
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:

@@ -344,8 +344,13 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         if t.rows * a_row * layer.c > machine.l1_bytes:
             _, taps_h, taps_w = layer.most_taps
             waiting += (t.rows + taps_h - 1) * a_row / (140 * taps_h * taps_w)
-    # to begin a loop over channels costs a few multiply-adds
-    return max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / 2 + 0.32 * loads + waiting + 20 / t.chunk
+    held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+    if 1 < t.chunk < 16 and held > machine.registers:
+        # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
+        waiting += 1.5 * (held - machine.registers)
+    # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
+    multiplying = max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / machine.fma_units
+    return multiplying + 0.16 * machine.fma_units * loads + waiting + 20 / t.chunk
 
 
 def _up(size: int, multiple: int) -> int:
