@@ -349,7 +349,8 @@ class _Flat:
             channel = g * m_out + m
             guards = [m < m_out] if self.ragged_channels else []
             where = self._place(q)
-            guards += [where < count] if self.rounded > count else []
+            if self.rounded > count:
+                guards.append(_negative(where - count))
             if self._as_axes:
                 at = self._positions(where, None if same else f)
                 outputs = [Numbering(a).output(i, phase) for a, i, phase in zip(spec.axes, at, f, strict=True)]
@@ -357,7 +358,9 @@ class _Flat:
                 outputs = [i * a.stride + phase for i, phase, a in zip(self._at(where), f, spec.axes, strict=True)]
             for o, (axis, positions, phases) in zip(outputs, axes, strict=True):
                 if positions * phases > axis.out:
-                    guards += [o >= 0, o < axis.out] if same and not Numbering(axis).aligned else [o < axis.out]
+                    guards.append(_negative(o - axis.out))
+                    if same and not Numbering(axis).aligned:
+                        guards.append(tirx.Not(_negative(o)))
             return [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel], guards
 
         y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
@@ -429,6 +432,12 @@ def scattered(
     root = func.body.block
     whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
     return tirx.PrimFunc([*func.params[:-1], output], SBlockRealize([], True, whole), func.ret_type, func.attrs)
+
+
+def _negative(index: Any) -> Any:
+    """Test the sign by its bit: of comparisons TVM makes bounds for loops, and threads then keep whole buffers."""
+    bits = 63 if index.ty.dtype == "int64" else 31
+    return tirx.shift_right(index, tirx.const(bits, index.ty.dtype)) != 0
 
 
 def _like(index: Any, value: int) -> Any:

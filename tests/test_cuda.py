@@ -145,7 +145,7 @@ def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str,
 @pytest.mark.gpu_table
 @needs_nvcc
 def test_an_artifact_with_matrix_instructions_is_judged_by_how_they_sum(tmp_path: Path) -> None:
-    spec = ConvTranspose3d.parse("in=1x32x4x4x8 co=64 k=2 s=2 dtype=float16")
+    spec = ConvTranspose3d.parse("in=1x64x4x8x8 co=64 k=2 s=2 dtype=float16")
     kernel = lower_gpu(spec, gpu_target("cuda:sm_80"))
     assert kernel.plan.schedule == "matrix"
     report = opcompile.verify(Simulated(artifact.write(kernel, tmp_path / "a")), engines=("reference",)).require()

@@ -50,6 +50,10 @@ def assert_limits(kernel: LoweredGpu) -> None:
     assert launch.threads <= gpu.threads
     assert launch.shared_bytes <= gpu.shared
     assert launch.grid(kernel.spec.batch or 1) < 2**31
+    # what a thread has to itself is in registers
+    own = re.findall(r"^ +(?:alignas\(\d+\) |thread )\w+ \w+\[(\d+)\];", kernel.source, re.M)
+    assert own
+    assert max(map(int, own)) <= gpu.registers
     if kernel.host_source:
         assert "AllocWorkspace" not in kernel.host_source
         assert f"__launch_bounds__({launch.threads})" in kernel.source
