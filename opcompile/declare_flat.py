@@ -339,6 +339,17 @@ class _Flat:
 
     # --- the scatter ---
 
+    def _below(self, index: Any, limit: Any) -> Any:
+        """Test ``index < limit``, by the sign of the difference where a thread's positions lie apart.
+
+        Of a comparison TVM makes bounds for the loops around it, and each thread would then keep the whole buffer.
+        """
+        if self.grain.own == 1:
+            return index < limit
+        difference = index - limit
+        bits = 63 if difference.ty.dtype == "int64" else 31
+        return tirx.shift_right(difference, _like(difference, bits)) != 0
+
     def _scattered(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
         m_out, count = spec.channels_out // spec.groups, math.prod(self.extents)
@@ -349,8 +360,7 @@ class _Flat:
             channel = g * m_out + m
             guards = [m < m_out] if self.ragged_channels else []
             where = self._place(q)
-            if self.rounded > count:
-                guards.append(_negative(where - count))
+            guards += [self._below(where, count)] if self.rounded > count else []
             if self._as_axes:
                 at = self._positions(where, None if same else f)
                 outputs = [Numbering(a).output(i, phase) for a, i, phase in zip(spec.axes, at, f, strict=True)]
@@ -358,9 +368,8 @@ class _Flat:
                 outputs = [i * a.stride + phase for i, phase, a in zip(self._at(where), f, spec.axes, strict=True)]
             for o, (axis, positions, phases) in zip(outputs, axes, strict=True):
                 if positions * phases > axis.out:
-                    guards.append(_negative(o - axis.out))
-                    if same and not Numbering(axis).aligned:
-                        guards.append(tirx.Not(_negative(o)))
+                    guards += [self._below(-1, o)] if same and not Numbering(axis).aligned else []
+                    guards.append(self._below(o, axis.out))
             return [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel], guards
 
         y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
@@ -432,12 +441,6 @@ def scattered(
     root = func.body.block
     whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
     return tirx.PrimFunc([*func.params[:-1], output], SBlockRealize([], True, whole), func.ret_type, func.attrs)
-
-
-def _negative(index: Any) -> Any:
-    """Test the sign by its bit: of comparisons TVM makes bounds for loops, and threads then keep whole buffers."""
-    bits = 63 if index.ty.dtype == "int64" else 31
-    return tirx.shift_right(index, tirx.const(bits, index.ty.dtype)) != 0
 
 
 def _like(index: Any, value: int) -> Any:
