@@ -6,6 +6,7 @@ What is prepared once is not timed: weights as constants, X and Y in the memory 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -73,6 +74,8 @@ def prepare(name: str, job: Job) -> Engine:
 def package(name: str) -> ModuleType:
     """Import what an engine runs in. Raises `EngineError`, naming the way to get it."""
     module, way_out = _PACKAGES[name]
+    if module == "openvino":  # its import would report itself over the network
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_module(module)
     except ImportError as error:
