@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile.errors import ArtifactError
+from opcompile.gpus import GpuTarget
 from opcompile.runtime import MANIFEST, REPORT, parse_manifest
 from opcompile.source import brief
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
-from opcompile.target import target as named
+from opcompile.target import any_target
 from opcompile.units import binary, scaled
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _MOST_PHASES = 8
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A layer, the tiles that ``plan`` chose for ``target`` and the workspace they need, in bytes."""
+    """A layer, the tiles that ``plan`` chose for ``target`` and the workspace they need, in bytes: on a GPU none."""
 
     spec: ConvTranspose3d
     target: str
@@ -79,8 +80,12 @@ class Description:
 def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best") -> Description:
     """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
     from opcompile.lower import choose, scheduled, workspace_bytes  # on use: it brings the compiler
+    from opcompile.lower_gpu import choose as choose_gpu
 
-    machine = named(target)
+    machine = any_target(target)
+    if isinstance(machine, GpuTarget):
+        _, chosen = choose_gpu(spec, machine, plan)
+        return Description(spec, machine.name, chosen, 0)
     tiles, chosen = choose(spec, machine, plan)
     return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles, scheduled(spec, tiles)))
 

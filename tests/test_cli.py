@@ -554,6 +554,14 @@ def test_inspect_a_layer_tells_phases_work_and_why() -> None:
         assert words in text
 
 
+@pytest.mark.parametrize("name", ["cuda:sm_90", "metal:apple-m1"])
+def test_inspect_a_layer_for_a_gpu(name: str) -> None:
+    layer = of_json(invoke("inspect", "L15-segresnet-up1", "--target", name, "--json"))["layers"]["L15-segresnet-up1"]
+    assert layer["target"] == name
+    assert layer["workspace_bytes"] == 0
+    assert any("threads" in line for line in layer["plan"]["why"])
+
+
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
     held = of_json(invoke("inspect", folder / "model", "--json"))
     assert list(held) == ["node_convolution", "node_convolution_1", "node_convolution_2"]
