@@ -32,9 +32,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
+from numpy.polynomial import chebyshev
 from tvm import te, tirx
 from tvm_ffi.serialization import from_json_graph_str, to_json_graph_str
 
@@ -425,8 +428,38 @@ def _mish(z: Any) -> Any:
     return tirx.Select(z > _const(z, 20), z, z * ratio)
 
 
+# Beyond this erf is 1 in float32.
+_ERF_END = 3.92
+
+
+@cache
+def _erf_terms() -> tuple[float, ...]:
+    """Coefficients of erf(x)/x as a polynomial in ``t = 2*(x/3.92)^2 - 1``, which is 0 <= x <= 3.92 for -1 <= t <= 1.
+
+    Chebyshev interpolation of degree 16: erf(x)/x is entire in x^2. In float32, by Horner's rule, x times it lies
+    within 3.3 units of roundoff of erf.
+    """
+    nodes = np.cos(np.pi * (np.arange(17) + 0.5) / 17)
+    x = np.sqrt((nodes + 1) / 2) * _ERF_END
+    values = [math.erf(i) / i for i in x]
+    return tuple(float(c) for c in chebyshev.cheb2poly(chebyshev.chebfit(nodes, values, 16)))
+
+
+def _erf(x: Any) -> Any:
+    """The error function; in float32 without a call for each element, which would take ten times as long."""
+    if x.ty.dtype == "float64":
+        return tirx.erf(x)
+    end = _const(x, _ERF_END)
+    inside = _clip(x, -_ERF_END, _ERF_END)
+    t = inside * inside * _const(x, 2 / _ERF_END**2) - _const(x, 1)
+    *others, quotient = (_const(x, term) for term in _erf_terms())
+    for term in reversed(others):
+        quotient = quotient * t + term
+    return tirx.Select(x >= end, _const(x, 1), tirx.Select(x <= -end, _const(x, -1), inside * quotient))
+
+
 def _gelu(z: Any) -> Any:
-    return _const(z, 0.5) * z * (_const(z, 1) + tirx.erf(z * _const(z, math.sqrt(0.5))))
+    return _const(z, 0.5) * z * (_const(z, 1) + _erf(z * _const(z, math.sqrt(0.5))))
 
 
 def _gelu_tanh(z: Any) -> Any:
