@@ -25,7 +25,8 @@ from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, smal
 from opcompile.bounds import Answer, Inputs, compare_at, sums_of
 from opcompile.cuda_driver import device
 from opcompile.engines import OURS, require_torch_can
-from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.errors import CallError, EngineError, TargetError, VerificationError
+from opcompile.gpus import gpu_target
 from opcompile.roofline import Roof, Sample
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.spec import ConvTranspose3d
@@ -65,7 +66,13 @@ def bench_gpu(
         raise CallError(f"engine {unknown[0]!r} is unknown on a GPU; compare with some of {', '.join(PEERS)}")
     from opcompile.build import compile  # on use: it brings the compiler
 
-    artifact: Any = compile(spec, target, plan)  # it refuses Metal
+    if gpu_target(target).language != "cuda":
+        raise TargetError(f"{target} cannot be timed by this version, which drives GPUs of CUDA alone")
+    try:
+        device()
+    except TargetError as error:
+        raise TargetError(f"{target} cannot be timed here: {error}") from error
+    artifact: Any = compile(spec, target, plan)
     return bench_artifact(artifact, against=against, seconds=seconds, seed=seed)
 
 

@@ -98,6 +98,8 @@ def compile(
     directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target whose code
     does not run here: `write` makes its directory), `EngineError`.
     """
+    if not isinstance(spec, ConvTranspose3d):
+        raise CallError(f"the layer is a {type(spec).__name__}; read a text by ConvTranspose3d.parse first")
     _require_runs_here(any_target(target))
     place = into if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)

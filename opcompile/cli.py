@@ -290,16 +290,18 @@ def run(
     A layer takes X, W and B; a derivative dY, and W or X (and Y) as it was compiled.
     """
     from opcompile.runtime import Artifact, load_any
+    from opcompile.runtime_cuda import CudaArtifact
 
-    artifact = load_any(_one_artifact(directory), threads=threads)
+    artifact: Any = load_any(_one_artifact(directory), threads=threads)
     paths = {"dy": dy_path, "x": x_path, "w": w_path, "b": b_path, "y": output_path}
     arrays: dict[str, Any] = {name: _read_array(path, artifact.spec.dtype) for name, path in paths.items() if path}
-    if isinstance(artifact, Artifact):
+    if isinstance(artifact, (Artifact, CudaArtifact)):
         if extra := arrays.keys() & {"dy", "y"}:
             raise CallError(f"--{min(extra)} was given, but {directory} holds the layer, which takes x, w and b")
         if "x" not in arrays:
             raise CallError(f"--x is missing: {directory} holds the layer, which takes x, w and b")
-    y = artifact(**arrays)
+    on_gpu = isinstance(artifact, CudaArtifact)
+    y = artifact.on_host(*map(arrays.get, ("x", "w", "b"))) if on_gpu else artifact(**arrays)
     _write_array(y_path, y)
     content = {"output": y_path, "shape": y.shape, "dtype": y.dtype.name}
     _emit(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])

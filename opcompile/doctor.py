@@ -13,7 +13,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 import opcompile
-from opcompile.errors import OpcompileError
+from opcompile.cuda_driver import device
+from opcompile.errors import EngineError, OpcompileError, TargetError
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores, target
@@ -59,6 +60,8 @@ def doctor(*, build: bool = True) -> list[Finding]:
         *(_package(name, what, way, "optional") for name, (what, way) in _OPTIONAL.items()),
         *_machine(),
         _linker(),
+        _gpu(),
+        _nvcc(),
         _records(),
     ]
     return [*findings, _small_layer()] if build else findings
@@ -112,6 +115,23 @@ def _linker() -> Finding:
         return Finding("linker", "ok", "the package ziglang")
     way_out = "install a C compiler (apt install gcc), or pip install 'opcompile[cross]'"
     return Finding("linker", "missing", "no cc, gcc or clang on PATH, CC is not set, and no package ziglang", way_out)
+
+
+def _gpu() -> Finding:
+    try:
+        gpu = device()
+    except TargetError as error:
+        return Finding("GPU", "optional", f"runs what is compiled for CUDA: {error}")
+    return Finding("GPU", "ok", f"{gpu.name}, compute capability {gpu.compute}, driver {gpu.driver}")
+
+
+def _nvcc() -> Finding:
+    from opcompile.nvcc import nvcc_version
+
+    try:
+        return Finding("nvcc", "ok", f"{nvcc_version()}, compiles for CUDA")
+    except EngineError:
+        return Finding("nvcc", "optional", "compiles for CUDA", "pip install 'opcompile[cuda]', or set NVCC")
 
 
 def _records() -> Finding:

@@ -497,15 +497,21 @@ def test_without_a_gpu_none_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_driver() -> None:
         raise TargetError("there is no driver")
 
-    monkeypatch.setattr("opcompile.build.device", no_driver)
-    with pytest.raises(TargetError, match=r"does not run on this machine \(there is no driver\)"):
+    monkeypatch.setattr("opcompile.bench_gpu.device", no_driver)
+    with pytest.raises(TargetError, match="cuda:sm_90 cannot be timed here: there is no driver"):
         bench_gpu(SPEC, target="cuda:sm_90")
 
 
 def test_what_is_timed_on_a_gpu_is_known() -> None:
     with pytest.raises(CallError, match="engine 'openvino' is unknown on a GPU; compare with some of cudnn"):
         bench_gpu(SPEC, target="cuda:sm_90", against=("openvino",))
-    with pytest.raises(
-        TargetError, match=r"code for metal:apple-m1 does not run on this machine \(it is for another\)"
-    ):
+    with pytest.raises(TargetError, match="metal:apple-m1 cannot be timed by this version"):
         bench_gpu(SPEC, target="metal:apple-m1")
+
+
+def test_what_is_compiled_for_another_machine_is_not_loaded() -> None:
+    for name in ("metal:apple-m1", "llvm:apple-m1"):
+        with pytest.raises(TargetError, match=rf"code for {name} does not run on this machine \(it is for another\)"):
+            compile(SPEC, name)
+    with pytest.raises(CallError, match="read a text by ConvTranspose3d"):
+        compile(str(SPEC))  # type: ignore[call-overload]
