@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -159,12 +159,16 @@ class BenchReport:
         return self.bytes / timing.median_us / 1e3
 
     @property
+    def ran_on(self) -> str:
+        """What of the machine it ran on: the GPU, or so many threads."""
+        return "on the GPU" if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    @property
     def where(self) -> str:
-        """What it ran on, of the machine."""
+        """The same, with the processors that it was kept on."""
         if self.threads is None:
-            return "on the GPU"
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return threads + (f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned")
+            return self.ran_on
+        return self.ran_on + (f" on CPU {', '.join(map(str, self.pinned))}" if self.pinned else ", not pinned")
 
     @property
     def noisy(self) -> str:
@@ -307,18 +311,11 @@ def bench(
         roof = Roof(probes.dtype, before, probes.samples())
         weights, not_weighed = answer_to_each(engines if memory else (), lambda name: weigh(name, job))
     return BenchReport(
-        spec=str(spec),
-        target=str(artifact.manifest["target"]["name"]),
-        plan=f"{artifact.manifest['plan']['name']}, {artifact.manifest['plan']['schedule']}",
+        **timed(spec, artifact.manifest),
         threads=threads,
         pinned=pinned,
         seed=seed,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=f"{processor()}; {system()}",
-        versions={k: str(v) for k, v in artifact.manifest["versions"].items()},
-        flop=spec.flops,
-        needed_flop=spec.needed_flops,
-        bytes=spec.bytes(),
         roof=roof,
         cpu_share=round(cpu_share, 3),
         timings=timings,
@@ -326,6 +323,20 @@ def bench(
         not_asked=not_asked,
         not_weighed=not_weighed,
     )
+
+
+def timed(spec: ConvTranspose3d, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a report that say what was timed, and when."""
+    return {
+        "spec": str(spec),
+        "target": str(manifest["target"]["name"]),
+        "plan": f"{manifest['plan']['name']}, {manifest['plan']['schedule']}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {k: str(v) for k, v in manifest["versions"].items()},
+        "flop": spec.flops,
+        "needed_flop": spec.needed_flops,
+        "bytes": spec.bytes(),
+    }
 
 
 def _prepared(names: Sequence[str], job: Job) -> tuple[dict[str, Engine], dict[str, str]]:

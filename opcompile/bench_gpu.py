@@ -16,12 +16,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs
+from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs, timed
 from opcompile.bounds import Answer, Inputs, compare_at, sums_of
 from opcompile.cuda_driver import device
 from opcompile.engines import OURS, require_torch_can
@@ -95,18 +94,11 @@ def bench_artifact(
         timings = _in_turns(engines, series, seconds)
         roof = Roof(f"{spec.dtype}, by cuBLAS", before, probes.samples())
     return BenchReport(
-        spec=str(spec),
-        target=str(artifact.manifest["target"]["name"]),
-        plan=f"{artifact.manifest['plan']['name']}, {artifact.manifest['plan']['schedule']}",
+        **timed(spec, artifact.manifest),
         threads=None,
         pinned=(),
         seed=seed,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=f"{gpu.name}, compute capability {gpu.compute}; driver {gpu.driver}",
-        versions={k: str(v) for k, v in artifact.manifest["versions"].items()},
-        flop=spec.flops,
-        needed_flop=spec.needed_flops,
-        bytes=spec.bytes(),
         roof=roof,
         cpu_share=1.0,
         timings=timings,

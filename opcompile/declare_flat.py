@@ -73,25 +73,15 @@ class Numbering:
         return -(-self.axis.kernel // self.axis.tap_step)
 
     @property
-    def even(self) -> bool:
-        """Whether every phase has as many taps."""
-        return self.gcd == 1 and self.axis.kernel % self.axis.tap_step == 0
-
-    @property
-    def firsts(self) -> list[int]:
-        """The first position of each phase that is in the output."""
-        return [-(-self._lag(f) // self.axis.stride) for f in range(self.axis.stride)]
-
-    @property
     def aligned(self) -> bool:
         """Whether all phases begin at the same position."""
-        return len(set(self.firsts)) == 1
+        return len({span.start for span in self.axis.spans}) == 1
 
     @property
     def together(self) -> range:
         """The positions of all phases."""
-        ends = [(self.axis.out - 1 + self._lag(f)) // self.axis.stride for f in range(self.axis.stride)]
-        return range(min(self.firsts), max(ends) + 1)
+        spans = self.axis.spans
+        return range(min(span.start for span in spans), max(span.stop for span in spans))
 
     def output(self, q: Any, f: Any) -> Any:
         """The output at position ``q`` of phase ``f``."""
@@ -114,20 +104,17 @@ class Numbering:
 
     def first(self, f: Any) -> Any:
         """The first position of phase ``f``, by comparisons."""
-        *others, last = enumerate(self.firsts)
-        result = _like(f, last[1])
-        for number, value in reversed(others):
-            result = tirx.Select(f <= number, _like(f, value), result) if value != self.firsts[number + 1] else result
+        firsts = [span.start for span in self.axis.spans]
+        result = _like(f, firsts[-1])
+        for number in reversed(range(len(firsts) - 1)):
+            if firsts[number] != firsts[number + 1]:
+                result = tirx.Select(f <= number, _like(f, firsts[number]), result)
         return result
-
-    def _lag(self, f: int) -> int:
-        return self.axis.begin - f // self.gcd * self.axis.dilation - f % self.gcd
 
 
 def same_columns(spec: ConvTranspose3d, apart: bool) -> bool:
     """Whether every phase reads the same elements of X, through taps of its own."""
-    numberings = [Numbering(axis) for axis in spec.axes]
-    return all(n.even and (n.aligned or not apart) for n in numberings)
+    return all(axis.even_taps and (Numbering(axis).aligned or not apart) for axis in spec.axes)
 
 
 def phase_axes(spec: ConvTranspose3d, apart: bool) -> bool:
@@ -313,7 +300,7 @@ class _Flat:
         def contract(n: Any, g: Any, m: Any, fd: Any, fh: Any, fw: Any, q: Any) -> Any:
             f = (fd, fh, fw)
             kernel = [
-                tap if axis.even else tirx.min(tap, axis.axis.kernel - 1)
+                tap if axis.axis.even_taps else tirx.min(tap, axis.axis.kernel - 1)
                 for axis, i, t in zip(numberings, f, taps, strict=True)
                 for tap in [axis.first_tap(i) + t * axis.axis.tap_step]
             ]
@@ -393,14 +380,13 @@ def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str, *, long_fir
     fd, fh, fw = (axis.stride for axis in spec.axes)
     others = tirx.floordiv(block, tirx.floordiv(blocks, fd * fh) if long_first else fw)
     phases = (tirx.floormod(tirx.floordiv(others, fh), fd), tirx.floormod(others, fh), tirx.floormod(block, fw))
-    numberings = [Numbering(axis) for axis in spec.axes]
 
     def cut(loop: Any) -> Any:
         if mark not in loop.annotations:
             return loop
         axis = int(loop.annotations[mark])
         rest = {name: value for name, value in loop.annotations.items() if name != mark}
-        extent = loop.extent if numberings[axis].even else numberings[axis].taps(phases[axis])
+        extent = loop.extent if spec.axes[axis].even_taps else Numbering(spec.axes[axis]).taps(phases[axis])
         return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body, loop.thread_binding, rest)
 
     return func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, cut)))

@@ -80,10 +80,11 @@ class Description:
 def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best") -> Description:
     """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
     from opcompile.lower import choose, scheduled, workspace_bytes  # on use: it brings the compiler
-    from opcompile.lower_gpu import choose as choose_gpu
 
     machine = any_target(target)
     if isinstance(machine, GpuTarget):
+        from opcompile.lower_gpu import choose as choose_gpu
+
         _, chosen = choose_gpu(spec, machine, plan)
         return Description(spec, machine.name, chosen, 0)
     tiles, chosen = choose(spec, machine, plan)

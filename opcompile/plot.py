@@ -55,7 +55,7 @@ def _figure() -> Any:
 def _title(reports: Mapping[str, BenchReport]) -> str:
     """Name the machine, what of it was used, and the dates of all reports."""
     every = list(reports.values())
-    where = " / ".join(dict.fromkeys(r.where.partition(" on CPU")[0] for r in every))
+    where = " / ".join(dict.fromkeys(r.ran_on for r in every))
     dates = sorted({r.date[:10] for r in every})
     machines = " / ".join(dict.fromkeys(r.machine for r in every))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

@@ -158,6 +158,21 @@ class Axis:
         offsets = [offset for phase in self.phases for offset in phase.offsets()] or [0]
         return min(offsets), max(offsets)
 
+    @property
+    def even_taps(self) -> bool:
+        """Whether every phase has taps, and as many as the others."""
+        return math.gcd(self.stride, self.dilation) == 1 and self.kernel % self.tap_step == 0
+
+    @property
+    def spans(self) -> tuple[range, ...]:
+        """The positions of each phase where these are numbered by their taps.
+
+        With ``g = gcd(s, d)``, phase ``f`` then has the outputs ``o = s*q + (f // g)*d + f % g - begin``.
+        """
+        g = math.gcd(self.stride, self.dilation)
+        lags = [self.begin - f // g * self.dilation - f % g for f in range(self.stride)]
+        return tuple(range(-(-lag // self.stride), (self.out - 1 + lag) // self.stride + 1) for lag in lags)
+
     def phase(self, index: int) -> Phase:
         """The taps of output phase ``index``; possibly none (then the output is zero)."""
         solutions = (t for t in range(min(self.kernel, self.tap_step)) if self._meets(index, t))

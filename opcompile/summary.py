@@ -98,5 +98,5 @@ def _range(values: list[float]) -> str:
 
 def _circumstances(reports: list[BenchReport]) -> list[str]:
     versions = {t.engine: t.version for report in reports for t in report.timings}
-    where = dict.fromkeys(f"{r.machine}; {r.where.partition(' on CPU')[0]}; {r.target}; {r.date[:10]}" for r in reports)
+    where = dict.fromkeys(f"{r.machine}; {r.ran_on}; {r.target}; {r.date[:10]}" for r in reports)
     return [", ".join(f"{engine} {version}" for engine, version in versions.items()), *where]

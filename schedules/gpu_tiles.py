@@ -163,7 +163,7 @@ class Sums:
     @classmethod
     def of(cls, spec: ConvTranspose3d) -> Sums:
         """Describe a layer."""
-        alike = all(math.gcd(a.stride, a.dilation) == 1 and a.kernel % a.stride == 0 for a in spec.axes)
+        alike = all(a.even_taps for a in spec.axes)
         positions = math.prod(a.positions for a in spec.axes)
         return cls(
             itemsize=spec.itemsize,
@@ -277,10 +277,8 @@ def _fragments(layer: Sums) -> Iterator[GpuTiles]:
 
 
 def _positions_together(axis: Axis) -> int:
-    """Positions that all phases of an axis cover, where they are numbered by their taps: `Numbering.together`."""
-    lags = [axis.begin - r * axis.dilation for r in range(axis.stride)]
-    first, last = min(-(-lag // axis.stride) for lag in lags), max((axis.out - 1 + lag) // axis.stride for lag in lags)
-    return last + 1 - first
+    """Positions that all phases of an axis cover, where they are numbered by their taps."""
+    return max(span.stop for span in axis.spans) - min(span.start for span in axis.spans)
 
 
 def _powers(most: int) -> list[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,3 +235,17 @@ def test_needed_work_counts_the_products_that_reach_the_output(text: str) -> Non
     x, w, _ = arrays(spec)
     assert spec.needed_flops == 2 * linear(spec, x * 0 + 1, w * 0 + 1).sum()
     assert spec.needed_flops <= spec.flops
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "kernel", "begin"), list(product((1, 2, 3, 4), (1, 2, 3), (1, 2, 4), (0, 1)))
+)
+def test_phases_numbered_by_their_taps_cover_the_output_once(
+    stride: int, dilation: int, kernel: int, begin: int
+) -> None:
+    axis = Axis(3, kernel, stride, dilation, pad=(begin, 0), output_pad=1)
+    g = math.gcd(stride, dilation)
+    outputs = [stride * q + f // g * dilation + f % g - begin for f, span in enumerate(axis.spans) for q in span]
+    assert sorted(outputs) == list(range(axis.out))
+    counts = {phase.taps for phase in axis.phases}
+    assert axis.even_taps <= (len(counts) == 1 and 0 not in counts)
