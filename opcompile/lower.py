@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir import transform
 from tvm.s_tir.analysis import calculate_allocated_bytes
+from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+from tvm_ffi import structural_map
 
 from opcompile.declare import Grain, declare, packed_from
 from opcompile.errors import RecordError, SpecError
@@ -72,12 +75,41 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
 
 def object_code(module: tvm.IRModule, target: Target) -> bytes:
     """One relocatable object for ``target`` from a module that is ready to compile."""
-    with tvm.target.Target(target.tvm()) as tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
+    executable = compiled(module, target.tvm())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
         return path.read_bytes()
+
+
+def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
+    """Compile a module for a CPU, with the sums of its register tiles on the stack.
+
+    TVM would take them from the heap, where LLVM may keep them in registers only as long as nothing else in the
+    loop may touch memory.
+    """
+    with tvm.target.Target(target) as tvm_target:
+        return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
+
+
+@tirx.transform.prim_func_pass(opt_level=0)
+def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    def placed(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
+        if allocation.buffer.scope() != "local":
+            return allocation
+        on_stack = {**allocation.annotations, "disable_lower_builtin": tirx.const(1, "int32")}
+        return tirx.AllocBuffer(allocation.buffer, on_stack)
+
+    return function.with_body(structural_map(function.body, (tirx.AllocBuffer, placed)))
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    passes, of_host, of_device = get_tir_pipeline("s_tir")
+    return tvm.transform.Sequential([passes, _sums_on_stack]), of_host, of_device
+
+
+_PIPELINE = "opcompile"
+register_tir_pipeline(_PIPELINE, _pipeline)
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:

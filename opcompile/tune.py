@@ -396,11 +396,11 @@ class _Bench:
 
 def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, module: Any) -> str:
     """Compile in a process of the pool; return the path of a shared library, or of objects for the server to link."""
-    import tvm
     from tvm.support.tar import tar
 
-    with tvm.target.Target(target) as tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
+    from opcompile.lower import compiled
+
+    executable = compiled(module, target)
     own = Path(tempfile.mkdtemp(dir=folder))
     if linker is None:
         executable.export_library(str(own / "kernel.tar"), fcompile=tar)

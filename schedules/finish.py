@@ -1,13 +1,16 @@
-"""What no move of a schedule can say: vectors of some columns of a loop, taps left out, memory asked for early."""
+"""What no move of a schedule can say: vectors of some columns of a loop, rows woven, taps left out, early fetches."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.ir import Range
+from tvm.ir.expr import TensorLoad
+from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 if TYPE_CHECKING:
@@ -21,25 +24,37 @@ VECTORS = "opcompile.vectors"
 _ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
 _LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
+# The block that writes Y, one element at a time.
+_WRITING = "output"
+
+# So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
+_CHANNELS_AHEAD = 4
+_BYTES_AHEAD = 4096
+_CACHE_LINE = 64
+# Rows of more phases than these are left to LLVM.
+_MOST_WOVEN = 4
 
 
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
-    """Rewrite a scheduled module: vectors copy X, zeros are not multiplied, Y is asked for before it is written.
+    """Rewrite a scheduled module: vectors copy X and write Y, zeros are not multiplied, memory is asked for early.
 
     TVM splits no loop that begins elsewhere than at 0, and the columns of X between two pads are such; LLVM unrolls
-    short rows into scalars. And between its last sum and its first store a task would wait for memory, line by line:
-    by then the second cache has the lines.
+    short rows into scalars, and writes what is left of long ones element by element. And between its last sum and its
+    first store a task would wait for memory, line by line: by then the second cache has the lines.
     """
     ((name, function),) = module.functions.items()
-    function = structural_map(function, (tirx.For, _in_vectors))
+    channels = spec.channels_in // spec.groups
+    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         y = function.params[-1]
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
+    if tiles.vector != "channels" and spec.layout == "NCDHW":
+        function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     return tvm.IRModule({name.name_hint: function})
 
 
-def _in_vectors(loop: tirx.For) -> tirx.Stmt:
+def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
     """A marked loop: scalars, whole vectors, what is left of them as one, scalars."""
     if VECTORS not in loop.annotations:
         return loop
@@ -48,20 +63,39 @@ def _in_vectors(loop: tirx.For) -> tirx.Stmt:
     parts, at = [], 0
     for end, lanes in ((low, 1), (whole, widest), (high, high - whole), (int(loop.extent), 1)):
         if end > at:
-            parts.append(_columns(loop, at, (end - at) // lanes, lanes))
+            parts.append(_columns(loop, at, (end - at) // lanes, lanes, channels))
             at = end
-    return parts[0] if len(parts) == 1 else tirx.SeqStmt(parts)
+    return _in_turn(parts)
 
 
-def _columns(loop: tirx.For, first: int, count: int, lanes: int) -> tirx.Stmt:
-    """``count`` times ``lanes`` columns, from ``first`` on."""
+def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) -> tirx.Stmt:
+    """``count`` times ``lanes`` columns, from ``first`` on, and the same of a channel that will be copied soon."""
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = _with(loop.body, {loop.loop_var: vector * lanes + lane + first})
     at_once = tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL
     zero = tirx.const(0, kind)
-    inner = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
-    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, inner)
+    copy = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
+    inner = [copy] if lanes == 1 or channels <= _CHANNELS_AHEAD else [_of_later_channel(body, lane, channels), copy]
+    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, _in_turn(inner))
+
+
+def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) -> tirx.Stmt:
+    """Ask for what the block copies, some channels further on."""
+    loads: list[TensorLoad] = []
+
+    def seen(load: TensorLoad) -> TensorLoad:
+        loads.append(load)
+        return load
+
+    structural_map(copy.block.body.value, (TensorLoad, seen))
+    (load,) = loads
+    values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
+    names = [v.var.name for v in copy.block.iter_vars]
+    channel = copy.block.iter_vars[names.index("v_c")].var
+    values[channel] = tirx.min(values[channel] + _CHANNELS_AHEAD, tirx.const(channels - 1, channel.ty.dtype))
+    first_lane = {lane: tirx.const(0, lane.ty.dtype)}
+    return _fetch(load.source, [_with(_with(i, values), first_lane) for i in load.indices])
 
 
 def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
@@ -69,9 +103,10 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
 
     That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
     """
-    inner, first_of_tile = loop.body, {}
+    inner, first_of_tile, several = loop.body, {}, []
     while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
         first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
+        several += [inner.loop_var] if int(inner.extent) > 1 else []
         inner = inner.body
     block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
@@ -80,7 +115,8 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     _, _, _, d, h, _, tap_d, tap_h, *_ = [_with(value, first_of_tile) for value in inner.iter_values]
     reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
     tests = []
-    for axis, f, q, tap in reads[: 1 if t.line or t.rows > 1 else 2]:  # a tile of several rows reads as many
+    rows_apart = not t.line and t.rows == 1 and inner.iter_values[7] not in several
+    for axis, f, q, tap in reads[: 2 if rows_apart else 1]:  # several rows or taps at once read several rows of X
         first, last = axis.reads
         i = q + (axis.phases[f].first_offset - tap * axis.offset_step)
         if first < 0:
@@ -93,8 +129,7 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
 def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     """Where a vector of sums leaves its registers, ask for one line of Y into the second cache.
 
-    The phases of a row fill as many lines as they have vectors, and each vector asks for another one. A line that is
-    not there, beyond Y, is not fetched and does no harm.
+    The phases of a row fill as many lines as they have vectors, and each vector asks for another one.
     """
     block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.VECTORIZED or block is None or not _LEAVING.fullmatch(block.name_hint):
@@ -114,10 +149,90 @@ def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.S
     if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
         m = m + tirx.floormod(o[2], t.lanes)
     m = g * (spec.channels_out // spec.groups) + m
-    line = y[(n, m, *o)] if spec.layout == "NCDHW" else y[(n, *o, m)]
+    return tirx.SeqStmt([loop, _fetch(y, (n, m, *o) if spec.layout == "NCDHW" else (n, *o, m))])
+
+
+def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
+    """Write a row of Y as vectors, each woven from one vector of every phase.
+
+    What whole vectors leave of the row is a narrower one that ends where the row does, and may write again what the
+    one before it wrote: LLVM would write the last 2 to 31 elements one by one.
+    """
+    stride, row = spec.axes[2].stride, spec.axes[2].out
+    block = loop.body.body if isinstance(loop.body, tirx.For) else None
+    if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != _WRITING:
+        return loop
+    if row < 2 * stride or stride > _MOST_WOVEN:
+        return loop
+    lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
+    whole, left = divmod(row, lanes * stride)
+    parts = [_weave(loop, block, stride, 0, whole, lanes)]
+    if left:
+        lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
+        parts.append(_weave(loop, block, stride, row - lanes * stride, 1, lanes))
+    return _in_turn(parts)
+
+
+def _weave(
+    loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int
+) -> tirx.Stmt:
+    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on."""
+    kind, block = loop.loop_var.ty.dtype, realize.block
+    y, column = block.body.buffer, block.iter_vars[-1].var
+    *row, _ = block.body.indices
+    vector, lane = (tirx.Var(f"{loop.loop_var.name}_{name}", kind) for name in ("vector", "lane"))
+    analyzer, zero, size = Analyzer(), tirx.const(0, kind), lanes * stride
+    analyzer.bind(vector, Range(0, count))
+    analyzer.bind(lane, Range(0, lanes))
+    of_phases = [
+        analyzer.simplify(_with(block.body.value, {column: (vector * lanes + lane) * stride + (first + k)}))
+        for k in range(stride)
+    ]
+    vectors = [_vector_of(value, lane, lanes) for value in of_phases]
+    order = [tirx.const(i % stride * lanes + i // stride, "int32") for i in range(size)]
+    woven = vectors[0] if stride == 1 else tirx.Shuffle(vectors, order)
+    itemsize = tvm.DataType(y.dtype).bits // 8
+    later = range(_BYTES_AHEAD // itemsize, _BYTES_AHEAD // itemsize + size, _CACHE_LINE // itemsize)
+    body = [_fetch(y, [*row, column + i]) for i in later]
+    body.append(tirx.BufferStore(y, woven, [*row, tirx.Ramp(column, tirx.const(1, kind), size)]))
+    written = [*block.writes[0].region[:-1], Range.from_min_extent(column, size)]
+    weaving = s_tir.SBlock(
+        block.iter_vars,
+        block.reads,
+        [tirx.BufferRegion(y, written)],
+        "row",
+        tirx.SeqStmt(body),
+        annotations=block.annotations,
+    )
+    # every column is one of the row's: of the test there remain planes and rows
+    test = analyzer.simplify(_with(realize.predicate, {loop.loop_var: zero, loop.body.loop_var: zero}))
+    start = vector * size + first
+    woven_row = s_tir.SBlockRealize([*realize.iter_values[:-1], start], test, weaving)
+    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
+
+
+def _vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
+    """What ``value`` is for all lanes, as one vector."""
+    kind = lane.ty.dtype
+    to = tirx.decl_buffer((lanes,), value.ty.dtype)
+    store = tirx.BufferStore(to, value, [lane])
+    loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
+    module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
+    return module["vector"].body.value
+
+
+def _fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
+    """Ask for the line of an element into the second cache; one beyond the buffer is not fetched, and does no harm."""
     to_read, into_second_cache, data = (tirx.const(i, "int32") for i in (0, 2, 1))
-    fetch = tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(line), to_read, into_second_cache, data)
-    return tirx.SeqStmt([loop, tirx.Evaluate(fetch)])
+    address = tirx.address_of(tirx.BufferLoad(buffer, list(at)))
+    return tirx.Evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data)
+    )
+
+
+def _in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:
+    """The statements, one after the other."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
 
 
 def _with(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:

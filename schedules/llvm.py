@@ -4,9 +4,9 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 
 * X is copied, zero-padded, to ``(n, g, d, h, c, w)``, or tile by tile where tiles read the same
   positions in all taps: the reduction over channels then walks through neighbouring cache lines.
-* A task is a block of positions ``(n, g, channels, planes of qD, rows of qH)``. It computes all
-  phases of them, tile by tile, and then writes the interleaved output while the phases are
-  still in cache.
+* A band is a block of positions ``(n, g, channels, planes of qD, rows of qH)``: all phases of them are
+  computed, tile by tile, and then the interleaved output is written while the phases are still in
+  cache. A task is one band, or several in turn that share a copy of X.
 * A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
   With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
   X: right when there are many channels, however few the positions. Else the scalars are weights:
@@ -71,7 +71,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     if phases:  # there are none, and no padded copy, where every tap falls beyond the output
         _lay_out(sch, spec, tiles, phases, wide, as_axes)
 
-    # --- tasks: rows of positions, with their phases inside ---
+    # --- tasks: bands of rows of positions, with their phases inside ---
     axes = sch.get_loops(output)
     n, m, *spatial = axes if spec.layout == "NCDHW" else [axes[0], axes[-1], *axes[1:-1]]
     split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
@@ -80,19 +80,20 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     m, m_in = sch.split(m, [None, min(tiles.task, spec.channels_out // spec.groups)])
     q_d, q_d_in = sch.split(q_d, [None, tiles.depth])
     q_h, q_h_in = sch.split(q_h, [None, tiles.height])
+    (q_d, band_d), (q_h, band_h) = sch.split(q_d, [None, tiles.bands_d]), sch.split(q_h, [None, tiles.bands_h])
     row = [q_d_in, f_d, q_h_in, f_h, q_w, f_w]
     if spec.layout == "NCDHW":
-        of_task, inside = [n, g, m, q_d, q_h], [m_in, *row]
+        of_task, of_band = [n, g, m, q_d, q_h], [m_in, *row]
     else:  # all groups: the channels of one would be a few bytes of each cache line
-        of_task, inside = [n, m, q_d, q_h], [*row, g, m_in]
-    sch.reorder(*of_task, *inside)
+        of_task, of_band = [n, m, q_d, q_h], [*row, g, m_in]
+    sch.reorder(*of_task, band_d, band_h, *of_band)
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
     task = sch.fuse(*of_task)
     for p in phases:
         if tiles.line:
             _claim_whole_lines(sch, p)
-        sch.compute_at(p, task, preserve_unit_loops=True)
-        _tile(sch, tiles, p, sch.get_loops(p)[1:])
+        sch.compute_at(p, band_h, preserve_unit_loops=True)
+        _tile(sch, tiles, p, sch.get_loops(p)[3:])
     if phases and tiles.copy == "task":
         sch.compute_at(sch.get_sblock("pad"), task, preserve_unit_loops=True)
     if wide:
@@ -227,7 +228,12 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     # the smaller side of factors stays in registers while the other passes by
     weights, elements = factors(t.vector, t.vectors, t.scalars, t.rows)
     tile = [h_in, w_in, m_in] if weights <= elements else [m_in, h_in, w_in]
-    sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane)
+    if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
+        # the taps of a channel share vectors of X
+        tile = [t_h, t_w, *tile]
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane)
+    else:
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 # TVM puts smaller buffers on the stack, where LLVM merges the sums into them and out of the registers
 _LEAST_BUFFER = 1024
+# So many taps of a plane may be unrolled: code grows with them.
+_MOST_UNROLLED = 9
+# So many places of Y may be written in turn without losing the prefetcher and the pages.
+_STREAMS = 8
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -24,10 +28,10 @@ class Tiles:
     """The numbers of one schedule.
 
     ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
-    tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). One task
-    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD. The sums take ``chunk``
-    input channels at a time through all taps. ``copy`` says who copies X: each task the rows that it
-    reads, or all tasks together before the first.
+    tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). A band
+    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD, a task ``bands_d`` times
+    ``bands_h`` bands. The sums take ``chunk`` input channels at a time through all taps. ``copy`` says who
+    copies X: each task the rows that it reads, or all tasks together before the first.
     """
 
     vector: Literal["channels", "row", "line"]
@@ -38,6 +42,8 @@ class Tiles:
     task: int
     depth: int
     height: int
+    bands_d: int
+    bands_h: int
     chunk: int
     copy: Literal["task", "whole"]
 
@@ -55,6 +61,10 @@ class Tiles:
     def block(self) -> int:
         """Channels that lie side by side in the packed weight."""
         return self.lanes if self.vector == "channels" else self.scalars
+
+    def unrolls(self, taps: int) -> bool:
+        """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
+        return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED
 
     @property
     def line(self) -> int:
@@ -86,7 +96,8 @@ class Estimate:
             f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"a task covers {t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase",
+            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase are computed, and then written; "
+            f"a task does so {t.bands_d * t.bands_h} time(s)",
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
@@ -175,7 +186,7 @@ class _Layer:
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
-        return self.spans(t.depth, t.height) * _over(self.m, t.task)
+        return self.spans(t.depth * t.bands_d, t.height * t.bands_h) * _over(self.m, t.task)
 
     def spans(self, depth: int, height: int) -> int:
         """How many pieces of ``depth`` planes and ``height`` rows there are."""
@@ -183,25 +194,28 @@ class _Layer:
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
-        planes, rows = t.depth + self.reach[0] - self.depth, t.height + self.reach[1] - self.height
+        more_d, more_h, _ = (reach - size for reach, size in zip(self.reach, (self.depth, self.height, 0), strict=True))
+        planes = t.depth * t.bands_d + more_d
+        rows = (t.height + more_h) * t.bands_h if t.line else t.height * t.bands_h + more_h
         return self.itemsize * self.together * self.c * planes * rows * self.reach[2]
 
     def plane(self, t: Tiles) -> int:
-        """Positions that a task computes in each of its planes, those that it throws away included."""
+        """Positions that a band computes in each of its planes, those that it throws away included."""
         if t.line:
             return _up((t.height - 1) * self.reach[2] + self.width, t.columns)
         return t.height * _up(self.width, t.columns)
 
     def stretch(self, t: Tiles) -> int:
-        """Elements of Y that a task writes side by side."""
+        """Elements of Y that a task writes side by side; bands of a few channels go on where the one before ended."""
         if not self.channels_first and t.task < self.m:
             return t.task
-        rows = min(t.height, self.height) * self.strides[1]
+        going_on = t.bands_h if t.task * t.depth * self.strides[0] <= _STREAMS else 1
+        rows = min(t.height * going_on, self.height) * self.strides[1]
         planes = min(t.depth, self.depth) * self.strides[0] if t.height >= self.height else 1
         return rows * planes * self.row * (1 if self.channels_first else self.together * self.m)
 
     def held(self, t: Tiles) -> int:
-        """Bytes of the phases of a task."""
+        """Bytes of the phases of a band."""
         return self.together * self.itemsize * self.phases * t.task * t.depth * self.plane(t)
 
 
@@ -227,12 +241,24 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             continue
         chunk = _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
-            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
+            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, 1, 1, chunk, copy)  # type: ignore[arg-type]
             if vector == "line" and columns >= height * layer.reach[2] + lanes:
                 continue
             tiles = replace(tiles, task=_task(layer, machine, tiles))
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, tiles):
                 yield tiles
+            for bands_d, bands_h in _bands(layer, machine, tiles):
+                several = replace(tiles, bands_d=bands_d, bands_h=bands_h)
+                if _worthwhile(layer, machine, several):
+                    yield several
+
+
+def _bands(layer: _Layer, machine: Machine, t: Tiles) -> list[tuple[int, int]]:
+    """How many bands a task may go through: all of a plane, in a few planes, where each stays in the first cache."""
+    of_plane = _over(layer.height, t.height)
+    if t.copy == "whole" or t.depth > 1 or of_plane == 1 or layer.held(t) > machine.l1_bytes:
+        return []
+    return [(planes, of_plane) for planes in (1, 2, 4) if _over(layer.depth, t.depth) % planes == 0]
 
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
@@ -297,7 +323,8 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
         computing *= 2
     transposed = (t.vector == "channels") == layer.channels_first
     # a new stretch is a new page and a new stream for the prefetcher
-    storing = layer.outputs * ((3 if transposed else 1.5) + 800 / (layer.stretch(t) * layer.itemsize))
+    weaving = 3 if transposed else 1.05 + 0.45 * min(1, layer.held(t) / machine.l1_bytes)
+    storing = layer.outputs * (weaving + 800 / (layer.stretch(t) * layer.itemsize))
     used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tvm
 from kernels import HERE, _tensor, dtype_of
 from numpy.typing import NDArray
 
 from opcompile.gradients import lower
 from opcompile.gradients.declare import depth
 from opcompile.gradients.gradient import Gradient
+from opcompile.lower import compiled
 from opcompile.reference import activate
 from opcompile.spec import ConvTranspose3d
 from schedules.gradients import GradientTiles
@@ -25,8 +25,8 @@ def kernel(
 ) -> Callable[[Operands], NDArray[Any]]:
     """Compile ``gradient`` for this machine; the result starts out as garbage."""
     tiles = tiles or lower.choose(gradient, HERE, "baseline")[0]
-    with tvm.target.Target({**HERE.tvm(), "opt-level": 3 if optimised else 0}) as tvm_target:
-        function = tvm.compile(lower.scheduled(gradient, tiles), target=tvm_target)[gradient.kernel]
+    target = {**HERE.tvm(), "opt-level": 3 if optimised else 0}
+    function = compiled(lower.scheduled(gradient, tiles), target)[gradient.kernel]
     dtype, name = dtype_of(gradient.layer), gradient.layer.dtype
 
     def call(operands: Operands) -> NDArray[Any]:

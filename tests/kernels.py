@@ -29,8 +29,8 @@ def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool
     Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
     """
     tiles = tiles or lower.choose(spec, HERE, "baseline")[0]
-    with tvm.target.Target({**HERE.tvm(), "opt-level": 3 if optimised else 0}) as tvm_target:
-        function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
+    target = {**HERE.tvm(), "opt-level": 3 if optimised else 0}
+    function = lower.compiled(lower.scheduled(spec, tiles), target)[lower.KERNEL]
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)
 

@@ -144,8 +144,7 @@ def test_an_element_beyond_2_31_is_read() -> None:
     assert spec.y_shape == (1, 1, 1, 1, 1)
     assert 1291 * 1300 * 1300 > 2**31
     tiles = lower.choose(spec, HERE, "baseline")[0]
-    with tvm.target.Target(HERE.tvm()) as tvm_target:
-        function = tvm.compile(lower.scheduled(spec, tiles), target=tvm_target)[lower.KERNEL]
+    function = lower.compiled(lower.scheduled(spec, tiles), HERE.tvm())[lower.KERNEL]
     x = np.frombuffer(mmap.mmap(-1, 2 * 1291 * 1300 * 1300), np.float16).reshape(1, 1, 1291, 1300, 1300)
     x[0, 0, -1, -1, -1] = 3
     w = lower.packing(spec, tiles)(np.full(spec.w_shape, 2, np.float16))
