@@ -339,6 +339,13 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
             f"height is {t.height}, but must be a multiple of the register tile's {t.rows} rows, "
             f"and cover {rows} at most"
         )
+    for name, several, bands, what in (
+        ("bands_d", t.bands_d, -(-planes // t.depth), f"{planes} planes"),
+        ("bands_h", t.bands_h, -(-rows // t.height), f"{rows} rows"),
+        ("bands_m", t.bands_m, -(-m // t.task), f"{m} channels of a group"),
+    ):
+        if bands % several:
+            return f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
     if (spec.channels_in // spec.groups) % t.chunk:
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def target(name: str) -> Target:
     if kind != "llvm":
         raise TargetError(f"target {name!r} is of kind {kind!r}; use one of {', '.join([*names(), *gpu_names()])}")
     if not machine and ":" not in name:
-        return _NAMED[_here()]("llvm:" + _here())
+        return _this_machine()
     if machine not in _NAMED:
         raise TargetError(f"target {name!r} is unknown; use one of {', '.join(names())}")
     return _NAMED[machine](name)
@@ -176,6 +176,14 @@ def any_target(name: str) -> Target | GpuTarget:
 def names() -> list[str]:
     """Every name that `target` knows."""
     return ["llvm", *(f"llvm:{name}" for name in _NAMED)]
+
+
+def _this_machine() -> Target:
+    """The widest instruction set that this machine has, with the numbers of its own processor where they differ."""
+    here = _NAMED[_here()]("llvm:" + _here())
+    if here.machine.vector_bytes == 64 and (_cpuinfo("vendor_id"), _cpuinfo("cpu family")) == ("AuthenticAMD", "25"):
+        return replace(here, machine=_NAMED["znver4"](here.name).machine)
+    return here
 
 
 def _here() -> str:
@@ -203,14 +211,20 @@ def _architecture() -> str:
 @lru_cache(maxsize=1)
 def processor_flags() -> frozenset[str]:
     """The flags of this processor, as Linux lists them; empty elsewhere."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+@lru_cache(maxsize=8)
+def _cpuinfo(name: str) -> str:
+    """What Linux says of the first processor under this name; nothing elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
-        return frozenset()
+        return ""
     for line in cpuinfo.read_text().splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if key.strip() == name:
+            return value.strip()
+    return ""
 
 
 def cores() -> int:

@@ -173,9 +173,7 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     return _in_turn(parts)
 
 
-def _weave(
-    loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int
-) -> tirx.Stmt:
+def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int) -> tirx.Stmt:
     """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on."""
     kind, block = loop.loop_var.ty.dtype, realize.block
     y, column = block.body.buffer, block.iter_vars[-1].var
@@ -225,9 +223,7 @@ def _fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
     """Ask for the line of an element into the second cache; one beyond the buffer is not fetched, and does no harm."""
     to_read, into_second_cache, data = (tirx.const(i, "int32") for i in (0, 2, 1))
     address = tirx.address_of(tirx.BufferLoad(buffer, list(at)))
-    return tirx.Evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data)
-    )
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data))
 
 
 def _in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:

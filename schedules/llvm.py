@@ -81,19 +81,20 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     q_d, q_d_in = sch.split(q_d, [None, tiles.depth])
     q_h, q_h_in = sch.split(q_h, [None, tiles.height])
     (q_d, band_d), (q_h, band_h) = sch.split(q_d, [None, tiles.bands_d]), sch.split(q_h, [None, tiles.bands_h])
+    m, band_m = sch.split(m, [None, tiles.bands_m])
     row = [q_d_in, f_d, q_h_in, f_h, q_w, f_w]
     if spec.layout == "NCDHW":
         of_task, of_band = [n, g, m, q_d, q_h], [m_in, *row]
     else:  # all groups: the channels of one would be a few bytes of each cache line
         of_task, of_band = [n, m, q_d, q_h], [*row, g, m_in]
-    sch.reorder(*of_task, band_d, band_h, *of_band)
+    sch.reorder(*of_task, band_d, band_h, band_m, *of_band)
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
     task = sch.fuse(*of_task)
     for p in phases:
         if tiles.line:
             _claim_whole_lines(sch, p)
-        sch.compute_at(p, band_h, preserve_unit_loops=True)
-        _tile(sch, tiles, p, sch.get_loops(p)[3:])
+        sch.compute_at(p, band_m, preserve_unit_loops=True)
+        _tile(sch, tiles, p, sch.get_loops(p)[4:])
     if phases and tiles.copy == "task":
         sch.compute_at(sch.get_sblock("pad"), task, preserve_unit_loops=True)
     if wide:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from opcompile.target import Machine
 
-# TVM puts smaller buffers on the stack, where LLVM merges the sums into them and out of the registers
-_LEAST_BUFFER = 1024
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
@@ -29,9 +27,10 @@ class Tiles:
 
     ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
     tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). A band
-    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD, a task ``bands_d`` times
-    ``bands_h`` bands. The sums take ``chunk`` input channels at a time through all taps. ``copy`` says who
-    copies X: each task the rows that it reads, or all tasks together before the first.
+    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
+    ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
+    ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
+    that it reads, or all tasks together before the first.
     """
 
     vector: Literal["channels", "row", "line"]
@@ -42,10 +41,11 @@ class Tiles:
     task: int
     depth: int
     height: int
-    bands_d: int
-    bands_h: int
     chunk: int
     copy: Literal["task", "whole"]
+    bands_d: int = 1
+    bands_h: int = 1
+    bands_m: int = 1
 
     @property
     def channels(self) -> int:
@@ -65,6 +65,10 @@ class Tiles:
     def unrolls(self, taps: int) -> bool:
         """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
         return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED
+
+    def skips_rows(self, taps: tuple[int, int, int]) -> bool:
+        """Whether a tap can be left out where the row that it reads lies beside X: one row at a time, tap by tap."""
+        return self.vector != "line" and self.rows == 1 and (taps[1] == 1 or not self.unrolls(taps[1] * taps[2]))
 
     @property
     def line(self) -> int:
@@ -96,8 +100,9 @@ class Estimate:
             f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase are computed, and then written; "
-            f"a task does so {t.bands_d * t.bands_h} time(s)",
+            f"a band is {t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase, and a task "
+            + " x ".join(str(n) for n in (t.bands_d, t.bands_h, t.bands_m))
+            + " bands of planes, rows and channels",
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
@@ -133,8 +138,8 @@ class _Layer:
     ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``,
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
-    output, ``most_taps`` the most of one phase along each axis. ``tensors`` is the bytes of X and Y,
-    ``together`` how many groups a task computes.
+    output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
+    is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes.
     """
 
     itemsize: int
@@ -148,6 +153,7 @@ class _Layer:
     kernel: int
     taps: int
     most_taps: tuple[int, int, int]
+    beside: tuple[float, float, float]
     phases: int
     outputs: int
     row: int
@@ -173,6 +179,7 @@ class _Layer:
             kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
+            beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
@@ -186,7 +193,7 @@ class _Layer:
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
-        return self.spans(t.depth * t.bands_d, t.height * t.bands_h) * _over(self.m, t.task)
+        return self.spans(t.depth * t.bands_d, t.height * t.bands_h) * _over(self.m, t.task * t.bands_m)
 
     def spans(self, depth: int, height: int) -> int:
         """How many pieces of ``depth`` planes and ``height`` rows there are."""
@@ -224,6 +231,12 @@ def _reach(axis: Axis) -> int:
     return last - first + axis.positions
 
 
+def _beside(axis: Axis) -> float:
+    """Which part of the products of positions with taps reads beside X."""
+    reads = [q + offset for phase in axis.phases for offset in phase.offsets() for q in range(axis.positions)]
+    return sum(not 0 <= i < axis.size for i in reads) / max(1, len(reads))
+
+
 def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
     shapes = [
@@ -241,24 +254,24 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             continue
         chunk = _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
-            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, 1, 1, chunk, copy)  # type: ignore[arg-type]
+            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
             if vector == "line" and columns >= height * layer.reach[2] + lanes:
                 continue
-            tiles = replace(tiles, task=_task(layer, machine, tiles))
-            if (depth, height) == (1, rows) or _worthwhile(layer, machine, tiles):
-                yield tiles
-            for bands_d, bands_h in _bands(layer, machine, tiles):
-                several = replace(tiles, bands_d=bands_d, bands_h=bands_h)
-                if _worthwhile(layer, machine, several):
-                    yield several
+            whole = replace(tiles, task=_task(layer, machine, tiles))
+            if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
+                yield whole
+            yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))
 
 
-def _bands(layer: _Layer, machine: Machine, t: Tiles) -> list[tuple[int, int]]:
-    """How many bands a task may go through: all of a plane, in a few planes, where each stays in the first cache."""
-    of_plane = _over(layer.height, t.height)
-    if t.copy == "whole" or t.depth > 1 or of_plane == 1 or layer.held(t) > machine.l1_bytes:
-        return []
-    return [(planes, of_plane) for planes in (1, 2, 4) if _over(layer.depth, t.depth) % planes == 0]
+def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
+    """Tasks of several bands, each a tile of channels wide, whose phases stay in the first cache."""
+    tiles = _over(layer.m, t.channels)
+    if t.copy == "whole" or t.depth > 1 or layer.held(t) > machine.l1_bytes or (layer.grouped and layer.m % t.channels):
+        return
+    of_plane, planes = _over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
+    for bands_d, bands_h in product(planes, sorted({1, 2, 4, 8, of_plane})):
+        if bands_d * bands_h * tiles > 1 and of_plane % bands_h == 0 and layer.depth % bands_d == 0:
+            yield replace(t, bands_d=bands_d, bands_h=bands_h, bands_m=tiles)
 
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
@@ -306,35 +319,37 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # --- what they cost ---
 #
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
-# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512. They are to
-# rank, not to predict: the first of the ranking was 4 to 9% slower than the best that was measured, in
-# the geometric mean, on a machine whose own speed varied more than that.
+# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), and
+# again, where phases stay in the first cache, to 400 of 25 layers on another (Zen 4). They are to rank,
+# not to predict: the first of the ranking was 1.4 % slower than the best of those 400, in the geometric
+# mean over the layers, and 6 % at most.
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
-    computing = tiles * (layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (2 * sums + 100))
+    read = (1 - layer.beside[0]) * (1 - (layer.beside[1] if t.skips_rows(layer.most_taps) else 0))
+    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
     if layer.widened and t.vector != "channels":  # each task widens its weights
         computing += layer.tasks(t) * t.task * layer.c * layer.kernel / 6
-    if layer.held(t) < layer.phases * _LEAST_BUFFER:
-        computing *= 2
     transposed = (t.vector == "channels") == layer.channels_first
     # a new stretch is a new page and a new stream for the prefetcher
-    weaving = 3 if transposed else 1.05 + 0.45 * min(1, layer.held(t) / machine.l1_bytes)
-    storing = layer.outputs * (weaving + 800 / (layer.stretch(t) * layer.itemsize))
+    in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
+    weaving = 3.3 if transposed else 1.2 + 0.65 * in_first + 0.5 * in_second
+    storing = layer.outputs * (weaving + 350 / (layer.stretch(t) * layer.itemsize))
     used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
 
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
-    """Each phase reads what the one before it has just read, and finds in cache what part of it fits."""
+    """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
     rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
-    held = layer.window(t) * (2 if t.copy == "task" else 1) + layer.held(t)
-    missed = max(0, 1 - machine.l2_bytes / held)
-    return layer.itemsize * layer.phases * rows * layer.c * layer.width * (1 / 40 + missed / 6)
+    band = layer.window(replace(t, bands_d=1, bands_h=1)) * (2 if t.copy == "task" else 1) + layer.held(t)
+    far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, layer.window(t)))
+    a_phase = layer.itemsize * rows * layer.c * layer.width
+    return a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task)
 
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -350,9 +365,10 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """One channel's products, added to one register tile."""
+    _, taps_h, taps_w = layer.most_taps
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
-    near, far = 1 / 50, 1 / (50 if t.task * a_channel <= machine.l2_bytes // 2 else 11)
+    near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
     again = 1 - t.columns * t.rows / (layer.plane(t) * t.depth)
     a_tile = t.channels * a_channel // layer.phases
     a_weight = layer.itemsize * (again * (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) * far)
@@ -365,12 +381,12 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += t.rows * a_row / 100
     else:
         # where there is more than one tap, most vectors straddle two cache lines
-        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors * t.rows + t.scalars
+        rows = (t.rows + taps_h - 1) / taps_h if t.unrolls(taps_h * taps_w) else t.rows
+        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors * rows + t.scalars
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
         if t.rows * a_row * layer.c > machine.l1_bytes:
-            _, taps_h, taps_w = layer.most_taps
-            waiting += (t.rows + taps_h - 1) * a_row / (140 * taps_h * taps_w)
+            waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
     held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
     if 1 < t.chunk < 16 and held > machine.registers:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers

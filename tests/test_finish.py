@@ -11,7 +11,7 @@ from tvm import s_tir, tirx
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from opcompile.lower import KERNEL, scheduled
+from opcompile.lower import KERNEL, compiled, scheduled
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, candidates
@@ -24,19 +24,29 @@ def tiles_of(spec: ConvTranspose3d, vector: str) -> Tiles:
     return next(e.tiles for e in candidates(spec, MACHINE) if e.tiles.vector == vector)
 
 
-def statements(at: Any, loops: tuple[tirx.For, ...] = ()) -> Iterator[tuple[Any, tuple[tirx.For, ...]]]:
-    """Every statement that is no sequence, with the loops around it."""
+def statements(
+    at: Any, loops: tuple[tirx.For, ...] = (), *, woven: bool = True
+) -> Iterator[tuple[Any, tuple[tirx.For, ...]]]:
+    """Every statement that is no sequence, with the loops around it; of woven rows only where asked for."""
     if isinstance(at, tirx.SeqStmt):
         for part in at.seq:
-            yield from statements(part, loops)
+            yield from statements(part, loops, woven=woven)
         return
     yield at, loops
     if isinstance(at, tirx.For):
-        yield from statements(at.body, (*loops, at))
-    elif isinstance(at, s_tir.SBlockRealize):
-        yield from statements(at.block.body, loops)
+        yield from statements(at.body, (*loops, at), woven=woven)
+    elif isinstance(at, s_tir.SBlockRealize) and (woven or at.block.name_hint != "row"):
+        yield from statements(at.block.body, loops, woven=woven)
     elif isinstance(at, tirx.IfThenElse):
-        yield from statements(at.then_case, loops)
+        yield from statements(at.then_case, loops, woven=woven)
+
+
+def fetched(at: Any) -> Any:
+    """The element whose line the statement asks for, if it does."""
+    if not isinstance(at, tirx.Evaluate) or "llvm.prefetch" not in str(at):
+        return None
+    (element,) = (a.args[0] for a in at.value.args if hasattr(a, "op") and a.op.name == "tirx.address_of")
+    return element
 
 
 @pytest.mark.parametrize(
@@ -75,12 +85,12 @@ def test_taps_that_read_zeros_are_left_out(text: str, tests: int) -> None:
 
 
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
-    """The elements of Y whose lines the kernel asks for, all loops walked through."""
+    """The elements of Y whose lines the kernel asks for as sums leave their registers, all loops walked through."""
     simplify = Analyzer().simplify
-    for at, loops in statements(body):
-        if not isinstance(at, tirx.Evaluate) or "llvm.prefetch" not in str(at):
+    for at, loops in statements(body, woven=False):
+        element = fetched(at)
+        if element is None or element.source.name != "output":
             continue
-        (element,) = (a.args[0] for a in at.value.args if hasattr(a, "op") and a.op.name == "tirx.address_of")
         for values in _turns(loops):
             known = {var: tirx.const(value, var.ty.dtype) for var, value in values.items()}
             yield tuple(int(simplify(_known(i, known))) for i in element.indices)
@@ -119,3 +129,51 @@ def test_every_line_of_y_is_asked_for(vector: str) -> None:
 def test_with_channels_last_only_vectors_of_channels_are_lines(vector: str, asks: bool) -> None:
     spec = ConvTranspose3d.parse("in=1x2x2x3x32 co=16 k=2 s=2 layout=NDHWC")
     assert any(asked_for(scheduled(spec, tiles_of(spec, vector))[KERNEL].body)) == asks
+
+
+@pytest.mark.parametrize("width", [4, 7, 8, 15, 16, 17, 31, 33, 64])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_a_row_of_y_is_written_by_vectors_that_end_where_it_ends(width: int, stride: int) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x2x2x3x{width} co=3 k=3 s=1x1x{stride} p=0x0x1")
+    row, simplify = spec.axes[2].out, Analyzer().simplify
+    written = []
+    for at, loops in statements(scheduled(spec, tiles_of(spec, "row"))[KERNEL].body):
+        if not isinstance(at, s_tir.SBlockRealize) or at.block.name_hint != "row":
+            continue
+        size = int(simplify(at.block.writes[0].region[-1].extent))
+        assert size == stride * 2 ** (size // stride).bit_length() // 2
+        vectors = loops[-1]
+        for i in range(int(vectors.extent)):
+            first = int(simplify(_known(at.iter_values[-1], {vectors.loop_var: tirx.const(i, "int32")})))
+            written.append(range(first, first + size))
+    assert {i for part in written for i in part} == set(range(row))
+    assert sum(map(len, written)) < row + max(map(len, written))
+
+
+def test_rows_of_many_phases_and_of_few_columns_are_left_to_llvm() -> None:
+    for text in ("in=1x2x2x3x9 co=3 k=5 s=5", "in=1x2x2x3x1 co=3 k=3 s=1x1x2"):
+        spec = ConvTranspose3d.parse(text)
+        body = scheduled(spec, tiles_of(spec, "row"))[KERNEL].body
+        names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
+        assert "output" in names
+        assert "row" not in names
+
+
+def test_what_is_copied_of_x_and_written_to_y_is_asked_for_some_time_before() -> None:
+    spec = ConvTranspose3d.parse("in=1x6x2x3x32 co=3 k=2 s=2")
+    body = scheduled(spec, tiles_of(spec, "row"))[KERNEL].body
+    elements = [e for at, _ in statements(body) if (e := fetched(at)) is not None]
+    of_x = [e for e in elements if e.source.name == "X"]
+    assert of_x
+    assert all("T.min(" in str(e.indices[1]) and " + 4, 5)" in str(e.indices[1]) for e in of_x)
+    ahead = {str(e.indices[-1]) for e in elements if e.source.name == "output"}
+    assert {"v_i3 + 1024", "v_i3 + 1040"} <= ahead
+
+
+@pytest.mark.parametrize("vector", ["channels", "row", "line"])
+def test_sums_are_taken_from_no_heap(vector: str) -> None:
+    spec = ConvTranspose3d.parse("in=1x32x4x6x32 co=32 k=2 s=2")
+    module = scheduled(spec, tiles_of(spec, vector))
+    text = str(compiled(module, target("llvm:x86-64-v4").tvm()).mod.inspect_source("ll"))
+    # the copy of X, and the phases where they are larger than what TVM puts on the stack
+    assert text.count("load ptr, ptr @__TVMBackendAllocWorkspace") <= 1 + len(spec.axes[0].phases) ** 3

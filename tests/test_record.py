@@ -251,13 +251,17 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"height": 3}, "height is 3, but must be a multiple of the register tile's 2 rows"),
         ({"height": 6}, "height is 6, but must be"),
         ({"chunk": 3}, "chunk is 3, but must divide the 4 input channels of a group"),
+        ({"depth": 1, "bands_d": 2}, "bands_d is 2, but must divide the 3 bands that cover the 3 planes"),
+        ({"height": 2, "bands_h": 3}, "bands_h is 3, but must divide the 2 bands that cover the 4 rows"),
+        ({"bands_m": 2}, "bands_m is 2, but must divide the 1 bands that cover the 24 channels of a group"),
         ({"copy": "twice"}, "copy is 'twice', but must be 'task' or 'whole'"),
-        ({"colour": 1}, "their fields are chunk, colour, copy, depth"),
+        ({"colour": 1}, "their fields are bands_d, bands_h, bands_m, chunk, colour, copy, depth"),
     ],
 )
 def test_tiles_that_the_machine_cannot_hold_are_refused(own: Path, change: dict[str, object], words: str) -> None:
     tile = {"vector": "channels", "lanes": 8, "vectors": 3, "scalars": 1, "rows": 2}
     sound = {**tile, "task": 24, "depth": 3, "height": 4, "chunk": 2, "copy": "task"}
+    sound |= {"bands_d": 1, "bands_h": 1, "bands_m": 1}
     assert illegal(sound, SPEC, MACHINE) is None
     assert words in refused(
         own,
@@ -270,6 +274,7 @@ def test_tasks_that_straddle_groups_are_illegal() -> None:
     grouped = ConvTranspose3d.parse("in=1x6x3x4x5 co=18 k=2 s=2 g=3")
     tile = {"vector": "row", "lanes": 8, "vectors": 1, "scalars": 2, "rows": 1}
     tiles = {**tile, "task": 4, "depth": 1, "height": 1, "chunk": 2, "copy": "whole"}
+    tiles |= {"bands_d": 1, "bands_h": 1, "bands_m": 1}
     assert "must divide the 6 channels of a group" in str(illegal(tiles, grouped, MACHINE))
     assert illegal(tiles | {"task": 2}, grouped, MACHINE) is None
 
