@@ -92,7 +92,6 @@ def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.
         return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
 
 
-@tirx.transform.prim_func_pass(opt_level=0)
 def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
     def placed(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
         if allocation.buffer.scope() != "local":
@@ -105,7 +104,8 @@ def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
 
 def _pipeline() -> tuple[Any, Any, Any]:
     passes, of_host, of_device = get_tir_pipeline("s_tir")
-    return tvm.transform.Sequential([passes, _sums_on_stack]), of_host, of_device
+    on_stack = tirx.transform.prim_func_pass(_sums_on_stack, opt_level=0)
+    return tvm.transform.Sequential([passes, on_stack]), of_host, of_device
 
 
 _PIPELINE = "opcompile"

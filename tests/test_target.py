@@ -53,7 +53,20 @@ def test_this_machine_has_a_name_and_runs_its_own_code() -> None:
     assert here.name.startswith("llvm:")
     assert here.name in names()
     assert here.native
-    assert target(here.name) == here
+    assert replace(here, machine=target(here.name).machine) == target(here.name)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "units"), [("AuthenticAMD", "25", 1), ("AuthenticAMD", "26", 2), ("GenuineIntel", "6", 2)]
+)
+def test_this_machine_knows_that_zen_4_halves_wide_vectors(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, family: str, units: int
+) -> None:
+    said = {"vendor_id": vendor, "cpu family": family}
+    monkeypatch.setattr(module, "_here", lambda: "x86-64-v4")
+    monkeypatch.setattr(module, "_cpuinfo", lambda name: said.get(name, ""))
+    here = target("llvm")
+    assert (here.name, here.machine.fma_units) == ("llvm:x86-64-v4", units)
 
 
 def test_a_feature_that_is_missing_is_named() -> None:
