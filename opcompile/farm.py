@@ -96,6 +96,8 @@ class Farm:
 
         Where it raises `TargetError`, what is running is still waited for, and yielded, before that is raised.
         """
+        if not asked:
+            return
         lost: TargetError | None = None
         pool = ThreadPoolExecutor(self.servers())
         try:

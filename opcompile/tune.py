@@ -99,13 +99,14 @@ def tune(
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
     longer than `BUILD_S` to compile or `MEASURE_S` to measure (starting up comes on top), is recorded
     as failed. The few best are then measured again in turns with the baseline, and their medians
-    decide. A dynamic batch is measured with one element. A GPU of CUDA that is here is tuned for by
-    `opcompile.tune_gpu.tune_gpu`, and one elsewhere in two halves, `emit` and `absorb`.
+    decide. A dynamic batch is measured with one element. A GPU of CUDA is tuned for by
+    `opcompile.tune_gpu.tune_gpu`.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
-    key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
-    continues where it was, and a larger budget adds to it. By default it is a directory in the user's
-    cache, one for everything that makes times comparable. The record goes to ``into``, by default
+    key instead of here; those of a GPU are started by `opcompile.serve`. ``work_dir`` holds the
+    journal: an interrupted run that is started again continues where it was, and a larger budget adds
+    to it. By default it is a directory in the user's cache, one for everything that makes times
+    comparable; for a GPU one that is removed at the end. The record goes to ``into``, by default
     `opcompile.record.own_folder`, where the plans ``best`` and ``tuned`` find it.
 
     Raises `SpecError` (a budget below one), `EngineError` (a package of the extra ``tune`` is missing,
@@ -114,18 +115,23 @@ def tune(
     something else or is in use; a directory cannot be written).
     """
     if is_gpu(target):
-        if tracker is not None or key is not None:
-            raise TargetError(
-                f"a tracker measures CPUs alone, not {target}; build candidates with `opcompile tune --emit DIR`, and "
-                "time them with `opcompile measure DIR` on the machine that has the GPU"
-            )
         from opcompile.tune_gpu import tune_gpu
 
-        return tune_gpu(spec, target, trials, seed=seed, work_dir=work_dir, into=into, progress=progress)
+        return tune_gpu(
+            spec,
+            target,
+            trials,
+            seed=seed,
+            tracker=tracker,
+            key=key,
+            work_dir=work_dir,
+            into=into,
+            progress=progress,
+        )
     machine = named(target)
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
-    _require_extra(remote=tracker is not None)
+    require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
     folder = _writable(Path(into) if into is not None else own_folder())
     from opcompile.lower import declaration_hash
@@ -479,7 +485,8 @@ def _this_device() -> str:
 _EXTRA = ("psutil", "cloudpickle")
 
 
-def _require_extra(*, remote: bool) -> None:
+def require_extra(*, remote: bool) -> None:
+    """Raise `EngineError` where a package is missing that TVM needs to tune, or to reach servers."""
     for package in (*_EXTRA, "tornado") if remote else _EXTRA:
         if importlib.util.find_spec(package) is None:
             raise EngineError(f"tuning needs the package {package}, which is missing: pip install 'opcompile[tune]'")

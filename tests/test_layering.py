@@ -31,6 +31,7 @@ BELOW = {
     "opcompile.nvcc": {"opcompile.errors", "opcompile.gpus"},
     "opcompile.cuda_driver": {"opcompile.errors", "opcompile.gpus"},
     "opcompile.trials": set(),
+    "opcompile.farm": {"opcompile.errors", "opcompile.trials"},
     "opcompile.job": {"opcompile.errors", "opcompile.record"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
