@@ -143,7 +143,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--emit", "{tmp}/job"], 3, ["'llvm' is no GPU"]),
         ([LAYER, "--emit", "{tmp}/job", "--target", "metal:apple-m1"], 3, ["metal:apple-m1 cannot be timed"]),
         ([LAYER, "--emit", "{tmp}/job", "--target", "cuda:sm_90", "--key", "k"], 2, ["--emit", "--key"]),
-        ([LAYER, "--target", "cuda:sm_90", "--tracker", "localhost:1", "--key", "k"], 3, ["CPUs alone", "--emit"]),
+        ([LAYER, "--target", "cuda:sm_90", "--tracker", "localhost:1", "--key", "k"], 3, ["localhost:1 does not answer"]),
     ],
     "measure": [
         (["{tmp}/none", "-o", "{tmp}/r.json"], 2, ["none", "job.json", "--emit"]),
