@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from opcompile.errors import TargetError
+from opcompile.errors import TargetError, UnknownTargetError
 from opcompile.trials import CandidateFailed, failed
 
 # A session whose connection broke is tried this many times.
@@ -42,12 +42,13 @@ class Farm:
     def named(cls, tracker: str | None, key: str | None, serving: str = "tvm.exec.rpc_server") -> Farm | None:
         """Read ``HOST:PORT``, and ask the tracker for such servers; None where neither word is given.
 
-        Raises `TargetError` for one word without the other, another form, no answer, and a key without servers.
+        Raises `UnknownTargetError` for one word without the other, or in another form, `TargetError` where there is no
+        answer, or no server for the key.
         """
         if tracker is None and key is None:
             return None
         if tracker is None or key is None:
-            raise TargetError(
+            raise UnknownTargetError(
                 "a tracker and a key go together: HOST:PORT of a TVM RPC tracker, and the key of its servers"
             )
         farm = cls(*address(tracker), key, serving)
@@ -116,10 +117,10 @@ class Farm:
 
 
 def address(tracker: str) -> tuple[str, int]:
-    """Read ``HOST:PORT``. Raises `TargetError`."""
+    """Read ``HOST:PORT``. Raises `UnknownTargetError`."""
     host, colon, port = tracker.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise TargetError(f"tracker {tracker!r} is not of the form HOST:PORT, like 192.168.1.2:9190")
+        raise UnknownTargetError(f"tracker {tracker!r} is not of the form HOST:PORT, like 192.168.1.2:9190")
     return host.strip("[]"), int(port)
 
 

@@ -20,13 +20,14 @@ MODULES = {
 # What a module of ours may import of ours, where design says so: everything below it, and no more.
 BELOW = {
     "opcompile.errors": set(),
-    "opcompile.spec": {"opcompile.errors"},
+    "opcompile.meant": set(),
+    "opcompile.spec": {"opcompile.errors", "opcompile.meant"},
     "opcompile.cases": {"opcompile.errors", "opcompile.spec"},
     "opcompile.reference": {"opcompile.spec"},
     "opcompile.bounds": {"opcompile.errors", "opcompile.spec", "opcompile.reference"},
     "opcompile.packing": {"opcompile.errors"},
-    "opcompile.gpus": {"opcompile.errors"},
-    "opcompile.target": {"opcompile.errors", "opcompile.gpus"},
+    "opcompile.gpus": {"opcompile.errors", "opcompile.meant"},
+    "opcompile.target": {"opcompile.errors", "opcompile.gpus", "opcompile.meant"},
     "opcompile.launch": {"opcompile.errors"},
     "opcompile.nvcc": {"opcompile.errors", "opcompile.gpus"},
     "opcompile.cuda_driver": {"opcompile.errors", "opcompile.gpus"},
