@@ -617,7 +617,8 @@ def replace(
     """Let MODEL.onnx run our kernels inside ONNX Runtime: write DIR/opcompile_ops.so, and the model that uses it.
 
     Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
-    whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower.
+    whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower,
+    three times in a row and not for other work on the machine.
     """
     from opcompile.replace import replace as replace_nodes
 
