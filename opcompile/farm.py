@@ -160,11 +160,11 @@ def _ask_tracker(tracker: tuple[str, int], message: list[Any], connect_s: float,
 # --- in the process of a session ---
 
 
-def in_session(job: Answer, answered: Callable[[Any], Answer]) -> Answer:
+def in_session(job: Answer, answered: Callable[[Any], Answer], blame: str = "candidate") -> Answer:
     """Return what ``answered`` makes of a session on a server of ``job``'s tracker and key.
 
-    What goes wrong is a failed answer too: no server was free (``queue``), the ``connection`` broke, or it was the
-    ``candidate``'s fault, since the server is still there, or ended the session at its time limit.
+    What goes wrong is a failed answer too: no server was free (``queue``), the ``connection`` broke, or it was what
+    ``blame`` says, since the server is still there, or ended the session at its time limit.
     """
     from tvm import rpc
     from tvm.rpc import base
@@ -181,7 +181,7 @@ def in_session(job: Answer, answered: Callable[[Any], Answer]) -> Answer:
         return answered(session)
     except Exception as error:  # noqa: BLE001 (the next lines find out whose it is)
         expired = "RPCSessionTimeoutError" in str(error)
-        return failed("candidate" if expired or _alive(session) else "connection", error)
+        return failed(blame if expired or _alive(session) else "connection", error)
 
 
 def _alive(session: Any) -> bool:

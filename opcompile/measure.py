@@ -116,15 +116,18 @@ class Machine:
 
     @classmethod
     def of(cls, farm: Farm | None) -> Machine:
-        """Ask the driver here, or a server. Raises `TargetError` where there is no GPU."""
+        """Ask the driver here, or a server. Raises `TargetError` where there is no GPU, or another version."""
         if farm is None:
             return cls(device(), machine_words(device()), None)
         try:
             found = _far(farm, [], 0, 0)
-            if "failed" in found:
-                raise CandidateFailed(found["error"])
         except CandidateFailed as failure:
             raise TargetError(f"a server for key {farm.key!r} cannot say what it is: {failure}") from failure
+        if (there := found["machine"]["opcompile"]) != opcompile.__version__:
+            raise TargetError(
+                f"a server for key {farm.key!r} runs opcompile {there}, and this is {opcompile.__version__}; "
+                "install the same there"
+            )
         gpu = found["device"]
         return cls(Device(**{**gpu, "capability": tuple(gpu["capability"])}), found["machine"], farm)
 
@@ -146,10 +149,10 @@ class Machine:
 
     def _require_alike(self, farm: Farm, answer: dict[str, Any]) -> None:
         for name, value in answer.get("machine", {}).items():
-            if value != self.words[name]:
+            if value != (known := self.words.get(name)):
                 raise TargetError(
-                    f"the servers for key {farm.key!r} differ in {name}, {self.words[name]!r} and {value!r}, so that "
-                    "their times cannot be compared; give each kind of machine a key of its own"
+                    f"the servers for key {farm.key!r} differ in {name}, {known!r} and {value!r}, so that their times "
+                    "cannot be compared; give each kind of machine a key of its own"
                 )
 
 

@@ -56,9 +56,10 @@ def _register() -> None:
 
 
 def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090, custom_addr: str | None = None) -> Any:  # noqa: S104 (as TVM's servers do)
-    """Start a server for ``key`` and return it (``tvm.rpc.Server``); it takes a free port from ``port`` on.
+    """Start a server for ``key`` and return it (``tvm.rpc.Server``).
 
-    ``custom_addr`` is the address that the tracker tells others, where it is not the one that it sees.
+    It takes a free one of the 110 ports from ``port`` on. ``custom_addr`` is the address that the tracker tells others,
+    where it is not the one that it sees.
 
     Raises `TargetError` where this machine has no GPU, or the tracker does not answer; `EngineError` where TVM, or
     what it needs to serve, is missing.

@@ -95,6 +95,10 @@ class Line:
         return answer
 
 
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 FARM = Farm("127.0.0.1", 1, KEY, "opcompile.serve")
 
 
@@ -206,6 +210,34 @@ def test_servers_of_one_key_must_be_alike(line: Line, tmp_path: Path) -> None:
         measure_job(tmp_path / "work")
 
 
+def test_a_server_of_another_version_is_refused(line: Line, tmp_path: Path) -> None:
+    def older(answer: dict[str, Any]) -> None:
+        answer["machine"] = {"opcompile": "0.0.9", "device": "Stub 0"}
+
+    line.change = older
+    with pytest.raises(
+        TargetError, match=r"a server for key 'rack' runs opcompile 0\.0\.9, and this is .*; install the"
+    ):
+        tuned(tmp_path / "work")
+
+
+def test_what_goes_wrong_in_a_session_is_not_the_candidates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvm import rpc
+
+    job = {"tracker": ["127.0.0.1", 1, KEY], "queue_s": 1, "session_s": 1}
+    alive = Session(Path(), {"runtime.NumThreads": lambda: 1})
+    monkeypatch.setattr("opcompile.farm._ask_tracker", lambda *_: ("127.0.0.1", 1, "rack:1"))
+    monkeypatch.setattr(rpc, "connect", lambda *_, session_timeout: alive)
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(_measure_far, "answer", lambda measured: given.append(measured(job)))
+    monkeypatch.setattr(_measure_far, "_measured", refuse)
+    _measure_far.main()
+    alive.functions.clear()
+    _measure_far.main()
+    assert [answer["failed"] for answer in given] == ["machine", "connection"]
+    assert given[0]["error"] == "OSError: [Errno 28] No space left on device"
+
+
 def test_a_server_that_cannot_measure_says_why_before_anything_is_built(
     line: Line, tmp_path: Path, gpu: pytest.MonkeyPatch
 ) -> None:
@@ -231,10 +263,7 @@ def test_a_server_that_cannot_measure_says_why_before_anything_is_built(
 def test_a_full_disk_of_a_server_is_not_the_candidates_fault(
     line: Line, tmp_path: Path, gpu: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    gpu.setattr("shutil.unpack_archive", full)
+    gpu.setattr("shutil.unpack_archive", refuse)
     with pytest.raises(
         TargetError, match=r"a server for key 'rack' cannot measure: OSError: .*No space left on device"
     ):
