@@ -10,33 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import socket
-import struct
 from pathlib import Path
 from typing import Any
 
+from opcompile.farm import in_session
 from opcompile.trials import answer, failed
 
 KERNEL = "conv_transpose3d"
-
-
-def ask_tracker(address: tuple[str, int], message: list[Any], connect_s: float, answer_s: float) -> Any:
-    """Send one message to a TVM RPC tracker and return what it answers. Raises OSError, TimeoutError included.
-
-    TVM's own `TrackerSession` waits a minute for the connection, and for the answer without limit.
-    """
-    from tvm.rpc import base
-
-    with socket.create_connection(address, timeout=connect_s) as connection:
-        connection.sendall(struct.pack("<i", base.RPC_TRACKER_MAGIC))
-        if struct.unpack("<i", base.recvall(connection, 4))[0] != base.RPC_TRACKER_MAGIC:
-            raise OSError("it is not a TVM RPC tracker")
-        connection.settimeout(answer_s)
-        base.sendjson(connection, message)
-        code, value = base.recvjson(connection)
-    if code != base.TrackerCode.SUCCESS:
-        raise OSError(f"the tracker answered with code {code}")
-    return value
 
 
 def main() -> None:
@@ -55,25 +35,13 @@ def _here(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remotely(job: dict[str, Any]) -> dict[str, Any]:
-    from tvm import rpc
-    from tvm.rpc import base
-
-    host, port, key = job["tracker"]
-    request = [base.TrackerCode.REQUEST, key, "", 1]
-    try:
-        server_host, server_port, match_key = ask_tracker((host, port), request, job["queue_s"], job["queue_s"])
-    except (OSError, ValueError) as error:
-        return failed("queue", error)
-    session = None
-    try:
-        session = rpc.connect(server_host, server_port, match_key, session_timeout=job["session_s"])
+    def answered(session: Any) -> dict[str, Any]:
         session.get_function("runtime.config_threadpool")(1, job["threads"])
         device = _remote_device(session)
         libraries = [_uploaded(session, path, i) for i, path in enumerate(job["libraries"])]
         return {"times_us": _in_turns(job, libraries, session.cpu()), "device": device}
-    except Exception as error:  # noqa: BLE001 (the next lines find out whose it is)
-        expired = "RPCSessionTimeoutError" in str(error)
-        return failed("candidate" if expired or _alive(session) else "connection", error)
+
+    return in_session(job, answered)
 
 
 def _uploaded(session: Any, path: str, number: int) -> Any:
@@ -88,15 +56,6 @@ def _remote_device(session: Any) -> str:
         return str(session.get_function("target.llvm_get_system_cpu")())
     except AttributeError:
         return "a processor that its server cannot name"
-
-
-def _alive(session: Any) -> bool:
-    """Whether the server still answers."""
-    try:
-        session.get_function("runtime.NumThreads")()
-    except Exception:  # noqa: BLE001 (a broken connection has many names)
-        return False
-    return True
 
 
 def _in_turns(job: dict[str, Any], libraries: list[Any], device: Any) -> list[list[float]]:

@@ -55,7 +55,7 @@ _SAMPLE_US = 500.0
 # An interval around 1 that is wider than this share of its ratio: the machine was busy with something else.
 _NOISY = 0.2
 # Below this share of a processor somebody else was on it. A waiting thread sleeps, but then its workers do not.
-_OWN_CPU = 0.9
+OWN_CPU = 0.9
 
 
 # --- the report ---
@@ -173,7 +173,7 @@ class BenchReport:
     @property
     def noisy(self) -> str:
         """What the machine did beside timing, or nothing: then absolute times can be believed."""
-        if self.cpu_share < _OWN_CPU:
+        if self.cpu_share < OWN_CPU:
             return f"other work had the processor for {1 - self.cpu_share:.0%} of the time"
         return "the limits of the machine changed from sample to sample" if self.roof.noisy else ""
 

@@ -339,7 +339,8 @@ def tune(
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
 
     The record goes into your own records, where --plan best finds it. An interrupted run resumes. For a GPU that is
-    on another machine: --emit here, `opcompile measure` there, --absorb here.
+    on another machine: --emit here, `opcompile measure` there, --absorb here; or, where it is served by
+    `python -m opcompile.serve`, all at once with --tracker and --key.
     """
     if (source is None) == (absorb is None) or (emit and (absorb or tracker or key or work_dir)):
         raise click.UsageError(
@@ -616,7 +617,8 @@ def replace(
     """Let MODEL.onnx run our kernels inside ONNX Runtime: write DIR/opcompile_ops.so, and the model that uses it.
 
     Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
-    whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower.
+    whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower,
+    three times in a row and not for other work on the machine.
     """
     from opcompile.replace import replace as replace_nodes
 

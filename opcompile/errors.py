@@ -7,7 +7,8 @@
     ├── RecordError      ValueError   (2)  a tuned record that is corrupt or made for something else
     ├── ArtifactError    ValueError   (2)  a directory that is not, or is no longer, an artifact
     ├── CallError        ValueError   (2)  arguments that do not fit the compiled kernel
-    ├── TargetError                   (3)  a machine that is unknown or cannot be built for here
+    ├── TargetError                   (3)  a machine that cannot be built for here, or is not here to be asked
+    │   └── UnknownTargetError ValueError (2)  words that name no target, or no tracker
     ├── EngineError                   (3)  a package or program that is needed and missing
     └── VerificationError             (1)  outputs beyond the error bound
 
@@ -60,9 +61,15 @@ class CallError(OpcompileError, ValueError):
 
 
 class TargetError(OpcompileError):
-    """A target that is unknown, or that this machine cannot build for or run."""
+    """A target that this machine cannot build for or run, or machines that cannot be reached."""
 
     exit_code = 3
+
+
+class UnknownTargetError(TargetError, ValueError):
+    """Words that name no target, or no tracker: nobody could have it."""
+
+    exit_code = 2
 
 
 class EngineError(OpcompileError):

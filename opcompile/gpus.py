@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from opcompile.errors import TargetError
+from opcompile.errors import UnknownTargetError
+from opcompile.meant import meant
 
 Language = Literal["cuda", "metal"]
 
@@ -143,18 +144,27 @@ def gpu_names() -> list[str]:
     return list(_GPUS)
 
 
+def gpu_examples() -> dict[str, str]:
+    """What a device is called by those who sell it, and its name here."""
+    return {gpu.example: name for name, (_, gpu) in _GPUS.items()}
+
+
 def is_gpu(name: str) -> bool:
     """Whether ``name`` is meant for a GPU, known or not."""
     return name.partition(":")[0] in ("cuda", "metal")
 
 
 def gpu_target(name: str) -> GpuTarget:
-    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both. Raises `TargetError`, listing the names there are."""
+    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both.
+
+    Raises `UnknownTargetError`, listing the names there are.
+    """
     language, _, devices = name.partition(":")
     members = [f"{language}:{device}" for device in devices.split("+")]
     if not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
         several = "; several CUDA ones are joined like cuda:sm_80+sm_90"
-        raise TargetError(f"target {name!r} is unknown; use one of {', '.join(_GPUS)}{several}")
+        hint = meant(name, _GPUS, gpu_examples())
+        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(_GPUS)}{several}")
     kind, gpu = _GPUS[members[0]]
     # one text for all of them
     shared_by_all = tuple(t for t in gpu.matrix_types if all(t in _GPUS[member][1].matrix_types for member in members))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 @lru_cache(maxsize=1)
@@ -28,3 +34,29 @@ def processor() -> str:
 def system() -> str:
     """Name the architecture, the operating system and Python: ``x86_64 Linux, Python 3.12.4``."""
     return f"{platform.machine()} {platform.system()}, Python {platform.python_version()}"
+
+
+def beside_others(processors: Collection[int], work: Callable[[], Result]) -> tuple[Result, float]:
+    """Do ``work`` on ``processors``; return its result, and the share of their time that was not this process's.
+
+    Idle time is nobody's. 0 where the system does not tell, as Linux does.
+    """
+    busy_s, own_s, began = _busy_s(processors), time.process_time(), time.perf_counter()
+    result = work()
+    others_s = _busy_s(processors) - busy_s - (time.process_time() - own_s)
+    whole_s = max(1, len(processors)) * (time.perf_counter() - began)
+    return result, min(max(others_s / whole_s, 0.0), 1.0) if whole_s else 0.0
+
+
+_STAT = Path("/proc/stat")
+
+
+def _busy_s(processors: Collection[int]) -> float:
+    """Seconds that ``processors`` have worked since they were started, or that another machine had of them."""
+    if not _STAT.exists():
+        return 0.0
+    lines = [line.split() for line in _STAT.read_text().splitlines()]
+    counts = {words[0]: [int(n) for n in words[1:9]] for words in lines if words and words[0].startswith("cpu")}
+    found = [counts[f"cpu{number}"] for number in processors if f"cpu{number}" in counts]
+    # user, nice, system, idle, iowait, irq, softirq, steal: all but the two that wait
+    return sum(sum(c) - sum(c[3:5]) for c in found) / os.sysconf("SC_CLK_TCK")

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from opcompile.errors import SpecError
+from opcompile.meant import meant
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 LAYOUTS = ("NCDHW", "NDHWC")
@@ -49,6 +50,29 @@ ACTIVATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "log_sigmoid": (),
     "squareplus": (),
     "sparse_plus": (),
+}
+
+# How else people call these; case and punctuation do not count.
+_OTHER_DTYPES = {
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "single": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+}
+_OTHER_LAYOUTS = {"channels_first": "NCDHW", "channels_last": "NDHWC", "channels_last_3d": "NDHWC"}
+_OTHER_ACTIVATIONS = {
+    "identity": "none",
+    "linear": "none",
+    "swish": "silu",
+    "hard_swish": "hard_silu",
+    "exp": "exponential",
 }
 
 # Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.
@@ -202,7 +226,12 @@ class Activation:
     def __post_init__(self) -> None:
         """Fill in default parameters; raise `SpecError` for an unknown name or a wrong count."""
         if self.name not in ACTIVATIONS:
-            raise SpecError(f"activation {self.name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+            # what stands after = or ( are parameters
+            hint = meant(re.split(r"[=(]", str(self.name))[0], ACTIVATIONS, _OTHER_ACTIVATIONS)
+            raise SpecError(
+                f"activation {self.name!r} is unknown; {hint}use one of {', '.join(ACTIVATIONS)}, with its parameters "
+                "after colons, like leaky_relu:0.2"
+            )
         expected = ACTIVATIONS[self.name]
         if not all(isinstance(p, int | float) for p in self.parameters):
             raise SpecError(f"activation {self.name} has parameters {self.parameters!r}, but they must be numbers")
@@ -267,9 +296,11 @@ class ConvTranspose3d:
         if not isinstance(self.bias, bool):
             raise SpecError(f"bias is {self.bias!r}, but must be true or false")
         if self.dtype not in DTYPES:
-            raise SpecError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+            hint = meant(str(self.dtype), DTYPES, _OTHER_DTYPES)
+            raise SpecError(f"dtype {self.dtype!r} is not supported; {hint}use one of {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
-            raise SpecError(f"layout {self.layout!r} is not supported; use one of {', '.join(LAYOUTS)}")
+            hint = meant(str(self.layout), LAYOUTS, _OTHER_LAYOUTS)
+            raise SpecError(f"layout {self.layout!r} is not supported; {hint}use one of {', '.join(LAYOUTS)}")
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
             if math.prod(n or 1 for n in shape) >= 2**62:
                 raise SpecError(f"{name} would have {shape} elements, more than a 64-bit machine can address")
@@ -369,8 +400,13 @@ class ConvTranspose3d:
         fields: dict[str, str] = {}
         for word in text.split():
             key, equals, value = word.partition("=")
+            if "," in word:
+                raise SpecError(f"{word!r} has a comma; put blanks between fields, and x between sizes")
             if not equals or key not in _FIELDS:
-                raise SpecError(f"{word!r} is not a field of the form key=value; the keys are {' '.join(_FIELDS)}")
+                hint = meant(key, _FIELDS, _OTHER_FIELDS, f"={value}") if equals else ""
+                raise SpecError(
+                    f"{word!r} is not a field of the form key=value; {hint}the keys are {' '.join(_FIELDS)}"
+                )
             if key in fields:
                 raise SpecError(f"{key} is given twice; keep one of them")
             fields[key] = value
@@ -380,6 +416,8 @@ class ConvTranspose3d:
         sizes = fields["in"].split("x")
         if len(sizes) != 5:
             raise SpecError(f"in={fields['in']} has {len(sizes)} sizes, but must be NxCxDxHxW, like {_FIELDS['in']}")
+        if not sizes[0].lstrip("-").isdecimal() and sizes[0] != "N":
+            raise SpecError(f"in={fields['in']} begins with {sizes[0]!r}, but must with a number, or N for any batch")
         batch = None if sizes[0] == "N" else _integer("in", sizes[0])
         spatial = [_integer("in", n) for n in sizes[2:]]
         per_axis = {key: _per_axis(key, fields.get(key, default)) for key, default in _AXIS_DEFAULTS.items()}
@@ -392,7 +430,7 @@ class ConvTranspose3d:
                 raise SpecError(f"axis {name}: {error}") from None
         bias = fields.get("bias", "1")
         if bias not in ("0", "1"):
-            raise SpecError(f"bias={bias} is neither 0 nor 1")
+            raise SpecError(f"bias={bias} is neither 0 nor 1; write bias=1 for a layer with a bias, bias=0 without")
         return cls(
             batch=batch,
             channels_in=_integer("in", sizes[1]),
@@ -419,6 +457,26 @@ _FIELDS = {
     "act": "act=relu",
     "dtype": "dtype=float32",
     "layout": "layout=NCDHW",
+}
+# How other systems call the same.
+_OTHER_FIELDS = {
+    "input": "in",
+    "out_channels": "co",
+    "channels_out": "co",
+    "cout": "co",
+    "filters": "co",
+    "kernel": "k",
+    "kernel_size": "k",
+    "kernel_shape": "k",
+    "stride": "s",
+    "pad": "p",
+    "padding": "p",
+    "output_padding": "op",
+    "dilation": "d",
+    "group": "g",
+    "activation": "act",
+    "type": "dtype",
+    "data_format": "layout",
 }
 _AXIS_DEFAULTS = {"k": "", "s": "1", "p": "0", "op": "0", "d": "1"}
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from opcompile.errors import TargetError
-from opcompile.gpus import GpuTarget, gpu_names, gpu_target, is_gpu
+from opcompile.errors import TargetError, UnknownTargetError
+from opcompile.gpus import GpuTarget, gpu_examples, gpu_names, gpu_target, is_gpu
+from opcompile.meant import meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +156,18 @@ _NAMED: dict[str, Callable[[str], Target]] = {
 
 
 def target(name: str) -> Target:
-    """Look a CPU up. Raises `TargetError`, listing the names there are."""
+    """Look a CPU up. Raises `UnknownTargetError`, listing the names there are, and `TargetError` for a GPU."""
     kind, _, machine = name.partition(":")
     if is_gpu(name):
         raise TargetError(f"target {name!r} is a GPU, and this works for CPUs: {', '.join(names())}")
     if kind != "llvm":
-        raise TargetError(f"target {name!r} is of kind {kind!r}; use one of {', '.join([*names(), *gpu_names()])}")
+        every = [*names(), *gpu_names()]
+        hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
+        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}")
     if not machine and ":" not in name:
         return _this_machine()
     if machine not in _NAMED:
-        raise TargetError(f"target {name!r} is unknown; use one of {', '.join(names())}")
+        raise UnknownTargetError(f"target {name!r} is unknown; {meant(name, names())}use one of {', '.join(names())}")
     return _NAMED[machine](name)
 
 

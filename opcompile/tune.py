@@ -34,7 +34,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -44,8 +43,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile._journal import Journal
-from opcompile._measure import ask_tracker
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
+from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
 from opcompile.record import Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d
@@ -79,13 +78,6 @@ if TYPE_CHECKING:
 _BUILDS_A_PROCESS = 32
 # Seconds after which a candidate counts as failed in compiling.
 BUILD_S = 120
-# A measurement whose connection broke is tried this many times.
-_ATTEMPTS = 3
-# How long a tracker may take to answer; how long one request may wait in its queue before it is asked
-# whether there is any server left; how long to wait for a server in all. Seconds.
-_ANSWER_S = 10
-_QUEUE_S = 20
-_FREE_S = 600
 
 
 def tune(
@@ -107,13 +99,14 @@ def tune(
     (``TVM_NUM_THREADS`` sets another number) in a process of its own; one that crashes, or takes
     longer than `BUILD_S` to compile or `MEASURE_S` to measure (starting up comes on top), is recorded
     as failed. The few best are then measured again in turns with the baseline, and their medians
-    decide. A dynamic batch is measured with one element. A GPU of CUDA that is here is tuned for by
-    `opcompile.tune_gpu.tune_gpu`, and one elsewhere in two halves, `emit` and `absorb`.
+    decide. A dynamic batch is measured with one element. A GPU of CUDA is tuned for by
+    `opcompile.tune_gpu.tune_gpu`.
 
     ``tracker`` (``HOST:PORT``) and ``key`` measure on the servers which a TVM RPC tracker has for that
-    key instead of here. ``work_dir`` holds the journal: an interrupted run that is started again
-    continues where it was, and a larger budget adds to it. By default it is a directory in the user's
-    cache, one for everything that makes times comparable. The record goes to ``into``, by default
+    key instead of here; those of a GPU are started by `opcompile.serve`. ``work_dir`` holds the
+    journal: an interrupted run that is started again continues where it was, and a larger budget adds
+    to it. By default it is a directory in the user's cache, one for everything that makes times
+    comparable; for a GPU one that is removed at the end. The record goes to ``into``, by default
     `opcompile.record.own_folder`, where the plans ``best`` and ``tuned`` find it.
 
     Raises `SpecError` (a budget below one), `EngineError` (a package of the extra ``tune`` is missing,
@@ -122,18 +115,23 @@ def tune(
     something else or is in use; a directory cannot be written).
     """
     if is_gpu(target):
-        if tracker is not None or key is not None:
-            raise TargetError(
-                f"a tracker measures CPUs alone, not {target}; build candidates with `opcompile tune --emit DIR`, and "
-                "time them with `opcompile measure DIR` on the machine that has the GPU"
-            )
         from opcompile.tune_gpu import tune_gpu
 
-        return tune_gpu(spec, target, trials, seed=seed, work_dir=work_dir, into=into, progress=progress)
+        return tune_gpu(
+            spec,
+            target,
+            trials,
+            seed=seed,
+            tracker=tracker,
+            key=key,
+            work_dir=work_dir,
+            into=into,
+            progress=progress,
+        )
     machine = named(target)
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
-    _require_extra(remote=tracker is not None)
+    require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
     folder = _writable(Path(into) if into is not None else own_folder())
     from opcompile.lower import declaration_hash
@@ -193,58 +191,27 @@ def _batches(ranks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where candidates are measured: on this machine, or on the servers that ``tracker`` has for ``key``."""
+    """Where candidates are measured: on this machine, or on the servers of ``farm``."""
 
-    tracker: tuple[str, int] | None
-    key: str | None
+    farm: Farm | None
     threads: int
 
     @property
     def name(self) -> str:
-        return f"RPC servers of key {self.key}" if self.tracker else _this_device()
+        return f"RPC servers of key {self.farm.key}" if self.farm else _this_device()
 
 
 def _site(machine: Target, tracker: str | None, key: str | None) -> _Site:
     threads = os.environ.get("TVM_NUM_THREADS", "1")
     if not threads.isdecimal() or int(threads) < 1:
         raise TargetError(f"TVM_NUM_THREADS is {threads!r}, but must be a number of threads; unset it for one")
-    if tracker is None and key is None:
-        if not machine.native:
-            raise TargetError(
-                f"this machine cannot run code for {machine.name}, so it cannot measure it; "
-                "give the tracker and the key of machines that can"
-            )
-        return _Site(None, None, int(threads))
-    if tracker is None or key is None:
-        raise TargetError("a tracker and a key go together: HOST:PORT of a TVM RPC tracker, and the key of its servers")
-    host, colon, port = tracker.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise TargetError(f"tracker {tracker!r} is not of the form HOST:PORT, like 192.168.1.2:9190")
-    site = _Site((host.strip("[]"), int(port)), key, int(threads))
-    _servers(site)
-    return site
-
-
-def _servers(site: _Site) -> int:
-    """Count the servers that the tracker has for the key. Raises `TargetError` where there is none, or no answer."""
-    from tvm.rpc.base import TrackerCode
-
-    host, port = site.tracker or ("", 0)
-    try:
-        summary = ask_tracker((host, port), [TrackerCode.SUMMARY], _ANSWER_S, _ANSWER_S)
-        keys = [str(server["key"]).removeprefix("server:") for server in summary["server_info"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    farm = Farm.named(tracker, key)
+    if farm is None and not machine.native:
         raise TargetError(
-            f"the RPC tracker {host}:{port} does not answer ({error}); start one with "
-            f"`python -m tvm.exec.rpc_tracker --host {host} --port {port}`"
-        ) from error
-    if site.key not in keys:
-        others = f"it has servers for: {', '.join(sorted(set(keys)))}" if keys else "it has no server at all"
-        raise TargetError(
-            f"the RPC tracker {host}:{port} has no server for key {site.key!r}; {others}; start one with "
-            f"`python -m tvm.exec.rpc_server --tracker {host}:{port} --key {site.key}`"
+            f"this machine cannot run code for {machine.name}, so it cannot measure it; "
+            "give the tracker and the key of machines that can"
         )
-    return keys.count(str(site.key))
+    return _Site(farm, int(threads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,28 +292,10 @@ class _Bench:
         for failed in (b for b in built if b.error):
             yield self.sample(failed.rank, error=failed.error)
         whole = [b for b in built if not b.error]
-        if self.site.tracker is None:
+        if self.site.farm is None:
             yield from map(self._measure_one, whole)
         elif whole:
-            yield from self._farm_out(whole)
-
-    def _farm_out(self, built: Sequence[_Built]) -> Iterator[Sample]:
-        lost: TargetError | None = None
-        pool = ThreadPoolExecutor(_servers(self.site))
-        try:
-            running = [pool.submit(self._measure_one, b) for b in built]
-            for future in as_completed(running):
-                try:
-                    if not future.cancelled():
-                        yield future.result()
-                except TargetError as error:
-                    # what is running on other servers is still worth waiting for
-                    lost = error
-                    pool.shutdown(wait=False, cancel_futures=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if lost is not None:
-            raise lost
+            yield from self.site.farm.each(self._measure_one, whole)
 
     def _measure_one(self, built: _Built) -> Sample:
         try:
@@ -367,28 +316,14 @@ class _Bench:
             "sample_ms": SAMPLE_MS,
             "threads": self.site.threads,
             "session_s": MEASURE_S * len(built),
-            "queue_s": _QUEUE_S,
-            "limit_s": MEASURE_S * len(built) + START_S + (_QUEUE_S if self.site.tracker else 0),
-            "tracker": [*self.site.tracker, self.site.key] if self.site.tracker else None,
+            "limit_s": MEASURE_S * len(built) + START_S,
+            "tracker": None,
         }
-        answer = _run(job)
-        broken, waited_s = 1, 0
-        while answer.get("failed") in ("queue", "connection"):
-            if answer["failed"] == "queue":
-                servers, waited_s = _servers(self.site), waited_s + _QUEUE_S
-                if waited_s >= _FREE_S:
-                    raise TargetError(
-                        f"none of the {servers} servers for key {self.site.key!r} was free in {_FREE_S} s"
-                    )
-            elif broken < _ATTEMPTS:
-                broken += 1
-            else:
-                raise CandidateFailed(f"the connection broke {broken} times: {answer['error']}")
-            answer = _run(job)
+        farm = self.site.farm
+        answer = _run(job) if farm is None else farm.answer(job, _run)
         if "failed" in answer:
             raise CandidateFailed(answer["error"])
-        device = _this_device() if self.site.tracker is None else f"{answer['device']}, by RPC, key {self.site.key}"
-        return answer["times_us"], device
+        return answer["times_us"], _this_device() if farm is None else farm.tells(answer["device"])
 
     def sample(self, rank: int, **outcome: Any) -> Sample:
         return sample_of(asdict(self.choices[rank]), rank, **outcome)
@@ -550,7 +485,8 @@ def _this_device() -> str:
 _EXTRA = ("psutil", "cloudpickle")
 
 
-def _require_extra(*, remote: bool) -> None:
+def require_extra(*, remote: bool) -> None:
+    """Raise `EngineError` where a package is missing that TVM needs to tune, or to reach servers."""
     for package in (*_EXTRA, "tornado") if remote else _EXTRA:
         if importlib.util.find_spec(package) is None:
             raise EngineError(f"tuning needs the package {package}, which is missing: pip install 'opcompile[tune]'")

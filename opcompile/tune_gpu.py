@@ -1,7 +1,7 @@
 """Tuning for GPUs, in two halves that can be apart: `emit` builds candidates, `absorb` records the fastest.
 
 Between them `opcompile.measure` times the candidates, on a machine that has the GPU and no compiler. `tune_gpu` does
-all three where everything is at hand. Nothing heavy is imported with this module.
+all three where the GPU is at hand, or serves under a tracker. Nothing heavy is imported with this module.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opcompile.cuda_driver import device
+from opcompile.cuda_driver import require_runs_on
 from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
+from opcompile.farm import Farm
 from opcompile.gpus import GpuTarget, gpu_target, is_gpu
 from opcompile.job import JOB, Candidate, Job, LayerJob
-from opcompile.measure import FORMAT, measure
+from opcompile.measure import FORMAT, Machine, measure
 from opcompile.record import FORMAT as RECORD_FORMAT
 from opcompile.record import (
     Record,
@@ -47,28 +48,35 @@ def tune_gpu(
     trials: int = 64,
     *,
     seed: int = 0,
+    tracker: str | None = None,
+    key: str | None = None,
     work_dir: str | Path | None = None,
     into: str | Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Record:
-    """Do `emit`, `opcompile.measure.measure` and `absorb` here, in ``work_dir`` or a temporary directory.
+    """Do `emit`, `opcompile.measure.measure` and `absorb` in turn, in ``work_dir`` or a temporary directory.
 
-    In a ``work_dir`` an interrupted run continues. Raises what they raise, and `TargetError` at once where this
-    machine has no GPU.
+    Candidates are built here, and measured on this machine's GPU or, with ``tracker`` and ``key``, on those that
+    `opcompile.serve` serves under them. In a ``work_dir`` an interrupted run continues. Raises what they raise, and
+    `TargetError` at once where there is no GPU for ``target``.
     """
-    _cuda(target)
+    machine = _cuda(target)
+    farm = Farm.named(tracker, key, "opcompile.serve")
     try:
-        device()
+        where = Machine.of(farm)
     except TargetError as error:
+        if farm is not None:
+            raise
         raise TargetError(
             f"{target} cannot be timed here: {error}. Or build the candidates here with `opcompile tune --emit DIR`, "
             "time them there with `opcompile measure DIR -o results.json`, and record the fastest here with "
             "`opcompile tune --absorb results.json`"
         ) from error
+    require_runs_on(machine.archs, where.device, f"each candidate for {target}")
     with nullcontext(work_dir) if work_dir is not None else tempfile.TemporaryDirectory(prefix="opcompile-") as name:
         home = Path(str(name))
         emit([spec], target, trials, into=home, seed=seed, progress=progress)
-        measure(home, home / "results.json", progress=progress)
+        measure(home, home / "results.json", on=where, progress=progress)
         (record,) = absorb(home / "results.json", into)
     return record
 

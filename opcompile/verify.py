@@ -454,10 +454,13 @@ def _ask(
     return _Asked(tuple(rows), tuple(not_asked), runtime)
 
 
-def _ask_golden(
+def ask_golden(
     artifact: Artifact | CudaArtifact | Simulated, own: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Row, ...]:
-    """Hold the answer against the test vector in the artifact, and the test vector against the oracle."""
+    """Hold the answer to the test vector in the artifact, and the vector itself, against the oracle.
+
+    ``own`` are the canonical W and B that the artifact holds, each or None. Raises as a call.
+    """
     golden = artifact.golden()
     w, b = (mine if given is None else given for mine, given in zip(own, (golden.w, golden.b), strict=True))
     call = artifact.on_host if isinstance(artifact, CudaArtifact) else artifact
@@ -518,7 +521,7 @@ def verify(
             runtime = asked.runtime
             rows += asked.rows
             not_asked += [n for n in asked.not_asked if n not in not_asked]
-        rows += _ask_golden(artifact, own)
+        rows += ask_golden(artifact, own)
     except (EngineError, TargetError) as error:
         not_asked.append(NotAsked("opcompile", str(error)))
     return Report(

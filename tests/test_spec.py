@@ -134,6 +134,41 @@ def test_an_illegal_value_is_refused_by_name(build, words: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("stride=2", "did you mean s=2?"),
+        ("strides=2x2x1", "did you mean s=2x2x1?"),
+        ("S=2", "did you mean s=2?"),
+        ("output_padding=1", "did you mean op=1?"),
+        ("activation=relu", "did you mean act=relu?"),
+        ("zebra=1", "form key=value; the keys are in co k s"),
+        ("relu", "form key=value; the keys are in co k s"),
+        ("p=1,1,1", "'p=1,1,1' has a comma; put blanks between fields, and x between sizes"),
+        ("dtype=fp16", "did you mean float16?"),
+        ("dtype=half", "did you mean float16?"),
+        ("dtype=bf16", "did you mean bfloat16?"),
+        ("dtype=Float32", "did you mean float32?"),
+        ("dtype=int8", "'int8' is not supported; use one of float32"),
+        ("layout=channels_last", "did you mean NDHWC?"),
+        ("layout=NCHW", "did you mean NCDHW?"),
+        ("act=LeakyReLU", "did you mean leaky_relu?"),
+        ("act=swish", "did you mean silu?"),
+        ("act=leaky_relu=0.2", "did you mean leaky_relu? .* after colons, like leaky_relu:0.2"),
+        ("act=softmax", "activation 'softmax' is unknown"),
+        ("bias=true", "write bias=1 for a layer with a bias, bias=0 without"),
+    ],
+)
+def test_a_mistake_in_the_text_names_the_way_out(given: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words.replace("?", r"\?").replace("+", r"\+")):
+        ConvTranspose3d.parse(f"in=1x1x1x1x1 co=1 k=1 {given}")
+
+
+def test_a_batch_is_a_number_or_n() -> None:
+    with pytest.raises(SpecError, match="begins with 'n', but must with a number, or N for any batch"):
+        ConvTranspose3d.parse("in=nx1x1x1x1 co=1 k=1")
+
+
 def test_every_error_has_an_exit_code_and_one_root() -> None:
     assert issubclass(SpecError, OpcompileError)
     assert issubclass(SpecError, ValueError)

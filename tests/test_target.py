@@ -10,9 +10,9 @@ from tvm.target import codegen
 
 from opcompile import lower
 from opcompile import target as module
-from opcompile.errors import TargetError
+from opcompile.errors import TargetError, UnknownTargetError
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import names, target
+from opcompile.target import any_target, names, target
 
 SMALL = ConvTranspose3d.parse("in=1x4x2x2x6 co=5 k=2 s=2 act=relu")
 X86_64, AARCH64, MACH_O_ARM64 = 62, 183, 0x0100000C
@@ -92,3 +92,26 @@ def test_wide_vectors_are_used_where_the_machine_has_them() -> None:
         name: lower.choose(SMALL, target(f"llvm:{name}"), "baseline")[0].lanes for name in ("x86-64-v2", "x86-64-v4")
     }
     assert lanes == {"x86-64-v2": 4, "x86-64-v4": 16}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("sm_90", "did you mean cuda:sm_90? use one of llvm"),
+        ("cuda:SM90", "did you mean cuda:sm_90?"),
+        ("cuda:h100", "did you mean cuda:sm_90?"),
+        ("RTX4090", "did you mean cuda:sm_89?"),
+        ("apple-m1", "did you mean llvm:apple-m1 or metal:apple-m1?"),
+        ("x86-64-v3", "did you mean llvm:x86-64-v3?"),
+        ("llvm:skylake", "did you mean llvm:skylake-avx512?"),
+        ("cpu", "did you mean llvm?"),
+        ("cuda", "'cuda' is unknown; use one of cuda:sm_75"),
+        ("llvm:pdp-11", "'llvm:pdp-11' is unknown; use one of llvm"),
+        ("vax", "'vax' is unknown; use one of llvm"),
+    ],
+)
+def test_a_name_that_stands_for_no_target_is_bad_input_and_near_ones_are_named(given: str, words: str) -> None:
+    with pytest.raises(UnknownTargetError) as error:
+        any_target(given)
+    assert words in str(error.value)
+    assert error.value.exit_code == 2

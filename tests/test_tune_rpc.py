@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from opcompile import farm as farming
 from opcompile.errors import TargetError
+from opcompile.farm import Farm
 from opcompile.record import find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
@@ -34,7 +36,7 @@ TRIALS = 4
 
 
 @dataclass
-class Farm:
+class Rack:
     """A tracker and its servers, as processes of their own."""
 
     tracker: Any
@@ -46,7 +48,7 @@ class Farm:
 
 
 @pytest.fixture(scope="module")
-def farm() -> Iterator[Farm]:
+def farm() -> Iterator[Rack]:
     from tvm.rpc import Server
     from tvm.rpc.tracker import Tracker
 
@@ -58,7 +60,7 @@ def farm() -> Iterator[Farm]:
             for port in (20190, 21190)
         ]
     servers = [server.result() for server in starting]
-    yield Farm(tracker, servers)
+    yield Rack(tracker, servers)
     for process in (*servers, tracker):
         process.terminate()
 
@@ -72,7 +74,7 @@ def until(condition: Callable[[], object], what: str) -> None:
     raise AssertionError(f"waited a minute for: {what}")
 
 
-def kill_one_at_work(farm: Farm) -> None:
+def kill_one_at_work(farm: Rack) -> None:
     """End the server that begins the next measurement as a power cut would: in the middle, without a word."""
     sessions = {server: psutil.Process(server.proc._proc.pid) for server in farm.servers}
     old = {child for process in sessions.values() for child in process.children()}
@@ -89,9 +91,9 @@ def kill_one_at_work(farm: Farm) -> None:
     farm.servers.remove(busy[0])
 
 
-def servers_listed(farm: Farm) -> int:
+def servers_listed(farm: Rack) -> int:
     try:
-        return int(tuning._servers(tuning._Site(("127.0.0.1", farm.tracker.port), KEY, 1)))
+        return Farm("127.0.0.1", farm.tracker.port, KEY).servers()
     except TargetError:
         return 0
 
@@ -103,7 +105,7 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_server_that_dies_half_way_loses_nothing(
-    farm: Farm, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farm: Rack, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
     monkeypatch.setattr(tuning, "SAMPLE_MS", 50)  # so that a measurement lasts until its server is killed
@@ -138,11 +140,11 @@ def test_a_server_that_dies_half_way_loses_nothing(
 
 
 def test_no_server_left_is_said_and_what_was_measured_is_kept(
-    farm: Farm, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farm: Rack, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
     monkeypatch.setattr(tuning, "SAMPLE_MS", 50)
-    monkeypatch.setattr(tuning, "_QUEUE_S", 2)
+    monkeypatch.setattr("opcompile.farm._QUEUE_S", 2)
     before = (work_dir / "journal.jsonl").read_text()
 
     def kill_the_other(progress: Progress) -> None:
@@ -162,7 +164,7 @@ def test_no_server_left_is_said_and_what_was_measured_is_kept(
 @pytest.fixture
 def bench(tmp_path: Path) -> Any:
     tiles = [e.tiles for e in llvm.candidates(SPEC, target("llvm").machine)]
-    return tuning._Bench(SPEC, target("llvm"), tuning._Site(("127.0.0.1", 1), KEY, 1), tiles, tmp_path)
+    return tuning._Bench(SPEC, target("llvm"), tuning._Site(Farm("127.0.0.1", 1, KEY), 1), tiles, tmp_path)
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any]) -> list[dict[str, Any]]:
@@ -190,8 +192,8 @@ def test_a_connection_may_break_twice_but_not_three_times(bench: Any, monkeypatc
 
 def test_waiting_for_a_free_server_ends(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     built = [tuning._Built(0, "kernel.so", "")]
-    monkeypatch.setattr(tuning, "_servers", lambda site: 2)
-    monkeypatch.setattr(tuning, "_FREE_S", 3 * tuning._QUEUE_S)
+    monkeypatch.setattr(Farm, "servers", lambda _: 2)
+    monkeypatch.setattr("opcompile.farm._FREE_S", 3 * farming._QUEUE_S)
     answering(monkeypatch, BUSY, BUSY, MEASURED)
     assert bench.in_turns(built, 1)[0] == [[1.0]]
     answering(monkeypatch, BUSY, BUSY, BUSY, MEASURED)
@@ -208,7 +210,7 @@ def test_waiting_where_no_server_is_left_ends_at_once(bench: Any, monkeypatch: p
 # --- what is wrong with the farm is said at once ---
 
 
-def test_a_key_without_servers_is_refused(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_without_servers_is_refused(farm: Rack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_Bench", None)  # before anything is built
     with pytest.raises(TargetError, match=r"has no server for key 'other'; .*--key other"):
         tune(SPEC, "llvm", 1, tracker=farm.address, key="other")
@@ -223,7 +225,7 @@ def test_a_tracker_that_is_not_there_is_refused() -> None:
 
 
 def test_a_tracker_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_ANSWER_S", 0.2)
+    monkeypatch.setattr("opcompile.farm._ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TargetError, match=rf"the RPC tracker {address} does not answer \(timed out\)"):

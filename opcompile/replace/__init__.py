@@ -61,7 +61,8 @@ def replace(
     is ONNX Runtime's. ``nodes`` chooses some by name. Every kernel runs alone inside ONNX Runtime first: one
     that is not faster there on some of ``threads``, or is slower on any, is left out, unless ``everything`` is
     asked for. Then the whole model is verified and timed against the stock one. ``verify`` and ``measure``
-    turn either off; code for another machine is neither. ``seconds`` is the time for each engine and timing.
+    turn either off; code for another machine is neither. ``seconds`` is the time for each engine and timing; what
+    seems slower is timed up to three times.
 
     The directory is written whole or not at all; an older one of ours is replaced. What was found stands in
     the report, which is stored in the directory as well: a result that is wrong (``passed``) or slower

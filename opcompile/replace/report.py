@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from opcompile.bench import Ratio
+from opcompile.bench import OWN_CPU, Ratio
 from opcompile.bounds import Check
 from opcompile.units import binary, duration
 
@@ -20,16 +20,30 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Median times in microseconds of ONNX Runtime's own and of ours, in turns, on so many threads."""
+    """Median times in microseconds of ONNX Runtime's own and of ours, in turns, on so many threads.
+
+    ``others`` is the share of the processors' time that other work had meanwhile.
+    """
 
     threads: int
     before_us: float
     after_us: float
     ratio: Ratio
+    others: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work had so much of the processors that a loss proves nothing."""
+        return self.others > 1 - OWN_CPU
+
+    @property
+    def verdict(self) -> str:
+        """That of the ratio; but what is slower on a busy machine is ``too noisy``."""
+        return "too noisy" if self.busy and self.ratio.verdict == "slower" else self.ratio.verdict
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and the verdict."""
-        return {**asdict(self), "verdict": self.ratio.verdict}
+        return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,7 @@ class KernelReport:
     @property
     def gains(self) -> bool:
         """Faster on some number of threads and slower on none, as far as was measured."""
-        verdicts = [speed.ratio.verdict for speed in self.speeds]
+        verdicts = [speed.verdict for speed in self.speeds]
         return not verdicts or ("faster" in verdicts and "slower" not in verdicts)
 
 
@@ -140,7 +154,7 @@ class Report:
     @property
     def slower(self) -> bool:
         """Whether the whole model is slower than with stock ONNX Runtime, on some number of threads."""
-        return any(speed.ratio.verdict == "slower" for speed in self.speeds)
+        return any(speed.verdict == "slower" for speed in self.speeds)
 
     @property
     def replaced(self) -> int:
@@ -212,10 +226,10 @@ class Report:
                 f"({worst.output} on {worst.inputs}), {len(self.checks)} comparisons"
             )
         for speed in self.speeds:
-            r = speed.ratio
+            r, busy = speed.ratio, f"; other work had {speed.others:.0%} of the processors" if speed.busy else ""
             yield (
                 f"whole model, {_threads(speed.threads)}: {duration(speed.before_us)} -> {duration(speed.after_us)}, "
-                f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {r.verdict}"
+                f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {speed.verdict}{busy}"
             )
         yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
         made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
