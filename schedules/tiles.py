@@ -376,6 +376,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
         loads = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1)
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
+        if layer.widened:  # as they are loaded, each time
+            waiting += t.vectors
         a_row = layer.itemsize * min(layer.reach[2], t.columns + 12)  # of X, half a cache line at either end
         if t.rows * a_row * layer.c > machine.l1_bytes // 2:
             waiting += t.rows * a_row / 100
