@@ -102,7 +102,7 @@ def unused_flags(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles) -> I
             yield f"+{flag} changes nothing: it is for {' and '.join(types)}, and this layer has {spec.dtype}"
         elif tiles.family != "matrix":
             fills = any(e.tiles.family == "matrix" for e in gpu.candidates(spec, target.gpu))
-            reason = "other tiles are faster" if fills else gpu.FILLS
+            reason = "other tiles come out faster" if fills else gpu.FILLS
             yield f"+{flag} changes nothing, and all products are {spec.sum_dtype}: {reason}"
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_kernels import METAL, lowered
+from gpu_kernels import METAL, SIMDGROUP, lowered
 
 from opcompile import artifact
 from opcompile.cases import CASES, Case
@@ -19,6 +19,7 @@ from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.lower_gpu import lower_gpu
 from opcompile.lower_gpu import choose
 from opcompile.spec import ConvTranspose3d
+from schedules.gpu import candidates
 
 HEADERS = Path(__file__).with_name("metal")
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -56,6 +57,39 @@ def test_the_types_of_a_derivative_are_right(wrt: Wrt, tmp_path: Path) -> None:
     for text in ("in=Nx8x2x4x5 co=8 k=3 s=2 p=1 act=softplus dtype=float16", "in=1x8x2x4x5 co=8 k=2 s=2 layout=NDHWC"):
         gradient = Gradient(ConvTranspose3d.parse(text), wrt)
         assert complaints(lower_gpu(gradient, METAL).source, tmp_path) == ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("text", ["in=Nx32x3x3x5 co=24 k=2 s=2", "in=1x48x3x4x5 co=40 k=3 s=2 p=1 op=1 layout=NDHWC"])
+def test_the_types_of_simdgroup_matrices_are_right(text: str, dtype: str, tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse(f"{text} dtype={dtype}")
+    tiles = {e.tiles.apart: e.tiles for e in candidates(spec, SIMDGROUP.gpu) if e.tiles.family == "matrix"}
+    assert tiles
+    for form in tiles.values():
+        source = lowered(spec, SIMDGROUP, form).source
+        assert "simdgroup_multiply_accumulate(" in source
+        assert complaints(source, tmp_path) == ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (r"simdgroup_load\(L\[0\], \(&\(W_shared", "simdgroup_load(L[0], (&(phase_shared"),
+        (r"simdgroup_half8x8 L\[", "simdgroup_float8x8 L["),
+        (r"(\n  threadgroup float phase_shared\[\d+\];)", r"\n  {\n    threadgroup float inner[8];\n  }\1"),
+    ],
+)
+def test_a_matrix_of_another_type_and_threadgroup_memory_in_a_scope_are_noticed(
+    right: str, wrong: str, tmp_path: Path
+) -> None:
+    spec = ConvTranspose3d.parse("in=1x32x3x3x5 co=24 k=2 s=2 dtype=float16")
+    (tiles, *_) = [e.tiles for e in candidates(spec, SIMDGROUP.gpu) if e.tiles.family == "matrix"]
+    source = lowered(spec, SIMDGROUP, tiles).source
+    bent = re.sub(right, wrong, source, count=1)
+    assert bent != source
+    assert "error" in complaints(bent, tmp_path)
 
 
 @pytest.mark.peers

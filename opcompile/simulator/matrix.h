@@ -35,9 +35,11 @@ static void meet(const void *matrix, unsigned stride, int line) {
   wait(IN_SHUFFLE, -line);
 }
 
-/* The element that is number `i` of this thread's share of a matrix with so many columns: its row, and its column. */
-static unsigned row_of(int i, unsigned columns) { return (i * WARP + lane()) / columns; }
-static unsigned column_of(int i, unsigned columns) { return (i * WARP + lane()) % columns; }
+/* The element that is number `i` of this thread's share of a matrix, in the order of its rows. Backwards, so that a
+ * thread which reads in that order what the warp has stored reads what others have. */
+static unsigned element(int i) { return i * WARP + WARP - 1 - lane(); }
+static unsigned row_of(int i, unsigned columns) { return element(i) / columns; }
+static unsigned column_of(int i, unsigned columns) { return element(i) % columns; }
 
 /* d = a b + c, of matrices with `inner` columns (a) and rows (b), where d has `columns`. */
 template <class D, class A, class B, class C>
@@ -46,8 +48,8 @@ static void multiply(D &d, const A &a, const B &b, const C &c, int sums, int fac
   unsigned thread = current->number;
   Factors &shown = factors[thread / WARP][products[thread]++ % 2];
   for (int i = 0; i < factors_each; i++) {
-    shown.a[i * WARP + lane()] = a[i];
-    shown.b[i * WARP + lane()] = b[i];
+    shown.a[element(i)] = a[i];
+    shown.b[element(i)] = b[i];
   }
   wait(IN_SHUFFLE, line);
   for (int i = 0; i < sums; i++) {
