@@ -129,8 +129,18 @@ class GpuTarget:
 def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float) -> Gpu:
     # Apple documents threads and threadgroup memory. Beyond 128 registers compilers were seen to spill.
     # Matrices are multiplied by the units that multiply everything else.
-    limits = {"shared": 32 * _KIB, "shared_file": 60 * _KIB, "registers": 128}
-    return Gpu(example, processors, 128, clock_ghz, bandwidth_gbs, 1024, 128, **limits)
+    return Gpu(
+        example,
+        processors,
+        128,
+        clock_ghz,
+        bandwidth_gbs,
+        1024,
+        matrix=128,
+        shared=32 * _KIB,
+        shared_file=60 * _KIB,
+        registers=128,
+    )
 
 
 _HALVES = ("float16", "bfloat16")
