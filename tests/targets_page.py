@@ -30,8 +30,9 @@ def page() -> str:
 
 
 def _gpus() -> list[str]:
-    head = "| GPU | as in | threads of a block | its shared memory | registers of a thread | types | tensor cores | flags |"
-    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    columns = ("GPU", "as in", "threads of a block", "its shared memory", "registers of a thread", "types")
+    head = " | ".join([*columns, "tensor cores", "flags"])
+    rows = [f"| {head} |", "|---" * 8 + "|"]
     for name in gpu_names():
         t = gpu_target(name)
         limits = f"{t.gpu.threads} | {t.gpu.shared // 1024} KiB | {t.gpu.registers}"

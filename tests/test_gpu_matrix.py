@@ -203,9 +203,10 @@ def test_real_layers_use_what_a_flag_allows_and_only_then(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_tf32_changes_nothing_for_other_types_and_that_is_said(dtype: str) -> None:
-    spec = ConvTranspose3d.parse(f"in=1x32x3x3x5 co=24 k=2 s=2 dtype={dtype}")
+    spec = ConvTranspose3d.parse(f"in=1x64x8x8x8 co=64 k=2 s=2 dtype={dtype}")
     without = gpu_target("cuda:sm_80")
     tiles, plan = choose(spec, TF32, "baseline")
+    assert (tiles.family == "matrix") == (dtype != "float64")
     assert tiles == choose(spec, without, "baseline")[0]
     assert lowered(spec, TF32, tiles).source == lowered(spec, without, tiles).source
     assert plan.why[-1] == f"+tf32 changes nothing: it is for float32, and this layer has {dtype}"
