@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gpu_kernels import CUDA, METAL, SIMDGROUP, TF32, lowered, simulated
+from gpu_kernels import CUDA, METAL, SIMDGROUP, TF32, cut, lowered, simulated
 from kernels import integers, reals
 from test_gpu_table import assert_limits
 
@@ -118,6 +118,21 @@ def test_larger_layers_are_too(kind: str) -> None:
 def test_larger_layers_are_where_a_target_asks_for_it(unit: str, kind: str) -> None:
     spec, target, *words = asked_for(unit, WHOLE[kind])
     check(spec, of_matrix(spec, target)[0], target, *words)
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(TF32, "L05-nnunet-up5"), (TF32, "L11-basicunet-last"), (TF32, "L24-psmnet-conv5")]
+    + [(SIMDGROUP, name) for name in ("L03-nnunet-up3", "L16-segresnet-up4", "L24-psmnet-conv5")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_real_layers_are_right_in_what_a_flag_chooses(target: Any, name: str) -> None:
+    spec = case(name).spec
+    estimate = baseline(spec, target.gpu)
+    assert estimate.tiles.family == "matrix"
+    words = next(words for other, _, *words in ASKED_FOR.values() if other is target)
+    check(cut(spec, 2**23), estimate, target, *words)
 
 
 FORMS = ["in=1x32x3x5x7 co=72 k=2 s=2 dtype=float16", LAYERS["k3 s2, bfloat16"]]
