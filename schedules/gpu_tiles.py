@@ -22,7 +22,9 @@ EDGE = 16
 # Elements between the rows that matrix instructions read in shared memory: they begin in different banks.
 PAD = 8
 # What a layer must have to fill matrices (`_fragments`).
-FILLS = f"matrices need a multiple of {EDGE} input channels in a group, and {EDGE} output channels and positions"
+FILLS = (
+    f"matrices need a multiple of {EDGE} input channels in a group, and {EDGE} or more output channels and positions"
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)

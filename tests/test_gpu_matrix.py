@@ -231,7 +231,7 @@ def test_tf32_changes_nothing_for_other_types_and_that_is_said(dtype: str) -> No
     ("text", "target", "reason"),
     [
         ("in=1x24x8x8x8 co=32 k=2 s=2", TF32, "matrices need a multiple of 16 input channels"),
-        ("in=1x32x8x8x8 co=8 k=2 s=2", SIMDGROUP, "and 16 output channels"),
+        ("in=1x32x8x8x8 co=8 k=2 s=2", SIMDGROUP, "and 16 or more output channels"),
         ("in=1x16x4x4x4 co=16 k=3", SIMDGROUP, "other tiles come out faster"),
     ],
 )

@@ -125,6 +125,8 @@ def test_a_runner_reads_what_launch_json_says(name: str) -> None:
     for field in ("kernel", "grid", "block", "arguments"):
         assert field in fields
         assert re.search(rf"launch\.{field}\b|launch\[.{field}.\]", text) or (field, name) == ("kernel", "metal_mlx.py")
+    # matrices are multiplied by threads in two dimensions
+    assert re.search(r"block\[1\]|\*launch\[.block.\]|\[.block.\]\[1:?\]", text)
     used = set(re.findall(r"launch\.(\w+)|launch\[.(\w+).\]", text))
     assert {one or other for one, other in used} <= {*fields, "json"}
     if name.endswith(".py"):
