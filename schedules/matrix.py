@@ -28,7 +28,7 @@ SCOPES: dict[Unit, tuple[str, str]] = {
     "tf32": ("wmma.accumulator", "wmma.accumulator"),
     "simdgroup": ("metal.simdgroup", "metal.simdgroup"),
 }
-# Whether shared memory is declared before all loops: Metal has none inside of them.
+# Whether shared memory is declared before all loops: Metal's belongs into a kernel's outermost scope.
 HOISTED: dict[Unit, bool] = {"wmma": False, "tf32": False, "simdgroup": True}
 
 
