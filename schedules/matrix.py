@@ -2,7 +2,7 @@
 
 Whatever a device multiplies at once, a schedule sees C = A^T B of 16x16 matrices, as a layer has it: A
 ``(c, channels)`` and B ``(c, positions)`` lie in shared memory, C ``(channels, positions)`` belongs to a warp until it
-leaves through S. Three `Unit` s do that:
+leaves through S. Three units (`Unit`) do that:
 
 ``wmma``
     NVIDIA's 16x16x16, for float16 and bfloat16. TVM comes with such intrinsics for float16 and not for bfloat16, takes
