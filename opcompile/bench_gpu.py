@@ -4,7 +4,8 @@ The rules are those of `opcompile.bench`; what differs is the clock. A sample is
 two events: neither the interpreter nor a launch is in it. The calls rotate through tensors that together exceed the
 second cache twice over, and a large buffer is overwritten before each sample, so that every call finds its operands in
 memory. cuDNN is asked by PyTorch, once for contiguous tensors and once with channels last, with
-``cudnn.benchmark`` on, which tries its kernels, and TF32 off, which would round float32 inputs to 10 bits.
+``cudnn.benchmark`` on, which tries its kernels, and TF32 off, which would round float32 inputs to 11 significant bits;
+where the target asks for TF32, all have it.
 
 The roofline's limits are measured in the same run: a matrix product by cuBLAS, and a copy in device memory.
 """
@@ -83,7 +84,8 @@ def bench_artifact(
     inputs, exact = small_inputs(spec, np.random.default_rng(seed))
     if not exact:
         raise CallError(f"{spec} sums {spec.terms} products, too many to hold engines against each other exactly")
-    with _as_documented(torch), torch.inference_mode():
+    tf32 = "tf32" in artifact.manifest["target"]["features"]
+    with _as_documented(torch, tf32), torch.inference_mode():
         layer = _Layer(torch, artifact, inputs)
         asked, not_asked = answer_to_each(dict.fromkeys(against), layer.peer)
         engines = {OURS: layer.ours(), **asked}
@@ -92,7 +94,7 @@ def bench_artifact(
         before = probes.samples()
         series = {name: _Series(torch, engine.calls) for name, engine in engines.items()}
         timings = _in_turns(engines, series, seconds)
-        roof = Roof(f"{spec.dtype}, by cuBLAS", before, probes.samples())
+        roof = Roof(f"{spec.dtype}{', in TF32' if tf32 else ''}, by cuBLAS", before, probes.samples())
     return BenchReport(
         **timed(spec, artifact.manifest),
         threads=None,
@@ -109,11 +111,11 @@ def bench_artifact(
 
 
 @contextmanager
-def _as_documented(torch: Any) -> Iterator[None]:
-    """Let cuDNN and cuBLAS sum float32 in float32, and cuDNN try its kernels; afterwards as before."""
+def _as_documented(torch: Any, tf32: bool) -> Iterator[None]:
+    """Let cuDNN and cuBLAS multiply float32 as float32, or all in TF32, and cuDNN try its kernels; then as before."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
-    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, True, False
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = tf32, True, tf32
     try:
         yield
     finally:

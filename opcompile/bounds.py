@@ -28,7 +28,8 @@ Tensor = NDArray[Any]
 class Format:
     """A binary floating-point format, rounding to nearest. ``precision`` is in bits, hidden bit included.
 
-    ``each`` is how many roundings a product costs on its way into a sum.
+    ``each`` is how many roundings a product costs on its way into a sum, ``factors`` the format that both of its
+    factors are rounded to before.
     """
 
     precision: int
@@ -36,6 +37,7 @@ class Format:
     largest_exponent: int
     flushes: bool = True
     each: int = 1
+    factors: Format | None = None
 
     @property
     def unit(self) -> float:
@@ -62,11 +64,16 @@ FORMATS = {
 }
 
 # What sums are kept in. Tensor cores align the products of an instruction, four at least, and the sum so far, to the
-# largest of them, and cut off: n + 2 times 2^-23 for n products.
+# largest of them, and cut off: n + 2 times 2^-23 for n products. Apple does not say how simdgroup matrices round: they
+# are granted the same, which covers cutting off each product and each sum.
+_CUT_OFF = replace(FORMATS["float32"], each=3)
+TF32 = Format(11, -126, 127)
 SUMS = {
     "float32": FORMATS["float32"],
     "float64": FORMATS["float64"],
-    "tensor cores": replace(FORMATS["float32"], each=3),
+    "tensor cores": _CUT_OFF,
+    "TF32 tensor cores": replace(_CUT_OFF, factors=TF32),
+    "simdgroup matrices": _CUT_OFF,
 }
 
 
@@ -202,9 +209,10 @@ class Inputs:
         return int(self.x.shape[0])
 
     def sums_exactly(self, sums: Format) -> bool:
-        """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
+        """Whether no factor and no partial sum can round, in any order: integers of magnitudes below 2^precision."""
         x, w, b = self.largest
-        return self.integers and self.spec.terms * x * w + b < 2.0**sums.precision
+        fits = sums.factors is None or max(x, w) <= 2.0**sums.factors.precision
+        return self.integers and fits and self.spec.terms * x * w + b < 2.0**sums.precision
 
 
 # 8 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.
@@ -290,11 +298,16 @@ class _Truth:
             # t products and the bias: t roundings a product, one more where there is a bias,
             # and two more where the engine first rounds the inputs to a narrower format
             roundings = sums.each * spec.terms + spec.bias + 2 * (sums.precision < storage.precision)
-            relative = gamma(roundings, sums.unit) + gamma(spec.terms + 1, double.unit)
+            relative = gamma(roundings, sums.unit)
+            if sums.factors is not None:  # (1 + v)^2 - 1 for both of them, and that is summed with errors too
+                relative += (2 + sums.factors.unit) * sums.factors.unit * (1 + relative)
+            relative += gamma(spec.terms + 1, double.unit)
             error = self.magnitude * (relative * (1 + gamma(spec.terms + 1, double.unit)))
             # a term, and either of its factors, can be lost below the normal range
             error += spec.terms * sums.floor * (x + w + 2)
             overflows = self.magnitude * (1 + relative) >= sums.limit
+            if sums.factors is not None:
+                overflows |= max(x, w) >= sums.factors.limit
         with np.errstate(over="ignore", invalid="ignore"):
             error = _through(spec.activation, self.z, self.y, error, sums)
             if spec.activation.name not in EXACT_ACTIVATIONS:
@@ -315,7 +328,16 @@ def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
 
 def sums_of(manifest: Mapping[str, Any]) -> str | None:
     """What an artifact's kernel sums in, of `SUMS`; None is ``spec.sum_dtype``."""
-    return "tensor cores" if manifest["plan"]["schedule"] == "matrix" else None
+    if manifest["plan"]["schedule"] != "matrix":
+        return None
+    return matrices_sum_in(manifest["target"]["architecture"], ConvTranspose3d.parse(manifest["spec"]).dtype)
+
+
+def matrices_sum_in(architecture: str, dtype: str) -> str:
+    """What matrix instructions sum in, of `SUMS`, on a GPU of ``cuda`` or ``metal`` in a layer of ``dtype``."""
+    if architecture == "metal":
+        return "simdgroup matrices"
+    return "TF32 tensor cores" if dtype == "float32" else "tensor cores"
 
 
 def bounds(spec: ConvTranspose3d, x: Any, w: Any, b: Any = None, *, computed_in: str | None = None) -> Array:
@@ -492,7 +514,10 @@ def compare_all(
         if answer.y.shape != shape:
             raise VerificationError(f"{name} gave shape {answer.y.shape}, but {spec} has {shape}")
         if exact and not exactly[engines[name]]:
-            raise CallError("exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums)")
+            raise CallError(
+                "exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums), and that TF32 "
+                "holds (2^11) where factors are rounded to it"
+            )
     bits = exact and spec.activation.name in EXACT_ACTIVATIONS
     criterion = "bits" if bits else "exact sums" if exact else "bound"
     found: dict[tuple[str, str], list[Check]] = {}
@@ -544,7 +569,7 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ans
     spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
     shape = (inputs.batch, *(n or 0 for n in spec.y_shape[1:]))
     channel = 4 if spec.layout == "NDHWC" else 1
-    exact = inputs.sums_exactly(FORMATS[spec.sum_dtype])
+    exactly = [inputs.sums_exactly(_engine(spec, answer.computed_in)) for answer in answers]
     places = np.stack(np.unravel_index(indices, shape), axis=1)
     voxels = np.delete(places, channel, axis=1)
     corners = np.concatenate([voxels[:, :1], 2 * voxels[:, 1:] // [axis.out for axis in spec.axes]], axis=1)
@@ -553,9 +578,9 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ans
         chosen = (corners == corner).all(axis=1)
         low, high = voxels[chosen].min(axis=0), voxels[chosen].max(axis=0) + 1
         part = _part(spec, [slice(int(i), int(j)) for i, j in zip(low, high, strict=True)])
-        truth = _Truth.of(part, inputs, magnitudes=not exact)
+        truth = _Truth.of(part, inputs, magnitudes=not all(exactly))
         inside = tuple((places[chosen] - [s.start or 0 for s in part.y]).T)
-        for checks, answer in zip(found, answers, strict=True):
+        for checks, answer, exact in zip(found, answers, exactly, strict=True):
             sums = _engine(spec, answer.computed_in)
             values = np.asarray(answer.y)[chosen].astype(np.float64)
             bound, limit = truth.bound(sums, storage, exact)[inside], min(storage.limit, sums.limit)

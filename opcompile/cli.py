@@ -160,7 +160,11 @@ def _interrupts() -> Iterator[list[int]]:
 _source = click.argument("source", metavar="SOURCE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _target = click.option(
-    "--target", default="llvm", show_default=True, metavar="T", help="Machine to compile for; `doctor` shows this one."
+    "--target",
+    default="llvm",
+    show_default=True,
+    metavar="T",
+    help="Machine to compile for, and flags (cuda:sm_80+tf32); `doctor` shows this one.",
 )
 _plan = click.option(
     "--plan",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opcompile.bounds import matrices_sum_in, sums_of
 from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
 from opcompile.runtime import MANIFEST, REPORT, parse_manifest
@@ -42,6 +43,13 @@ class Description:
         """Floating-point operations for each byte that must move."""
         return self.spec.flops / self.spec.bytes()
 
+    @property
+    def summed_in(self) -> str:
+        """What products are summed in: a type, or matrix instructions, of `opcompile.bounds.SUMS`."""
+        if self.plan.schedule == "matrix":
+            return matrices_sum_in(self.target.partition(":")[0], self.spec.dtype)
+        return self.spec.sum_dtype
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, every phase included."""
         spec = self.spec
@@ -55,6 +63,7 @@ class Description:
             "bytes": spec.bytes(),
             "flop_per_byte": round(self.intensity, 3),
             "workspace_bytes": self.workspace_bytes,
+            "summed_in": self.summed_in,
             "target": self.target,
             "plan": asdict(self.plan),
         }
@@ -62,6 +71,7 @@ class Description:
     def renderables(self) -> Iterator[RenderableType]:
         """Yield what a terminal shows."""
         spec = self.spec
+        by = "" if self.summed_in == spec.sum_dtype else f", by {self.summed_in}"
         yield f"[bold]{brief(spec)}[/]"
         yield _axes_table(spec)
         yield _facts(
@@ -69,7 +79,7 @@ class Description:
                 "X, W -> Y": f"{_shape(spec.x_shape)}, {_shape(spec.w_shape)} -> {_shape(spec.y_shape)}",
                 "work": f"{scaled(spec.flops, 'FLOP')}, {binary(spec.bytes())} of X, W, B and Y: "
                 f"{self.intensity:.3g} FLOP/byte",
-                "sums": f"up to {spec.terms} products each, in {spec.sum_dtype}",
+                "sums": f"up to {spec.terms} products each, in {spec.sum_dtype}{by}",
                 "workspace": binary(self.workspace_bytes) + ("" if spec.batch else " for one batch element"),
                 "target": self.target,
                 "plan": _plan_text(asdict(self.plan)),
@@ -192,6 +202,7 @@ class Contents:
                 "computes": f"its derivative d{m['derivative']}" if m["derivative"] else "Y",
                 "target": f"{m['target']['name']} ({m['target']['architecture']} {m['target']['system']})",
                 "plan": _plan_text(m["plan"]),
+                **({"sums": f"by {sums}"} if (sums := sums_of(m)) else {}),
                 "weights": " and ".join(m["weights"]) + " compiled in" if m["weights"] else "given in each call",
                 "workspace": binary(m["workspace_bytes"]),
                 "made with": ", ".join(f"{name} {version}" for name, version in m["versions"].items()),

@@ -1,17 +1,21 @@
 """Named GPUs: what to compile for, what a kernel must not exceed there, and what a schedule reasons with.
 
 A CUDA name is a compute capability, a Metal name a generation of Apple's chips. Both stand for a family of
-devices; the numbers that rank schedules are those of one typical member, which the table names.
+devices; the numbers that rank schedules are those of one typical member, which the table names. A name may end in
+flags, ``cuda:sm_80+tf32``: what is compiled only for those who ask for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from opcompile.errors import UnknownTargetError
 from opcompile.meant import meant
+
+if TYPE_CHECKING:
+    from schedules.matrix import Unit
 
 Language = Literal["cuda", "metal"]
 
@@ -27,8 +31,8 @@ class Gpu:
     ``lanes`` multiply-adds a cycle, ``register_file`` 32-bit registers, ``shared_file`` bytes of shared memory and room
     for ``resident`` threads;
     ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
-    cores do ``matrix`` multiply-adds a cycle, summing in float32, for factors of ``matrix_types``: as warps' matrix
-    instructions reach them.
+    cores do ``matrix`` multiply-adds a cycle of 16 bits, summing in float32, for factors of ``matrix_types``: as warps'
+    matrix instructions reach them. Where that is no more than ``lanes``, the same units do both.
     """
 
     example: str
@@ -48,8 +52,27 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Flag:
+    """What a name may add for ``language``: matrix instructions for factors of ``dtypes`` too.
+
+    ``least`` is the compute capability that it needs.
+    """
+
+    language: Language
+    dtypes: tuple[str, ...]
+    least: tuple[int, int] = (0, 0)
+
+
+# By default float32 is multiplied as float32, and no kernel for Metal has instructions that no Mac of ours ran.
+FLAGS: dict[str, Flag] = {
+    "simdgroup": Flag("metal", ("float16", "float32")),
+    "tf32": Flag("cuda", ("float32",), (8, 0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class GpuTarget:
-    """A named GPU: ``language`` of its kernels, ``archs`` as its compiler calls it.
+    """A named GPU: ``language`` of its kernels, ``archs`` as its compiler calls it, ``flags`` of `FLAGS`.
 
     Several architectures are one library for all of them; the first chooses the tiles.
     """
@@ -58,6 +81,18 @@ class GpuTarget:
     language: Language
     archs: tuple[str, ...]
     gpu: Gpu
+    flags: tuple[str, ...] = ()
+
+    @property
+    def machine(self) -> str:
+        """The name that results are recorded under: what chooses the tiles, which is the first architecture."""
+        return "+".join([f"{self.language}:{self.archs[0]}", *self.flags])
+
+    def unit(self, dtype: str) -> Unit:
+        """Return what multiplies matrices of ``dtype``, where the family ``matrix`` does."""
+        if self.language == "metal":
+            return "simdgroup"
+        return "tf32" if dtype == "float32" else "wmma"
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -71,7 +106,7 @@ class GpuTarget:
             "name": self.name,
             "architecture": self.language,
             "system": "linux" if self.language == "cuda" else "darwin",
-            "features": [],
+            "features": list(self.flags),
             "archs": list(self.archs),
             "example": self.gpu.example,
             "most_threads": self.gpu.threads,
@@ -94,8 +129,18 @@ class GpuTarget:
 
 def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float) -> Gpu:
     # Apple documents threads and threadgroup memory. Beyond 128 registers compilers were seen to spill.
+    # Matrices are multiplied by the units that multiply everything else.
     return Gpu(
-        example, processors, 128, clock_ghz, bandwidth_gbs, 1024, shared=32 * _KIB, shared_file=60 * _KIB, registers=128
+        example,
+        processors,
+        128,
+        clock_ghz,
+        bandwidth_gbs,
+        1024,
+        matrix=128,
+        shared=32 * _KIB,
+        shared_file=60 * _KIB,
+        registers=128,
     )
 
 
@@ -155,17 +200,42 @@ def is_gpu(name: str) -> bool:
 
 
 def gpu_target(name: str) -> GpuTarget:
-    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both.
+    """Look a GPU up; ``cuda:sm_80+sm_90`` is a library for both, and `FLAGS` come last.
 
     Raises `UnknownTargetError`, listing the names there are.
     """
-    language, _, devices = name.partition(":")
-    members = [f"{language}:{device}" for device in devices.split("+")]
-    if not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
-        several = "; several CUDA ones are joined like cuda:sm_80+sm_90"
+    language, _, rest = name.partition(":")
+    parts = rest.split("+")
+    flags = tuple(sorted({part for part in parts if part in FLAGS}))
+    devices = [part for part in parts if part not in FLAGS]
+    members = [f"{language}:{device}" for device in devices]
+    if not members or not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
+        several = f"several CUDA ones are joined like cuda:sm_80+sm_90, and flags added: {', '.join(_flagged())}"
         hint = meant(name, _GPUS, gpu_examples())
-        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(_GPUS)}{several}")
+        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(_GPUS)}; {several}")
     kind, gpu = _GPUS[members[0]]
     # one text for all of them
-    shared_by_all = tuple(t for t in gpu.matrix_types if all(t in _GPUS[member][1].matrix_types for member in members))
-    return GpuTarget(name, kind, tuple(devices.split("+")), replace(gpu, matrix_types=shared_by_all))
+    types = tuple(t for t in gpu.matrix_types if all(t in _GPUS[member][1].matrix_types for member in members))
+    for flag in flags:
+        _require(name, flag, kind, devices)
+        types += FLAGS[flag].dtypes
+    canonical = f"{language}:{'+'.join([*devices, *flags])}"
+    return GpuTarget(canonical, kind, tuple(devices), replace(gpu, matrix_types=types), flags)
+
+
+def _flagged() -> list[str]:
+    return [f"+{flag} ({FLAGS[flag].language})" for flag in FLAGS]
+
+
+def _require(name: str, flag: str, language: Language, devices: Sequence[str]) -> None:
+    """Raise `UnknownTargetError` for a ``flag`` that is not for all of the ``devices``."""
+    rule = FLAGS[flag]
+    if language != rule.language:
+        raise UnknownTargetError(f"target {name!r}: +{flag} is for {rule.language} targets alone; leave it out")
+    early = [device for device in devices if rule.least > (0, 0) and capability(device) < rule.least]
+    if early:
+        least = ".".join(map(str, rule.least))
+        raise UnknownTargetError(
+            f"target {name!r}: +{flag} needs compute capability {least} or later, and {early[0]} is earlier; leave one "
+            "of them out"
+        )

@@ -6,19 +6,30 @@ import math
 import re
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.backend.cuda import export_cuda_host
-from tvm.s_tir.transform import ConvertBlocksToOpaque, LowerInitBlock, PlanAndUpdateBufferAllocationLocation
+from tvm.s_tir.transform import (
+    CompactBufferAllocation,
+    ConvertBlocksToOpaque,
+    LiftThreadBinding,
+    LowerInitBlock,
+    LowerMatchBuffer,
+    LowerOpaqueBlock,
+    PlanAndUpdateBufferAllocationLocation,
+    UnifyThreadBinding,
+)
 from tvm.tirx.transform import StmtSimplify
 
 from opcompile.declare_flat import FlatGrain, declare_flat, extents, only_taps, weight_shape
 from opcompile.errors import TargetError
-from opcompile.gpus import GpuTarget
+from opcompile.gpus import FLAGS, GpuTarget
 from opcompile.launch import Launch
 from opcompile.lower import KERNEL, Plan, PlanName, recorded
 from opcompile.packing import Packing
@@ -75,9 +86,24 @@ def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[Gp
     if (record := recorded(spec, target, plan)) is not None:
         tiles = GpuTiles(**record.tiles)
         record.require_declaration(declaration_hash(spec, tiles))
-        return tiles, Plan("tuned", tiles.family, record.tiles, record.why(), record.key)
+        why = (*record.why(), *unused_flags(spec, target, tiles))
+        return tiles, Plan("tuned", tiles.family, record.tiles, why, record.key)
     estimate = gpu.baseline(spec, target.gpu)
-    return estimate.tiles, Plan("baseline", estimate.tiles.family, asdict(estimate.tiles), estimate.why(), None)
+    tiles = estimate.tiles
+    why = (*estimate.why(target.unit(spec.dtype)), *unused_flags(spec, target, tiles))
+    return tiles, Plan("baseline", tiles.family, asdict(tiles), why, None)
+
+
+def unused_flags(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles) -> Iterator[str]:
+    """Say of each flag that changes nothing in this kernel why it does not."""
+    for flag in target.flags:
+        types = FLAGS[flag].dtypes
+        if spec.dtype not in types:
+            yield f"+{flag} changes nothing: it is for {' and '.join(types)}, and this layer has {spec.dtype}"
+        elif tiles.family != "matrix":
+            fills = any(e.tiles.family == "matrix" for e in gpu.candidates(spec, target.gpu))
+            reason = "other tiles come out faster" if fills else gpu.FILLS
+            yield f"+{flag} changes nothing, and all products are {spec.sum_dtype}: {reason}"
 
 
 def require_dtype(spec: ConvTranspose3d, target: GpuTarget) -> None:
@@ -92,7 +118,7 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
     """Emit the kernel that ``tiles`` make."""
     config = _OWN_PLACES if tiles.family == "matrix" else {}
     with tvm.transform.PassContext(config=config):
-        source, host, objects = texts(scheduled(spec, tiles), target)
+        source, host, objects = texts(scheduled(spec, tiles, target), target)
     launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.block)
     return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
 
@@ -147,22 +173,47 @@ def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
     return declare_flat(spec, grain).with_attr("global_symbol", KERNEL)
 
 
-def scheduled(spec: ConvTranspose3d, tiles: GpuTiles) -> tvm.IRModule:
+def scheduled(spec: ConvTranspose3d, tiles: GpuTiles, target: GpuTarget) -> tvm.IRModule:
     """The module ready to compile."""
     schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
-    gpu.schedule(schedule, spec, tiles)
+    gpu.schedule(schedule, spec, tiles, target.unit(spec.dtype))
     module = schedule.mod
     if tiles.apart:
         cut = only_taps(module[KERNEL], spec, gpu.TAPS_OF, long_first=gpu.longest_first(spec))
         module = tvm.IRModule({KERNEL: cut})
-    return _with_plain_indices(module)
+    module = _with_plain_indices(module)
+    return _shared_first(module) if tiles.family == "matrix" and gpu.HOISTED[target.unit(spec.dtype)] else module
 
 
 def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
     """Simplify before TVM measures which part of a buffer is used: it would count what other threads use."""
     passes = [LowerInitBlock(), PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
     return tvm.transform.Sequential(passes)(module)
+
+
+def _shared_first(module: tvm.IRModule) -> tvm.IRModule:
+    """Declare shared memory where a block of threads begins.
+
+    After TVM has measured it, which in a loop is what one turn needs.
+    """
+    passes = [LiftThreadBinding(), CompactBufferAllocation(), UnifyThreadBinding(), LowerMatchBuffer()]
+    func = tvm.transform.Sequential([*passes, StmtSimplify(), LowerOpaqueBlock()])(module)[KERNEL]
+    shared: list[Any] = []
+
+    def taken(declared: Any) -> Any:
+        if declared.buffer.scope() != "shared":
+            return declared
+        shared.append(declared)
+        return tirx.Evaluate(0)
+
+    def given(scope: Any) -> Any:
+        if scope.attr_key != "thread_extent" or scope.node.thread_tag != "blockIdx.x":
+            return scope
+        return tirx.AttrStmt(scope.node, scope.attr_key, scope.value, tirx.SeqStmt([*shared, scope.body]))
+
+    body = tvm_ffi.structural_map(func.body, (tirx.AllocBuffer, taken))
+    return tvm.IRModule({KERNEL: func.with_body(tvm_ffi.structural_map(body, (tirx.AttrStmt, given)))})
 
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:

@@ -134,7 +134,7 @@ def folders() -> list[Path]:
 
 def machine_name(target: Target | GpuTarget) -> str:
     """Name the machine that records of ``target`` are for: of several architectures the first chooses the tiles."""
-    return f"{target.language}:{target.archs[0]}" if isinstance(target, GpuTarget) else target.name
+    return target.machine if isinstance(target, GpuTarget) else target.name
 
 
 def path_of(folder: Path, spec: ConvTranspose3d, target: Target | GpuTarget) -> Path:

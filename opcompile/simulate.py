@@ -217,7 +217,7 @@ def translated(source: str, language: str, launch: Launch) -> str:
     passed = [f"({_pointer(source, name, launch)})arguments[{number}]" for number, name in enumerate(tensors)]
     if language == "metal":
         passed += [f"{launch.kernel}_args_t{{batch}}"] if "batch" in launch.arguments else []
-        passed += ["simulator::block.x", "simulator::current->at.x"]
+        passed += [_index(source, name, place) for name, place in _PLACES.items()]
         text = text.replace("constant " + launch.kernel + "_args_t&", f"{launch.kernel}_args_t")
     elif "batch" in launch.arguments:
         passed.append("batch")
@@ -231,11 +231,28 @@ def translated(source: str, language: str, launch: Launch) -> str:
     )
 
 
+# Metal's parameters for where a thread is, and what they are to the simulator.
+_PLACES = {"blockIdx": "simulator::block", "threadIdx": "simulator::current->at"}
+
+
+def _index(source: str, name: str, place: str) -> str:
+    """Return the argument for an index of Metal, which has as many dimensions as the launch needs."""
+    found = re.search(rf"(uint[23]?) {name} \[\[", source)
+    dimensions = int(found[1].removeprefix("uint") or 1) if found else 1
+    words = ", ".join(f"{place}.{axis}" for axis in "xyz"[:dimensions])
+    return words if dimensions == 1 else f"uint{dimensions}{{{words}}}"
+
+
+# A function of ours that stands before a kernel.
+_FUNCTION = re.compile(r"^(?:template <[^<>]*>\s)?static __device__ __forceinline__ \w+ opcompile_", re.M)
+_END = re.compile(r"^\}\n", re.M)
+
+
 def _cuda(source: str) -> str:
-    """Keep the kernel alone: the simulator's header stands for TVM's preamble."""
-    kernel = source[source.index('extern "C" __global__') :]
-    end = re.search(r"^\}\n", kernel, re.M)
-    return kernel[: end.end() if end else None].replace('extern "C" ', "")
+    """Keep the kernel, and functions of ours: the simulator's header stands for TVM's preamble."""
+    kernel, ours = source.index('extern "C" __global__'), _FUNCTION.search(source)
+    end = _END.search(source, kernel)
+    return source[ours.start() if ours else kernel : end.end() if end else None].replace('extern "C" ', "")
 
 
 def _pointer(source: str, argument: str, launch: Launch) -> str:

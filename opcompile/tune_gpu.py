@@ -113,7 +113,7 @@ def emit(
         layers = [_emitted(spec, machine, trials, seed, place, progress) for spec in specs]
     except OSError as error:
         raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name another directory") from error
-    write_atomically(place / JOB, json.dumps(Job(target, seed, made, tuple(layers)).to_json(), indent=1) + "\n")
+    write_atomically(place / JOB, json.dumps(Job(machine.name, seed, made, tuple(layers)).to_json(), indent=1) + "\n")
     return place
 
 
@@ -140,7 +140,9 @@ def _made(specs: Sequence[ConvTranspose3d], machine: GpuTarget, trials: int) -> 
     from opcompile.nvcc import nvcc_version
     from opcompile.tune import versions
 
-    schedules = [tvm_ffi.structural_hash(scheduled(spec, choose(spec, machine, "baseline")[0])) for spec in specs]
+    schedules = [
+        tvm_ffi.structural_hash(scheduled(spec, choose(spec, machine, "baseline")[0], machine)) for spec in specs
+    ]
     return {
         "layers": ",".join(key(str(spec)) for spec in specs),
         "trials": str(trials),
@@ -204,7 +206,7 @@ def _building(
         return declaration, str(parse_manifest(read_manifest(written), written)["sha256"])
 
     tiles = estimate.tiles
-    plan = Plan("candidate", tiles.family, asdict(tiles), estimate.why(), None)
+    plan = Plan("candidate", tiles.family, asdict(tiles), estimate.why(machine.unit(spec.dtype)), None)
     try:
         return pool.submit(write, emitted(spec, machine, tiles, plan), declaration_hash(spec, tiles))
     except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)

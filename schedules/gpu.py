@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from schedules.gpu_tiles import EDGE, PAD, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
-from schedules.wmma import intrinsics
+from schedules.gpu_tiles import EDGE, FILLS, PAD, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
+from schedules.matrix import HOISTED, SCOPES, Unit, intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
     from opcompile.spec import ConvTranspose3d
 
-__all__ = ["GpuEstimate", "GpuTiles", "baseline", "candidates", "packed", "schedule"]
+__all__ = ["FILLS", "HOISTED", "GpuEstimate", "GpuTiles", "baseline", "candidates", "packed", "schedule"]
 
 # Loops over the taps of an axis carry its number under this name, where phases are apart and may have fewer.
 TAPS_OF = "opcompile_taps_of"
@@ -61,8 +61,11 @@ def packed(spec: ConvTranspose3d, tiles: GpuTiles, shape: tuple[int, ...]) -> tu
     return view, (0, 2, 4, 5, 6, 1, 3)
 
 
-def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
-    """Apply the moves to the function of `opcompile.declare_flat`, declared for these tiles; legal for every spec."""
+def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles, unit: Unit) -> None:
+    """Apply the moves to the function of `opcompile.declare_flat`, declared for these tiles; legal for every spec.
+
+    ``unit`` multiplies the matrices of the family ``matrix``.
+    """
     phases = [block for name, block in _blocks(sch).items() if name.startswith("phase")]
     if phases:
         _lay_out(sch, spec, tiles, phases[0])
@@ -70,7 +73,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles) -> None:
         for phase in phases:
             _in_fragments(sch, tiles, phase)
     vectors, long_first = _whole_vectors(spec, tiles), tiles.apart and longest_first(spec)
-    sums(sch, tiles, spec.dtype, vectors=vectors, own=tiles.own, long_first=long_first)
+    sums(sch, tiles, spec.dtype, unit, vectors=vectors, own=tiles.own, long_first=long_first)
 
 
 def longest_first(spec: ConvTranspose3d) -> bool:
@@ -84,7 +87,14 @@ def longest_first(spec: ConvTranspose3d) -> bool:
 
 
 def sums(
-    sch: Schedule, tiles: GpuTiles, dtype: str, *, vectors: bool = False, own: int = 1, long_first: bool = False
+    sch: Schedule,
+    tiles: GpuTiles,
+    dtype: str,
+    unit: Unit = "wmma",
+    *,
+    vectors: bool = False,
+    own: int = 1,
+    long_first: bool = False,
 ) -> None:
     """Make one kernel of ``columns``, perhaps ``weights``, ``phase``, ``result`` and ``output``; see `schedule`.
 
@@ -107,6 +117,9 @@ def sums(
     block = sch.fuse(*grid)
     sch.bind(block, "blockIdx.x")
     home, inside = _deal(sch, tiles, m_in, q_in)
+    if tiles.family == "matrix" and not HOISTED[unit]:
+        # left to the compiler, whose copies share one place for the sums
+        sch.annotate(inside[0], "pragma_unroll_explicit", 0)
     sch.compute_at(blocks["result"], home, preserve_unit_loops=True)
     sch.set_scope(blocks["result"], 0, "local")
     for loop in (*_own(sch, blocks["result"], home), *inside, *(together[:2] if vectors else together)):
@@ -118,7 +131,8 @@ def sums(
     for name in names:
         if tiles.family == "matrix":
             columns = blocks[name.replace("phase", "columns")]
-            _sum_in_fragments(sch, tiles, dtype, blocks[name], columns, block, inside[0])
+            does = intrinsics(unit, dtype)
+            _sum_in_fragments(sch, tiles, SCOPES[unit], does, blocks[name], columns, block, inside[0])
             continue
         sch.compute_at(blocks[name], home, preserve_unit_loops=True)
         sch.set_scope(blocks[name], 0, "local")
@@ -182,8 +196,6 @@ def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, lis
     turns, far = sch.split(far, [None, WARP // EDGE])
     sch.reorder(m, q, fragments, far, near, turns)
     sch.bind(sch.fuse(m, q), "threadIdx.y")
-    # left to the compiler, whose copies share one place for the sums
-    sch.annotate(fragments, "pragma_unroll_explicit", 0)
     sch.bind(sch.fuse(far, near), "threadIdx.x")
     return turns, [fragments]
 
@@ -343,10 +355,18 @@ def _in_fragments(sch: Schedule, t: GpuTiles, phase: Any) -> None:
     sch.transform_layout(phase, ("write", 0), fragments)
 
 
-def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, columns: Any, block: Any, step: Any) -> None:
+def _sum_in_fragments(
+    sch: Schedule,
+    t: GpuTiles,
+    scopes: tuple[str, str],
+    does: dict[str, str],
+    phase: Any,
+    columns: Any,
+    block: Any,
+    step: Any,
+) -> None:
     """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
-    does = intrinsics(dtype)
-    leave = sch.cache_write(phase, 0, "wmma.accumulator")
+    leave = sch.cache_write(phase, 0, scopes[0])
     sch.compute_at(leave, step, preserve_unit_loops=True)
     sch.set_scope(leave, 0, "shared")
     sch.compute_at(phase, block, preserve_unit_loops=True)
@@ -359,7 +379,7 @@ def _sum_in_fragments(sch: Schedule, t: GpuTiles, dtype: str, phase: Any, column
     sch.bind(sch.fuse(warp, q), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)
-    elements = sch.cache_read(phase, 0, "wmma.matrix_b", [phase])
+    elements = sch.cache_read(phase, 0, scopes[1], [phase])
     staged = sch.cache_read(phase, 1, "shared", [phase])
     sch.set_scope(columns, 0, "shared")
     sch.compute_at(elements, c_step, preserve_unit_loops=True)

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from opcompile.gpus import Gpu
     from opcompile.spec import Axis, ConvTranspose3d
+    from schedules.matrix import Unit
 
 Family = Literal["direct", "staged", "split", "matrix"]
 
 # Threads of a warp, on every GPU that has a name here.
 WARP = 32
-# Rows and columns of what a warp multiplies at once.
+# Rows and columns of what a warp multiplies at once (`schedules.matrix`).
 EDGE = 16
 # Elements between the rows that matrix instructions read in shared memory: they begin in different banks.
 PAD = 8
+# What a layer must have to fill matrices (`_fragments`).
+FILLS = (
+    f"matrices need a multiple of {EDGE} input channels in a group, and {EDGE} or more output channels and positions"
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -88,8 +93,8 @@ class GpuEstimate:
     registers: int
     shared: int
 
-    def why(self) -> tuple[str, ...]:
-        """The argument in words, one line a fact."""
+    def why(self, unit: Unit = "wmma") -> tuple[str, ...]:
+        """The argument in words, one line a fact. ``unit`` multiplies the matrices, where these are."""
         t = self.tiles
         lines = [
             f"{self.blocks} blocks of {t.threads} threads; each writes {t.channels} channels x {t.positions} positions "
@@ -102,8 +107,16 @@ class GpuEstimate:
         if t.family == "split":
             lines.append(f"{t.split} groups of threads share the input channels, and add up in {self.shared} bytes")
         if t.family == "matrix":
-            lines.append("products by matrix instructions, summed in float32 that is cut off and not rounded")
+            lines.append(_PRODUCTS[unit])
         return (*lines, f"estimated cycles: {self.computing:.3g} computing, {self.moving:.3g} moving bytes")
+
+
+_PRODUCTS: dict[Unit, str] = {
+    "wmma": "products by matrix instructions, summed in float32 that is cut off and not rounded",
+    "tf32": "products by matrix instructions, of float32 factors that are rounded to TF32 (11 significant bits), "
+    "summed in float32 that is cut off and not rounded",
+    "simdgroup": "products by simdgroup matrices, summed in float32; Apple does not say how these round",
+}
 
 
 def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
@@ -208,7 +221,7 @@ class Sums:
         words = self.sum_bytes // 4
         sums = self.summed(t) * t.tile_m * t.tile_q
         if t.family == "matrix":  # and two fragments of factors
-            return (sums + EDGE * EDGE) // WARP + 40
+            return (sums + EDGE * EDGE * self.itemsize // 2) // WARP + 40
         weights = t.tile_m * (self.summed(t) if self.alike else 1)
         return words * (sums + weights + t.tile_q) + 32
 
@@ -355,8 +368,11 @@ def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
     weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
     copied += t.channels * rows / t.tile_m * weight
     if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
-        step *= gpu.lanes / gpu.matrix / WARP / _OVERLAP
-        weights, elements = _FRAGMENT_LOAD / _SHARED_LOAD * rows / EDGE / EDGE, _FRAGMENT_LOAD / _SHARED_LOAD / EDGE
+        wide = layer.itemsize / 2
+        own_units = gpu.matrix > gpu.lanes
+        step *= (gpu.lanes / gpu.matrix * wide / WARP / _OVERLAP) if own_units else 1 / WARP
+        load = _FRAGMENT_LOAD * wide / _SHARED_LOAD
+        weights, elements = load * rows / EDGE / EDGE, load / EDGE
     return step + _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
 
 

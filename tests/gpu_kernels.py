@@ -18,6 +18,7 @@ from opcompile.spec import ConvTranspose3d
 from schedules.gpu import GpuEstimate, GpuTiles
 
 CUDA, METAL = gpu_target("cuda:sm_90"), gpu_target("metal:apple-m1")
+TF32, SIMDGROUP = gpu_target("cuda:sm_80+tf32"), gpu_target("metal:apple-m2+simdgroup")
 _FOR_TESTS = Plan("baseline", "", {}, (), None)
 
 

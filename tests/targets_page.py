@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from opcompile.cases import CASES
-from opcompile.gpus import gpu_names, gpu_target
+from opcompile.errors import TargetError
+from opcompile.gpus import FLAGS, gpu_names, gpu_target
 from opcompile.target import names
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
@@ -17,6 +19,9 @@ CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by
 # What was run where, by hand: a GPU is not at hand for every test run.
 ON_DEVICE = {"cuda": "layers, on an H100: `tests/test_on_gpu.py`", "metal": "no"}
 
+# Flags are tried on layers that fill matrices.
+FLAGGED = {"cuda:sm_80+tf32": "layers of its own", "metal:apple-m2+simdgroup": "layers of its own"}
+
 
 def page() -> str:
     """Return the page with its last part written anew."""
@@ -25,15 +30,24 @@ def page() -> str:
 
 
 def _gpus() -> list[str]:
-    head = "| GPU | as in | threads of a block | its shared memory | registers of a thread | types | tensor cores |"
-    rows = [head, "|---|---|---|---|---|---|---|"]
+    columns = ("GPU", "as in", "threads of a block", "its shared memory", "registers of a thread", "types")
+    head = " | ".join([*columns, "tensor cores", "flags"])
+    rows = [f"| {head} |", "|---" * 8 + "|"]
     for name in gpu_names():
         t = gpu_target(name)
         limits = f"{t.gpu.threads} | {t.gpu.shared // 1024} KiB | {t.gpu.registers}"
-        rows.append(
-            f"| `{name}` | {t.gpu.example} | {limits} | {', '.join(t.dtypes)} | {', '.join(t.gpu.matrix_types)} |"
-        )
+        types = f"{', '.join(t.dtypes)} | {', '.join(t.gpu.matrix_types)}"
+        rows.append(f"| `{name}` | {t.gpu.example} | {limits} | {types} | {', '.join(_flags(name))} |")
     return rows
+
+
+def _flags(name: str) -> Iterator[str]:
+    for flag, rule in FLAGS.items():
+        try:
+            gpu_target(f"{name}+{flag}")
+        except TargetError:
+            continue
+        yield f"`+{flag}`: {', '.join(rule.dtypes)}"
 
 
 def _verified() -> list[str]:
@@ -45,6 +59,9 @@ def _verified() -> list[str]:
         t = gpu_target(name)
         count = sum(case.spec.dtype in t.dtypes for case in CASES)
         rows.append(f"| `{name}` | {count} | {SIMULATED} | {CHECKED[t.language]} | {ON_DEVICE[t.language]} |")
+    for name, count in FLAGGED.items():
+        t = gpu_target(name)
+        rows.append(f"| `{name}` | {count} | simulated: `tests/test_gpu_matrix.py` | {CHECKED[t.language]} | no |")
     rows.append("| other GPUs | | | tiles within the limits: `tests/test_gpu_tiles.py` | no |")
     return rows
 

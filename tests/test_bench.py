@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rich.console import Console
 from opcompile import compile, probes, summary
 from opcompile._memory import weigh
 from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
-from opcompile.bench_gpu import bench_gpu
+from opcompile.bench_gpu import _as_documented, bench_gpu
 from opcompile.engines import PEERS, Engine, Job, prepare
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.plot import plot
@@ -515,3 +516,12 @@ def test_what_is_compiled_for_another_machine_is_not_loaded() -> None:
             compile(SPEC, name)
     with pytest.raises(CallError, match="read a text by ConvTranspose3d"):
         compile(str(SPEC))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_on_a_gpu_peers_have_tf32_where_the_target_has_and_only_then(tf32: bool) -> None:
+    cudnn, matmul = SimpleNamespace(allow_tf32=True, benchmark=False), SimpleNamespace(allow_tf32=False)
+    torch = SimpleNamespace(backends=SimpleNamespace(cudnn=cudnn, cuda=SimpleNamespace(matmul=matmul)))
+    with _as_documented(torch, tf32):
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (tf32, tf32, True)
+    assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (True, False, False)

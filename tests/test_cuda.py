@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -117,20 +118,25 @@ def test_wrong_tensors_are_refused(place: Path) -> None:
 
 @pytest.mark.gpu_table
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "flags"),
     [
-        ("L03-nnunet-up3", "float32"),
-        ("L24-psmnet-conv5", "float32"),
-        ("L01-nnunet-up1", "float32"),
-        ("L34-mednext-up0", "float32"),
-        ("L03-nnunet-up3", "bfloat16"),
-        ("L24-psmnet-conv5", "float16"),
+        ("L03-nnunet-up3", "float32", ""),
+        ("L24-psmnet-conv5", "float32", ""),
+        ("L01-nnunet-up1", "float32", ""),
+        ("L34-mednext-up0", "float32", ""),
+        ("L03-nnunet-up3", "bfloat16", ""),
+        ("L24-psmnet-conv5", "float16", ""),
+        ("L03-nnunet-up3", "float32", "+tf32"),
+        ("L24-psmnet-conv5", "float32", "+tf32"),
     ],
 )
-def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str, dtype: str, tmp_path: Path) -> None:
+def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(
+    name: str, dtype: str, flags: str, tmp_path: Path
+) -> None:
     if not HAS_NVCC:
         pytest.skip("no nvcc on PATH")
-    kernel = lowered(replace(case(name).spec, dtype=dtype), CUDA)
+    kernel = lowered(replace(case(name).spec, dtype=dtype), gpu_target(CUDA.name + flags))
+    assert ("precision::tf32" in kernel.source) == bool(flags)
     (tmp_path / "k.cu").write_text(kernel.source)
     command = ["nvcc", "-w", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "k.cu", "-o", "k.cubin"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
@@ -144,11 +150,19 @@ def test_ptxas_finds_no_spill_and_about_the_registers_of_the_estimate(name: str,
 
 @pytest.mark.gpu_table
 @needs_nvcc
-def test_an_artifact_with_matrix_instructions_is_judged_by_how_they_sum(tmp_path: Path) -> None:
-    spec = ConvTranspose3d.parse("in=1x64x4x8x8 co=64 k=2 s=2 dtype=float16")
-    kernel = lower_gpu(spec, gpu_target("cuda:sm_80"))
+@pytest.mark.parametrize(
+    ("dtype", "name", "computed_in"),
+    [("float16", "cuda:sm_80", "tensor cores"), ("float32", "cuda:sm_80+sm_90+tf32", "TF32 tensor cores")],
+)
+def test_an_artifact_with_matrix_instructions_is_judged_by_how_they_sum(
+    dtype: str, name: str, computed_in: str, tmp_path: Path
+) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x64x4x8x8 co=64 k=2 s=2 dtype={dtype}")
+    kernel = lower_gpu(spec, gpu_target(name))
     assert kernel.plan.schedule == "matrix"
-    report = opcompile.verify(Simulated(artifact.write(kernel, tmp_path / "a")), engines=("reference",)).require()
+    place = artifact.write(kernel, tmp_path / "a")
+    assert json.loads((place / "manifest.json").read_text())["target"]["name"] == name
+    report = opcompile.verify(Simulated(place)).require()
     ours = [row.check for row in report.rows if row.answer.startswith("opcompile")]
     assert ours
-    assert {check.computed_in for check in ours} == {"tensor cores"}
+    assert {check.computed_in for check in ours} == {computed_in}

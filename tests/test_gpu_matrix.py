@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from gpu_kernels import CUDA, METAL, lowered, simulated
+from gpu_kernels import CUDA, METAL, SIMDGROUP, TF32, cut, lowered, simulated
 from kernels import integers, reals
 from test_gpu_table import assert_limits
 
-from opcompile.bounds import bounds, compare
+from opcompile import artifact
+from opcompile.bounds import Answer, Inputs, bounds, compare, compare_at
 from opcompile.cases import case
-from opcompile.errors import VerificationError
+from opcompile.describe import describe
+from opcompile.errors import CallError, VerificationError
 from opcompile.gpus import gpu_names, gpu_target
+from opcompile.gradients.gradient import Gradient
+from opcompile.gradients.lower_gpu import choose as choose_derivative
 from opcompile.launch import Launch
+from opcompile.lower import Plan
+from opcompile.lower_gpu import choose, emitted
 from opcompile.reference import reference
-from opcompile.simulate import Simulator
+from opcompile.simulate import Simulated, Simulator
 from opcompile.spec import ConvTranspose3d
+from opcompile.verify import verify
 from schedules.gpu import GpuEstimate, baseline, candidates
 
 # Ragged channels and positions in all of them; two phases where one pair of blocks a phase would take long.
@@ -40,26 +49,60 @@ WHOLE = {
 }
 
 
+# Where the name of the target asks for them: the instruction, and what a report calls it.
+ASKED_FOR = {
+    "TF32": (TF32, "float32", "nvcuda::wmma::mma_sync", "TF32 tensor cores"),
+    "simdgroup, float16": (SIMDGROUP, "float16", "simdgroup_multiply_accumulate", "simdgroup matrices"),
+    "simdgroup, float32": (SIMDGROUP, "float32", "simdgroup_multiply_accumulate", "simdgroup matrices"),
+}
+
+
 def of_matrix(spec: ConvTranspose3d, target: Any = CUDA) -> list[GpuEstimate]:
     return [e for e in candidates(spec, target.gpu) if e.tiles.family == "matrix"]
 
 
-def check(spec: ConvTranspose3d, estimate: GpuEstimate) -> None:
-    kernel = lowered(spec, CUDA, estimate.tiles)
+def forms(spec: ConvTranspose3d, target: Any = CUDA) -> list[GpuEstimate]:
+    found = of_matrix(spec, target)
+    of_each = {(e.tiles.threads_m > 1, e.tiles.threads_q > 1, e.tiles.tile_m > 16, e.tiles.apart): e for e in found}
+    assert len(of_each) >= 3
+    return list(of_each.values())
+
+
+def check(
+    spec: ConvTranspose3d,
+    estimate: GpuEstimate,
+    target: Any = CUDA,
+    instruction: str = "nvcuda::wmma::mma_sync",
+    computed_in: str = "tensor cores",
+) -> None:
+    kernel = lowered(spec, target, estimate.tiles)
     assert_limits(kernel)
-    assert "nvcuda::wmma::mma_sync" in kernel.source
+    assert instruction in kernel.source
     assert kernel.launch.shared_bytes == estimate.shared
     run = simulated(kernel)
     x, w, b = integers(spec)
-    compare(spec, run(x, w, b), x, w, b, exact=True, computed_in="tensor cores").require()
+    compare(spec, run(x, w, b), x, w, b, exact=True, computed_in=computed_in).require()
     x, w, b = reals(spec)
-    compare(spec, run(x, w, b), x, w, b, computed_in="tensor cores").require()
+    compare(spec, run(x, w, b), x, w, b, computed_in=computed_in).require()
+
+
+def asked_for(unit: str, text: str) -> tuple[ConvTranspose3d, Any, str, str]:
+    """The layer in the type of ``unit``, its target, the instruction, and its name in reports."""
+    target, dtype, instruction, name = ASKED_FOR[unit]
+    return replace(ConvTranspose3d.parse(text), dtype=dtype), target, instruction, name
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers_are_exact_on_integers_and_within_the_bound_on_reals(kind: str) -> None:
     spec = ConvTranspose3d.parse(LAYERS[kind])
     check(spec, of_matrix(spec)[0])
+
+
+@pytest.mark.parametrize("kind", [*LAYERS][:3])
+@pytest.mark.parametrize("unit", ASKED_FOR)
+def test_so_they_are_where_a_target_asks_for_it(unit: str, kind: str) -> None:
+    spec, target, *words = asked_for(unit, LAYERS[kind])
+    check(spec, of_matrix(spec, target)[0], target, *words)
 
 
 @pytest.mark.gpu_table
@@ -70,14 +113,46 @@ def test_larger_layers_are_too(kind: str) -> None:
 
 
 @pytest.mark.gpu_table
-@pytest.mark.parametrize("text", ["in=1x32x3x5x7 co=72 k=2 s=2 dtype=float16", LAYERS["k3 s2, bfloat16"]])
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("unit", ASKED_FOR)
+def test_larger_layers_are_where_a_target_asks_for_it(unit: str, kind: str) -> None:
+    spec, target, *words = asked_for(unit, WHOLE[kind])
+    check(spec, of_matrix(spec, target)[0], target, *words)
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(TF32, "L05-nnunet-up5"), (TF32, "L11-basicunet-last"), (TF32, "L24-psmnet-conv5")]
+    + [(SIMDGROUP, name) for name in ("L03-nnunet-up3", "L16-segresnet-up4", "L24-psmnet-conv5")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_real_layers_are_right_in_what_a_flag_chooses(target: Any, name: str) -> None:
+    spec = case(name).spec
+    estimate = baseline(spec, target.gpu)
+    assert estimate.tiles.family == "matrix"
+    words = next(words for other, _, *words in ASKED_FOR.values() if other is target)
+    check(cut(spec, 2**23), estimate, target, *words)
+
+
+FORMS = ["in=1x32x3x5x7 co=72 k=2 s=2 dtype=float16", LAYERS["k3 s2, bfloat16"]]
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("text", FORMS)
 def test_every_form_of_tiles_is_right(text: str) -> None:
     spec = ConvTranspose3d.parse(text)
-    found = of_matrix(spec)
-    forms = {(e.tiles.threads_m > 1, e.tiles.threads_q > 1, e.tiles.tile_m > 16, e.tiles.apart): e for e in found}
-    assert len(forms) >= 3
-    for estimate in forms.values():
+    for estimate in forms(spec):
         check(spec, estimate)
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("text", FORMS)
+@pytest.mark.parametrize("unit", ASKED_FOR)
+def test_every_form_of_tiles_is_right_where_a_target_asks_for_it(unit: str, text: str) -> None:
+    spec, target, *words = asked_for(unit, text)
+    for estimate in forms(spec, target):
+        check(spec, estimate, target, *words)
 
 
 # --- where they are chosen ---
@@ -108,15 +183,91 @@ def test_what_does_not_fill_a_fragment_is_no_candidate(change: str) -> None:
     assert not of_matrix(ConvTranspose3d.parse(f"{change} dtype=float16"))
 
 
-@pytest.mark.parametrize("name", [n for n in gpu_names() if n.startswith("cuda")])
-def test_all_candidates_keep_to_the_limits_of_the_device(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((n, "float16") for n in gpu_names() if n.startswith("cuda")),
+        *((f"{n}+tf32", "float32") for n in gpu_names() if n.startswith("cuda") and n != "cuda:sm_75"),
+        *((f"{n}+simdgroup", t) for n in gpu_names() if n.startswith("metal") for t in ("float16", "float32")),
+    ],
+)
+def test_all_candidates_keep_to_the_limits_of_the_device(name: str, dtype: str) -> None:
     gpu = gpu_target(name).gpu
-    for layer in ("L08-monai-unet-up3", "k2-s2"):
-        spec = replace(case(layer).spec, dtype="float16")
+    for layer in ("L08-monai-unet-up3", "L24-psmnet-conv5"):
+        spec = replace(case(layer).spec, dtype=dtype)
+        assert of_matrix(spec, gpu_target(name))
         for e in of_matrix(spec, gpu_target(name)):
             assert e.tiles.threads <= gpu.threads
             assert e.shared <= gpu.shared
             assert e.registers * e.tiles.threads <= gpu.register_file
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize("name", ["L04-nnunet-up4", "L24-psmnet-conv5", "L21-videogpt-convt1"])
+def test_real_layers_use_what_a_flag_allows_and_only_then(name: str) -> None:
+    spec = case(name).spec
+    assert spec.dtype == "float32"
+    for target in (TF32, SIMDGROUP):
+        without = gpu_target(target.name.rpartition("+")[0])
+        assert not of_matrix(spec, without)
+        assert of_matrix(spec, target)
+    assert choose(spec, TF32, "baseline")[1].schedule == "matrix"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_tf32_changes_nothing_for_other_types_and_that_is_said(dtype: str) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x64x8x8x8 co=64 k=2 s=2 dtype={dtype}")
+    without = gpu_target("cuda:sm_80")
+    tiles, plan = choose(spec, TF32, "baseline")
+    assert (tiles.family == "matrix") == (dtype != "float64")
+    assert tiles == choose(spec, without, "baseline")[0]
+    assert lowered(spec, TF32, tiles).source == lowered(spec, without, tiles).source
+    assert plan.why[-1] == f"+tf32 changes nothing: it is for float32, and this layer has {dtype}"
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "reason"),
+    [
+        ("in=1x24x8x8x8 co=32 k=2 s=2", TF32, "matrices need a multiple of 16 input channels"),
+        ("in=1x32x8x8x8 co=8 k=2 s=2", SIMDGROUP, "and 16 or more output channels"),
+        ("in=1x16x4x4x4 co=16 k=3", SIMDGROUP, "other tiles come out faster"),
+    ],
+)
+def test_where_a_flag_changes_nothing_the_reason_is_said(text: str, target: Any, reason: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    tiles, plan = choose(spec, target, "baseline")
+    assert tiles == choose(spec, gpu_target(target.name.rpartition("+")[0]), "baseline")[0]
+    assert f"+{target.flags[0]} changes nothing, and all products are float32: " in plan.why[-1]
+    assert reason in plan.why[-1]
+    assert describe(spec, target.name, "baseline").summed_in == "float32"
+
+
+def test_derivatives_have_no_matrices_and_say_so() -> None:
+    _, plan = choose_derivative(Gradient(case("k3-s2").spec, "x"), TF32, "baseline")
+    assert plan.why[-1] == "+tf32 changes nothing: derivatives use no matrix instructions"
+
+
+def test_a_description_says_what_products_are_summed_in() -> None:
+    found = describe(case("L24-psmnet-conv5").spec, "cuda:sm_80+tf32", "baseline")
+    assert found.to_json()["summed_in"] == "TF32 tensor cores"
+    assert found.target == "cuda:sm_80+tf32"
+    assert any("rounded to TF32 (11 significant bits)" in line for line in found.plan.why)
+
+
+def test_an_artifact_says_what_was_asked_for_and_is_judged_by_it(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("opcompile.artifact_gpu.importlib.util.find_spec", lambda _: None)  # the text alone
+    spec = ConvTranspose3d.parse("in=1x64x2x4x4 co=32 k=2 s=2")
+    tiles = of_matrix(spec, SIMDGROUP)[0].tiles
+    plan = Plan("baseline", tiles.family, asdict(tiles), (), None)
+    place = artifact.write(emitted(spec, SIMDGROUP, tiles, plan), tmp_path / "a")
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert manifest["target"]["name"] == "metal:apple-m2+simdgroup"
+    assert manifest["target"]["features"] == ["simdgroup"]
+    report = verify(Simulated(place), engines=("reference",)).require()
+    ours = {row.check.computed_in for row in report.rows if row.answer.startswith("opcompile")}
+    assert ours == {"simdgroup matrices"}
 
 
 # --- how they sum ---
@@ -132,6 +283,96 @@ def test_the_bound_holds_for_sums_that_are_cut_off() -> None:
     compare(spec, y, x, w, computed_in="tensor cores").require()
     allowed = [bounds(spec, x, w, computed_in=sums).item() for sums in ("float32", "tensor cores")]
     assert allowed[0] < abs(exact - 1).item() < allowed[1] < 3.01 * allowed[0]
+
+
+# --- TF32 ---
+
+
+def rounded_to_tf32(values: Any) -> Any:
+    """To eleven significant bits, ties away from zero."""
+    fraction, exponent = np.frexp(values.astype("float64"))
+    away = np.trunc(np.abs(fraction) * 2**11 + 0.5)
+    return np.ldexp(np.copysign(away, fraction), exponent - 11).astype("float32")
+
+
+def test_tf32_rounds_the_factors_and_nothing_else() -> None:
+    """Beyond the bound of float32; that of rounded factors holds it, and knows them rounded beforehand."""
+    spec, target, *_, name = asked_for("TF32", LAYERS["k2 s2, one product for all phases"])
+    run = simulated(lowered(spec, target, of_matrix(spec, target)[0].tiles))
+    x, w, b = reals(spec)
+    y = run(x, w, b)
+    for sums in ("float32", "tensor cores"):
+        assert not compare(spec, y, x, w, b, computed_in=sums).passed
+    compare(spec, y, x, w, b, computed_in=name).require()
+    near = [rounded_to_tf32(values) for values in (x, w)]
+    assert not np.array_equal(near[0], x)
+    compare(spec, y, *near, b, computed_in="tensor cores").require()
+    np.testing.assert_array_equal(run(*near, b), y)
+
+
+def test_the_bound_of_tf32_is_reached() -> None:
+    """Both factors half way between two numbers, one after the other: each product is off by almost two units."""
+    spec = ConvTranspose3d.parse("in=1x64x1x1x1 co=16 k=1 bias=0")
+    x, w = (np.full(shape, 1 + 2.0**-11, "float32") for shape in (spec.x_shape, spec.w_shape))
+    y = np.full(spec.y_shape, 64 * (1 + 2.0**-10) ** 2, "float32")
+    check = compare(spec, y, x, w, computed_in="TF32 tensor cores").require()
+    assert check.worst > 0.95
+    assert not compare(spec, 1.0001 * y, x, w, computed_in="TF32 tensor cores").passed
+
+
+def test_integers_are_exact_in_tf32_up_to_eleven_bits() -> None:
+    spec = ConvTranspose3d.parse("in=1x16x1x1x1 co=16 k=1 bias=0")
+    w = np.ones(spec.w_shape, "float32")
+    for value, exact in ((2048.0, True), (2049.0, False)):
+        x = np.full(spec.x_shape, value, "float32")
+        allowed = bounds(spec, x, w, computed_in="TF32 tensor cores")
+        assert (allowed == 0).all() == exact
+        assert (bounds(spec, x, w, computed_in="tensor cores") == 0).all()
+        if not exact:
+            with pytest.raises(CallError, match=r"2\^11"):
+                compare(spec, np.zeros(spec.y_shape), x, w, computed_in="TF32 tensor cores", exact=True)
+
+
+def test_a_factor_that_tf32_rounds_to_infinity_has_no_bound() -> None:
+    spec = ConvTranspose3d.parse("in=1x16x1x1x1 co=16 k=1 bias=0")
+    x, w = np.full(spec.x_shape, np.finfo("float32").max, "float32"), np.full(spec.w_shape, 2.0**-30, "float32")
+    assert np.isinf(bounds(spec, x, w, computed_in="TF32 tensor cores")).all()
+    assert np.isfinite(bounds(spec, x, w, computed_in="tensor cores")).all()
+
+
+def test_answers_at_some_elements_are_judged_each_by_what_it_summed_in() -> None:
+    """Integers that are exact in float32 and not in TF32."""
+    spec = ConvTranspose3d.parse("in=1x16x1x1x1 co=16 k=1 bias=0")
+    x, w = np.full(spec.x_shape, 2049.0, "float32"), np.ones(spec.w_shape, "float32")
+    exact = reference(spec, x, w, None).reshape(-1)
+    off = exact + 16.0
+    answers = [Answer(y, sums) for y in (exact, off) for sums in ("float32", "TF32 tensor cores")]
+    found = compare_at(Inputs.of(spec, x, w, None), np.arange(16), answers)
+    assert [check.passed for check in found] == [True, True, False, True]
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("line", ["held[at].x[half * f.num_elements + i]", "a.x[i]"])
+def test_a_factor_that_was_not_rounded_is_noticed(line: str) -> None:
+    spec, target, *_ = asked_for("TF32", LAYERS["k2 s2, one product for all phases"])
+    kernel = lowered(spec, target, of_matrix(spec, target)[0].tiles)
+    bent = re.sub(rf"({re.escape(line)} = )nvcuda::wmma::__float_to_tf32\((\w\.x\[i\])\);", r"\1\2;", kernel.source)
+    assert bent != kernel.source
+    with pytest.raises(VerificationError, match="not rounded to TF32"):
+        simulated(replace(kernel, source=bent))(*reals(spec))
+
+
+def test_the_conversion_rounds_to_nearest_and_ties_away_from_zero() -> None:
+    given = [1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-23, 1 + 3 * 2.0**-11, np.finfo("float32").max, 2.0**-140]
+    expected = [1 + 2.0**-10, -1 - 2.0**-10, 1, 1 + 2.0**-9, np.inf, 0]
+    given, expected = ([*values, np.inf, 0.0] for values in (given, expected))
+    source = (
+        'extern "C" __global__ void __launch_bounds__(8) k(float* __restrict__ X_ptr, float* __restrict__ output_ptr) '
+        "{\n  int i = threadIdx.x;\n  output_ptr[i] = nvcuda::wmma::__float_to_tf32(X_ptr[i]);\n}\n"
+    )
+    y = np.zeros((1, 8), "float32")
+    Simulator(source, "cuda", Launch.of(source, "cuda", 1, (8,))).run({"x": np.array(given, "float32")}, y, 1)
+    np.testing.assert_array_equal(y[0], np.array(expected, "float32"))
 
 
 # --- the simulation ---
@@ -208,3 +449,84 @@ def test_shared_memory_that_was_not_written_shows_through_a_product() -> None:
     assert bent != kernel.source
     x, w, b = integers(spec)
     assert np.isnan(simulated(replace(kernel, source=bent))(x, w, b).astype(ml_dtypes.bfloat16)).any()
+
+
+# --- Apple's, simulated ---
+
+SIMD_HEAD = """
+  threadgroup half a[256];
+  threadgroup float c[64];
+  int i = threadIdx.x + threadIdx.y * 32;
+  for (int j = i; j < 256; j += 64) a[j] = X_ptr[j % 128];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_half8x8 left;
+  simdgroup_half8x8 right;
+  simdgroup_float8x8 sum;
+"""
+SIMD_LOAD = """
+  sum = make_filled_simdgroup_matrix<float, 8, 8>(0.000000e+00f);
+  simdgroup_load(left, (&(a[0])), 8, 0, (bool)1);
+  simdgroup_load(right, (&(a[64])), 8, 0, (bool)0);
+"""
+SIMD_MULTIPLY = "simdgroup_multiply_accumulate(sum, left, right, sum);\n"
+SIMD_STORE = """
+  if (threadIdx.y == 0) simdgroup_store(sum, (&(c[0])), 8, 0, (bool)0);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int j = i; j < 64; j += 64) output_ptr[j] = c[j];
+"""
+
+
+def run_simdgroups(body: str) -> Any:
+    """Run ``body`` with two simdgroups on X, two 8x8 matrices of small integers; return X and the 8x8 sums."""
+    source = (
+        "using namespace metal;\n"
+        "kernel void k(  device half* X_ptr [[ buffer(0) ]],\n  device float* output_ptr [[ buffer(1) ]],\n"
+        "  uint2 blockIdx [[threadgroup_position_in_grid]],\n  uint2 threadIdx [[thread_position_in_threadgroup]]\n"
+        f") {{{SIMD_HEAD}{body}}}\n"
+    )
+    x, y = np.random.default_rng(0).integers(-4, 5, (2, 8, 8)).astype("float16"), np.zeros((1, 64), "float32")
+    Simulator(source, "metal", Launch.of(source, "metal", 1, (32, 2))).run({"x": x}, y, 1)
+    return x.astype("float32"), y.reshape(8, 8)
+
+
+def test_a_simdgroup_multiplies_matrices() -> None:
+    (a, b), y = run_simdgroups(SIMD_LOAD + SIMD_MULTIPLY + SIMD_MULTIPLY + SIMD_STORE)
+    np.testing.assert_array_equal(y, 2 * a.T @ b)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (SIMD_LOAD + "if (threadIdx.x < 16) " + SIMD_MULTIPLY + SIMD_STORE, "divergent"),
+        (SIMD_LOAD.replace("a[0]", "a[threadIdx.x & 16]") + SIMD_MULTIPLY + SIMD_STORE, "another matrix"),
+        (SIMD_LOAD.replace("a[64]", "a[248]") + SIMD_MULTIPLY + SIMD_STORE, "shared memory a"),
+        (
+            SIMD_LOAD + SIMD_MULTIPLY + "if (threadIdx.y) simdgroup_store(sum, (float*)a, 8, 0, false);" + SIMD_STORE,
+            "race",
+        ),
+    ],
+)
+def test_what_a_simdgroup_must_not_do_is_said(body: str, words: str) -> None:
+    with pytest.raises(VerificationError, match=re.escape(words)):
+        run_simdgroups(body)
+
+
+def test_a_simdgroup_matrix_that_was_not_filled_shows() -> None:
+    body = SIMD_LOAD.replace("sum = make_filled_simdgroup_matrix<float, 8, 8>(0.000000e+00f);", "")
+    assert np.isnan(run_simdgroups(body + SIMD_MULTIPLY + SIMD_STORE)[1]).all()
+
+
+@pytest.mark.gpu_table
+@pytest.mark.parametrize("unit", ASKED_FOR)
+def test_a_barrier_taken_out_of_a_kernel_with_matrices_is_missed(unit: str) -> None:
+    spec, target, *_ = asked_for(unit, "in=1x64x2x4x6 co=32 k=2 s=2")
+    kernel = lowered(spec, target, of_matrix(spec, target)[0].tiles)
+    # before a warp stores its sums, for the first time, there is nothing to wait for
+    needed = r"(__syncthreads\(\);|threadgroup_barrier\([^)]*\);)(?!\s+nvcuda::wmma::store_matrix_sync)"
+    barriers = list(re.finditer(needed, kernel.source))
+    assert len(barriers) == 3
+    x, w, b = integers(spec)
+    for barrier in barriers:
+        bent = replace(kernel, source=kernel.source[: barrier.start()] + kernel.source[barrier.end() :])
+        with pytest.raises(VerificationError, match=r"race|beyond|FAIL"):
+            compare(spec, simulated(bent)(x, w, b), x, w, b, exact=True).require()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_kernels import METAL, lowered
+from gpu_kernels import METAL, SIMDGROUP, lowered
 
 from opcompile import artifact
 from opcompile.cases import CASES, Case
@@ -19,6 +19,7 @@ from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.lower_gpu import lower_gpu
 from opcompile.lower_gpu import choose
 from opcompile.spec import ConvTranspose3d
+from schedules.gpu import candidates
 
 HEADERS = Path(__file__).with_name("metal")
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -59,6 +60,39 @@ def test_the_types_of_a_derivative_are_right(wrt: Wrt, tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("text", ["in=Nx32x3x3x5 co=24 k=2 s=2", "in=1x48x3x4x5 co=40 k=3 s=2 p=1 op=1 layout=NDHWC"])
+def test_the_types_of_simdgroup_matrices_are_right(text: str, dtype: str, tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse(f"{text} dtype={dtype}")
+    tiles = {e.tiles.apart: e.tiles for e in candidates(spec, SIMDGROUP.gpu) if e.tiles.family == "matrix"}
+    assert tiles
+    for form in tiles.values():
+        source = lowered(spec, SIMDGROUP, form).source
+        assert "simdgroup_multiply_accumulate(" in source
+        assert complaints(source, tmp_path) == ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (r"simdgroup_load\(L\[0\], \(&\(W_shared", "simdgroup_load(L[0], (&(phase_shared"),
+        (r"simdgroup_half8x8 L\[", "simdgroup_float8x8 L["),
+        (r"(\n  threadgroup float phase_shared\[\d+\];)", r"\n  {\n    threadgroup float inner[8];\n  }\1"),
+    ],
+)
+def test_a_matrix_of_another_type_and_threadgroup_memory_in_a_scope_are_noticed(
+    right: str, wrong: str, tmp_path: Path
+) -> None:
+    spec = ConvTranspose3d.parse("in=1x32x3x3x5 co=24 k=2 s=2 dtype=float16")
+    (tiles, *_) = [e.tiles for e in candidates(spec, SIMDGROUP.gpu) if e.tiles.family == "matrix"]
+    source = lowered(spec, SIMDGROUP, tiles).source
+    bent = re.sub(right, wrong, source, count=1)
+    assert bent != source
+    assert "error" in complaints(bent, tmp_path)
+
+
+@pytest.mark.peers
 def test_a_pointer_that_loses_its_address_space_is_noticed(tmp_path: Path) -> None:
     """Without a cast, that is: clang lets casts pass."""
     source = lowered(ConvTranspose3d.parse("in=1x32x8x8x8 co=32 k=2 s=2"), METAL).source
@@ -91,6 +125,8 @@ def test_a_runner_reads_what_launch_json_says(name: str) -> None:
     for field in ("kernel", "grid", "block", "arguments"):
         assert field in fields
         assert re.search(rf"launch\.{field}\b|launch\[.{field}.\]", text) or (field, name) == ("kernel", "metal_mlx.py")
+    # matrices are multiplied by threads in two dimensions
+    assert re.search(r"block\[1\]|\*launch\[.block.\]|\[.block.\]\[1:?\]", text)
     used = set(re.findall(r"launch\.(\w+)|launch\[.(\w+).\]", text))
     assert {one or other for one, other in used} <= {*fields, "json"}
     if name.endswith(".py"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from opcompile import artifact
 from opcompile.bench_gpu import bench_gpu
 from opcompile.cases import CASES, Case
 from opcompile.cuda_driver import device
-from opcompile.gpus import gpu_target, suited
+from opcompile.gpus import capability, gpu_target, suited
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.lower_gpu import lower_gpu as lower_gradient
-from opcompile.lower_gpu import choose, lower_gpu
+from opcompile.lower import Plan
+from opcompile.lower_gpu import choose, emitted, lower_gpu
 from opcompile.spec import ConvTranspose3d
 from opcompile.verify import verify
 from schedules.gpu import candidates
@@ -50,6 +52,19 @@ def test_every_case_is_right(case: Case, target: Any, tmp_path: Path) -> None:
     report = verify(layer, engines=("reference",))
     assert report.passed, report
     assert not [n for n in report.not_asked if n.what == "opcompile"]
+
+
+@pytest.mark.parametrize("text", _EACH_FAMILY)
+def test_layers_in_tf32_are_right(text: str, target: Any, tmp_path: Path) -> None:
+    if capability(target.archs[0]) < (8, 0):
+        pytest.skip(f"{target.name} has no TF32")
+    spec, flagged = replace(ConvTranspose3d.parse(text), dtype="float32"), gpu_target(f"{target.name}+tf32")
+    forms = {e.tiles.apart: e.tiles for e in candidates(spec, flagged.gpu) if e.tiles.family == "matrix"}
+    for tiles in forms.values():
+        plan = Plan("baseline", "matrix", asdict(tiles), (), None)
+        layer: Any = opcompile.load(artifact.write(emitted(spec, flagged, tiles, plan), tmp_path / f"{tiles.apart}"))
+        report = verify(layer, engines=("reference",)).require()
+        assert "TF32 tensor cores" in {row.check.computed_in for row in report.rows}
 
 
 @pytest.mark.parametrize("wrt", ["x", "w", "b"])

@@ -11,6 +11,7 @@ from tvm.target import codegen
 from opcompile import lower
 from opcompile import target as module
 from opcompile.errors import TargetError, UnknownTargetError
+from opcompile.gpus import FLAGS, gpu_names, gpu_target, runs_on
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import any_target, names, target
 
@@ -115,3 +116,60 @@ def test_a_name_that_stands_for_no_target_is_bad_input_and_near_ones_are_named(g
         any_target(given)
     assert words in str(error.value)
     assert error.value.exit_code == 2
+
+
+# --- flags of GPUs ---
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [
+        ("cuda:sm_80+tf32", "cuda:sm_80+tf32"),
+        ("cuda:tf32+sm_90+tf32+sm_80", "cuda:sm_90+sm_80+tf32"),
+        ("metal:simdgroup+apple-m2", "metal:apple-m2+simdgroup"),
+    ],
+)
+def test_a_flag_has_one_place_in_a_name(given: str, canonical: str) -> None:
+    found = gpu_target(given)
+    assert found.name == canonical
+    assert found.fields()["name"] == canonical
+    assert gpu_target(canonical) == found
+
+
+def test_a_flag_is_no_architecture() -> None:
+    found = gpu_target("cuda:sm_80+sm_90+tf32")
+    assert found.archs == ("sm_80", "sm_90")
+    assert found.fields()["archs"] == ["sm_80", "sm_90"]
+    assert found.fields()["features"] == ["tf32"]
+    assert found.machine == "cuda:sm_80+tf32"
+    assert runs_on(found.archs, (9, 0))
+    assert not runs_on(found.archs, (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cuda:sm_75+tf32", r"\+tf32 needs compute capability 8\.0 or later, and sm_75 is earlier"),
+        ("cuda:sm_90+sm_75+tf32", "sm_75 is earlier"),
+        ("metal:apple-m1+tf32", r"\+tf32 is for cuda targets alone"),
+        ("cuda:sm_90+simdgroup", r"\+simdgroup is for metal targets alone"),
+        ("cuda:tf32", r"unknown.*\+tf32 \(cuda\)"),
+        ("cuda:sm_80+fast", "unknown"),
+        ("metal:apple-m1+apple-m2+simdgroup", "unknown"),
+        ("cuda:", "unknown"),
+    ],
+)
+def test_a_flag_that_does_not_fit_names_the_rule(name: str, words: str) -> None:
+    with pytest.raises(TargetError, match=words):
+        gpu_target(name)
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_no_flag_is_a_default(name: str) -> None:
+    found = gpu_target(name)
+    assert found.flags == ()
+    assert found.fields()["features"] == []
+    assert "float32" not in found.gpu.matrix_types
+    for flag, rule in FLAGS.items():
+        if rule.language == found.language and name != "cuda:sm_75":
+            assert set(rule.dtypes) <= set(gpu_target(f"{name}+{flag}").gpu.matrix_types)

@@ -123,6 +123,18 @@ def test_the_same_job_is_left_as_it_is_and_another_is_built(tmp_path: Path, gpu:
         measure(place, tmp_path / "results.json")
 
 
+def test_a_job_for_a_flagged_target_has_its_name_and_records_of_its_own(
+    tmp_path: Path, gpu: pytest.MonkeyPatch
+) -> None:
+    place = emit([LAYER], "cuda:tf32+sm_90", 1, into=tmp_path / "job")
+    assert Job.read(place).target == "cuda:sm_90+tf32"
+    before = (place / "job.json").stat().st_mtime_ns
+    emit([LAYER], "cuda:sm_90+tf32", 1, into=place)
+    assert (place / "job.json").stat().st_mtime_ns == before
+    flagged = record.path_of(tmp_path, LAYER, gpu_target("cuda:sm_90+sm_100+tf32"))
+    assert flagged.parent.name == "cuda-sm_90+tf32"
+
+
 @pytest.mark.parametrize(
     ("target", "trials", "error", "words"),
     [
@@ -337,7 +349,7 @@ def test_the_fastest_becomes_the_record_that_plans_use(
     assert choose(LAYER, TARGET, "baseline")[1].record is None
     # of several architectures the first chooses the tiles
     assert choose(LAYER, gpu_target("cuda:sm_90+sm_100"), "tuned")[1].record == made.key
-    for other in ("cuda:sm_80+sm_90", "metal:apple-m1"):
+    for other in ("cuda:sm_80+sm_90", "metal:apple-m1", "cuda:sm_90+tf32"):
         assert find_record(LAYER, gpu_target(other)) is None
     place = build.write(LAYER, TARGET.name, "tuned", tmp_path / "layer")
     assert opcompile.load(place).manifest["plan"]["tiles"] == made.tiles
@@ -349,6 +361,7 @@ def test_a_stale_or_foreign_record_is_refused(measured: tuple[Path, Path], own: 
     for change, words in (
         ({"declaration": "0123456789abcdef"}, "was tuned on declaration 0123456789abcdef, but this version declares"),
         ({"target": "cuda:sm_80"}, "it is for target 'cuda:sm_80', not 'cuda:sm_90'"),
+        ({"target": "cuda:sm_90+tf32"}, r"it is for target 'cuda:sm_90\+tf32', not 'cuda:sm_90'"),
         ({"provenance": {**made.provenance, "nvcc": 13}}, r"field provenance\.nvcc is of type int"),
         ({"tiles": {**made.tiles, "threads_q": 257}}, "its tiles are not among its finals"),
     ):

@@ -24,7 +24,10 @@ names = {"x": "X_ptr", "w": "W_ptr", "b": "B_ptr"}
 text = (place / "kernel.metal").read_text()
 head, kernel = text.split("kernel void", 1)
 body = kernel[kernel.index(") {") + 3 : kernel.rindex("}")]
-here = "uint blockIdx = threadgroup_position_in_grid.x; uint threadIdx = thread_position_in_threadgroup.x;\n"
+# simdgroups that multiply matrices lie along y
+index, axes = ("uint2", "xy") if launch["block"][1] > 1 else ("uint", "x")
+here = f"{index} blockIdx = threadgroup_position_in_grid.{axes};\n"
+here += f"{index} threadIdx = thread_position_in_threadgroup.{axes};\n"
 inputs = [name for name in launch["arguments"] if name in arrays]
 if "batch" in launch["arguments"]:
     sys.exit("MLX passes arrays alone; compile for a fixed batch")
@@ -38,7 +41,7 @@ call = mx.fast.metal_kernel(
 y_shape = (golden.x.shape[0], *layer.spec.y_shape[1:])
 (y,) = call(
     inputs=[mx.array(arrays[name]) for name in inputs],
-    grid=(launch["grid"][0] * launch["block"][0], 1, 1),
+    grid=(launch["grid"][0] * launch["block"][0], *launch["block"][1:]),
     threadgroup=tuple(launch["block"]),
     output_shapes=[y_shape],
     output_dtypes=[getattr(mx, layer.spec.dtype)],

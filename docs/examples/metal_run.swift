@@ -41,7 +41,7 @@ for (index, name) in launch.arguments.enumerated() {
 let blocks = (launch.grid[0] ?? nil) ?? launch.blocks_per_image * Int(batch)
 encoder.dispatchThreadgroups(
   MTLSize(width: blocks, height: 1, depth: 1),
-  threadsPerThreadgroup: MTLSize(width: launch.block[0], height: 1, depth: 1))
+  threadsPerThreadgroup: MTLSize(width: launch.block[0], height: launch.block[1], depth: launch.block[2]))
 encoder.endEncoding()
 command.commit()
 command.waitUntilCompleted()

@@ -45,7 +45,8 @@ def choose(gradient: Gradient, target: GpuTarget, plan: PlanName) -> tuple[GpuTi
     require_dtype(gradient.layer, target)
     estimate = gpu_candidates(gradient, target.gpu)[0]
     tiles = estimate.tiles
-    return tiles, Plan("baseline", tiles.family, asdict(tiles), why(estimate), None)
+    unused = (f"+{flag} changes nothing: derivatives use no matrix instructions" for flag in target.flags)
+    return tiles, Plan("baseline", tiles.family, asdict(tiles), (*why(estimate), *unused), None)
 
 
 def emitted(gradient: Gradient, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpuGradient:

@@ -1,6 +1,7 @@
 /* What the Metal Shading Language means to the simulator: the part that TVM emits. */
 #pragma once
 #include "gpu.h"
+#include "simdgroup.h"
 
 #define kernel static
 #define device
