@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -14,7 +15,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 if TYPE_CHECKING:
-    from opcompile.spec import ConvTranspose3d
+    from opcompile.spec import Axis, ConvTranspose3d
     from schedules.tiles import Tiles
 
 # Marks a loop over columns: those from the first number to the second may be vectors, of as many lanes as the third.
@@ -31,6 +32,8 @@ _WRITING = "output"
 _CHANNELS_AHEAD = 4
 _BYTES_AHEAD = 4096
 _CACHE_LINE = 64
+# So many taps of a row are taken one by one for the columns that they read: each has code of its own.
+_MOST_TRIMMED = 4
 # Rows of more phases than these are left to LLVM.
 _MOST_WOVEN = 4
 
@@ -45,6 +48,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     ((name, function),) = module.functions.items()
     channels = spec.channels_in // spec.groups
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
+    if tiles.trims(spec.axes[2].positions):
+        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         y = function.params[-1]
@@ -96,6 +101,52 @@ def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) 
     values[channel] = tirx.min(values[channel] + _CHANNELS_AHEAD, tirx.const(channels - 1, channel.ty.dtype))
     first_lane = {lane: tirx.const(0, lane.ty.dtype)}
     return _fetch(load.source, [_with(_with(i, values), first_lane) for i in load.indices])
+
+
+def _trimmed(loop: tirx.For, axis: Axis) -> tirx.Stmt:
+    """Where a tile is a whole row, give each tap those columns that read X, and not the zeros beside it."""
+    inner, unrolled = loop.body, []
+    while isinstance(inner, tirx.For):
+        unrolled += [inner] if inner.kind == tirx.ForKind.UNROLLED else []
+        inner = inner.body
+    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint):
+        return loop
+    taps, w, tap = int(loop.extent), inner.iter_values[5], inner.iter_values[8]
+    if not loop.loop_var.same_as(tap) or taps > _MOST_TRIMMED:
+        return loop
+    (columns,) = [each for each in unrolled if _occurs(each.loop_var, w)]
+    phase = axis.phases[int(block.name_hint.split("_")[3])]
+    read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
+    if all(span == (0, int(columns.extent)) for span in read):
+        return loop
+    parts = []
+    for k, (low, high) in enumerate(read):
+        if low < high:
+            of_span = structural_map(loop.body, (tirx.For, partial(_span, columns, low, high)))
+            parts.append(_with(of_span, {loop.loop_var: tirx.const(k, tap.ty.dtype)}))
+    return _in_turn(parts or [tirx.Evaluate(0)])
+
+
+def _span(columns: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
+    """The loop over columns, from ``low`` to ``high`` alone; others as they are."""
+    if not loop.loop_var.same_as(columns.loop_var):
+        return loop
+    kind = loop.loop_var.ty.dtype
+    column = tirx.Var(loop.loop_var.name, kind)
+    body = _with(loop.body, {loop.loop_var: column + low})
+    return tirx.For(column, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
+
+
+def _occurs(var: tirx.Var, expression: Any) -> bool:
+    found = []
+
+    def seen(each: tirx.Var) -> tirx.Var:
+        found.append(each.same_as(var))
+        return each
+
+    structural_map(expression, (tirx.Var, seen))
+    return any(found)
 
 
 def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:

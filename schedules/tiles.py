@@ -70,6 +70,10 @@ class Tiles:
         """Whether a tap can be left out where the row that it reads lies beside X: one row at a time, tap by tap."""
         return self.vector != "line" and self.rows == 1 and (taps[1] == 1 or not self.unrolls(taps[1] * taps[2]))
 
+    def trims(self, width: int) -> bool:
+        """Whether a tap takes only those columns that read X: where a tile is a whole row of ``width`` positions."""
+        return self.vector == "channels" and self.scalars >= width
+
     @property
     def line(self) -> int:
         """How many rows of qH are laid end to end; 0 where each is by itself."""
@@ -329,7 +333,8 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
-    read = (1 - layer.beside[0]) * (1 - (layer.beside[1] if t.skips_rows(layer.most_taps) else 0))
+    beside_d, beside_h, beside_w = layer.beside
+    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
     computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
     if layer.widened and t.vector != "channels":  # each task widens its weights

@@ -84,6 +84,29 @@ def test_taps_that_read_zeros_are_left_out(text: str, tests: int) -> None:
     assert sum(isinstance(at, tirx.IfThenElse) for at, _ in statements(body)) == tests
 
 
+@pytest.mark.parametrize(
+    "text", ["in=1x4x3x4x4 co=32 k=4 s=2 p=1", "in=1x4x3x4x1 co=32 k=4 s=2", "in=1x4x2x2x5 co=32 k=3 s=1 p=1"]
+)
+def test_where_a_tile_is_a_row_each_tap_takes_the_columns_that_read_x(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    axis = spec.axes[2]
+    tiles = next(e.tiles for e in candidates(spec, MACHINE) if e.tiles.trims(axis.positions))
+    taken: dict[int, list[int]] = {}
+    for at, loops in statements(scheduled(spec, tiles)[KERNEL].body):
+        if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint.endswith("_update"):
+            (columns,) = (each for each in loops if each.kind == tirx.ForKind.UNROLLED and _uses(at, 5, each))
+            taken.setdefault(int(at.block.name_hint.split("_")[3]), []).append(int(columns.extent))
+    planes = sum(len(a.phases) for a in spec.axes[:1]) * len(spec.axes[1].phases)
+    for f, phase in enumerate(axis.phases):
+        reads = [sum(0 <= q + offset < axis.size for q in range(axis.positions)) for offset in phase.offsets()]
+        wanted = [n for n in reads if n] if set(reads) != {tiles.scalars} else [tiles.scalars]
+        assert sorted(taken.get(f, [])) == sorted(wanted * planes)
+
+
+def _uses(block: s_tir.SBlockRealize, value: int, loop: tirx.For) -> bool:
+    return str(loop.loop_var) in str(block.iter_values[value])
+
+
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
     """The elements of Y whose lines the kernel asks for as sums leave their registers, all loops walked through."""
     simplify = Analyzer().simplify
