@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -63,6 +64,9 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) 
     tiles = llvm.Tiles(vector, 16, 2, 3, rows, task, depth=2, height=4, chunk=chunk, copy=copy)
     x, w, b = integers(spec)
     compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+    depth, height, _ = (axis.positions for axis in spec.axes)
+    in_turn = replace(tiles, bands_d=-(-depth // 2), bands_h=-(-height // 4), bands_m=-(-m // task))
+    compare(spec, kernel(spec, in_turn, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 def test_a_dynamic_batch_is_one_kernel_for_every_batch() -> None:
