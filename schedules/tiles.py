@@ -352,9 +352,10 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
     rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
     band = layer.window(replace(t, bands_d=1, bands_h=1)) * (2 if t.copy == "task" else 1) + layer.held(t)
-    far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, layer.window(t)))
+    # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
+    far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * layer.window(t)))
     a_phase = layer.itemsize * rows * layer.c * layer.width
-    return a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task)
+    return a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
 
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
