@@ -63,7 +63,7 @@ class Flag:
     least: tuple[int, int] = (0, 0)
 
 
-# By default float32 is multiplied as float32, and no kernel for Metal has instructions that no Mac of ours ran.
+# By default float32 is multiplied as float32, and kernels for Metal use nothing whose rounding Apple does not document.
 FLAGS: dict[str, Flag] = {
     "simdgroup": Flag("metal", ("float16", "float32")),
     "tf32": Flag("cuda", ("float32",), (8, 0)),
