@@ -342,9 +342,9 @@ def tune(
 ) -> None:
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
 
-    The record goes into your own records, where --plan best finds it. An interrupted run resumes. For a GPU that is
-    on another machine: --emit here, `opcompile measure` there, --absorb here; or, where it is served by
-    `python -m opcompile.serve`, all at once with --tracker and --key.
+    The record goes into your own records, where --plan best finds it. An interrupted run resumes, for a GPU where
+    --work-dir was given. For a GPU that is on another machine: --emit here, `opcompile measure` there, --absorb here;
+    or, where it is served by `python -m opcompile.serve`, all at once with --tracker and --key.
     """
     if (source is None) == (absorb is None) or (emit and (absorb or tracker or key or work_dir)):
         raise click.UsageError(

@@ -63,7 +63,7 @@ class Flag:
     least: tuple[int, int] = (0, 0)
 
 
-# By default float32 is multiplied as float32, and no kernel for Metal has instructions that no Mac of ours ran.
+# By default float32 is multiplied as float32, and kernels for Metal use nothing whose rounding Apple does not document.
 FLAGS: dict[str, Flag] = {
     "simdgroup": Flag("metal", ("float16", "float32")),
     "tf32": Flag("cuda", ("float32",), (8, 0)),
@@ -207,11 +207,11 @@ def gpu_target(name: str) -> GpuTarget:
     language, _, rest = name.partition(":")
     parts = rest.split("+")
     flags = tuple(sorted({part for part in parts if part in FLAGS}))
-    devices = [part for part in parts if part not in FLAGS]
+    devices = list(dict.fromkeys(part for part in parts if part not in FLAGS))
     members = [f"{language}:{device}" for device in devices]
     if not members or not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
         several = f"several CUDA ones are joined like cuda:sm_80+sm_90, and flags added: {', '.join(_flagged())}"
-        hint = meant(name, _GPUS, gpu_examples())
+        hint = _meant(name, language, devices)
         raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(_GPUS)}; {several}")
     kind, gpu = _GPUS[members[0]]
     # one text for all of them
@@ -221,6 +221,14 @@ def gpu_target(name: str) -> GpuTarget:
         types += FLAGS[flag].dtypes
     canonical = f"{language}:{'+'.join([*devices, *flags])}"
     return GpuTarget(canonical, kind, tuple(devices), replace(gpu, matrix_types=types), flags)
+
+
+def _meant(name: str, language: str, devices: Sequence[str]) -> str:
+    """Say what ``name`` may stand for: of several parts, the first of ``devices`` that is none."""
+    strange = next((device for device in devices if f"{language}:{device}" not in _GPUS), "")
+    if "+" in name and strange:
+        return meant(strange, [*_GPUS, *FLAGS], gpu_examples())
+    return meant(name, _GPUS, gpu_examples())
 
 
 def _flagged() -> list[str]:

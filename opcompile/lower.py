@@ -48,7 +48,7 @@ class Lowered:
     """A compiled kernel ``conv_transpose3d(X, W packed[, B], Y)``, not yet linked.
 
     ``object_code`` is one relocatable object for ``target``. ``workspace_bytes`` is what a call
-    allocates: the padded copy of X, and the phases of one task for each thread.
+    allocates with one thread: the padded copy of X, the phases of one band, and what a task widens of 16-bit weights.
     """
 
     spec: ConvTranspose3d
@@ -175,7 +175,7 @@ def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
 
 
 def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles, module: tvm.IRModule) -> int:
-    """Bytes that one call of ``module`` allocates with one thread: the padded X and one task's phases.
+    """Bytes that one call of ``module`` allocates with one thread (`Lowered`).
 
     For a dynamic batch: with one batch element.
     """

@@ -39,7 +39,7 @@ def system() -> str:
 def beside_others(processors: Collection[int], work: Callable[[], Result]) -> tuple[Result, float]:
     """Do ``work`` on ``processors``; return its result, and the share of their time that was not this process's.
 
-    Idle time is nobody's. 0 where the system does not tell, as Linux does.
+    Between 0 and 1; idle time is nobody's. Always 0 where there is no ``/proc/stat``: on any system but Linux.
     """
     busy_s, own_s, began = _busy_s(processors), time.process_time(), time.perf_counter()
     result = work()

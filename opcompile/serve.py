@@ -2,7 +2,8 @@
 
 ``python -m opcompile.serve --tracker HOST:PORT --key K`` starts TVM's own RPC server, which here has one function
 more: `measured`. So it needs apache-tvm (a runtime for CUDA is not needed) beside what `opcompile.measure` needs.
-Sessions are served one after the other: candidates do not share the GPU.
+Sessions are served one after the other: candidates do not share the GPU. TVM's protocol has no authentication, and lets
+a client store files and load code: whoever reaches the port can do all that the user who serves can.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from opcompile.cuda_driver import device
-from opcompile.errors import EngineError, OpcompileError
+from opcompile.errors import EngineError, OpcompileError, TargetError, UnknownTargetError
 from opcompile.farm import address, listed
 from opcompile.measure import machine_words
-from opcompile.trials import apart, failed
+from opcompile.trials import apart, failed, last_line
 
 # The name of `measured` at a server.
 MEASURE = "opcompile.serve.measured"
@@ -29,16 +30,19 @@ MEASURE = "opcompile.serve.measured"
 def measured(request: str) -> str:
     """Answer ``request``, both being JSON: time the candidates whose files were uploaded before.
 
-    ``archives`` are their names, where the server keeps uploaded files: zip files of artifacts. ``samples`` of each
-    are taken in turns, by a process of its own within ``measure_s`` seconds, as `opcompile.measure` does. The answer
-    is that of the process, or whose fault it is that there is none, and what the ``device`` and the ``machine`` are.
+    ``archives`` are their names in the session's directory, where TVM keeps uploaded files until the session ends: zip
+    files of artifacts, unpacked beside themselves. ``samples`` of each are taken in turns, by a process of its own
+    within ``measure_s`` seconds, as `opcompile.measure` does. The answer is that of the process, or whose fault it is
+    that there is none, and what the ``device`` and the ``machine`` are.
     """
     job = json.loads(request)
     directories = [str(Path(archive).absolute().with_suffix("")) for archive in job["archives"]]
     try:
         gpu = device()
         for archive, directory in zip(job["archives"], directories, strict=True):
-            shutil.unpack_archive(archive, directory)
+            if Path(archive).name != archive:
+                raise TargetError(f"{archive!r} is not the name of an uploaded file")
+            shutil.unpack_archive(archive, directory, "zip")
     except (OpcompileError, OSError) as error:
         return json.dumps(failed("machine", error))
     here = {"device": asdict(gpu), "machine": machine_words(gpu)}
@@ -61,12 +65,16 @@ def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090, custo
     It takes a free one of the 110 ports from ``port`` on. ``custom_addr`` is the address that the tracker tells others,
     where it is not the one that it sees.
 
-    Raises `TargetError` where this machine has no GPU, or the tracker does not answer; `EngineError` where TVM, or
-    what it needs to serve, is missing.
+    Raises `UnknownTargetError` for a tracker or a key of another form; `TargetError` where this machine has no GPU, the
+    tracker does not answer, or ``host`` has no such free port; `EngineError` where TVM, or what it needs to serve, is
+    missing.
     """
     device()
     at = address(tracker)
+    if key.split() != [key]:
+        raise UnknownTargetError(f"key {key!r} must be one word, without blanks")
     try:
+        import psutil  # noqa: F401 (without it TVM leaves what a session started)
         from tvm import rpc
 
         listed(*at)
@@ -81,11 +89,20 @@ def serve(tracker: str, key: str, host: str = "0.0.0.0", port: int = 9090, custo
         )
     except ImportError as error:
         raise EngineError(f"serving needs a package that is missing: {error}; pip install 'opcompile[tune]'") from error
+    except (OSError, OverflowError, ValueError) as error:
+        raise TargetError(
+            f"cannot listen at {host}, on a port from {port} on: {last_line(str(error))}; give an address of this "
+            "machine as --host, and another --port"
+        ) from error
 
 
 def main() -> int:
     """Run as a program; the exit codes are those of `opcompile`."""
-    parser = argparse.ArgumentParser(prog="python -m opcompile.serve", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m opcompile.serve",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="There is no authentication: whoever reaches the port can run code here. Serve in a network you trust.",
+    )
     parser.add_argument("--tracker", required=True, metavar="HOST:PORT", help="The tracker to serve under.")
     parser.add_argument("--key", required=True, metavar="K", help="The key to serve under.")
     parser.add_argument("--host", default="0.0.0.0", help="The address to listen at (all).")  # noqa: S104

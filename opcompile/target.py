@@ -162,7 +162,11 @@ def target(name: str) -> Target:
         raise TargetError(f"target {name!r} is a GPU, and this works for CPUs: {', '.join(names())}")
     if kind != "llvm":
         every = [*names(), *gpu_names()]
-        hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
+        base, plus, flags = name.partition("+")
+        if plus:  # only GPUs have flags
+            hint = meant(base, gpu_names(), gpu_examples(), plus + flags)
+        else:
+            hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
         raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}")
     if not machine and ":" not in name:
         return _this_machine()

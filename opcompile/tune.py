@@ -131,7 +131,7 @@ def tune(
     machine = named(target)
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
-    require_extra(remote=tracker is not None)
+    _require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
     folder = _writable(Path(into) if into is not None else own_folder())
     from opcompile.lower import declaration_hash
@@ -485,8 +485,7 @@ def _this_device() -> str:
 _EXTRA = ("psutil", "cloudpickle")
 
 
-def require_extra(*, remote: bool) -> None:
-    """Raise `EngineError` where a package is missing that TVM needs to tune, or to reach servers."""
+def _require_extra(*, remote: bool) -> None:
     for package in (*_EXTRA, "tornado") if remote else _EXTRA:
         if importlib.util.find_spec(package) is None:
             raise EngineError(f"tuning needs the package {package}, which is missing: pip install 'opcompile[tune]'")

@@ -106,6 +106,15 @@ def test_wide_vectors_are_used_where_the_machine_has_them() -> None:
         ("x86-64-v3", "did you mean llvm:x86-64-v3?"),
         ("llvm:skylake", "did you mean llvm:skylake-avx512?"),
         ("cpu", "did you mean llvm?"),
+        ("sm_80+tf32", "did you mean cuda:sm_80+tf32? use one of llvm"),
+        ("A100+tf32", "did you mean cuda:sm_80+tf32?"),
+        ("apple-m2+simdgroup", "did you mean metal:apple-m2+simdgroup? use"),
+        ("llvm+tf32", "'llvm+tf32' is unknown; use one of llvm"),
+        ("cuda:sm_80+TF32", "'cuda:sm_80+TF32' is unknown; did you mean tf32? use one of cuda:sm_75"),
+        ("cuda:sm_75+TF32", "'cuda:sm_75+TF32' is unknown; did you mean tf32?"),
+        ("cuda:A100+tf32", "did you mean cuda:sm_80?"),
+        ("metal:apple-m2+simdgroups", "did you mean simdgroup?"),
+        ("cuda:sm_80+", "did you mean cuda:sm_80?"),
         ("cuda", "'cuda' is unknown; use one of cuda:sm_75"),
         ("llvm:pdp-11", "'llvm:pdp-11' is unknown; use one of llvm"),
         ("vax", "'vax' is unknown; use one of llvm"),
@@ -126,10 +135,11 @@ def test_a_name_that_stands_for_no_target_is_bad_input_and_near_ones_are_named(g
     [
         ("cuda:sm_80+tf32", "cuda:sm_80+tf32"),
         ("cuda:tf32+sm_90+tf32+sm_80", "cuda:sm_90+sm_80+tf32"),
+        ("cuda:sm_90+sm_80+sm_90", "cuda:sm_90+sm_80"),
         ("metal:simdgroup+apple-m2", "metal:apple-m2+simdgroup"),
     ],
 )
-def test_a_flag_has_one_place_in_a_name(given: str, canonical: str) -> None:
+def test_a_flag_has_one_place_in_a_name_and_nothing_is_in_it_twice(given: str, canonical: str) -> None:
     found = gpu_target(given)
     assert found.name == canonical
     assert found.fields()["name"] == canonical

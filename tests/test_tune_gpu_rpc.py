@@ -27,7 +27,7 @@ from stub_gpu import LAYER, NVCC, forget
 import opcompile
 from opcompile import _measure_far, record, serve, trials
 from opcompile.cli import cli
-from opcompile.errors import EngineError, TargetError
+from opcompile.errors import EngineError, TargetError, UnknownTargetError
 from opcompile.farm import Farm
 from opcompile.gpus import gpu_target
 from opcompile.measure import Machine, measure
@@ -270,15 +270,46 @@ def test_a_full_disk_of_a_server_is_not_the_candidates_fault(
         tuned(tmp_path / "work", 1)
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["/elsewhere/0.zip", "../0.zip", "0.tar"])
+def test_what_was_not_uploaded_as_a_zip_file_is_not_unpacked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files outside of the session's directory would stay when it ends."""
+    name = name.replace("/elsewhere", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "of").mkdir()
+    (tmp_path / "of" / "file").touch()
+    kind = Path(name).suffix[1:]
+    shutil.make_archive(str(Path(name).absolute().with_suffix("")), kind, tmp_path / "of")
+    answer = json.loads(serve.measured(json.dumps({"archives": [name], "samples": 1, "measure_s": 1})))
+    assert answer["failed"] == "machine"
+    assert not list(tmp_path.glob("**/0"))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 9090), ("127.0.0.1", 2**16)])
+def test_an_address_that_is_not_of_this_machine_is_named(host: str, port: int, gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr("opcompile.serve.listed", lambda host, port: [])
+    with pytest.raises(TargetError, match=rf"cannot listen at {host}, on a port from {port} on: .*Error: .*--host"):
+        serve.serve("127.0.0.1:1", KEY, host, port)
+
+
 def test_without_a_gpu_or_a_tracker_nobody_serves(gpu: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match=r"tracker 'here' is not of the form HOST:PORT"):
         serve.serve("here", KEY)
     gpu.setattr("opcompile.farm._ANSWER_S", 1)
     with pytest.raises(TargetError, match=r"the RPC tracker 127\.0\.0\.1:1 does not answer .*rpc_tracker"):
         serve.serve("127.0.0.1:1", KEY)
-    gpu.setitem(sys.modules, "tvm", None)
-    with pytest.raises(EngineError, match=r"serving needs a package that is missing: .*tvm.*'opcompile\[tune\]'"):
-        serve.serve("127.0.0.1:1", KEY)
+    for key in ("", "two words"):
+        with pytest.raises(UnknownTargetError, match=rf"key '{key}' must be one word"):
+            serve.serve("127.0.0.1:1", key)
+    for package in ("tvm", "psutil"):
+        gpu.setitem(sys.modules, package, None)
+        words = rf"serving needs a package that is missing: .*{package}.*'opcompile\[tune\]'"
+        with pytest.raises(EngineError, match=words):
+            serve.serve("127.0.0.1:1", KEY)
     gpu.delenv("STUB_CAPABILITY")
     forget()
     with pytest.raises(TargetError, match="sees none on this machine"):

@@ -207,6 +207,25 @@ def test_waiting_where_no_server_is_left_ends_at_once(bench: Any, monkeypatch: p
         bench.in_turns([tuning._Built(0, "kernel.so", "")], 1)
 
 
+@pytest.mark.parametrize(
+    ("said", "whose"),
+    [("RPCSessionTimeoutError: Your 1s session has expired", "candidate"), ("connection reset by peer", "connection")],
+)
+def test_a_session_that_its_server_ended_at_its_limit_did_not_break(
+    said: str, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either way the server answers no more; the first would take as long again."""
+    from tvm import rpc
+
+    def end(*_: object) -> dict[str, Any]:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(farming, "_ask_tracker", lambda *_: ("127.0.0.1", 1, "key"))
+    monkeypatch.setattr(rpc, "connect", lambda *_, session_timeout: object())
+    found = farming.in_session({"tracker": ["127.0.0.1", 1, KEY], "queue_s": 1, "session_s": 1}, end)
+    assert found == {"failed": whose, "error": f"RuntimeError: {said}"}
+
+
 # --- what is wrong with the farm is said at once ---
 
 
