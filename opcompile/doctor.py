@@ -99,7 +99,8 @@ def _machine() -> Iterator[Finding]:
             "target llvm",
             "ok",
             f"{here.name}: {', '.join(here.features) or 'no flags listed'}; {8 * m.vector_bytes}-bit vectors, "
-            f"{m.registers} registers, {m.fma_units} multiply-adds a cycle, L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB",
+            f"{m.registers} registers, {m.fma_units} multiply-adds a cycle, "
+            f"L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB",
         )
     except OpcompileError as error:
         yield Finding("target llvm", "missing", str(error), "name the machine to compile for with --target")

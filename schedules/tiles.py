@@ -99,14 +99,22 @@ class Estimate:
     def why(self) -> tuple[str, ...]:
         """The argument in words, one line a fact."""
         t = self.tiles
-        along = {"channels": "output channels", "row": "columns of a row", "line": "rows laid end to end"}[t.vector]
+        vectors = {
+            "channels": "output channels",
+            "row": "columns of a row",
+            "line": "positions of rows laid end to end",
+        }
+        bands = [
+            (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
+        ]
+        several = f"{' x '.join(str(n) for n, _ in bands)} times, along {' and '.join(axis for _, axis in bands)}"
         return (
-            f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
+            f"vectors of {t.lanes} {vectors[t.vector]}; "
+            f"a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"a band is {t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase, and a task "
-            + " x ".join(str(n) for n in (t.bands_d, t.bands_h, t.bands_m))
-            + " bands of planes, rows and channels",
+            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase are computed, then written"
+            + (f"; a task does so {several}" if bands else ": a task"),
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
@@ -229,6 +237,12 @@ class _Layer:
         """Bytes of the phases of a band."""
         return self.together * self.itemsize * self.phases * t.task * t.depth * self.plane(t)
 
+    def widening(self, t: Tiles) -> int:
+        """Bytes of the weights that a task widens before its sums, in the type of the sums."""
+        if not self.widened or t.vector == "channels":
+            return 0
+        return self.itemsize * t.task * t.bands_m * self.c * self.kernel
+
 
 def _reach(axis: Axis) -> int:
     first, last = axis.reads
@@ -280,7 +294,7 @@ def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
-    workspace = layer.held(t) + (layer.window(t) if t.copy == "task" else 0)
+    workspace = layer.held(t) + layer.widening(t) + (layer.window(t) if t.copy == "task" else 0)
     small = workspace <= layer.tensors // 10 and layer.held(t) <= machine.l2_bytes
     return small and layer.tasks(t) >= machine.cores
 
@@ -337,8 +351,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
     computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
-    if layer.widened and t.vector != "channels":  # each task widens its weights
-        computing += layer.tasks(t) * t.task * layer.c * layer.kernel / 6
+    computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
     transposed = (t.vector == "channels") == layer.channels_first
     # a new stretch is a new page and a new stream for the prefetcher
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
