@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -94,7 +95,10 @@ def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.
 
 def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
     def placed(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
-        if allocation.buffer.scope() != "local":
+        buffer = allocation.buffer
+        if buffer.scope() != "local":
+            return allocation
+        if math.prod(int(n) for n in buffer.shape) * tvm.DataType(buffer.dtype).itemsize > _MOST_ON_STACK:
             return allocation
         on_stack = {**allocation.annotations, "disable_lower_builtin": tirx.const(1, "int32")}
         return tirx.AllocBuffer(allocation.buffer, on_stack)
@@ -108,6 +112,8 @@ def _pipeline() -> tuple[Any, Any, Any]:
     return tvm.transform.Sequential([passes, on_stack]), of_host, of_device
 
 
+# All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
+_MOST_ON_STACK = 4096
 _PIPELINE = "opcompile"
 register_tir_pipeline(_PIPELINE, _pipeline)
 

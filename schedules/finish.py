@@ -166,7 +166,7 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     _, _, _, d, h, _, tap_d, tap_h, *_ = [_with(value, first_of_tile) for value in inner.iter_values]
     reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
     tests = []
-    rows_apart = not t.line and t.rows == 1 and inner.iter_values[7] not in several
+    rows_apart = not t.line and t.rows == 1 and not any(inner.iter_values[7].same_as(var) for var in several)
     for axis, f, q, tap in reads[: 2 if rows_apart else 1]:  # several rows or taps at once read several rows of X
         first, last = axis.reads
         i = q + (axis.phases[f].first_offset - tap * axis.offset_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from opcompile.gradients import lower
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.reference import reference, slope
+from opcompile.lower import compiled
 from opcompile.reference import activate
 from opcompile.reference import reference as forward
 from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
@@ -253,3 +255,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         compare(gradient, 0, {**operands, "w": operands["w"] * np.inf})
     with pytest.raises(CallError, match="exact needs integers"):
         compare(gradient, reference(gradient, operands), operands, exact=True)
+
+
+def test_rows_of_any_length_are_not_taken_from_the_stack() -> None:
+    gradient = Gradient(ConvTranspose3d.parse("in=1x4x2x2x2048 co=1 k=3 s=2 p=1 op=1"), "x")
+    tiles, _ = lower.choose(gradient, HERE, "baseline")
+    code = str(compiled(lower.scheduled(gradient, tiles), HERE.tvm()).mod.inspect_source("ll"))
+    arrays = re.findall(r"alloca \[(\d+) x (?:<(\d+) x )?float", code)
+    assert max((4 * int(count) * int(lanes or 1) for count, lanes in arrays), default=0) <= 4096
