@@ -329,6 +329,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         return f"task is {t.task}, but a group has {m} channels, {whole} with its last tile"
     if spec.groups > 1 and t.task != whole and m % t.task:
         return f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
+    if spec.groups > 1 and spec.layout == "NDHWC" and t.task != whole:
+        return f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
         return f"depth is {t.depth}, but the layer has {planes} planes of positions"

@@ -207,6 +207,10 @@ class _Layer:
         """How many tasks there are."""
         return self.spans(t.depth * t.bands_d, t.height * t.bands_h) * _over(self.m, t.task * t.bands_m)
 
+    def whole_groups(self, t: Tiles) -> bool:
+        """Whether a task must cover all channels of a group: no tile may straddle two, nor lie beside another group."""
+        return self.together > 1 or (self.grouped and self.m % t.channels > 0)
+
     def spans(self, depth: int, height: int) -> int:
         """How many pieces of ``depth`` planes and ``height`` rows there are."""
         return self.images // self.together * _over(self.depth, depth) * _over(self.height, height)
@@ -284,7 +288,9 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
 def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
     """Tasks of several bands, each a tile of channels wide, whose phases stay in the first cache."""
     tiles = _over(layer.m, t.channels)
-    if t.copy == "whole" or t.depth > 1 or layer.held(t) > machine.l1_bytes or (layer.grouped and layer.m % t.channels):
+    if t.copy == "whole" or t.depth > 1 or layer.held(t) > machine.l1_bytes:
+        return
+    if tiles > 1 and layer.whole_groups(t):
         return
     of_plane, planes = _over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     for bands_d, bands_h in product(planes, sorted({1, 2, 4, 8, of_plane})):
@@ -317,7 +323,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     weight has no place. ``t.task`` is the channels of one tile.
     """
     tiles = _over(layer.m, t.channels)
-    if layer.grouped and layer.m % t.channels:
+    if layer.whole_groups(t):
         return t.channels * tiles
     a_tile = layer.held(t) + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c
     fits = machine.l2_bytes // 2 // a_tile

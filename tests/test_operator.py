@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
@@ -20,6 +20,7 @@ from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
 from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
+from opcompile.record import illegal
 from opcompile.spec import ConvTranspose3d
 from schedules import llvm
 
@@ -67,6 +68,18 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) 
     depth, height, _ = (axis.positions for axis in spec.axes)
     in_turn = replace(tiles, bands_d=-(-depth // 2), bands_h=-(-height // 4), bands_m=-(-m // task))
     compare(spec, kernel(spec, in_turn, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("text", ["in=1x16x4x6x20 co=128 k=2 s=2 g=2", "in=2x6x3x4x5 co=9 k=2 s=2 g=3"])
+def test_with_channels_last_a_task_has_whole_groups(text: str) -> None:
+    spec = ConvTranspose3d.parse(f"{text} layout=NDHWC")
+    candidates = llvm.candidates(spec, HERE.machine)
+    for tiles in {c.tiles.vector: c.tiles for c in candidates}.values():
+        lower.scheduled(spec, tiles)
+        assert illegal(asdict(tiles), spec, HERE) is None
+    assert all(c.tiles.task >= spec.channels_out // spec.groups for c in candidates)
+    part = replace(candidates[0].tiles, vector="row", vectors=1, scalars=1, rows=1, task=1)
+    assert "must cover the" in str(illegal(asdict(part), spec, HERE))
 
 
 def test_a_dynamic_batch_is_one_kernel_for_every_batch() -> None:
