@@ -187,7 +187,8 @@ def names() -> list[str]:
 
 def _this_machine() -> Target:
     """The widest instruction set that this machine has, with the numbers of its own processor where they differ."""
-    here = _NAMED[_here()]("llvm:" + _here())
+    name = _here()
+    here = _NAMED[name]("llvm:" + name)
     if here.machine.vector_bytes == 64 and (_cpuinfo("vendor_id"), _cpuinfo("cpu family")) == ("AuthenticAMD", "25"):
         return replace(here, machine=_NAMED["znver4"](here.name).machine)
     return here

@@ -14,6 +14,8 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
+from schedules.tiles import reach
+
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from schedules.tiles import Tiles
@@ -87,14 +89,7 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) 
 
 def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) -> tirx.Stmt:
     """Ask for what the block copies, some channels further on."""
-    loads: list[TensorLoad] = []
-
-    def seen(load: TensorLoad) -> TensorLoad:
-        loads.append(load)
-        return load
-
-    structural_map(copy.block.body.value, (TensorLoad, seen))
-    (load,) = loads
+    (load,) = _every(TensorLoad, copy.block.body.value)
     values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
     names = [v.var.name for v in copy.block.iter_vars]
     channel = copy.block.iter_vars[names.index("v_c")].var
@@ -115,7 +110,7 @@ def _trimmed(loop: tirx.For, axis: Axis) -> tirx.Stmt:
     taps, w, tap = int(loop.extent), inner.iter_values[5], inner.iter_values[8]
     if not loop.loop_var.same_as(tap) or taps > _MOST_TRIMMED:
         return loop
-    (columns,) = [each for each in unrolled if _occurs(each.loop_var, w)]
+    (columns,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in _every(tirx.Var, w))]
     phase = axis.phases[int(block.name_hint.split("_")[3])]
     read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
     if all(span == (0, int(columns.extent)) for span in read):
@@ -136,17 +131,6 @@ def _span(columns: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
     column = tirx.Var(loop.loop_var.name, kind)
     body = _with(loop.body, {loop.loop_var: column + low})
     return tirx.For(column, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
-
-
-def _occurs(var: tirx.Var, expression: Any) -> bool:
-    found = []
-
-    def seen(each: tirx.Var) -> tirx.Var:
-        found.append(each.same_as(var))
-        return each
-
-    structural_map(expression, (tirx.Var, seen))
-    return any(found)
 
 
 def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
@@ -193,8 +177,7 @@ def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.S
     else:
         w = w + phase[2] * t.lanes // spec.axes[2].stride
     if t.line:
-        first, last = spec.axes[2].reads
-        of_row = last - first + spec.axes[2].positions
+        of_row = reach(spec.axes[2])
         h, w = h * t.height + tirx.floordiv(w, of_row), tirx.floormod(w, of_row)
     o = [q * axis.stride + f for q, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
     if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
@@ -275,6 +258,18 @@ def _fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
     to_read, into_second_cache, data = (tirx.const(i, "int32") for i in (0, 2, 1))
     address = tirx.address_of(tirx.BufferLoad(buffer, list(at)))
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data))
+
+
+def _every(kind: Any, tree: Any) -> list[Any]:
+    """The nodes of a kind in ``tree``."""
+    found: list[Any] = []
+
+    def seen(node: Any) -> Any:
+        found.append(node)
+        return node
+
+    structural_map(tree, (kind, seen))
+    return found
 
 
 def _in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:

@@ -25,7 +25,7 @@ from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
 from schedules.finish import VECTORS, finish
-from schedules.tiles import Estimate, Tiles, baseline, candidates, factors
+from schedules.tiles import Estimate, Tiles, baseline, candidates, factors, reach
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -164,12 +164,6 @@ def _lay_out(
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
-def _row_of_x(spec: ConvTranspose3d) -> int:
-    """How many elements of a row of X are read, the zeros around it among them."""
-    first, last = spec.axes[2].reads
-    return last - first + spec.axes[2].positions
-
-
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
     one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
@@ -191,7 +185,7 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     """How many elements of a line of X to copy at a time: a row, or what of it no two register tiles share."""
-    row = _row_of_x(spec)
+    row = reach(spec.axes[2])
     part = math.gcd(row, t.lanes)
     return part if _tiled(spec, t, length) and part >= 4 and _own_columns(spec) == (0, row) else row
 
@@ -199,12 +193,12 @@ def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
 def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
     """Which columns of a row of the copy are X's, and not zeros beside it: the first, and the one after the last."""
     first, _ = spec.axes[2].reads
-    return max(0, -first), min(_row_of_x(spec), spec.axes[2].size - first)
+    return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
 
 def _mark_columns(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any, length: int) -> None:
     """Tell `finish` which columns of the copy of X may be vectors."""
-    extent, row, (low, high) = int(sch.get(columns).extent), _row_of_x(spec), _own_columns(spec)
+    extent, row, (low, high) = int(sch.get(columns).extent), reach(spec.axes[2]), _own_columns(spec)
     if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
         return
     if extent < row:

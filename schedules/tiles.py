@@ -187,7 +187,7 @@ class _Layer:
             depth=depth,
             height=height,
             width=width,
-            reach=tuple(map(_reach, spec.axes)),  # type: ignore[arg-type]
+            reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
             kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
@@ -248,7 +248,8 @@ class _Layer:
         return self.itemsize * t.task * t.bands_m * self.c * self.kernel
 
 
-def _reach(axis: Axis) -> int:
+def reach(axis: Axis) -> int:
+    """How many elements of an axis all phases together read, zeros beside X included."""
     first, last = axis.reads
     return last - first + axis.positions
 

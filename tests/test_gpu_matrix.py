@@ -20,7 +20,7 @@ from opcompile.bounds import Answer, Inputs, bounds, compare, compare_at
 from opcompile.cases import case
 from opcompile.describe import describe
 from opcompile.errors import CallError, VerificationError
-from opcompile.gpus import gpu_names, gpu_target
+from opcompile.gpus import Language, gpu_names, gpu_target
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.lower_gpu import choose as choose_derivative
 from opcompile.launch import Launch
@@ -406,9 +406,15 @@ def run(body: str) -> Any:
         'extern "C" __global__ void __launch_bounds__(64) k(half* __restrict__ X_ptr, float* __restrict__ output_ptr) '
         f"{{{HEAD}{body}}}\n"
     )
-    x, y = np.random.default_rng(0).integers(-4, 5, (2, 16, 16)).astype("float16"), np.zeros((1, 256), "float32")
-    Simulator(source, "cuda", Launch.of(source, "cuda", 1, (32, 2))).run({"x": x}, y, 1)
-    return x.astype("float32"), y.reshape(16, 16)
+    return launched(source, "cuda", 16)
+
+
+def launched(source: str, language: Language, side: int) -> Any:
+    """Run a kernel with two warps on X, two matrices of small integers with so many rows; return X and the sums."""
+    x = np.random.default_rng(0).integers(-4, 5, (2, side, side)).astype("float16")
+    y = np.zeros((1, side**2), "float32")
+    Simulator(source, language, Launch.of(source, language, 1, (32, 2))).run({"x": x}, y, 1)
+    return x.astype("float32"), y.reshape(side, side)
 
 
 def test_a_warp_multiplies_matrices() -> None:
@@ -484,9 +490,7 @@ def run_simdgroups(body: str) -> Any:
         "  uint2 blockIdx [[threadgroup_position_in_grid]],\n  uint2 threadIdx [[thread_position_in_threadgroup]]\n"
         f") {{{SIMD_HEAD}{body}}}\n"
     )
-    x, y = np.random.default_rng(0).integers(-4, 5, (2, 8, 8)).astype("float16"), np.zeros((1, 64), "float32")
-    Simulator(source, "metal", Launch.of(source, "metal", 1, (32, 2))).run({"x": x}, y, 1)
-    return x.astype("float32"), y.reshape(8, 8)
+    return launched(source, "metal", 8)
 
 
 def test_a_simdgroup_multiplies_matrices() -> None:

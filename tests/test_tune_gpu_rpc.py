@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from stub_gpu import LAYER, NVCC, forget
+from waiting import until
 
 import opcompile
 from opcompile import _measure_far, record, serve, trials
@@ -350,15 +350,6 @@ class Rack:
             return bool(Farm("127.0.0.1", self.tracker.port, key).servers())
         except TargetError:
             return False
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for ``condition``, or give up after a minute."""
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"waited a minute for: {what}")
 
 
 def end(server: subprocess.Popen[bytes]) -> None:

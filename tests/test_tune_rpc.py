@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from opcompile import farm as farming
 from opcompile.errors import TargetError
@@ -63,15 +63,6 @@ def farm() -> Iterator[Rack]:
     yield Rack(tracker, servers)
     for process in (*servers, tracker):
         process.terminate()
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for ``condition``, or give up after a minute."""
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"waited a minute for: {what}")
 
 
 def kill_one_at_work(farm: Rack) -> None:
