@@ -53,6 +53,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
+    if tiles.copy == "whole" and tiles.vector != "channels" and 1 < tiles.chunk < channels:
+        function = structural_map(function, (tirx.For, lambda loop: _of_next_chunk(loop, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         y = function.params[-1]
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
@@ -159,6 +161,29 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
         if last + axis.positions > axis.size:
             tests.append(i < axis.size)
     return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
+
+
+def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
+    """Where the taps of a row begin, ask for what they will read of the next chunk of channels.
+
+    The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
+    """
+    inner, first_of_tile = loop.body, {}
+    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
+        first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
+        inner = inner.body
+    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
+        return loop
+    values = {v.var: _with(value, first_of_tile) for v, value in zip(block.iter_vars, inner.iter_values, strict=True)}
+    *_, tap_w, channel = (v.var for v in block.iter_vars)
+    values[channel] = values[channel] + t.chunk
+    (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
+    *line, first = (_with(i, values) for i in x.indices)
+    a_line = _CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
+    asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns + a_line, a_line)]
+    at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
 
 
 def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:

@@ -87,24 +87,25 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         of_task, of_band = [n, g, m, q_d, q_h], [m_in, *row]
     else:  # all groups: the channels of one would be a few bytes of each cache line
         of_task, of_band = [n, m, q_d, q_h], [*row, g, m_in]
-    sch.reorder(*of_task, band_d, band_h, band_m, *of_band)
+    around = [*of_task, band_d, band_h, band_m]
+    sch.reorder(*around, *of_band)
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
-    task = sch.fuse(*of_task)
     for p in phases:
         if tiles.line:
             _claim_whole_lines(sch, p)
         sch.compute_at(p, band_m, preserve_unit_loops=True)
-        _tile(sch, tiles, p, sch.get_loops(p)[4:])
+        _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
     if phases and tiles.copy == "task":
-        sch.compute_at(sch.get_sblock("pad"), task, preserve_unit_loops=True)
+        sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
-        sch.compute_at(wide, task, preserve_unit_loops=True)
+        sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)
         *_, c, block = sch.get_loops(wide)
         _, lane = sch.split(sch.fuse(c, block), [None, tiles.lanes])
         sch.vectorize(lane)
 
     # --- spend the cores; a copy of all X is a task a plane ---
-    sch.parallel(task)
+    # fused after the phases have their places: of one loop, group and channel are no longer affine
+    sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
         sch.decompose_reduction(p, sch.get_loops(p)[-9])

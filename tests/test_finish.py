@@ -107,6 +107,22 @@ def _uses(block: s_tir.SBlockRealize, value: int, loop: tirx.For) -> bool:
     return str(loop.loop_var) in str(block.iter_values[value])
 
 
+def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
+    spec = ConvTranspose3d.parse("in=1x12x3x4x40 co=3 k=3 s=2 p=1 op=1")
+    for copy, asked in (("whole", True), ("task", False)):
+        tiles = Tiles("row", LANES, 2, 3, 1, 3, 1, 1, chunk=4, copy=copy)  # type: ignore[arg-type]
+        elements = [
+            (fetched(at), loops)
+            for at, loops in statements(scheduled(spec, tiles)[KERNEL].body)
+            if fetched(at) is not None and fetched(at).source.name == "pad"
+        ]
+        assert len(elements) == 8 * (3 if asked else 0), "two vectors and a line for what straddles, in each phase"
+        for element, loops in elements:
+            *_, chunk, _, _, _, c = (loop.loop_var for loop in loops)
+            at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
+            assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2
+
+
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
     """The elements of Y whose lines the kernel asks for as sums leave their registers, all loops walked through."""
     simplify = Analyzer().simplify

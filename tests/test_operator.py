@@ -70,6 +70,19 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) 
     compare(spec, kernel(spec, in_turn, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
+@pytest.mark.parametrize(
+    ("text", "tiles"),
+    [
+        ("in=1x8x4x2x5 co=64 k=2 s=2 g=2", llvm.Tiles("channels", 16, 1, 5, 1, 16, 2, 2, 4, "whole")),
+        ("in=1x8x4x2x20 co=16 k=4 s=2 p=1 g=2", llvm.Tiles("row", 16, 1, 4, 1, 4, 2, 2, 4, "task")),
+    ],
+)
+def test_a_group_may_be_several_tasks(text: str, tiles: llvm.Tiles) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
 @pytest.mark.parametrize("text", ["in=1x16x4x6x20 co=128 k=2 s=2 g=2", "in=2x6x3x4x5 co=9 k=2 s=2 g=3"])
 def test_with_channels_last_a_task_has_whole_groups(text: str) -> None:
     spec = ConvTranspose3d.parse(f"{text} layout=NDHWC")
