@@ -55,8 +55,8 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     if tiles.vector == "taps":
         kd, kh, kw = kernel
         of_m, of_kh = _tap_tile(tiles, kernel)
-        view = (spec.groups, c // spec.groups, m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
-        return view, (0, 4, 2, 5, 1, 3, 6, 7)
+        split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
+        return (spec.groups, c // spec.groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
     view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
     return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
