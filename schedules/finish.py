@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from schedules.tiles import Tiles
 
-# Marks a loop over columns: those from the first number to the second may be vectors, of as many lanes as the third.
+# Marks a loop: what it takes from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
 
 # The block that adds one product to the sums of one phase.
@@ -49,7 +49,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     """
     ((name, function),) = module.functions.items()
     channels = spec.channels_in // spec.groups
-    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
+    apart = channels if spec.layout == "NCDHW" else 1
+    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, apart)))
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
@@ -64,7 +65,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
 
 
 def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
-    """A marked loop: scalars, whole vectors, what is left of them as one, scalars."""
+    """A marked loop: scalars, whole vectors, what is left of them as one, scalars; ``channels`` lie apart."""
     if VECTORS not in loop.annotations:
         return loop
     low, high, widest = (int(i) for i in loop.annotations[VECTORS])
@@ -78,7 +79,7 @@ def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
 
 
 def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) -> tirx.Stmt:
-    """``count`` times ``lanes`` columns, from ``first`` on, and the same of a channel that will be copied soon."""
+    """``count`` times ``lanes`` turns, from ``first`` on, and columns of a channel that will be copied soon."""
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = _with(loop.body, {loop.loop_var: vector * lanes + lane + first})

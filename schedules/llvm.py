@@ -38,6 +38,8 @@ __all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "packed", "s
 
 Span = tuple[Any, Any]
 
+# Columns so many channels apart, or a multiple, would lie in the same places of the first cache.
+_POWER = 64
 # The blocks that sum products begin so.
 _SUMS = ("phase", "tap_")
 
@@ -136,10 +138,13 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         length = int(sch.get(row[-1]).extent)
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        sch.reorder(n, g, d, h, c, *row)
+        side_by_side = [*row, c] if _in_their_order(spec, tiles) else [c, *row]
+        sch.reorder(n, g, d, h, *side_by_side)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
-        _mark_columns(sch, spec, tiles, row[-1], length)
+        _mark_copied(sch, spec, tiles, side_by_side[-1], length)
+    if phases and _in_their_order(spec, tiles):
+        sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
 
 def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
@@ -202,9 +207,19 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, c, w % t.columns)  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
         return
+    if _in_their_order(spec, t):
+        sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
+        if (spec.channels_in // spec.groups) % _POWER == 0:
+            sch.storage_align(pad, 0, 4, _POWER, t.lanes)
+        return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
     if t.line:  # each channel's line begins where a vector may
         sch.storage_align(pad, 0, 4, t.lanes, 0)
+
+
+def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether channels stay side by side, in the copy of X and where Y is written: where vectors are of channels."""
+    return spec.layout == "NDHWC" and t.vector == "channels"
 
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
@@ -220,15 +235,17 @@ def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
     return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
 
-def _mark_columns(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any, length: int) -> None:
-    """Tell `finish` which columns of the copy of X may be vectors."""
-    extent, row, (low, high) = int(sch.get(columns).extent), reach(spec.axes[2]), _own_columns(spec)
+def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int) -> None:
+    """Tell `finish` which columns, or channels, of the copy of X may be vectors."""
+    extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
+    if _in_their_order(spec, t):
+        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes])
     if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
         return
     if extent < row:
-        sch.annotate(columns, VECTORS, [0, extent, t.lanes])
+        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes])
     elif low < high and not _tiled(spec, t, length):
-        sch.annotate(columns, VECTORS, [low, high, t.lanes])
+        sch.annotate(side_by_side, VECTORS, [low, high, t.lanes])
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:

@@ -448,11 +448,14 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
+    a_row = 6 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
+    if not layer.channels_first and t.vector != "channels":  # transposed, element by element
+        a_row += 0.6
     if t.copy == "whole":
-        return layer.images * depth * a_plane * (1.2 + 6 / width)
+        return layer.images * depth * a_plane * (1.2 + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
-    return layer.tasks(t) * layer.window(t) * (0.15 + 6 / width + 0.4 * missed)
+    return layer.tasks(t) * layer.window(t) * (0.15 + a_row + 0.4 * missed)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -464,10 +467,11 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
     again = 1 - t.columns * t.rows / (layer.plane(t) * t.depth)
     a_tile = t.channels * a_channel // layer.phases
-    a_weight = layer.itemsize * (again * (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) * far)
+    lost = min(1, max(0, a_tile / machine.l2_bytes - 1.5))
+    a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads, loading = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1), 0.0
+        loads, loading = (t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)) / 2, 0.0
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
@@ -477,7 +481,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        vectors = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors * rows
+        vectors = (1 if layer.most_taps == (1, 1, 1) else 2) * t.vectors * rows
         loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64

@@ -71,6 +71,23 @@ def test_columns_between_the_zeros_are_copied_as_vectors(text: str, widths: list
 
 
 @pytest.mark.parametrize(
+    ("text", "copied", "written"), [("in=1x40 co=64", [16, 8], [16]), ("in=1x6 co=24", [6], [16, 8])]
+)
+def test_channels_that_come_last_are_copied_and_written_as_vectors(
+    text: str, copied: list[int], written: list[int]
+) -> None:
+    spec = ConvTranspose3d.parse(text.replace(" co", "x3x4x7 co") + " k=3 s=2 p=1 op=1 layout=NDHWC")
+    body = scheduled(spec, tiles_of(spec, "channels"))[KERNEL].body
+    lanes: dict[str, list[int]] = {"pad": [], "output": []}
+    for at, loops in statements(body):
+        if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint in lanes:
+            assert loops[-1].kind == tirx.ForKind.VECTORIZED
+            lanes[at.block.name_hint].append(int(loops[-1].extent))
+    assert lanes["pad"] == copied
+    assert sorted(set(lanes["output"]), reverse=True) == written
+
+
+@pytest.mark.parametrize(
     ("text", "tests"),
     [
         ("in=1x4x3x4x40 co=3 k=3 s=2 p=1 op=1", 8),
