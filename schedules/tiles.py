@@ -389,9 +389,9 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 #
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
 # constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), and
-# again, where phases stay in the first cache, to 400 of 25 layers on another (Zen 4). They are to rank,
-# not to predict: the first of the ranking was 1.4 % slower than the best of those 400, in the geometric
-# mean over the layers, and 6 % at most.
+# again to 1100 of 60 layers on another (Zen 4). They are to rank, not to predict: the first of the
+# ranking was 4 % slower than the best of those 1100, in the geometric mean over the layers; 29 % at most
+# (depthwise), 10 % on layers that are not.
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
@@ -402,7 +402,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
     beside_d, beside_h, beside_w = layer.beside
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
-    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
+    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
     computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
     storing = layer.outputs * _weaving(layer, machine, t)
@@ -430,8 +430,8 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 3.3 if transposed else 1.2 + 0.65 * in_first + 0.5 * in_second
-    return weaving + 350 / (layer.stretch(t) * layer.itemsize)
+    weaving = 3.3 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -448,20 +448,20 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
-    a_row = 6 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
+    a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
     if not layer.channels_first and t.vector != "channels":  # transposed, element by element
         a_row += 0.6
     if t.copy == "whole":
         return layer.images * depth * a_plane * (1.2 + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
-    return layer.tasks(t) * layer.window(t) * (0.15 + a_row + 0.4 * missed)
+    return layer.tasks(t) * layer.window(t) * (0.22 + a_row + 0.17 * missed)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """One channel's products, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
-    unrolled = t.unrolls(taps_h * taps_w)
+    unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
@@ -481,22 +481,25 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        vectors = (1 if layer.most_taps == (1, 1, 1) else 2) * t.vectors * rows
+        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 2
+        vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
-    held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+    sums = t.vectors * t.scalars * t.rows
     if unrolled:
-        held += t.vectors * (taps_h - 1)
-    if (unrolled or 1 < t.chunk < 16) and held > machine.registers:
+        # LLVM loads what all taps read at once, and puts some of it on the stack
+        waiting += 0.22 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+    elif 1 < t.chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
-        waiting += 1.5 * (held - machine.registers)
+        held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+        waiting += 1.5 * max(0, held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
-    multiplying = max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / machine.fma_units
-    beginning = 20 / (t.chunk * (taps_h * taps_w if unrolled else 1))
-    return max(multiplying, loading) + 0.16 * machine.fma_units * loads + waiting + beginning
+    multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
+    beginning = (20 if layer.c > 1 else 2) / (t.chunk * (taps_h * taps_w if unrolled else 1))
+    return max(multiplying, loading) + (0.3 if unrolled else 0.16) * machine.fma_units * loads + waiting + beginning
 
 
 def _up(size: int, multiple: int) -> int:
