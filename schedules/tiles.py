@@ -391,7 +391,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), and
 # again to 1100 of 60 layers on another (Zen 4). They are to rank, not to predict: the first of the
 # ranking was 4 % slower than the best of those 1100, in the geometric mean over the layers; 29 % at most
-# (depthwise), 10 % on layers that are not.
+# (depthwise), 12 % on layers that are not.
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
