@@ -430,7 +430,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 3.3 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    weaving = 3.6 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
@@ -471,7 +471,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads, loading = (t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)) / 2, 0.0
+        loads, loading = t.vectors + t.scalars * t.rows * (1 + 1 / machine.fma_units if t.vectors == 1 else 1), 0.0
+        a_load = 0.08 * machine.fma_units**2
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
@@ -481,7 +482,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 2
+        a_load = (0.3 if unrolled else 0.16) * machine.fma_units
+        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / 64
         vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
@@ -499,7 +501,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
     beginning = (20 if layer.c > 1 else 2) / (t.chunk * (taps_h * taps_w if unrolled else 1))
-    return max(multiplying, loading) + (0.3 if unrolled else 0.16) * machine.fma_units * loads + waiting + beginning
+    return max(multiplying, loading) + a_load * loads + waiting + beginning
 
 
 def _up(size: int, multiple: int) -> int:
