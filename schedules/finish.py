@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Marks a loop over columns: those from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
 
+# The block that adds one product to the sums of a phase, or of all phases as axes.
+_ADDING_ANY = re.compile(r"phase(_\d+_\d+_\d+)?_update")
 # The block that adds one product to the sums of one phase.
 _ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
@@ -40,6 +42,21 @@ _MOST_TRIMMED = 4
 _MOST_WOVEN = 4
 
 
+# TVM has no type for bfloat16 in what it gives to LLVM, which wants it in this instruction: two products for each of
+# 16 sums. LLVM puts it where it is called.
+_PAIRS = "opcompile_pairs"
+_PAIRS_IN_LLVM = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+
+define <16 x float> @{_PAIRS}(<16 x float> %sums, <16 x i32> %vector, <16 x i32> %broadcast) alwaysinline {{
+  %a = bitcast <16 x i32> %vector to <32 x bfloat>
+  %b = bitcast <16 x i32> %broadcast to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}}
+"""
+
+
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
     """Rewrite a scheduled module: vectors copy X and write Y, zeros are not multiplied, memory is asked for early.
 
@@ -49,6 +66,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     """
     ((name, function),) = module.functions.items()
     channels = spec.channels_in // spec.groups
+    if tiles.products > 1:
+        function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
+        function = _importing(function, _PAIRS_IN_LLVM)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
@@ -59,6 +79,65 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     return tvm.IRModule({name.name_hint: function})
+
+
+def _importing(function: tirx.PrimFunc, llvm: str) -> tirx.PrimFunc:
+    """The function, which LLVM compiles together with a text of LLVM's."""
+    root = function.body.block
+    body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(llvm), root.body)
+    return function.with_body(s_tir.SBlockRealize([], function.body.predicate, _with_body(root, body)))
+
+
+def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
+    """Where a vector of sums takes the products of two channels, let one instruction do both."""
+    pair = loop.body
+    realize = pair.body if isinstance(pair, tirx.For) else None
+    if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
+        return loop
+    block = realize.block
+    if not _ADDING_ANY.fullmatch(block.name_hint):
+        return loop
+    channel, along = block.iter_vars[-1].var, block.iter_vars[2 if t.vector == "channels" else -5].var
+    # both begin at a multiple, except that vectors of a row need not
+    even = {channel: tirx.floordiv(channel, t.products) * t.products}
+    if t.vector == "channels":
+        even[along] = tirx.floordiv(along, t.lanes) * t.lanes
+    analyzer = Analyzer()
+
+    def elements(load: Any, count: int) -> Any:
+        *others, last = [analyzer.simplify(_with(i, even)) for i in load.indices]
+        return tirx.BufferLoad(load.source, [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), count)])
+
+    def vector(load: Any) -> Any:
+        return tirx.reinterpret(f"int32x{t.lanes}", elements(load, t.lanes * t.products))
+
+    def broadcast(load: Any) -> Any:
+        return tirx.Broadcast(tirx.reinterpret("int32", elements(load, t.products)), t.lanes)
+
+    loads = {str(load.source.name): load for load in _every(TensorLoad, block.body.value)}
+    (x,), (w,) = ([load for name, load in loads.items() if name.startswith(start)] for start in ("pad", "W"))
+    (sums,) = [load for load in loads.values() if load not in (x, w)]
+    sums = elements(sums, t.lanes)
+    factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
+    added = tirx.call_pure_extern(f"float32x{t.lanes}", _PAIRS, sums, *factors)
+    adding = _with_body(block, tirx.BufferStore(sums.source, added, sums.indices))
+    start = {each.loop_var: tirx.const(0, each.loop_var.ty.dtype) for each in (loop, pair)}
+    return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
+
+
+def _with_body(block: s_tir.SBlock, body: tirx.Stmt) -> s_tir.SBlock:
+    """The block with other statements."""
+    return s_tir.SBlock(
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        block.name_hint,
+        body,
+        block.init,
+        block.alloc_buffers,
+        block.match_buffers,
+        block.annotations,
+    )
 
 
 def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
@@ -80,11 +159,43 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) 
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = _with(loop.body, {loop.loop_var: vector * lanes + lane + first})
-    at_once = tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL
-    zero = tirx.const(0, kind)
+    zero, of_channels = tirx.const(0, kind), [body]
+    if isinstance(body, tirx.For):
+        of_channels = [_with(body.body, {body.loop_var: tirx.const(i, kind)}) for i in range(int(body.extent))]
+    at_once = tirx.ForKind.VECTORIZED if lanes > 1 and len(of_channels) == 1 else tirx.ForKind.SERIAL
     copy = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
-    inner = [copy] if lanes == 1 or channels <= _CHANNELS_AHEAD else [_of_later_channel(body, lane, channels), copy]
+    if lanes > 1 and len(of_channels) > 1:
+        copy = _interleaved(of_channels, {vector: Range(0, count), lane: Range(0, lanes)}, lane) or copy
+    inner = [copy]
+    if lanes > 1 and channels > _CHANNELS_AHEAD:
+        inner = [*(_of_later_channel(each, lane, channels) for each in of_channels), copy]
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, _in_turn(inner))
+
+
+def _interleaved(
+    of_channels: Sequence[s_tir.SBlockRealize], ranges: Mapping[tirx.Var, Range], lane: tirx.Var
+) -> s_tir.SBlockRealize | None:
+    """Copy vectors of neighbouring channels as one, column by column; None where single columns are tested."""
+    analyzer, lanes = Analyzer(), int(ranges[lane].extent)
+    for var, extent in ranges.items():
+        analyzer.bind(var, extent)
+
+    def loaded(copy: s_tir.SBlockRealize) -> Any:
+        values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
+        return _vector_of(analyzer.simplify(_with(copy.block.body.value, values)), lane, lanes)
+
+    vectors = [loaded(each) for each in of_channels]
+    if any(each is None for each in vectors):
+        return None
+    size, count = lanes * len(of_channels), len(of_channels)
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(size)]
+    copy = _with(of_channels[0], {lane: tirx.const(0, lane.ty.dtype)})
+    store, (channel,) = copy.block.body, [v.var for v in copy.block.iter_vars if v.var.name == "v_c"]
+    first = {channel: tirx.floordiv(channel, count) * count}
+    *others, last = [analyzer.simplify(_with(i, first)) for i in store.indices]
+    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), size)]
+    woven = tirx.BufferStore(store.buffer, tirx.Shuffle(vectors, order), at)
+    return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
 def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) -> tirx.Stmt:
@@ -244,13 +355,14 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
 
 
 def _vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
-    """What ``value`` is for all lanes, as one vector."""
+    """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
     kind = lane.ty.dtype
     to = tirx.decl_buffer((lanes,), value.ty.dtype)
     store = tirx.BufferStore(to, value, [lane])
     loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
     module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
-    return module["vector"].body.value
+    body = module["vector"].body
+    return body.value if isinstance(body, tirx.BufferStore) else None
 
 
 def _fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:

@@ -43,13 +43,17 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
     ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
     (`_periods`). A layer whose taps all fall beyond the output reads no weight: W stays as it is.
+    Channels that are multiplied in pairs lie side by side: ``(..., C/g/2, block, 2)``.
     """
     if not spec.terms:
         return shape, tuple(range(5))
     c, m, *kernel = shape
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
     view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
-    return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+    if tiles.products == 1:
+        return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+    pairs = (spec.groups, c // spec.groups // tiles.products, tiles.products, *view[2:])
+    return pairs, (0, 3, 6, 8, 10, 5, 7, 9, 1, 4, 2)
 
 
 def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
@@ -64,7 +68,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
 
     # --- layouts ---
-    wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype else None
+    wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
     if wide and tiles.vector == "channels":  # a vector of weights is widened as it is loaded
         sch.compute_inline(wide)
         wide = None
@@ -107,7 +111,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     sch.parallel(task)
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        sch.decompose_reduction(p, sch.get_loops(p)[-9])
+        sch.decompose_reduction(p, sch.get_loops(p)[-9 if tiles.products == 1 else -10])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
@@ -116,7 +120,10 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         length = int(sch.get(row[-1]).extent)
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        sch.reorder(n, g, d, h, c, *row)
+        pair = []
+        if tiles.products > 1:
+            c, *pair = sch.split(c, [None, tiles.products])
+        sch.reorder(n, g, d, h, c, *row, *pair)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
         _mark_columns(sch, spec, tiles, row[-1], length)
@@ -148,7 +155,10 @@ def _lay_out(
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
-        return c // c_in, m // t.block, *taps, c % c_in, m % t.block
+        of_group = (c % c_in, m % t.block)
+        if t.products > 1:
+            of_group = (c % c_in // t.products, m % t.block, c % t.products)
+        return c // c_in, m // t.block, *taps, *of_group
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
@@ -164,6 +174,11 @@ def _lay_out(
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
+def _beside(t: Tiles, c: Any, w: Any) -> tuple[Any, ...]:
+    """Where the copy of X has column ``w`` of input channel ``c``: those that are multiplied as a pair lie together."""
+    return (c, w) if t.products == 1 else (c // t.products, w * t.products + c % t.products)
+
+
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
     one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
@@ -175,12 +190,12 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
     length = int(sch.get(pad).writes[0].source.shape[-1])
     if _tiled(spec, t, length):
         # what a register tile reads lies together, in the order in which it is read
-        of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, c, w % t.columns)  # noqa: E731
+        of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, *_beside(t, c, w % t.columns))  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
         return
-    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
     if t.line:  # each channel's line begins where a vector may
-        sch.storage_align(pad, 0, 4, t.lanes, 0)
+        sch.storage_align(pad, 0, 4, t.lanes * t.products, 0)
 
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
@@ -211,7 +226,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    c, c_in = sch.split(c, [None, t.chunk])
+    c, c_in, *pair = sch.split(c, [None, t.chunk] if t.products == 1 else [None, t.chunk // t.products, t.products])
     if t.vector == "channels":
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
@@ -226,9 +241,9 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
         # the taps of a channel share vectors of X
         tile = [t_h, t_w, *tile]
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane)
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane, *pair)
     else:
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane)
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane, *pair)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)

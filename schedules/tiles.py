@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -30,7 +30,8 @@ class Tiles:
     covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
-    that it reads, or all tasks together before the first.
+    that it reads, or all tasks together before the first. ``products`` of neighbouring input channels are
+    added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16.
     """
 
     vector: Literal["channels", "row", "line"]
@@ -46,6 +47,12 @@ class Tiles:
     bands_d: int = 1
     bands_h: int = 1
     bands_m: int = 1
+    products: int = 1
+
+    def fields(self) -> dict[str, int | str]:
+        """Return the numbers by name; ``products`` only where it is not 1, as in records from before it was."""
+        every = asdict(self)
+        return every if self.products > 1 else {name: n for name, n in every.items() if name != "products"}
 
     @property
     def channels(self) -> int:
@@ -112,6 +119,7 @@ class Estimate:
             f"vectors of {t.lanes} {vectors[t.vector]}; "
             f"a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
+            *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
             f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase are computed, then written"
             + (f"; a task does so {several}" if bands else ": a task"),
@@ -127,8 +135,8 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
 
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
-    layer = _Layer.of(spec)
-    estimates = [_estimate(layer, machine, tiles) for tiles in _sensible(layer, machine)]
+    layers = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
+    estimates = [_estimate(layer, machine, tiles) for layer in layers for tiles in _sensible(layer, machine)]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -136,6 +144,11 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
 def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
     """The tiles to use where nothing was measured."""
     return candidates(spec, machine)[0]
+
+
+def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
+    """Whether channels of ``spec`` can be multiplied as pairs of bfloat16."""
+    return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
 
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
@@ -152,8 +165,10 @@ class _Layer:
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes.
+    Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
+    products: int
     itemsize: int
     m: int
     c: int
@@ -177,12 +192,13 @@ class _Layer:
     grouped: bool
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d) -> _Layer:
+    def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
+            products=products,
             itemsize=8 if spec.sum_dtype == "float64" else 4,
             m=spec.channels_out // spec.groups,
-            c=spec.channels_in // spec.groups,
+            c=spec.channels_in // spec.groups // products,
             images=spec.groups * (spec.batch or 1),
             depth=depth,
             height=height,
@@ -199,7 +215,7 @@ class _Layer:
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else spec.groups,
-            widened=spec.dtype != spec.sum_dtype,
+            widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
         )
 
@@ -275,9 +291,10 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             continue
         if vector != "line" and columns >= layer.width + (1 if vector == "channels" else lanes):
             continue
-        chunk = _chunk(layer, machine, vector, rows, columns)
+        chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
             tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
+            tiles = replace(tiles, products=layer.products)
             if vector == "line" and columns >= height * layer.reach[2] + lanes:
                 continue
             whole = replace(tiles, task=_task(layer, machine, tiles))
@@ -350,6 +367,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # mean over the layers, and 6 % at most.
 
 
+# Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
+_PAIR_LATENCY = 1.5
+
+
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
@@ -390,7 +411,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
-    """One channel's products, added to one register tile."""
+    """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
@@ -416,12 +437,14 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
     held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
-    if 1 < t.chunk < 16 and held > machine.registers:
+    chunk = t.chunk // t.products
+    if 1 < chunk < 16 and held > machine.registers:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         waiting += 1.5 * (held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
-    multiplying = max(t.vectors * t.scalars * t.rows, machine.fma_in_flight) / machine.fma_units
-    return multiplying + 0.16 * machine.fma_units * loads + waiting + 20 / t.chunk
+    in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
+    multiplying = max(t.vectors * t.scalars * t.rows, in_flight) / machine.fma_units
+    return multiplying + 0.16 * machine.fma_units * loads + waiting + 20 / chunk
 
 
 def _up(size: int, multiple: int) -> int:
