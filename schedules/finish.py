@@ -14,6 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
+from schedules.pairs import added, importing
 from schedules.tiles import reach
 
 if TYPE_CHECKING:
@@ -42,21 +43,6 @@ _MOST_TRIMMED = 4
 _MOST_WOVEN = 4
 
 
-# TVM has no type for bfloat16 in what it gives to LLVM, which wants it in this instruction: two products for each of
-# 16 sums. LLVM puts it where it is called.
-_PAIRS = "opcompile_pairs"
-_PAIRS_IN_LLVM = f"""
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-
-define <16 x float> @{_PAIRS}(<16 x float> %sums, <16 x i32> %vector, <16 x i32> %broadcast) alwaysinline {{
-  %a = bitcast <16 x i32> %vector to <32 x bfloat>
-  %b = bitcast <16 x i32> %broadcast to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %a, <32 x bfloat> %b)
-  ret <16 x float> %r
-}}
-"""
-
-
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
     """Rewrite a scheduled module: vectors copy X and write Y, zeros are not multiplied, memory is asked for early.
 
@@ -68,7 +54,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     channels = spec.channels_in // spec.groups
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
-        function = _importing(function, _PAIRS_IN_LLVM)
+        root = function.body
+        body = _with_body(root.block, importing(root.block.body))
+        function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
@@ -79,13 +67,6 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     return tvm.IRModule({name.name_hint: function})
-
-
-def _importing(function: tirx.PrimFunc, llvm: str) -> tirx.PrimFunc:
-    """The function, which LLVM compiles together with a text of LLVM's."""
-    root = function.body.block
-    body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(llvm), root.body)
-    return function.with_body(s_tir.SBlockRealize([], function.body.predicate, _with_body(root, body)))
 
 
 def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
@@ -119,8 +100,7 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     (sums,) = [load for load in loads.values() if load not in (x, w)]
     sums = elements(sums, t.lanes)
     factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
-    added = tirx.call_pure_extern(f"float32x{t.lanes}", _PAIRS, sums, *factors)
-    adding = _with_body(block, tirx.BufferStore(sums.source, added, sums.indices))
+    adding = _with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
     start = {each.loop_var: tirx.const(0, each.loop_var.ty.dtype) for each in (loop, pair)}
     return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
 

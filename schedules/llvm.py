@@ -155,10 +155,10 @@ def _lay_out(
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
-        of_group = (c % c_in, m % t.block)
-        if t.products > 1:
-            of_group = (c % c_in // t.products, m % t.block, c % t.products)
-        return c // c_in, m // t.block, *taps, *of_group
+        if t.products == 1:
+            return c // c_in, m // t.block, *taps, c % c_in, m % t.block
+        together, pairs = c // t.products, c_in // t.products
+        return together // pairs, m // t.block, *taps, together % pairs, m % t.block, c % t.products
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
