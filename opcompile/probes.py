@@ -122,7 +122,11 @@ def multiply_pairs(sums: int) -> tirx.PrimFunc:
     def at(i: int) -> list[Any]:
         return [tirx.Ramp(tirx.const(i * LANES, "int32"), tirx.const(1, "int32"), LANES)]
 
-    y, steps, step = tirx.decl_buffer((sums * LANES,), "float32", "Y"), tirx.Var("steps", "int64"), tirx.Var("i", "int64")
+    y, steps, step = (
+        tirx.decl_buffer((sums * LANES,), "float32", "Y"),
+        tirx.Var("steps", "int64"),
+        tirx.Var("i", "int64"),
+    )
     pair = tirx.Broadcast(halves, LANES)
     adding = [tirx.BufferStore(y, added(tirx.BufferLoad(y, at(i)), pair, pair), at(i)) for i in range(sums)]
     loop = tirx.For(step, tirx.const(0, "int64"), steps, tirx.ForKind.SERIAL, tirx.SeqStmt(adding))

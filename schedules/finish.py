@@ -1,4 +1,4 @@
-"""What no move of a schedule can say: vectors of some columns of a loop, rows woven, taps left out, early fetches."""
+"""What no move of a schedule can say: vectors of some columns of a loop, rows woven, pairs, taps left out, fetches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from schedules.pairs import added, importing
+from schedules.pairs import added, importing, narrowed
 from schedules.tiles import reach
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
+    if tiles.products > 1:
+        function = structural_map(function, (tirx.Cast, _narrowing))
     return tvm.IRModule({name.name_hint: function})
 
 
@@ -78,16 +80,17 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     block = realize.block
     if not _ADDING_ANY.fullmatch(block.name_hint):
         return loop
-    channel, along = block.iter_vars[-1].var, block.iter_vars[2 if t.vector == "channels" else -5].var
-    # both begin at a multiple, except that vectors of a row need not
-    even = {channel: tirx.floordiv(channel, t.products) * t.products}
+    _, _, m, *_, c = (v.var for v in block.iter_vars)
+    # where the vector and the pair begin
+    begin = {c: tirx.floordiv(c, t.products) * t.products}
     if t.vector == "channels":
-        even[along] = tirx.floordiv(along, t.lanes) * t.lanes
+        begin[m] = tirx.floordiv(m, t.lanes) * t.lanes
     analyzer = Analyzer()
 
-    def elements(load: Any, count: int) -> Any:
-        *others, last = [analyzer.simplify(_with(i, even)) for i in load.indices]
-        return tirx.BufferLoad(load.source, [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), count)])
+    def elements(of: Any, count: int) -> Any:
+        *others, last = [analyzer.simplify(_with(i, begin)) for i in of.indices]
+        buffer = of.source if isinstance(of, TensorLoad) else of.buffer
+        return tirx.BufferLoad(buffer, [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), count)])
 
     def vector(load: Any) -> Any:
         return tirx.reinterpret(f"int32x{t.lanes}", elements(load, t.lanes * t.products))
@@ -96,13 +99,16 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
         return tirx.Broadcast(tirx.reinterpret("int32", elements(load, t.products)), t.lanes)
 
     loads = {str(load.source.name): load for load in _every(TensorLoad, block.body.value)}
-    (x,), (w,) = ([load for name, load in loads.items() if name.startswith(start)] for start in ("pad", "W"))
-    (sums,) = [load for load in loads.values() if load not in (x, w)]
-    sums = elements(sums, t.lanes)
+    x, w, sums = loads["pad"], loads["W"], elements(block.body, t.lanes)
     factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
     adding = _with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
     start = {each.loop_var: tirx.const(0, each.loop_var.ty.dtype) for each in (loop, pair)}
     return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
+
+
+def _narrowing(cast: tirx.Cast) -> Any:
+    """Round by one instruction what Y is rounded to."""
+    return narrowed(cast.value) if str(cast.ty.dtype).startswith("bfloat16") else cast
 
 
 def _with_body(block: s_tir.SBlock, body: tirx.Stmt) -> s_tir.SBlock:

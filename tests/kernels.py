@@ -23,10 +23,8 @@ def dtype_of(spec: ConvTranspose3d) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype)
 
 
-def kernel(
-    spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool = True, on: Target = HERE
-) -> Kernel:
-    """Compile ``spec`` for this machine, or ``on`` another name of it, and return ``y = call(x, w, b)``; Y starts out as garbage.
+def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool = True, on: Target = HERE) -> Kernel:
+    """Compile ``spec`` for this machine, by whatever name, and return ``y = call(x, w, b)``; Y starts out as garbage.
 
     Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
     """
