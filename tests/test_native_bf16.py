@@ -185,6 +185,15 @@ def test_the_inner_loop_multiplies_pairs_in_registers(name: str, vector: str) ->
     assert max(sum("vdpbf16ps" in line for line in loop) for loop in loops) >= sums
 
 
+@pytest.mark.parametrize("vector", ["channels", "row"])
+def test_y_is_rounded_by_one_instruction(vector: str) -> None:
+    spec = spec_of("in=1x8x4x8x32 co=16 k=2 s=2")
+    tiles = next(t for t in in_pairs(spec) if t.vector == vector)
+    text = assembly(spec, FLAGGED.name, tiles)
+    assert "vcvtneps2bf16" in text
+    assert not re.search(r"vpsrld\s+\$16", text), "rounded by whole numbers"
+
+
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("llvm:")])
 def test_without_the_flag_nothing_changes(name: str) -> None:
     spec = spec_of("in=1x8x4x8x16 co=16 k=2 s=2")
