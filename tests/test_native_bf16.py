@@ -10,8 +10,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tvm
 from kernels import dtype_of, integers, kernel, reals
-from tvm import tirx
+from tvm import relax, tirx
 from tvm_ffi import structural_map
 
 import opcompile
@@ -23,6 +24,8 @@ from opcompile.errors import TargetError, UnknownTargetError
 from opcompile.gradients import lower as gradients
 from opcompile.gradients.gradient import Gradient
 from opcompile.record import illegal
+from opcompile.reference import reference
+from opcompile.relax import ReplaceConvTranspose3d, tvm_target
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import flagged, names, processor_flags, target
 from schedules import llvm
@@ -298,6 +301,28 @@ def test_an_artifact_says_what_was_asked_for_and_is_judged_by_it(tmp_path: Path)
     x, w, b = reals(spec)
     y = loaded(*(v.astype(dtype_of(spec)) for v in (x, w, b)))
     compare(spec, y, x, w, b, computed_in=PAIRS).require()
+
+
+@here
+def test_two_layers_of_a_module_of_tvm_have_it_together() -> None:
+    shapes = {"x": (1, 6, 3, 4, 5), "v": (6, 8, 3, 3, 3), "w": (8, 4, 2, 2, 2)}
+    x, v, w = (relax.Var(name, relax.TensorType(shape, "bfloat16")) for name, shape in shapes.items())
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, v, w]):
+        with builder.dataflow():
+            between = builder.emit(relax.op.nn.conv3d_transpose(x, v, strides=2, padding=1))
+            y = builder.emit_output(relax.op.nn.conv3d_transpose(between, w, strides=2))
+        builder.emit_func_output(y)
+    replacing = ReplaceConvTranspose3d("llvm+bf16", "baseline")
+    module = tvm.compile(replacing(builder.get()), target=tvm_target("llvm+bf16"))
+    assert len(replacing.replaced) == 2
+    rng = np.random.default_rng(0)
+    given = [rng.integers(-1, 2, shape).astype(ml_dtypes.bfloat16) for shape in shapes.values()]
+    tensors = [tvm.runtime.empty(array.shape, "bfloat16").copyfrom(array) for array in given]
+    found = relax.VirtualMachine(module, tvm.cpu())["main"](*tensors).numpy().view(ml_dtypes.bfloat16)
+    first, second = replacing.replaced
+    middle = reference(first, *given[:2], None).astype(ml_dtypes.bfloat16)
+    compare(second, found, middle, given[2], exact=True).require()
 
 
 # --- names ---
