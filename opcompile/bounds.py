@@ -333,7 +333,7 @@ def sums_of(manifest: Mapping[str, Any]) -> str | None:
     """What an artifact's kernel sums in, of `SUMS`; None is ``spec.sum_dtype``."""
     if manifest["plan"]["schedule"] == "matrix":
         return matrices_sum_in(manifest["target"]["architecture"], ConvTranspose3d.parse(manifest["spec"]).dtype)
-    return pairs_sum_in(manifest["plan"]["tiles"])
+    return pairs_sum_in(manifest["plan"].get("tiles", {}))
 
 
 def pairs_sum_in(tiles: Mapping[str, Any]) -> str | None:
