@@ -10,6 +10,10 @@ contract with `schedules` (renaming one orphans every tuned record):
     ``pitch``, the distance between two rows.
 ``phase_<fd>_<fh>_<fw>``
     ``(N, G, M/g, qD, qH, qW)``: one a phase that has taps, reduced over ``(tD, tH, tW, c)``.
+``tap_<kd>``
+    Instead of those, where a `Grain` asks for ``taps``: ``(N, G, M/g, kH, kW, qD, blocks, line)``, the products
+    with each tap of plane ``kd`` of the kernel summed over ``c`` alone, at every element of X that is read;
+    ``output`` adds up what meets in it.
 ``phase``
     Instead of those, when they would be too many: ``(N, G, M/g, sD, sH, sW, qD, qH, qW)``, the
     phases as axes and their taps padded to equal number with zero weights.
@@ -51,13 +55,15 @@ MOST_PHASE_BLOCKS = 27
 class Grain:
     """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW.
 
-    With ``rows``, so many rows of qH form one line, and the last multiple is that of its length. With
-    ``stored``, factors stay in the type that they are stored in, and are widened as they are multiplied.
+    With ``rows``, so many rows of qH form one line, and the last multiple is that of its length.
+    With ``taps``, each tap has sums of its own. With ``stored``, factors stay in the type that they
+    are stored in, and are widened as they are multiplied.
     """
 
     channels: int = 1
     positions: tuple[int, int, int] = (1, 1, 1)
     rows: int = 0
+    taps: bool = False
     stored: bool = False
 
 
@@ -92,7 +98,8 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
     pad, wide = scope.pad(x), w if grain.stored else _widened(spec, w)
-    picked = _pick_axes(scope, pad, wide) if phases_as_axes(spec) else _pick_blocks(scope, pad, wide)
+    pick = _pick_axes if phases_as_axes(spec) else _pick_taps if grain.taps else _pick_blocks
+    picked = pick(scope, pad, wide)
 
     def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:
         z = picked(n, m, o) + sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
@@ -108,6 +115,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
 
 
 Picker = Callable[[Any, Any, Sequence[Any]], Any]
+Phases = tuple[Phase, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +168,21 @@ class _Grid:
 
 
 class _Lines:
-    """Lines of ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``."""
+    """Lines of ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``.
 
-    def __init__(self, windows: Sequence[_Window], rows: int, columns: int) -> None:
+    With ``taps``, sums stand where X does, and a line has all that is read.
+    """
+
+    def __init__(self, windows: Sequence[_Window], rows: int, columns: int, taps: bool) -> None:
         self._windows, self._rows = windows, rows
         plane, row, column = windows
         self.pitch = column.extent
         blocks = -(-row.positions // rows)
-        line = round_up((rows - 1) * self.pitch + column.positions, columns)
+        line = (rows - 1) * self.pitch + column.positions
         beyond = (row.extent - row.positions) * self.pitch + column.extent - column.positions
+        if taps:
+            line, beyond = line + beyond, 0
+        line = round_up(line, columns)
         self.read_from = (plane.extent, blocks, round_up(line + beyond, self.pitch))
         self.positions = (plane.positions, blocks, line)
 
@@ -206,11 +220,11 @@ class Scope:
         if grain.rows:
             depth, _, columns = grain.positions
             windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
-            where = _Lines(windows, grain.rows, columns)
+            where = _Lines(windows, grain.rows, columns, grain.taps)
         else:
             where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
         channels = round_up(spec.channels_out // spec.groups, grain.channels)
-        index = _index_dtype(spec, where, packed_from(spec, grain))
+        index = _index_dtype(spec, where, packed_from(spec, grain), grain.taps)
         batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
         return cls(spec, where, channels, index, batch, grain.stored)
 
@@ -271,13 +285,15 @@ class Scope:
         return f"uint{8 * self.spec.itemsize}"
 
 
-def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence[int]) -> str:
+def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence[int], taps: bool) -> str:
     if spec.batch is None:
         return "int64"
     pad = spec.batch * spec.channels_in * math.prod(where.read_from)
     phase = spec.batch * spec.groups * w_shape[1] * math.prod(where.positions)
     if phases_as_axes(spec):
         phase *= math.prod(len(a.phases) for a in spec.axes)
+    if taps:
+        phase *= math.prod(a.kernel for a in spec.axes[1:])
     shapes = (spec.x_shape, spec.y_shape, w_shape)
     # rounding up and fusing loops may double a range: leave a factor of two below 2^31
     return "int64" if max(*(math.prod(n or 1 for n in s) for s in shapes), pad, phase) >= 2**30 else "int32"
@@ -312,7 +328,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a phase, each reduced over exactly its taps; a phase without taps is zero and has no block."""
     spec = scope.spec
 
-    def block(phases: Sequence[Phase]) -> Any:
+    def block(phases: Phases) -> Any:
         taps = scope.reduced([p.taps for p in phases])
         return te.compute(
             scope.batched(spec.groups, scope.channels, *scope.where.positions),
@@ -322,15 +338,60 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
             name="phase_" + "_".join(str(p.index) for p in phases),
         )
 
+    blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if _meets(phases)}
+    return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *_grouped(spec, m), *scope.where.place(q)))
+
+
+def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
+    """One block a plane of the kernel, each tap summed over channels alone; an output adds up the taps of its phase."""
+    spec, c_in = scope.spec, scope.spec.channels_in // scope.spec.groups
+    kernel = [axis.kernel for axis in spec.axes]
+    at_first = [axis.reads[0] for axis in spec.axes[1:]]
+
+    def block(kd: int, offset: int) -> Any:
+        c = te.reduce_axis((tirx.IntImm(scope.index, 0), tirx.IntImm(scope.index, c_in)), "c")
+        return te.compute(
+            scope.batched(spec.groups, scope.channels, *kernel[1:], *scope.where.positions),
+            lambda n, g, m, kh, kw, *q: te.sum(
+                pad(n, g, c, *scope.where.read(q, (offset, *at_first))) * w(g * c_in + c, m, kd, kh, kw), axis=c
+            ),
+            name=f"tap_{kd}",
+        )
+
+    blocks = {kd: block(kd, offset) for phase in spec.axes[0].phases for kd, offset in _taps(phase)}
+
+    def value(n: Any, m: Any, q: Sequence[Any], phases: Phases) -> Any:
+        d, line, i = scope.where.place(q)
+        terms = []
+        for (kd, _), (kh, of_h), (kw, of_w) in product(*map(_taps, phases)):
+            beyond = (of_h - at_first[0]) * scope.where.pitch + of_w - at_first[1]
+            terms.append(blocks[kd](n, *_grouped(spec, m), kh, kw, d, line, i + beyond))
+        return sum(terms[1:], terms[0])
+
+    return _pick_phase(spec, value)
+
+
+def _taps(phase: Phase) -> list[tuple[int, int]]:
+    """The taps of a phase, each with the offset that it reads at."""
+    return [(phase.first_tap + j * phase.tap_step, offset) for j, offset in enumerate(phase.offsets())]
+
+
+def _meets(phases: Phases) -> bool:
+    """Whether any tap meets an output of these phases."""
+    return all(phase.taps for phase in phases)
+
+
+def _pick_phase(spec: ConvTranspose3d, of: Callable[[Any, Any, Sequence[Any], Phases], Any]) -> Picker:
+    """Of the phases that taps meet, the value that ``of`` gives for the one of the output; zero for the others."""
     every = list(product(*(axis.phases for axis in spec.axes)))
-    blocks = [(phases, block(phases)) for phases in every if all(p.taps for p in phases)]
+    met = [phases for phases in every if _meets(phases)]
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = None if len(blocks) == len(every) else tirx.const(0, spec.sum_dtype)
-        for phases, computed in reversed(blocks):
-            here = computed(n, *_grouped(spec, m), *scope.where.place(q))
+        value = None if len(met) == len(every) else tirx.const(0, spec.sum_dtype)
+        for phases in reversed(met):
             tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
+            here = of(n, m, q, phases)
             value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
         return value
 

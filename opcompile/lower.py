@@ -31,6 +31,7 @@ from schedules import llvm
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
+_FAMILIES = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors", "taps": "tap-sums"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +159,15 @@ def require_plan(plan: str) -> None:
 
 
 def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:
-    family = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors"}[str(tiles["vector"])]
+    family = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors", "taps": "tap-sums"}[
+        str(tiles["vector"])
+    ]
     return Plan(name, family, tiles, why, record.key if record else None)
 
 
 def grain(tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
-    return Grain(tiles.task, tiles.positions, tiles.line, tiles.products > 1)
+    return Grain(tiles.task, tiles.positions, tiles.line, tiles.vector == "taps", tiles.products > 1)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:

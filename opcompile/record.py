@@ -30,7 +30,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import Tiles, takes_pairs
+from schedules.tiles import Tiles, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -303,8 +303,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
     names = [f.name for f in fields(Tiles) if f.name != "products" or "products" in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
-    if tiles["vector"] not in ("channels", "row", "line"):
-        return f"vector is {tiles['vector']!r}, but must be 'channels', 'row' or 'line'"
+    if tiles["vector"] not in ("channels", "row", "line", "taps"):
+        return f"vector is {tiles['vector']!r}, but must be 'channels', 'row', 'line' or 'taps'"
     if tiles["copy"] not in ("task", "whole"):
         return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
     for name in names:
@@ -331,6 +331,16 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         return f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
     if spec.groups > 1 and spec.layout == "NDHWC" and t.task != whole:
         return f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
+    if t.vector == "taps":
+        weights = weights_by_taps(spec)
+        if not weights:
+            return "vector is 'taps', but for sums by taps the layer has too many output channels, or channels last"
+        if t.scalars not in weights:
+            return f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
+        if t.task != m:
+            return f"task is {t.task}, but must be the {m} channels of a group for sums by taps"
+        if t.chunk != spec.channels_in // spec.groups:
+            return f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps"
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
         return f"depth is {t.depth}, but the layer has {planes} planes of positions"
@@ -352,6 +362,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     if t.products == 1:
         return None
+    if t.vector == "taps":
+        return f"products is {t.products}, but must be 1 for sums by taps"
     if t.products > 2:
         return f"products is {t.products}, but must be 1, or 2 for pairs of bfloat16"
     if not takes_pairs(spec, machine):

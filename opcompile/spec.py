@@ -417,7 +417,9 @@ class ConvTranspose3d:
         if len(sizes) != 5:
             raise SpecError(f"in={fields['in']} has {len(sizes)} sizes, but must be NxCxDxHxW, like {_FIELDS['in']}")
         if not sizes[0].lstrip("-").isdecimal() and sizes[0] != "N":
-            raise SpecError(f"in={fields['in']} begins with {sizes[0]!r}, but must with a number, or N for any batch")
+            raise SpecError(
+                f"in={fields['in']} begins with {sizes[0]!r}, but must begin with a number, or N for any batch"
+            )
         batch = None if sizes[0] == "N" else _integer("in", sizes[0])
         spatial = [_integer("in", n) for n in sizes[2:]]
         per_axis = {key: _per_axis(key, fields.get(key, default)) for key, default in _AXIS_DEFAULTS.items()}

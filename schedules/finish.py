@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from schedules.tiles import Tiles
 
-# Marks a loop over columns: those from the first number to the second may be vectors, of as many lanes as the third.
+# Marks a loop: what it takes from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
 
 # The block that adds one product to the sums of a phase, or of all phases as axes.
@@ -32,6 +32,8 @@ _ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 _LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 # The block that writes Y, one element at a time.
 _WRITING = "output"
+# The block that writes vectors of a row of Y.
+_ROW = "row"
 
 # So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
 _CHANNELS_AHEAD = 4
@@ -54,20 +56,21 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     channels = spec.channels_in // spec.groups
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
-        root = function.body
-        body = _with_body(root.block, importing(root.block.body))
-        function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
-    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels)))
+    apart = channels if spec.layout == "NCDHW" else 1
+    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, apart)))
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
+    if tiles.copy == "whole" and tiles.vector != "channels" and 1 < tiles.chunk < channels:
+        function = structural_map(function, (tirx.For, lambda loop: _of_next_chunk(loop, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         y = function.params[-1]
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     if tiles.products > 1:
-        function = structural_map(function, (tirx.Cast, _narrowing))
+        function = structural_map(function, (tirx.For, _rounding))
+        function = _in_llvm(structural_map(function, (s_tir.SBlock, _narrowing)))
     return tvm.IRModule({name.name_hint: function})
 
 
@@ -106,18 +109,55 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
 
 
-def _narrowing(cast: tirx.Cast) -> Any:
-    """Round by one instruction what Y is rounded to."""
-    return narrowed(cast.value) if str(cast.ty.dtype).startswith("bfloat16") else cast
+def _rounding(loop: tirx.For) -> tirx.Stmt:
+    """Where lanes of Y are written at once, write them as a vector; TVM rounds them where they need tests."""
+    realize = loop.body
+    if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
+        return loop
+    block, lane, lanes = realize.block, loop.loop_var, int(loop.extent)
+    if block.name_hint != _WRITING:
+        return loop
+    analyzer, zero = Analyzer(), tirx.const(0, lane.ty.dtype)
+    analyzer.bind(lane, Range(0, lanes))
+    values = dict(zip((v.var for v in block.iter_vars), realize.iter_values, strict=True))
+    value = analyzer.simplify(_with(block.body.value, values))
+    alike = [realize.predicate, *(i for load in _every(TensorLoad, value) for i in load.indices[:-1])]
+    tested = any(var.same_as(lane) for each in alike for var in _every(tirx.Var, each))
+    vector = None if tested else _vector_of(value, lane, lanes)
+    if vector is None:
+        left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, _with_body(block, block.body, "lanes"))
+        return tirx.For(lane, zero, loop.extent, loop.kind, left)
+    *others, last = block.body.indices
+    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes)]
+    written = _with_body(block, tirx.BufferStore(block.body.buffer, vector, at))
+    return s_tir.SBlockRealize([_with(i, {lane: zero}) for i in realize.iter_values], realize.predicate, written)
 
 
-def _with_body(block: s_tir.SBlock, body: tirx.Stmt) -> s_tir.SBlock:
-    """The block with other statements."""
+def _narrowing(block: s_tir.SBlock) -> s_tir.SBlock:
+    """Round by one instruction what a block writes to Y."""
+    if block.name_hint not in (_WRITING, _ROW):
+        return block
+
+    def rounded(cast: tirx.Cast) -> Any:
+        return narrowed(cast.value) if str(cast.ty.dtype).startswith("bfloat16") else cast
+
+    return _with_body(block, structural_map(block.body, (tirx.Cast, rounded)))
+
+
+def _in_llvm(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with what LLVM needs to compile it."""
+    root = function.body
+    body = _with_body(root.block, importing(root.block.body))
+    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
+
+
+def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SBlock:
+    """The block with other statements, and maybe another name."""
     return s_tir.SBlock(
         block.iter_vars,
         block.reads,
         block.writes,
-        block.name_hint,
+        name or block.name_hint,
         body,
         block.init,
         block.alloc_buffers,
@@ -127,7 +167,7 @@ def _with_body(block: s_tir.SBlock, body: tirx.Stmt) -> s_tir.SBlock:
 
 
 def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
-    """A marked loop: scalars, whole vectors, what is left of them as one, scalars."""
+    """A marked loop: scalars, whole vectors, what is left of them as one, scalars; ``channels`` lie apart."""
     if VECTORS not in loop.annotations:
         return loop
     low, high, widest = (int(i) for i in loop.annotations[VECTORS])
@@ -141,7 +181,7 @@ def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
 
 
 def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) -> tirx.Stmt:
-    """``count`` times ``lanes`` columns, from ``first`` on, and the same of a channel that will be copied soon."""
+    """``count`` times ``lanes`` turns, from ``first`` on, and columns of a channel that will be copied soon."""
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = _with(loop.body, {loop.loop_var: vector * lanes + lane + first})
@@ -258,6 +298,30 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
 
 
+def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
+    """Where the taps of a row begin, ask for what they will read of the next chunk of channels.
+
+    The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
+    """
+    inner, first_of_tile = loop.body, {}
+    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
+        first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
+        inner = inner.body
+    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
+        return loop
+    values = {v.var: _with(value, first_of_tile) for v, value in zip(block.iter_vars, inner.iter_values, strict=True)}
+    *_, tap_w, channel = (v.var for v in block.iter_vars)
+    values[channel] = values[channel] + t.chunk
+    (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
+    *line, first = (_with(i, values) for i in x.indices)
+    first = first.base if isinstance(first, tirx.Ramp) else first
+    a_line = _CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
+    asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
+    at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
+
+
 def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     """Where a vector of sums leaves its registers, ask for one line of Y into the second cache.
 
@@ -329,7 +393,7 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
         block.iter_vars,
         block.reads,
         [tirx.BufferRegion(y, written)],
-        "row",
+        _ROW,
         tirx.SeqStmt(body),
         annotations=block.annotations,
     )

@@ -12,7 +12,9 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
   X: right when there are many channels, however few the positions. Else the scalars are weights:
   right for few channels, and when writing the output matters most, for the tile then needs no
   transposition. Vectors run along each row (``"row"``), or along all rows of a task laid end to end
-  (``"line"``), which wastes less where rows are short or not a multiple of a vector.
+  (``"line"``), which wastes less where rows are short or not a multiple of a vector. With very few
+  channels (``"taps"``) they run along lines of X, times the weights of many taps: each tap is summed
+  by itself, and the output adds up those that meet in it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ __all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "packed", "s
 
 Span = tuple[Any, Any]
 
+# Columns so many channels apart, or a multiple, would lie in the same places of the first cache.
+_POWER = 64
+# The blocks that sum products begin so.
+_SUMS = ("phase", "tap_")
+
 
 def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How the declared W of ``shape`` is laid out for these tiles: a view of it, and an order of the view's axes.
@@ -48,6 +55,11 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     if not spec.terms:
         return shape, tuple(range(5))
     c, m, *kernel = shape
+    if tiles.vector == "taps":
+        kd, kh, kw = kernel
+        of_m, of_kh = _tap_tile(tiles, kernel)
+        split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
+        return (spec.groups, c // spec.groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
     view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
     if tiles.products == 1:
@@ -61,9 +73,15 @@ def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
     return [a.tap_step if k % a.tap_step == 0 else 1 for k, a in zip(kernel, spec.axes, strict=True)]
 
 
+def _tap_tile(tiles: Tiles, kernel: Sequence[int]) -> tuple[int, int]:
+    """Channels and rows of taps whose weights are the scalars of a register tile: whole rows, then whole planes."""
+    _, kh, kw = kernel
+    return max(1, tiles.scalars // (kh * kw)), min(kh, tiles.scalars // kw)
+
+
 def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
-    phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith("phase")]
+    phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith(_SUMS)]
     output = sch.get_sblock("output")
     as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
 
@@ -91,27 +109,32 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         of_task, of_band = [n, g, m, q_d, q_h], [m_in, *row]
     else:  # all groups: the channels of one would be a few bytes of each cache line
         of_task, of_band = [n, m, q_d, q_h], [*row, g, m_in]
-    sch.reorder(*of_task, band_d, band_h, band_m, *of_band)
+    around = [*of_task, band_d, band_h, band_m]
+    sch.reorder(*around, *of_band)
     _claim_whole_tiles(sch, spec, tiles, output, as_axes)
-    task = sch.fuse(*of_task)
     for p in phases:
         if tiles.line:
             _claim_whole_lines(sch, p)
         sch.compute_at(p, band_m, preserve_unit_loops=True)
-        _tile(sch, tiles, p, sch.get_loops(p)[4:])
+        if tiles.vector == "taps":
+            _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
+        else:
+            _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
     if phases and tiles.copy == "task":
-        sch.compute_at(sch.get_sblock("pad"), task, preserve_unit_loops=True)
+        sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
-        sch.compute_at(wide, task, preserve_unit_loops=True)
+        sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)
         *_, c, block = sch.get_loops(wide)
         _, lane = sch.split(sch.fuse(c, block), [None, tiles.lanes])
         sch.vectorize(lane)
 
     # --- spend the cores; a copy of all X is a task a plane ---
-    sch.parallel(task)
+    # fused after the phases have their places: of one loop, group and channel are no longer affine
+    sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        sch.decompose_reduction(p, sch.get_loops(p)[-9 if tiles.products == 1 else -10])
+        depth = 6 if tiles.vector == "taps" else 9
+        sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
@@ -121,12 +144,15 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
         pair = []
-        if tiles.products > 1:
+        if tiles.products > 1 and not _in_their_order(spec, tiles):
             c, *pair = sch.split(c, [None, tiles.products])
-        sch.reorder(n, g, d, h, c, *row, *pair)
+        side_by_side = [*row, c] if _in_their_order(spec, tiles) else [c, *row]
+        sch.reorder(n, g, d, h, *side_by_side, *pair)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
-        _mark_columns(sch, spec, tiles, row[-1], length)
+        _mark_copied(sch, spec, tiles, side_by_side[-1], length)
+    if phases and _in_their_order(spec, tiles):
+        sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
 
 def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
@@ -151,9 +177,13 @@ def _lay_out(
 ) -> None:
     c_in = spec.channels_in // spec.groups
 
-    p_d, p_h, p_w = _periods(spec, [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]])
+    kernel = [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]]
+    p_d, p_h, p_w = _periods(spec, kernel)
+    of_m, of_kh = _tap_tile(t, kernel)
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
+        if t.vector == "taps":
+            return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
         if t.products == 1:
             return c // c_in, m // t.block, *taps, c % c_in, m % t.block
@@ -193,9 +223,19 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, *_beside(t, c, w % t.columns))  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
         return
+    if _in_their_order(spec, t):
+        sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
+        if (spec.channels_in // spec.groups) % (_POWER * t.products) == 0:
+            sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
+        return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
     if t.line:  # each channel's line begins where a vector may
         sch.storage_align(pad, 0, 4, t.lanes * t.products, 0)
+
+
+def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether channels stay side by side, in the copy of X and where Y is written: where vectors are of channels."""
+    return spec.layout == "NDHWC" and t.vector == "channels"
 
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
@@ -211,15 +251,17 @@ def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
     return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
 
-def _mark_columns(sch: Schedule, spec: ConvTranspose3d, t: Tiles, columns: Any, length: int) -> None:
-    """Tell `finish` which columns of the copy of X may be vectors."""
-    extent, row, (low, high) = int(sch.get(columns).extent), reach(spec.axes[2]), _own_columns(spec)
+def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int) -> None:
+    """Tell `finish` which columns, or channels, of the copy of X may be vectors."""
+    extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
+    if _in_their_order(spec, t):
+        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
     if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
         return
     if extent < row:
-        sch.annotate(columns, VECTORS, [0, extent, t.lanes])
+        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes])
     elif low < high and not _tiled(spec, t, length):
-        sch.annotate(columns, VECTORS, [low, high, t.lanes])
+        sch.annotate(side_by_side, VECTORS, [low, high, t.lanes])
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
@@ -261,6 +303,24 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
         sch.unroll(loop)
 
 
+def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loops: list[Any]) -> None:
+    """Cut the loops ``(n, g, m, kh, kw, d, line, i, c)`` of a plane of taps into register tiles."""
+    _, _, m, kh, kw, d, line, i, c = loops
+    of_m, of_kh = _tap_tile(t, [axis.kernel for axis in spec.axes])
+    m, m_in = sch.split(m, [None, of_m])
+    kh, kh_in = sch.split(kh, [None, of_kh])
+    i, i_in, lane = sch.split(i, [None, t.vectors, t.lanes])
+    sch.reorder(d, line, i, m, kh, c, m_in, kh_in, kw, i_in, lane)
+    leave = sch.cache_write(taps, 0, "local")
+    sch.reverse_compute_at(leave, kh, preserve_unit_loops=True)
+    *_, of_channels, of_rows, of_columns, _, _, columns = sch.get_loops(leave)
+    columns, own_lane = sch.split(columns, [None, t.lanes])
+    for vector in (lane, own_lane):
+        sch.vectorize(vector)
+    for loop in (m_in, kh_in, kw, i_in, of_channels, of_rows, of_columns, columns):
+        sch.unroll(loop)
+
+
 def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: Any, as_axes: bool) -> None:
     """Let each output element claim the whole tiles of its task.
 
@@ -289,7 +349,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     rows = one(height) if t.line else (height * t.height, (height + 1) * t.height)
 
     for i, read in enumerate(block.reads):
-        if not read.source.name.startswith("phase"):
+        if not read.source.name.startswith(_SUMS):
             continue
         shape = list(read.source.shape)
         in_channels = t.vector == "channels"
@@ -299,6 +359,8 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
             channels = (first_block, first_block + t.task // t.lanes)
         groups = one(tirx.floordiv(m, m_out)) if spec.layout == "NCDHW" else whole(shape[1])
         spans = [one(n), groups, channels]
+        if t.vector == "taps":
+            spans += [whole(shape[3]), whole(shape[4])]
         if as_axes:
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
             spans += [whole(shape[5])]

@@ -53,5 +53,5 @@ define {bits} @opcompile_narrow{f"x{lanes}" if lanes > 1 else ""}({floats} %valu
 
 def importing(body: tirx.Stmt) -> tirx.Stmt:
     """``body``, which holds calls of `added` and `narrowed`, with what LLVM needs for them."""
-    functions = "".join([_PAIRS, *map(_narrow, (1, 2, 4, 8, LANES))])
+    functions = "".join([_PAIRS, *map(_narrow, range(1, LANES + 1))])
     return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(functions), body)

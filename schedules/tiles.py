@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
+# For so few output channels of a group, taps and phases may each tap have sums of its own.
+_MOST_BY_TAPS = (8, 64, 64)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Into how many lines a plane may be cut.
@@ -34,7 +36,7 @@ class Tiles:
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16.
     """
 
-    vector: Literal["channels", "row", "line"]
+    vector: Literal["channels", "row", "line", "taps"]
     lanes: int
     vectors: int
     scalars: int
@@ -57,6 +59,8 @@ class Tiles:
     @property
     def channels(self) -> int:
         """Channels in the register tile."""
+        if self.vector == "taps":
+            return self.task
         return self.vectors * self.lanes if self.vector == "channels" else self.scalars
 
     @property
@@ -84,7 +88,7 @@ class Tiles:
     @property
     def line(self) -> int:
         """How many rows of qH are laid end to end; 0 where each is by itself."""
-        return self.height if self.vector == "line" else 0
+        return self.height if self.vector in ("line", "taps") else 0
 
     @property
     def positions(self) -> tuple[int, int, int]:
@@ -110,7 +114,9 @@ class Estimate:
             "channels": "output channels",
             "row": "columns of a row",
             "line": "positions of rows laid end to end",
+            "taps": "elements of rows of X laid end to end, multiplied by many taps at once",
         }
+        summed = "tap" if t.vector == "taps" else "phase"
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
         ]
@@ -121,7 +127,7 @@ class Estimate:
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every phase are computed, then written"
+            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every {summed} are computed, then written"
             + (f"; a task does so {several}" if bands else ": a task"),
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
@@ -135,8 +141,9 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
 
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
-    layers = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    estimates = [_estimate(layer, machine, tiles) for layer in layers for tiles in _sensible(layer, machine)]
+    whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
+    estimates = [_estimate(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
+    estimates += [_estimate(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine)]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -177,7 +184,7 @@ class _Layer:
     height: int
     width: int
     reach: tuple[int, int, int]
-    kernel: int
+    kernels: tuple[int, int, int]
     taps: int
     most_taps: tuple[int, int, int]
     beside: tuple[float, float, float]
@@ -204,7 +211,7 @@ class _Layer:
             height=height,
             width=width,
             reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
-            kernel=math.prod(a.kernel for a in spec.axes),
+            kernels=tuple(a.kernel for a in spec.axes),  # type: ignore[arg-type]
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
@@ -218,6 +225,11 @@ class _Layer:
             widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
         )
+
+    @property
+    def kernel(self) -> int:
+        """How many weights a pair of channels has."""
+        return math.prod(self.kernels)
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
@@ -240,6 +252,8 @@ class _Layer:
 
     def plane(self, t: Tiles) -> int:
         """Positions that a band computes in each of its planes, those that it throws away included."""
+        if t.vector == "taps":
+            return _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
         if t.line:
             return _up((t.height - 1) * self.reach[2] + self.width, t.columns)
         return t.height * _up(self.width, t.columns)
@@ -254,8 +268,9 @@ class _Layer:
         return rows * planes * self.row * (1 if self.channels_first else self.together * self.m)
 
     def held(self, t: Tiles) -> int:
-        """Bytes of the phases of a band."""
-        return self.together * self.itemsize * self.phases * t.task * t.depth * self.plane(t)
+        """Bytes of the phases of a band, or of the sums of its taps."""
+        each = self.kernel if t.vector == "taps" else self.phases
+        return self.together * self.itemsize * each * t.task * t.depth * self.plane(t)
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
@@ -301,6 +316,35 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
                 yield whole
             yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))
+
+
+def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
+    """How many weights a register tile may take where each tap has sums of its own; none where none may.
+
+    Rows of taps of one channel, or all that a plane of the kernel has for some channels.
+    """
+    m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
+    taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
+    if (
+        spec.layout != "NCDHW"
+        or not spec.terms
+        or any(n > most for n, most in zip((m, taps, phases), _MOST_BY_TAPS, strict=True))
+    ):
+        return []
+    return [kw * n for n in range(1, kh) if kh % n == 0] + [kw * kh * n for n in range(1, m + 1) if m % n == 0]
+
+
+def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine) -> Iterator[Tiles]:
+    """Each tap summed by itself, so that a vector of X is loaded once for many: where output channels are few."""
+    lanes = machine.vector_bytes // layer.itemsize
+    for scalars, vectors in product(weights_by_taps(spec), range(1, 7)):
+        if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
+            continue
+        for (depth, height), copy in product(_spans(layer, "line", 1), ("task", "whole")):
+            for bands in (1, 2, 4) if depth == 1 and copy == "task" else (1,):
+                tiles = Tiles("taps", lanes, vectors, scalars, 1, layer.m, depth, height, layer.c, copy, bands)  # type: ignore[arg-type]
+                if layer.depth % bands == 0 and _worthwhile(layer, machine, tiles):
+                    yield tiles
 
 
 def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
@@ -372,6 +416,8 @@ _PAIR_LATENCY = 1.5
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
+    if t.vector == "taps":
+        return _estimate_taps(layer, machine, t)
     positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
@@ -380,13 +426,33 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
     computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
-    transposed = (t.vector == "channels") == layer.channels_first
-    # a new stretch is a new page and a new stream for the prefetcher
-    in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 3.3 if transposed else 1.2 + 0.65 * in_first + 0.5 * in_second
-    storing = layer.outputs * (weaving + 350 / (layer.stretch(t) * layer.itemsize))
+    storing = layer.outputs * _weaving(layer, machine, t)
     used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
+
+
+def _estimate_taps(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
+    """Vectors of X are loaded where they begin, once for all weights of a tile; what tiles sum is added up later."""
+    positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
+    sums, weights = t.vectors * t.scalars, layer.m * layer.kernel
+    tiles = layer.images * positions // t.columns * weights // t.scalars
+    multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
+    step = multiplying + 0.08 * machine.fma_units * (t.vectors + t.scalars)
+    if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
+        step += t.columns * layer.itemsize / 100
+    computing = tiles * (layer.c * step + 6 * sums + 40) + _copying(layer, machine, t)
+    computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
+    storing = layer.outputs * (_weaving(layer, machine, t) + 2.2 * layer.taps / layer.phases / t.lanes)
+    used = layer.depth * layer.height * layer.width / positions
+    return Estimate(t, computing + storing, computing, storing, used, sums)
+
+
+def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
+    """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
+    transposed = (t.vector == "channels") == layer.channels_first
+    in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
+    weaving = 3.3 if transposed else 1.2 + 0.65 * in_first + 0.5 * in_second
+    return weaving + 350 / (layer.stretch(t) * layer.itemsize)
 
 
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -403,25 +469,30 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
+    a_row = 6 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
+    if not layer.channels_first and t.vector != "channels":  # transposed, element by element
+        a_row += 0.6
     if t.copy == "whole":
-        return layer.images * depth * a_plane * (1.2 + 6 / width)
+        return layer.images * depth * a_plane * (1.2 + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
-    return layer.tasks(t) * layer.window(t) * (0.15 + 6 / width + 0.4 * missed)
+    return layer.tasks(t) * layer.window(t) * (0.15 + a_row + 0.4 * missed)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
+    unrolled = t.unrolls(taps_h * taps_w)
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
     again = 1 - t.columns * t.rows / (layer.plane(t) * t.depth)
     a_tile = t.channels * a_channel // layer.phases
-    a_weight = layer.itemsize * (again * (near if a_tile <= machine.l2_bytes // 2 else far) + (1 - again) * far)
+    lost = min(1, max(0, a_tile / machine.l2_bytes - 1.5))
+    a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads = t.vectors + t.scalars * t.rows * (1.25 if t.vectors == 1 else 1)
+        loads, loading = (t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)) / 2, 0.0
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
@@ -430,21 +501,25 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += t.rows * a_row / 100
     else:
         # where there is more than one tap, most vectors straddle two cache lines
-        rows = (t.rows + taps_h - 1) / taps_h if t.unrolls(taps_h * taps_w) else t.rows
-        loads = (1 if layer.most_taps == (1, 1, 1) else 1.7) * t.vectors * rows + t.scalars
+        rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
+        vectors = (1 if layer.most_taps == (1, 1, 1) else 2) * t.vectors * rows
+        loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
     held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+    if unrolled:
+        held += t.vectors * (taps_h - 1)
     chunk = t.chunk // t.products
-    if 1 < chunk < 16 and held > machine.registers:
+    if (unrolled or 1 < chunk < 16) and held > machine.registers:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         waiting += 1.5 * (held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(t.vectors * t.scalars * t.rows, in_flight) / machine.fma_units
-    return multiplying + 0.16 * machine.fma_units * loads + waiting + 20 / chunk
+    beginning = 20 / (chunk * (taps_h * taps_w if unrolled else 1))
+    return max(multiplying, loading) + 0.16 * machine.fma_units * loads + waiting + beginning
 
 
 def _up(size: int, multiple: int) -> int:

@@ -71,6 +71,23 @@ def test_columns_between_the_zeros_are_copied_as_vectors(text: str, widths: list
 
 
 @pytest.mark.parametrize(
+    ("text", "copied", "written"), [("in=1x40 co=64", [16, 8], [16]), ("in=1x6 co=24", [6], [16, 8])]
+)
+def test_channels_that_come_last_are_copied_and_written_as_vectors(
+    text: str, copied: list[int], written: list[int]
+) -> None:
+    spec = ConvTranspose3d.parse(text.replace(" co", "x3x4x7 co") + " k=3 s=2 p=1 op=1 layout=NDHWC")
+    body = scheduled(spec, tiles_of(spec, "channels"))[KERNEL].body
+    lanes: dict[str, list[int]] = {"pad": [], "output": []}
+    for at, loops in statements(body):
+        if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint in lanes:
+            assert loops[-1].kind == tirx.ForKind.VECTORIZED
+            lanes[at.block.name_hint].append(int(loops[-1].extent))
+    assert lanes["pad"] == copied
+    assert sorted(set(lanes["output"]), reverse=True) == written
+
+
+@pytest.mark.parametrize(
     ("text", "tests"),
     [
         ("in=1x4x3x4x40 co=3 k=3 s=2 p=1 op=1", 8),
@@ -105,6 +122,22 @@ def test_where_a_tile_is_a_row_each_tap_takes_the_columns_that_read_x(text: str)
 
 def _uses(block: s_tir.SBlockRealize, value: int, loop: tirx.For) -> bool:
     return str(loop.loop_var) in str(block.iter_values[value])
+
+
+def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
+    spec = ConvTranspose3d.parse("in=1x12x3x4x40 co=3 k=3 s=2 p=1 op=1")
+    for copy, asked in (("whole", True), ("task", False)):
+        tiles = Tiles("row", LANES, 2, 3, 1, 3, 1, 1, chunk=4, copy=copy)  # type: ignore[arg-type]
+        elements = [
+            (fetched(at), loops)
+            for at, loops in statements(scheduled(spec, tiles)[KERNEL].body)
+            if fetched(at) is not None and fetched(at).source.name == "pad"
+        ]
+        assert len(elements) == 8 * (3 if asked else 0), "two vectors and a line for what straddles, in each phase"
+        for element, loops in elements:
+            *_, chunk, _, _, _, c = (loop.loop_var for loop in loops)
+            at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
+            assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2
 
 
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:

@@ -23,6 +23,7 @@ from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.spec import ConvTranspose3d
 from schedules import llvm
+from schedules.tiles import weights_by_taps
 
 # of the activations; the others differ in a formula, and take long together
 QUICK = ("act-relu", "act-gelu", "act-tanh")
@@ -68,6 +69,69 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) 
     depth, height, _ = (axis.positions for axis in spec.axes)
     in_turn = replace(tiles, bands_d=-(-depth // 2), bands_h=-(-height // 4), bands_m=-(-m // task))
     compare(spec, kernel(spec, in_turn, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=1x5x3x5x18 co=2 k=3 s=2 p=1 op=1",
+        "in=2x4x2x3x40 co=3 k=4 s=2 p=1 act=relu",
+        "in=1x3x3x4x7 co=4 k=2 s=2 bias=0",
+        "in=1x6x4x5x6 co=4 k=2x3x4 s=1x3x2 d=3x1x2 p=1 g=2",
+        "in=1x3x3x4x5 co=1 k=2x1x3 s=3x2x4",
+        "in=Nx3x3x4x5 co=2 k=3 s=1 p=1",
+        "in=1x4x3x4x20 co=2 k=3 s=2 dtype=float16",
+        "in=1x4x3x4x20 co=2 k=3 s=2 dtype=bfloat16",
+    ],
+)
+def test_each_tap_may_have_sums_of_its_own(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    c, m = spec.channels_in // spec.groups, spec.channels_out // spec.groups
+    weights = weights_by_taps(spec)
+    assert weights[-1] == m * spec.axes[1].kernel * spec.axes[2].kernel
+    for i, scalars in enumerate({weights[0], max(n for n in weights if n < 20)}):
+        for copy, bands in (("task", 2), ("whole", 1)):
+            tiles = llvm.Tiles("taps", 16, 1 + i, scalars, 1, m, 1, 2, c, copy, bands)  # type: ignore[arg-type]
+            if spec.axes[0].positions % bands == 0:
+                assert illegal(asdict(tiles), spec, HERE) is None
+            compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("scalars", 4, "one of 3, 9, 18"),
+        ("task", 1, "the 2 channels of a group"),
+        ("chunk", 2, "all input channels"),
+        ("rows", 2, "must be 1"),
+    ],
+)
+def test_sums_by_taps_are_of_whole_rows_of_taps(field: str, value: int, words: str) -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x4x20 co=2 k=3 s=2")
+    tiles = llvm.Tiles("taps", 16, 1, 9, 1, 2, 1, 2, 4, "task")
+    assert illegal(asdict(tiles), spec, HERE) is None
+    assert words in str(illegal({**asdict(tiles), field: value}, spec, HERE))
+
+
+@pytest.mark.parametrize("text", ["co=9 k=3", "co=2 k=5", "co=2 k=3 layout=NDHWC"])
+def test_not_every_layer_has_sums_by_taps(text: str) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x4x3x4x20 s=2 {text}")
+    tiles = llvm.Tiles("taps", 16, 1, 9, 1, spec.channels_out, 1, 2, 4, "task")
+    assert "for sums by taps the layer has" in str(illegal(asdict(tiles), spec, HERE))
+
+
+@pytest.mark.parametrize(
+    ("text", "tiles"),
+    [
+        ("in=1x8x4x2x5 co=64 k=2 s=2 g=2", llvm.Tiles("channels", 16, 1, 5, 1, 16, 2, 2, 4, "whole")),
+        ("in=1x8x4x2x20 co=16 k=4 s=2 p=1 g=2", llvm.Tiles("row", 16, 1, 4, 1, 4, 2, 2, 4, "task")),
+    ],
+)
+def test_a_group_may_be_several_tasks(text: str, tiles: llvm.Tiles) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 @pytest.mark.parametrize("text", ["in=1x16x4x6x20 co=128 k=2 s=2 g=2", "in=2x6x3x4x5 co=9 k=2 s=2 g=3"])

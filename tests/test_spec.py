@@ -165,7 +165,7 @@ def test_a_mistake_in_the_text_names_the_way_out(given: str, words: str) -> None
 
 
 def test_a_batch_is_a_number_or_n() -> None:
-    with pytest.raises(SpecError, match="begins with 'n', but must with a number, or N for any batch"):
+    with pytest.raises(SpecError, match="begins with 'n', but must begin with a number, or N for any batch"):
         ConvTranspose3d.parse("in=nx1x1x1x1 co=1 k=1")
 
 
