@@ -310,14 +310,16 @@ def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loo
     m, m_in = sch.split(m, [None, of_m])
     kh, kh_in = sch.split(kh, [None, of_kh])
     i, i_in, lane = sch.split(i, [None, t.vectors, t.lanes])
-    sch.reorder(d, line, i, m, kh, c, m_in, kh_in, kw, i_in, lane)
+    # the smaller side of factors stays in registers while the other passes by
+    tile = [i_in, m_in, kh_in, kw] if t.scalars <= t.vectors else [m_in, kh_in, kw, i_in]
+    sch.reorder(d, line, i, m, kh, c, *tile, lane)
     leave = sch.cache_write(taps, 0, "local")
     sch.reverse_compute_at(leave, kh, preserve_unit_loops=True)
     *_, of_channels, of_rows, of_columns, _, _, columns = sch.get_loops(leave)
     columns, own_lane = sch.split(columns, [None, t.lanes])
     for vector in (lane, own_lane):
         sch.vectorize(vector)
-    for loop in (m_in, kh_in, kw, i_in, of_channels, of_rows, of_columns, columns):
+    for loop in (*tile, of_channels, of_rows, of_columns, columns):
         sch.unroll(loop)
 
 

@@ -406,9 +406,9 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 #
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
 # constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), and
-# again, where phases stay in the first cache, to 400 of 25 layers on another (Zen 4). They are to rank,
-# not to predict: the first of the ranking was 1.4 % slower than the best of those 400, in the geometric
-# mean over the layers, and 6 % at most.
+# again to 1100 of 60 layers on another (Zen 4). They are to rank, not to predict: the first of the
+# ranking was 4 % slower than the best of those 1100, in the geometric mean over the layers; 29 % at most
+# (depthwise), 12 % on layers that are not.
 
 
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
@@ -423,7 +423,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
     beside_d, beside_h, beside_w = layer.beside
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
-    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (6 * sums + 40))
+    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
     computing += _reading(layer, machine, t) + _copying(layer, machine, t)
     computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
     storing = layer.outputs * _weaving(layer, machine, t)
@@ -451,8 +451,8 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 3.3 if transposed else 1.2 + 0.65 * in_first + 0.5 * in_second
-    return weaving + 350 / (layer.stretch(t) * layer.itemsize)
+    weaving = 3.6 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -469,20 +469,20 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
-    a_row = 6 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
+    a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
     if not layer.channels_first and t.vector != "channels":  # transposed, element by element
         a_row += 0.6
     if t.copy == "whole":
         return layer.images * depth * a_plane * (1.2 + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
-    return layer.tasks(t) * layer.window(t) * (0.15 + a_row + 0.4 * missed)
+    return layer.tasks(t) * layer.window(t) * (0.22 + a_row + 0.17 * missed)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
-    unrolled = t.unrolls(taps_h * taps_w)
+    unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
@@ -492,7 +492,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
     if t.vector == "channels":
         # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads, loading = (t.vectors + t.scalars * t.rows * (2 if t.vectors == 1 else 1)) / 2, 0.0
+        loads, loading = t.vectors + t.scalars * t.rows * (1 + 1 / machine.fma_units if t.vectors == 1 else 1), 0.0
+        a_load = 0.08 * machine.fma_units**2
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
@@ -502,24 +503,27 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        vectors = (1 if layer.most_taps == (1, 1, 1) else 2) * t.vectors * rows
+        a_load = (0.3 if unrolled else 0.16) * machine.fma_units
+        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / 64
+        vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + 64
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
-    held = t.vectors * t.scalars * t.rows + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+    sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
-        held += t.vectors * (taps_h - 1)
-    chunk = t.chunk // t.products
-    if (unrolled or 1 < chunk < 16) and held > machine.registers:
+        # LLVM loads what all taps read at once, and puts some of it on the stack
+        waiting += 0.22 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+    elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
-        waiting += 1.5 * (held - machine.registers)
+        held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+        waiting += 1.5 * max(0, held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
-    multiplying = max(t.vectors * t.scalars * t.rows, in_flight) / machine.fma_units
-    beginning = 20 / (chunk * (taps_h * taps_w if unrolled else 1))
-    return max(multiplying, loading) + 0.16 * machine.fma_units * loads + waiting + beginning
+    multiplying = max(sums, in_flight) / machine.fma_units
+    beginning = (20 if layer.c > 1 else 2) / (chunk * (taps_h * taps_w if unrolled else 1))
+    return max(multiplying, loading) + a_load * loads + waiting + beginning
 
 
 def _up(size: int, multiple: int) -> int:
