@@ -165,6 +165,7 @@ def inner_loops(text: str) -> list[list[str]]:
             label, lines = found.group(1), []
         elif (jump := re.match(r"\s+j\w+\s+(\.LBB\w+)", line)) and jump.group(1) == label:
             loops.append(lines)
+            label, lines = "", []
         else:
             lines.append(line.split("#")[0].strip())
     return [loop for loop in loops if any("vdpbf16ps" in line for line in loop)]
