@@ -65,15 +65,18 @@ FORMATS = {
 
 # What sums are kept in. Tensor cores align the products of an instruction, four at least, and the sum so far, to the
 # largest of them, and cut off: n + 2 times 2^-23 for n products. Apple does not say how simdgroup matrices round: they
-# are granted the same, which covers cutting off each product and each sum.
+# are granted the same, which covers cutting off each product and each sum. Pairs of bfloat16 are added one after the
+# other, each sum rounded to nearest, and what is below the normal range flushed: as float32 is granted.
 _CUT_OFF = replace(FORMATS["float32"], each=3)
 TF32 = Format(11, -126, 127)
+PAIRS = "bfloat16 pairs"
 SUMS = {
     "float32": FORMATS["float32"],
     "float64": FORMATS["float64"],
     "tensor cores": _CUT_OFF,
     "TF32 tensor cores": replace(_CUT_OFF, factors=TF32),
     "simdgroup matrices": _CUT_OFF,
+    PAIRS: FORMATS["float32"],
 }
 
 
@@ -328,9 +331,14 @@ def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
 
 def sums_of(manifest: Mapping[str, Any]) -> str | None:
     """What an artifact's kernel sums in, of `SUMS`; None is ``spec.sum_dtype``."""
-    if manifest["plan"]["schedule"] != "matrix":
-        return None
-    return matrices_sum_in(manifest["target"]["architecture"], ConvTranspose3d.parse(manifest["spec"]).dtype)
+    if manifest["plan"]["schedule"] == "matrix":
+        return matrices_sum_in(manifest["target"]["architecture"], ConvTranspose3d.parse(manifest["spec"]).dtype)
+    return pairs_sum_in(manifest["plan"].get("tiles", {}))
+
+
+def pairs_sum_in(tiles: Mapping[str, Any]) -> str | None:
+    """What a CPU's kernel with these tiles sums in, of `SUMS`; None is ``spec.sum_dtype``."""
+    return PAIRS if tiles.get("products", 1) > 1 else None
 
 
 def matrices_sum_in(architecture: str, dtype: str) -> str:

@@ -164,7 +164,7 @@ _target = click.option(
     default="llvm",
     show_default=True,
     metavar="T",
-    help="Machine to compile for, and flags (cuda:sm_80+tf32); `doctor` shows this one.",
+    help="Machine to compile for, and flags (cuda:sm_80+tf32, llvm+bf16); `doctor` shows this one.",
 )
 _plan = click.option(
     "--plan",

@@ -56,13 +56,15 @@ class Grain:
     """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW.
 
     With ``rows``, so many rows of qH form one line, and the last multiple is that of its length.
-    With ``taps``, each tap has sums of its own.
+    With ``taps``, each tap has sums of its own. With ``stored``, factors stay in the type that they
+    are stored in, and are widened as they are multiplied.
     """
 
     channels: int = 1
     positions: tuple[int, int, int] = (1, 1, 1)
     rows: int = 0
     taps: bool = False
+    stored: bool = False
 
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
@@ -95,7 +97,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     x = te.placeholder(scope.batched(*spec.x_shape[1:]), spec.dtype, name="X")
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
-    pad, wide = scope.pad(x), _widened(spec, w)
+    pad, wide = scope.pad(x), w if grain.stored else _widened(spec, w)
     pick = _pick_axes if phases_as_axes(spec) else _pick_taps if grain.taps else _pick_blocks
     picked = pick(scope, pad, wide)
 
@@ -208,6 +210,7 @@ class Scope:
     channels: int
     index: str
     batch: Any
+    stored: bool = False
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
@@ -223,7 +226,7 @@ class Scope:
         channels = round_up(spec.channels_out // spec.groups, grain.channels)
         index = _index_dtype(spec, where, packed_from(spec, grain), grain.taps)
         batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
-        return cls(spec, where, channels, index, batch)
+        return cls(spec, where, channels, index, batch, grain.stored)
 
     def sizes(self, *sizes: int | None) -> list[Any]:
         """Return the sizes in the type of the indices."""
@@ -241,7 +244,7 @@ class Scope:
         ]
 
     def pad(self, x: Any) -> Any:
-        """The part of X that is read, in the type of the sums, zero where X has no element."""
+        """The part of X that is read, in the type of the sums or as stored bits, zero where X has no element."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
 
         def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
@@ -249,7 +252,8 @@ class Scope:
             tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
             channel = g * c_in + c
             value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
-            return tirx.if_then_else(tirx.all(*tests), sum_type(spec, value), tirx.const(0, spec.sum_dtype))
+            held = tirx.reinterpret(self._bits, value) if self.stored else sum_type(spec, value)
+            return tirx.if_then_else(tirx.all(*tests), held, tirx.const(0, held.ty.dtype))
 
         shape = self.batched(spec.groups, c_in, *self.where.read_from)
         return te.compute(shape, element, name="pad", attrs={"pitch": self.where.pitch})
@@ -270,8 +274,15 @@ class Scope:
         along = list(zip(first, taps, spec.axes, strict=True))
         kernel = [tap + t * axis.tap_step for (tap, _), t, axis in along]
         offsets = [offset - t * axis.offset_step for (_, offset), t, axis in along]
-        product = pad(n, g, c, *self.where.read(q, offsets)) * w(g * c_in + c, m, *kernel)
-        return te.sum(product, axis=[*taps, c])
+        of_x, of_w = pad(n, g, c, *self.where.read(q, offsets)), w(g * c_in + c, m, *kernel)
+        if self.stored:
+            of_x, of_w = sum_type(spec, tirx.reinterpret(spec.dtype, of_x)), sum_type(spec, of_w)
+        return te.sum(of_x * of_w, axis=[*taps, c])
+
+    @property
+    def _bits(self) -> str:
+        """Whole numbers as wide as stored elements: TVM would widen a buffer of its own that holds bfloat16."""
+        return f"uint{8 * self.spec.itemsize}"
 
 
 def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence[int], taps: bool) -> str:

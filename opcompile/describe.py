@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opcompile.bounds import matrices_sum_in, sums_of
+from opcompile.bounds import matrices_sum_in, pairs_sum_in, sums_of
 from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
 from opcompile.runtime import MANIFEST, REPORT, parse_manifest
@@ -45,10 +45,10 @@ class Description:
 
     @property
     def summed_in(self) -> str:
-        """What products are summed in: a type, or matrix instructions, of `opcompile.bounds.SUMS`."""
+        """What products are summed in: a type, or what instructions do, of `opcompile.bounds.SUMS`."""
         if self.plan.schedule == "matrix":
             return matrices_sum_in(self.target.partition(":")[0], self.spec.dtype)
-        return self.spec.sum_dtype
+        return pairs_sum_in(self.plan.tiles) or self.spec.sum_dtype
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, every phase included."""

@@ -17,7 +17,7 @@ from opcompile.cuda_driver import device
 from opcompile.errors import EngineError, OpcompileError, TargetError
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import cores, target
+from opcompile.target import Target, cores, flagged, target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,12 +100,18 @@ def _machine() -> Iterator[Finding]:
             "ok",
             f"{here.name}: {', '.join(here.features) or 'no flags listed'}; {8 * m.vector_bytes}-bit vectors, "
             f"{m.registers} registers, {m.fma_units} multiply-adds a cycle, "
-            f"L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB",
+            f"L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB" + _flags(here),
         )
     except OpcompileError as error:
         yield Finding("target llvm", "missing", str(error), "name the machine to compile for with --target")
     asked = os.environ.get("OPCOMPILE_NUM_THREADS")
     yield Finding("threads", "ok", f"{cores()} CPUs usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else ""))
+
+
+def _flags(here: Target) -> str:
+    """Say which flags the name of this machine may end in."""
+    known = [name for name in flagged() if name.startswith(f"{here.name}+") and target(name).native]
+    return "".join(f"; {name.removeprefix(here.name)} where you ask for it" for name in known)
 
 
 def _linker() -> Finding:

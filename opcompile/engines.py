@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opcompile.bounds import sums_of
 from opcompile.errors import EngineError
 from opcompile.runtime import MODEL, load
 from opcompile.spec import ConvTranspose3d
@@ -96,7 +97,8 @@ def _ours(job: Job) -> Engine:
     def run() -> None:
         artifact(job.x, out=y, threads=job.threads)
 
-    return Engine(str(artifact.manifest["versions"]["opcompile"]), run, lambda: y, job.spec.sum_dtype)
+    sums = sums_of(artifact.manifest) or job.spec.sum_dtype
+    return Engine(str(artifact.manifest["versions"]["opcompile"]), run, lambda: y, sums)
 
 
 def _onnxruntime(job: Job) -> Engine:

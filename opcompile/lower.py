@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,9 +124,21 @@ def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.
     if (record := recorded(spec, target, plan)) is not None:
         tiles = llvm.Tiles(**record.tiles)
         record.require_declaration(declaration_hash(spec, tiles))
-        return tiles, _plan("tuned", record.tiles, record.why(), record)
+        return tiles, _plan("tuned", record.tiles, (*record.why(), *unused_flags(spec, target, tiles)), record)
     estimate = llvm.baseline(spec, target.machine)
-    return estimate.tiles, _plan("baseline", asdict(estimate.tiles), estimate.why(), None)
+    why = (*estimate.why(), *unused_flags(spec, target, estimate.tiles))
+    return estimate.tiles, _plan("baseline", estimate.tiles.fields(), why, None)
+
+
+def unused_flags(spec: ConvTranspose3d, target: Target, tiles: llvm.Tiles) -> Iterator[str]:
+    """Say of each flag that changes nothing in this kernel why it does not."""
+    for flag in target.flags:
+        if spec.dtype != "bfloat16":
+            yield f"+{flag} changes nothing: it is for bfloat16, and this layer has {spec.dtype}"
+        elif tiles.products == 1:
+            c = spec.channels_in // spec.groups
+            even = "other tiles come out faster" if c % 2 == 0 else f"channels are taken in pairs, and a group has {c}"
+            yield f"+{flag} changes nothing, and all products are {spec.sum_dtype}: {even}"
 
 
 def recorded(spec: ConvTranspose3d, target: Target | GpuTarget, plan: PlanName) -> Record | None:
@@ -155,7 +167,7 @@ def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: 
 
 def grain(tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
-    return Grain(tiles.task, tiles.positions, tiles.line, tiles.vector == "taps")
+    return Grain(tiles.task, tiles.positions, tiles.line, tiles.vector == "taps", tiles.products > 1)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:

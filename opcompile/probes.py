@@ -3,7 +3,8 @@
 Two functions do it, which TVM compiles for the widest vectors there are, whatever the layer is compiled for:
 
 * *multiply-add*: three quarters of the vector registers hold ``y``, each step makes it ``y/2 + 1``. A
-  register waits for itself alone, and there are more of them than multiply-adds in flight.
+  register waits for itself alone, and there are more of them than multiply-adds in flight. For pairs of
+  bfloat16 it is ``y + 1/4 + 1/4``, for the target ``llvm+bf16``.
 * *copy*: ``Y = X`` by ordinary stores, both buffers together four times the largest cache. A byte read
   and a byte written count as two; that a store first reads its line is the machine's own affair.
 
@@ -24,8 +25,10 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
+from opcompile.bounds import PAIRS
 from opcompile.roofline import Sample
 from opcompile.target import Machine, target
+from schedules.pairs import LANES, PRODUCTS, added, importing
 
 # Some 5 ms: 24 multiply-adds of 16 lanes, two a cycle, take 12 cycles.
 _STEPS = 1_000_000
@@ -34,7 +37,10 @@ _LARGE_CACHE = 32 << 20
 
 
 class Probes:
-    """The two probes for ``threads`` threads, which must be pinned before; ``dtype`` is the one that sums are in."""
+    """The two probes for ``threads`` threads, which must be pinned before; ``dtype`` says what multiplies.
+
+    It is the type that sums are in, or `PAIRS`.
+    """
 
     def __init__(self, dtype: str, threads: int) -> None:
         """Compile both, allocate the buffers and warm up."""
@@ -43,7 +49,8 @@ class Probes:
         self._chunks = -(-2 * _largest_cache() // 64 // threads)
         source = np.ones(self._chunks * 64, np.uint8)
         self._buffers = [(tvm.runtime.tensor(source), tvm.runtime.tensor(source)) for _ in range(threads)]
-        self._registers = [tvm.runtime.tensor(np.zeros(self._sums * self._lanes, dtype)) for _ in range(threads)]
+        kept = np.zeros(self._sums * self._lanes, "float32" if dtype == PAIRS else dtype)
+        self._registers = [tvm.runtime.tensor(kept) for _ in range(threads)]
         self.sample()
 
     def samples(self, count: int = 5) -> tuple[Sample, ...]:
@@ -54,7 +61,8 @@ class Probes:
         """Measure both once."""
         fma_ns = self._time([partial(self._fma, y, _STEPS) for y in self._registers])
         copy_ns = self._time([partial(self._copy, x, y, self._chunks) for x, y in self._buffers])
-        flop = 2 * self._sums * self._lanes * _STEPS * self._threads
+        products = PRODUCTS if self.dtype == PAIRS else 1
+        flop = 2 * self._sums * self._lanes * products * _STEPS * self._threads
         moved = 2 * 64 * self._chunks * self._threads
         return Sample(flop / fma_ns, moved / copy_ns)
 
@@ -73,12 +81,14 @@ def _elapsed(run: Callable[[], Any]) -> int:
     return time.perf_counter_ns() - start
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _compiled(dtype: str) -> tuple[Any, Any, int, int]:
     """Return both functions, the lanes of a vector of ``dtype``, and how many vectors hold sums."""
-    here = target("llvm")
-    lanes, sums = vectors(here.machine, dtype)
-    module = tvm.IRModule({"multiply_add": multiply_add(dtype, lanes, sums), "copy": copy()})
+    pairs = dtype == PAIRS
+    here = target("llvm+bf16" if pairs else "llvm")
+    lanes, sums = vectors(here.machine, "float32" if pairs else dtype)
+    multiplying = multiply_pairs(sums) if pairs else multiply_add(dtype, lanes, sums)
+    module = tvm.IRModule({"multiply_add": multiplying, "copy": copy()})
     with tvm.target.Target(here.tvm()) as tvm_target:
         compiled = tvm.compile(module, target=tvm_target)
     return compiled["multiply_add"], compiled["copy"], lanes, sums
@@ -103,6 +113,24 @@ def multiply_add(dtype: str, lanes: int, sums: int) -> tirx.PrimFunc:
 
     function: tirx.PrimFunc = main
     return function
+
+
+def multiply_pairs(sums: int) -> tirx.PrimFunc:
+    """Return ``multiply_add(Y, steps)`` by the instruction for pairs of bfloat16, in registers as well."""
+    halves = tirx.const(0x3F003F00, "int32")  # 0.5 twice
+
+    def at(i: int) -> list[Any]:
+        return [tirx.Ramp(tirx.const(i * LANES, "int32"), tirx.const(1, "int32"), LANES)]
+
+    y, steps, step = (
+        tirx.decl_buffer((sums * LANES,), "float32", "Y"),
+        tirx.Var("steps", "int64"),
+        tirx.Var("i", "int64"),
+    )
+    pair = tirx.Broadcast(halves, LANES)
+    adding = [tirx.BufferStore(y, added(tirx.BufferLoad(y, at(i)), pair, pair), at(i)) for i in range(sums)]
+    loop = tirx.For(step, tirx.const(0, "int64"), steps, tirx.ForKind.SERIAL, tirx.SeqStmt(adding))
+    return tirx.PrimFunc([y, steps], importing(loop)).with_attr("global_symbol", "multiply_add")
 
 
 def copy() -> tirx.PrimFunc:

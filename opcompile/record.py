@@ -28,9 +28,9 @@ from typing import Any, NoReturn
 from opcompile.errors import RecordError
 from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import Target
+from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import Tiles, weights_by_taps
+from schedules.tiles import Tiles, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -300,7 +300,7 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
     """
     if isinstance(target, GpuTarget):
         return _illegal_on_gpu(tiles, spec, target)
-    names = [f.name for f in fields(Tiles)]
+    names = [f.name for f in fields(Tiles) if f.name != "products" or "products" in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     if tiles["vector"] not in ("channels", "row", "line", "taps"):
@@ -360,6 +360,19 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
             return f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
     if (spec.channels_in // spec.groups) % t.chunk:
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+    if t.products == 1:
+        return None
+    if t.vector == "taps":
+        return f"products is {t.products}, but must be 1 for sums by taps"
+    if t.products > 2:
+        return f"products is {t.products}, but must be 1, or 2 for pairs of bfloat16"
+    if not takes_pairs(spec, machine):
+        return (
+            f"products is 2, but {target.name} multiplies no pairs of channels here: that needs its flag +{BF16}, "
+            "bfloat16 and an even number of channels in a group"
+        )
+    if t.chunk % 2:
+        return f"chunk is {t.chunk}, but must be even for pairs of channels"
     return None
 
 

@@ -2,6 +2,7 @@
 
 ``llvm`` is this machine; ``llvm:<name>`` is a processor by name, which need not be at hand. A name
 stands for an instruction set, so that an artifact built for it runs on every processor that has it.
+It may end in a flag, ``llvm:znver4+bf16``: what is compiled only for those who ask for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Machine:
     ``vector_bytes`` is the width of a vector register, ``registers`` their number, ``fma_in_flight``
     how many multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and
     ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
-    ``fma_units`` how many vectors are multiplied and added in one cycle.
+    ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
+    multiply bfloat16 as it is, two channels by one instruction.
     """
 
     vector_bytes: int
@@ -35,6 +37,7 @@ class Machine:
     l2_bytes: int
     cores: int = 8
     fma_units: int = 2
+    pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Target:
     """A named machine. ``features`` are the processor flags that compiled code will use.
 
     ``triple`` is LLVM's (architecture-vendor-system), ``mcpu`` its processor name, ``mattr`` what
-    is changed from that processor's defaults.
+    is changed from that processor's defaults. ``flags`` end its name.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Target:
     mattr: tuple[str, ...]
     features: tuple[str, ...]
     machine: Machine
+    flags: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -155,24 +159,72 @@ _NAMED: dict[str, Callable[[str], Target]] = {
 }
 
 
+# The flag, and what the processor must list for it: an instruction that multiplies bfloat16.
+BF16 = "bf16"
+_BF16_FEATURE = "avx512_bf16"
+# A generic name that lacks the instruction, and takes it on where the flag asks for it.
+_BF16_ADDED = {"x86-64-v4": "+avx512bf16"}
+
+
 def target(name: str) -> Target:
-    """Look a CPU up. Raises `UnknownTargetError`, listing the names there are, and `TargetError` for a GPU."""
+    """Look a CPU up. Raises `UnknownTargetError`, listing the names there are, and `TargetError` for a GPU.
+
+    ``llvm+bf16`` raises `TargetError` on a processor without the instruction.
+    """
+    base, *flags = name.split("+")
+    if flags and set(flags) == {BF16} and (base in names()):
+        return _with_bf16(name, target(base), here=base == "llvm")
     kind, _, machine = name.partition(":")
     if is_gpu(name):
         raise TargetError(f"target {name!r} is a GPU, and this works for CPUs: {', '.join(names())}")
     if kind != "llvm":
         every = [*names(), *gpu_names()]
-        base, plus, flags = name.partition("+")
-        if plus:  # only GPUs have flags
-            hint = meant(base, gpu_names(), gpu_examples(), plus + flags)
+        if flags:
+            hint = meant(base, gpu_names() if flags != [BF16] else names(), gpu_examples(), "+" + "+".join(flags))
         else:
             hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
         raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}")
     if not machine and ":" not in name:
         return _this_machine()
     if machine not in _NAMED:
-        raise UnknownTargetError(f"target {name!r} is unknown; {meant(name, names())}use one of {', '.join(names())}")
+        hint = meant(name, [*names(), *flagged()])
+        raise UnknownTargetError(
+            f"target {name!r} is unknown; {hint}use one of {', '.join(names())}; +{BF16} may end {', '.join(flagged())}"
+        )
     return _NAMED[machine](name)
+
+
+def _with_bf16(name: str, base: Target, *, here: bool) -> Target:
+    """The same machine, multiplying bfloat16. Raises `TargetError` where it cannot."""
+    machine = base.name.removeprefix("llvm:")
+    added = _BF16_ADDED.get(machine)
+    if _BF16_FEATURE not in base.features and not added:
+        who = f"this processor, {base.name}," if here else base.name
+        error: type[TargetError] = TargetError if here else UnknownTargetError
+        raise error(
+            f"target {name!r}: +{BF16} needs AVX512-BF16, and {who} lacks it; leave it out, or use one of "
+            f"{', '.join(flagged())}"
+        )
+    found = replace(
+        base,
+        name=f"{base.name}+{BF16}",
+        mattr=(*base.mattr, *([added] if added else [])),
+        features=tuple(dict.fromkeys((*base.features, _BF16_FEATURE))),
+        machine=replace(base.machine, pairs=True),
+        flags=(BF16,),
+    )
+    if here and not found.native:
+        raise TargetError(
+            f"target {name!r}: this processor does not list {_BF16_FEATURE}; leave +{BF16} out, or name the machine "
+            f"to compile for: {', '.join(flagged())}"
+        )
+    return found
+
+
+def flagged() -> list[str]:
+    """Every name with a flag that `target` knows."""
+    known = [name for name in _NAMED if name in _BF16_ADDED or _BF16_FEATURE in _NAMED[name](name).features]
+    return [f"llvm:{name}+{BF16}" for name in known]
 
 
 def any_target(name: str) -> Target | GpuTarget:

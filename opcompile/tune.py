@@ -35,7 +35,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -141,7 +141,7 @@ def tune(
     header = _header(spec, machine, site, seed, choices)
     with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
         journal = Journal.open(
-            home / "journal.jsonl", header, {rank: asdict(tiles) for rank, tiles in enumerate(choices)}
+            home / "journal.jsonl", header, {rank: tiles.fields() for rank, tiles in enumerate(choices)}
         )
         report = partial(_report, progress, journal, min(trials, len(choices)))
         libraries = Path(tempfile.mkdtemp(dir=home, prefix=_BUILDS))
@@ -326,7 +326,7 @@ class _Bench:
         return answer["times_us"], _this_device() if farm is None else farm.tells(answer["device"])
 
     def sample(self, rank: int, **outcome: Any) -> Sample:
-        return sample_of(asdict(self.choices[rank]), rank, **outcome)
+        return sample_of(self.choices[rank].fields(), rank, **outcome)
 
 
 def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, module: Any) -> str:
@@ -427,7 +427,7 @@ def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choi
 
     from opcompile.lower import declaration_hash, scheduled
 
-    listed = json.dumps([asdict(tiles) for tiles in choices])
+    listed = json.dumps([tiles.fields() for tiles in choices])
     return {
         "format": 1,
         "spec": str(spec),

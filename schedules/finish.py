@@ -1,4 +1,4 @@
-"""What no move of a schedule can say: vectors of some columns of a loop, rows woven, taps left out, early fetches."""
+"""What no move of a schedule can say: vectors of some columns of a loop, rows woven, pairs, taps left out, fetches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
+from schedules.pairs import added, importing, narrowed
 from schedules.tiles import reach
 
 if TYPE_CHECKING:
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 # Marks a loop: what it takes from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
 
+# The block that adds one product to the sums of a phase, or of all phases as axes.
+_ADDING_ANY = re.compile(r"phase(_\d+_\d+_\d+)?_update")
 # The block that adds one product to the sums of one phase.
 _ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
 _LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 # The block that writes Y, one element at a time.
 _WRITING = "output"
+# The block that writes vectors of a row of Y.
+_ROW = "row"
 
 # So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
 _CHANNELS_AHEAD = 4
@@ -49,6 +54,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     """
     ((name, function),) = module.functions.items()
     channels = spec.channels_in // spec.groups
+    if tiles.products > 1:
+        function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
     apart = channels if spec.layout == "NCDHW" else 1
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, apart)))
     if tiles.trims(spec.axes[2].positions):
@@ -61,7 +68,102 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
+    if tiles.products > 1:
+        function = structural_map(function, (tirx.For, _rounding))
+        function = _in_llvm(structural_map(function, (s_tir.SBlock, _narrowing)))
     return tvm.IRModule({name.name_hint: function})
+
+
+def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
+    """Where a vector of sums takes the products of two channels, let one instruction do both."""
+    pair = loop.body
+    realize = pair.body if isinstance(pair, tirx.For) else None
+    if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
+        return loop
+    block = realize.block
+    if not _ADDING_ANY.fullmatch(block.name_hint):
+        return loop
+    _, _, m, *_, c = (v.var for v in block.iter_vars)
+    # where the vector and the pair begin
+    begin = {c: tirx.floordiv(c, t.products) * t.products}
+    if t.vector == "channels":
+        begin[m] = tirx.floordiv(m, t.lanes) * t.lanes
+    analyzer = Analyzer()
+
+    def elements(of: Any, count: int) -> Any:
+        *others, last = [analyzer.simplify(_with(i, begin)) for i in of.indices]
+        buffer = of.source if isinstance(of, TensorLoad) else of.buffer
+        return tirx.BufferLoad(buffer, [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), count)])
+
+    def vector(load: Any) -> Any:
+        return tirx.reinterpret(f"int32x{t.lanes}", elements(load, t.lanes * t.products))
+
+    def broadcast(load: Any) -> Any:
+        return tirx.Broadcast(tirx.reinterpret("int32", elements(load, t.products)), t.lanes)
+
+    loads = {str(load.source.name): load for load in _every(TensorLoad, block.body.value)}
+    x, w, sums = loads["pad"], loads["W"], elements(block.body, t.lanes)
+    factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
+    adding = _with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
+    start = {each.loop_var: tirx.const(0, each.loop_var.ty.dtype) for each in (loop, pair)}
+    return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
+
+
+def _rounding(loop: tirx.For) -> tirx.Stmt:
+    """Where lanes of Y are written at once, write them as a vector; TVM rounds them where they need tests."""
+    realize = loop.body
+    if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
+        return loop
+    block, lane, lanes = realize.block, loop.loop_var, int(loop.extent)
+    if block.name_hint != _WRITING:
+        return loop
+    analyzer, zero = Analyzer(), tirx.const(0, lane.ty.dtype)
+    analyzer.bind(lane, Range(0, lanes))
+    values = dict(zip((v.var for v in block.iter_vars), realize.iter_values, strict=True))
+    value = analyzer.simplify(_with(block.body.value, values))
+    alike = [realize.predicate, *(i for load in _every(TensorLoad, value) for i in load.indices[:-1])]
+    tested = any(var.same_as(lane) for each in alike for var in _every(tirx.Var, each))
+    vector = None if tested else _vector_of(value, lane, lanes)
+    if vector is None:
+        left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, _with_body(block, block.body, "lanes"))
+        return tirx.For(lane, zero, loop.extent, loop.kind, left)
+    *others, last = block.body.indices
+    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes)]
+    written = _with_body(block, tirx.BufferStore(block.body.buffer, vector, at))
+    return s_tir.SBlockRealize([_with(i, {lane: zero}) for i in realize.iter_values], realize.predicate, written)
+
+
+def _narrowing(block: s_tir.SBlock) -> s_tir.SBlock:
+    """Round by one instruction what a block writes to Y."""
+    if block.name_hint not in (_WRITING, _ROW):
+        return block
+
+    def rounded(cast: tirx.Cast) -> Any:
+        return narrowed(cast.value) if str(cast.ty.dtype).startswith("bfloat16") else cast
+
+    return _with_body(block, structural_map(block.body, (tirx.Cast, rounded)))
+
+
+def _in_llvm(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with what LLVM needs to compile it."""
+    root = function.body
+    body = _with_body(root.block, importing(root.block.body))
+    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
+
+
+def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SBlock:
+    """The block with other statements, and maybe another name."""
+    return s_tir.SBlock(
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        name or block.name_hint,
+        body,
+        block.init,
+        block.alloc_buffers,
+        block.match_buffers,
+        block.annotations,
+    )
 
 
 def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
@@ -83,11 +185,43 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) 
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = _with(loop.body, {loop.loop_var: vector * lanes + lane + first})
-    at_once = tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL
-    zero = tirx.const(0, kind)
+    zero, of_channels = tirx.const(0, kind), [body]
+    if isinstance(body, tirx.For):
+        of_channels = [_with(body.body, {body.loop_var: tirx.const(i, kind)}) for i in range(int(body.extent))]
+    at_once = tirx.ForKind.VECTORIZED if lanes > 1 and len(of_channels) == 1 else tirx.ForKind.SERIAL
     copy = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
-    inner = [copy] if lanes == 1 or channels <= _CHANNELS_AHEAD else [_of_later_channel(body, lane, channels), copy]
+    if lanes > 1 and len(of_channels) > 1:
+        copy = _interleaved(of_channels, {vector: Range(0, count), lane: Range(0, lanes)}, lane) or copy
+    inner = [copy]
+    if lanes > 1 and channels > _CHANNELS_AHEAD:
+        inner = [*(_of_later_channel(each, lane, channels) for each in of_channels), copy]
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, _in_turn(inner))
+
+
+def _interleaved(
+    of_channels: Sequence[s_tir.SBlockRealize], ranges: Mapping[tirx.Var, Range], lane: tirx.Var
+) -> s_tir.SBlockRealize | None:
+    """Copy vectors of neighbouring channels as one, column by column; None where single columns are tested."""
+    analyzer, lanes = Analyzer(), int(ranges[lane].extent)
+    for var, extent in ranges.items():
+        analyzer.bind(var, extent)
+
+    def loaded(copy: s_tir.SBlockRealize) -> Any:
+        values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
+        return _vector_of(analyzer.simplify(_with(copy.block.body.value, values)), lane, lanes)
+
+    vectors = [loaded(each) for each in of_channels]
+    if any(each is None for each in vectors):
+        return None
+    size, count = lanes * len(of_channels), len(of_channels)
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(size)]
+    copy = _with(of_channels[0], {lane: tirx.const(0, lane.ty.dtype)})
+    store, (channel,) = copy.block.body, [v.var for v in copy.block.iter_vars if v.var.name == "v_c"]
+    first = {channel: tirx.floordiv(channel, count) * count}
+    *others, last = [analyzer.simplify(_with(i, first)) for i in store.indices]
+    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), size)]
+    woven = tirx.BufferStore(store.buffer, tirx.Shuffle(vectors, order), at)
+    return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
 def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) -> tirx.Stmt:
@@ -181,8 +315,9 @@ def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     values[channel] = values[channel] + t.chunk
     (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
     *line, first = (_with(i, values) for i in x.indices)
+    first = first.base if isinstance(first, tirx.Ramp) else first
     a_line = _CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
-    asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns + a_line, a_line)]
+    asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
     at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
     return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
 
@@ -258,7 +393,7 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
         block.iter_vars,
         block.reads,
         [tirx.BufferRegion(y, written)],
-        "row",
+        _ROW,
         tirx.SeqStmt(body),
         annotations=block.annotations,
     )
@@ -270,13 +405,14 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
 
 
 def _vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
-    """What ``value`` is for all lanes, as one vector."""
+    """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
     kind = lane.ty.dtype
     to = tirx.decl_buffer((lanes,), value.ty.dtype)
     store = tirx.BufferStore(to, value, [lane])
     loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
     module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
-    return module["vector"].body.value
+    body = module["vector"].body
+    return body.value if isinstance(body, tirx.BufferStore) else None
 
 
 def _fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:

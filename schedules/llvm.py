@@ -50,6 +50,7 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
     ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
     (`_periods`). A layer whose taps all fall beyond the output reads no weight: W stays as it is.
+    Channels that are multiplied in pairs lie side by side: ``(..., C/g/2, block, 2)``.
     """
     if not spec.terms:
         return shape, tuple(range(5))
@@ -61,7 +62,10 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
         return (spec.groups, c // spec.groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
     view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
-    return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+    if tiles.products == 1:
+        return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+    pairs = (spec.groups, c // spec.groups // tiles.products, tiles.products, *view[2:])
+    return pairs, (0, 3, 6, 8, 10, 5, 7, 9, 1, 4, 2)
 
 
 def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
@@ -82,7 +86,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
 
     # --- layouts ---
-    wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype else None
+    wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
     if wide and tiles.vector == "channels":  # a vector of weights is widened as it is loaded
         sch.compute_inline(wide)
         wide = None
@@ -129,7 +133,8 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        sch.decompose_reduction(p, sch.get_loops(p)[-6 if tiles.vector == "taps" else -9])
+        depth = 6 if tiles.vector == "taps" else 9
+        sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
@@ -138,8 +143,11 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         length = int(sch.get(row[-1]).extent)
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
+        pair = []
+        if tiles.products > 1 and not _in_their_order(spec, tiles):
+            c, *pair = sch.split(c, [None, tiles.products])
         side_by_side = [*row, c] if _in_their_order(spec, tiles) else [c, *row]
-        sch.reorder(n, g, d, h, *side_by_side)
+        sch.reorder(n, g, d, h, *side_by_side, *pair)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
         _mark_copied(sch, spec, tiles, side_by_side[-1], length)
@@ -177,7 +185,10 @@ def _lay_out(
         if t.vector == "taps":
             return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
-        return c // c_in, m // t.block, *taps, c % c_in, m % t.block
+        if t.products == 1:
+            return c // c_in, m // t.block, *taps, c % c_in, m % t.block
+        together, pairs = c // t.products, c_in // t.products
+        return together // pairs, m // t.block, *taps, together % pairs, m % t.block, c % t.products
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
@@ -193,6 +204,11 @@ def _lay_out(
         sch.transform_layout(p, ("write", 0), nine if as_axes else six)
 
 
+def _beside(t: Tiles, c: Any, w: Any) -> tuple[Any, ...]:
+    """Where the copy of X has column ``w`` of input channel ``c``: those that are multiplied as a pair lie together."""
+    return (c, w) if t.products == 1 else (c // t.products, w * t.products + c % t.products)
+
+
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
     one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
@@ -204,17 +220,17 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
     length = int(sch.get(pad).writes[0].source.shape[-1])
     if _tiled(spec, t, length):
         # what a register tile reads lies together, in the order in which it is read
-        of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, c, w % t.columns)  # noqa: E731
+        of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, *_beside(t, c, w % t.columns))  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
         return
     if _in_their_order(spec, t):
         sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
-        if (spec.channels_in // spec.groups) % _POWER == 0:
-            sch.storage_align(pad, 0, 4, _POWER, t.lanes)
+        if (spec.channels_in // spec.groups) % (_POWER * t.products) == 0:
+            sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
         return
-    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, c, w))
+    sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
     if t.line:  # each channel's line begins where a vector may
-        sch.storage_align(pad, 0, 4, t.lanes, 0)
+        sch.storage_align(pad, 0, 4, t.lanes * t.products, 0)
 
 
 def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -239,7 +255,7 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
     """Tell `finish` which columns, or channels, of the copy of X may be vectors."""
     extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
     if _in_their_order(spec, t):
-        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes])
+        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
     if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
         return
     if extent < row:
@@ -252,7 +268,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    c, c_in = sch.split(c, [None, t.chunk])
+    c, c_in, *pair = sch.split(c, [None, t.chunk] if t.products == 1 else [None, t.chunk // t.products, t.products])
     if t.vector == "channels":
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
@@ -267,9 +283,9 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
         # the taps of a channel share vectors of X
         tile = [t_h, t_w, *tile]
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane)
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane, *pair)
     else:
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane)
+        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane, *pair)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Tiles:
     covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
-    that it reads, or all tasks together before the first.
+    that it reads, or all tasks together before the first. ``products`` of neighbouring input channels are
+    added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16.
     """
 
     vector: Literal["channels", "row", "line", "taps"]
@@ -48,6 +49,12 @@ class Tiles:
     bands_d: int = 1
     bands_h: int = 1
     bands_m: int = 1
+    products: int = 1
+
+    def fields(self) -> dict[str, int | str]:
+        """Return the numbers by name; ``products`` only where it is not 1, as in records from before it was."""
+        every = asdict(self)
+        return every if self.products > 1 else {name: n for name, n in every.items() if name != "products"}
 
     @property
     def channels(self) -> int:
@@ -118,6 +125,7 @@ class Estimate:
             f"vectors of {t.lanes} {vectors[t.vector]}; "
             f"a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
+            *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
             f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
             f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every {summed} are computed, then written"
             + (f"; a task does so {several}" if bands else ": a task"),
@@ -133,9 +141,9 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
 
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
-    layer = _Layer.of(spec)
-    sensible = chain(_sensible(layer, machine), _by_taps(spec, layer, machine))
-    estimates = [_estimate(layer, machine, tiles) for tiles in sensible]
+    whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
+    estimates = [_estimate(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
+    estimates += [_estimate(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine)]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -143,6 +151,11 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
 def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
     """The tiles to use where nothing was measured."""
     return candidates(spec, machine)[0]
+
+
+def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
+    """Whether channels of ``spec`` can be multiplied as pairs of bfloat16."""
+    return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
 
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
@@ -159,8 +172,10 @@ class _Layer:
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes.
+    Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
+    products: int
     itemsize: int
     m: int
     c: int
@@ -184,12 +199,13 @@ class _Layer:
     grouped: bool
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d) -> _Layer:
+    def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
+            products=products,
             itemsize=8 if spec.sum_dtype == "float64" else 4,
             m=spec.channels_out // spec.groups,
-            c=spec.channels_in // spec.groups,
+            c=spec.channels_in // spec.groups // products,
             images=spec.groups * (spec.batch or 1),
             depth=depth,
             height=height,
@@ -206,7 +222,7 @@ class _Layer:
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else spec.groups,
-            widened=spec.dtype != spec.sum_dtype,
+            widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
         )
 
@@ -290,9 +306,10 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             continue
         if vector != "line" and columns >= layer.width + (1 if vector == "channels" else lanes):
             continue
-        chunk = _chunk(layer, machine, vector, rows, columns)
+        chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
             tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
+            tiles = replace(tiles, products=layer.products)
             if vector == "line" and columns >= height * layer.reach[2] + lanes:
                 continue
             whole = replace(tiles, task=_task(layer, machine, tiles))
@@ -394,6 +411,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # (depthwise), 12 % on layers that are not.
 
 
+# Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
+_PAIR_LATENCY = 1.5
+
+
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     if t.vector == "taps":
         return _estimate_taps(layer, machine, t)
@@ -459,7 +480,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
-    """One channel's products, added to one register tile."""
+    """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
     unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
@@ -490,17 +511,18 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         a_row = t.columns * layer.itemsize + 64
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
-    sums = t.vectors * t.scalars * t.rows
+    sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
         waiting += 0.22 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
-    elif 1 < t.chunk < 16:
+    elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
         waiting += 1.5 * max(0, held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
-    multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
-    beginning = (20 if layer.c > 1 else 2) / (t.chunk * (taps_h * taps_w if unrolled else 1))
+    in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
+    multiplying = max(sums, in_flight) / machine.fma_units
+    beginning = (20 if layer.c > 1 else 2) / (chunk * (taps_h * taps_w if unrolled else 1))
     return max(multiplying, loading) + a_load * loads + waiting + beginning
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from opcompile import lower
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import target
+from opcompile.target import Target, target
 from schedules.llvm import Tiles
 
 Kernel = Callable[..., NDArray[Any]]
@@ -23,13 +23,13 @@ def dtype_of(spec: ConvTranspose3d) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype)
 
 
-def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool = True) -> Kernel:
-    """Compile ``spec`` for this machine and return ``y = call(x, w, b)``; Y starts out as garbage.
+def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool = True, on: Target = HERE) -> Kernel:
+    """Compile ``spec`` for this machine, by whatever name, and return ``y = call(x, w, b)``; Y starts out as garbage.
 
     Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
     """
-    tiles = tiles or lower.choose(spec, HERE, "baseline")[0]
-    target = {**HERE.tvm(), "opt-level": 3 if optimised else 0}
+    tiles = tiles or lower.choose(spec, on, "baseline")[0]
+    target = {**on.tvm(), "opt-level": 3 if optimised else 0}
     function = lower.compiled(lower.scheduled(spec, tiles), target)[lower.KERNEL]
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)

@@ -8,7 +8,7 @@ from pathlib import Path
 from opcompile.cases import CASES
 from opcompile.errors import TargetError
 from opcompile.gpus import FLAGS, gpu_names, gpu_target
-from opcompile.target import names
+from opcompile.target import flagged, names
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 MARK = "<!-- what follows is written by tests/targets_page.py -->\n"
@@ -18,6 +18,9 @@ SIMULATED = "simulated: `tests/test_gpu_table.py`; derivatives: `tests/test_grad
 CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by clang: `tests/test_metal.py`"}
 # What was run where, by hand: a GPU is not at hand for every test run.
 ON_DEVICE = {"cuda": "layers, on an H100: `tests/test_on_gpu.py`", "metal": "no"}
+
+CPU_FLAGGED = "llvm:znver4+bf16"
+ASSEMBLY = "instructions in its assembly: `tests/test_native_bf16.py`"
 
 # Flags are tried on layers that fill matrices.
 FLAGGED = {"cuda:sm_80+tf32": "layers of its own", "metal:apple-m2+simdgroup": "layers of its own"}
@@ -62,6 +65,9 @@ def _verified() -> list[str]:
     for name, count in FLAGGED.items():
         t = gpu_target(name)
         rows.append(f"| `{name}` | {count} | simulated: `tests/test_gpu_matrix.py` | {CHECKED[t.language]} | no |")
+    for name in flagged():
+        ran = "layers of its own | run: `tests/test_native_bf16.py`" if name == CPU_FLAGGED else " | "
+        rows.append(f"| `{name}` | {ran} | {ASSEMBLY} | {'yes' if name == CPU_FLAGGED else 'no'} |")
     rows.append("| other GPUs | | | tiles within the limits: `tests/test_gpu_tiles.py` | no |")
     return rows
 

@@ -21,12 +21,13 @@ from opcompile import compile, probes, summary
 from opcompile._memory import weigh
 from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
 from opcompile.bench_gpu import _as_documented, bench_gpu
+from opcompile.bounds import PAIRS
 from opcompile.engines import PEERS, Engine, Job, prepare
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.plot import plot
 from opcompile.roofline import Roof, Sample
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import target
+from opcompile.target import flagged, processor_flags, target
 
 SPEC = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2")
 
@@ -254,6 +255,38 @@ def test_the_probe_adds_in_registers_alone(name: str, dtype: str, instruction: s
     assert {line.split()[0][-2:] for line in lines} == {instruction}
     assert all(line.count(register) == 3 for line in lines), "an operand in memory"
     assert len({line.split(",")[-1] for line in lines}) == count, "sums of their own"
+
+
+@pytest.mark.parametrize("name", flagged())
+def test_the_probe_of_pairs_adds_in_registers_alone(name: str) -> None:
+    import tvm
+
+    with tvm.target.Target(target(name).tvm()) as tvm_target:
+        compiled = tvm.compile(tvm.IRModule({"multiply_add": probes.multiply_pairs(24)}), target=tvm_target)
+    text = compiled.mod.inspect_source("asm")
+    lines = [line.strip() for line in text.splitlines() if "vdpbf16ps" in line]
+    assert len(lines) % 24 == 0
+    assert all(line.count("zmm") == 3 for line in lines), "an operand in memory"
+    assert len({line.split(",")[-1] for line in lines}) == 24, "sums of their own"
+
+
+@pytest.mark.skipif("avx512_bf16" not in processor_flags(), reason="this processor lists no avx512_bf16")
+def test_the_probe_of_pairs_computes_what_it_says_and_counts_both_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_largest_cache", lambda: 1 << 20)
+    monkeypatch.setattr(probes, "_STEPS", 1000)
+    found = probes.Probes(PAIRS, 1)
+    (y,) = found._registers
+    assert set(y.numpy()) == {500.0}
+    monkeypatch.setattr(found, "_time", lambda runs: 1000)
+    assert found.sample().gflops == 2 * 2 * 16 * found._sums
+
+
+@pytest.mark.skipif("avx512_bf16" not in processor_flags(), reason="this processor lists no avx512_bf16")
+def test_pairs_are_timed_under_a_roof_of_their_own() -> None:
+    spec = ConvTranspose3d.parse("in=1x16x4x4x16 co=8 k=2 s=2 dtype=bfloat16")
+    report = bench(spec, target="llvm+bf16", plan="baseline", against=(), seconds=0.01, memory=False)
+    assert report.roof.dtype == PAIRS
+    assert report.target.endswith("+bf16")
 
 
 def test_the_probes_compute_what_they_say() -> None:

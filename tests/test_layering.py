@@ -36,7 +36,7 @@ BELOW = {
     "opcompile.job": {"opcompile.errors", "opcompile.record"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
-    "opcompile.engines": {"opcompile.errors", "opcompile.spec", "opcompile.runtime"},
+    "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
     "opcompile.importers.imported": {"opcompile.errors", "opcompile.spec"},
     "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported"},
@@ -61,7 +61,7 @@ BELOW = {
     },
     "opcompile.gradients.declare": {"opcompile.declare", "opcompile.gradients.gradient", "opcompile.spec"},
     "opcompile.roofline": set(),
-    "opcompile.probes": {"opcompile.roofline", "opcompile.target"},
+    "opcompile.probes": {"opcompile.bounds", "opcompile.roofline", "opcompile.target", "schedules.pairs"},
 }
 # Nobody below the command line knows of it.
 TOP = "opcompile.cli"

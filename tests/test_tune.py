@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def test_a_killed_run_continues_where_it_was(tmp_path: Path, own: Path, monkeypa
 
     # every promised candidate, once, measured, with all its samples
     assert [s["rank"] for s in made.samples] == walk(len(RANKED), 0)[:TRIALS]
-    assert [s["tiles"] for s in made.samples] == [asdict(RANKED[s["rank"]]) for s in made.samples]
+    assert [s["tiles"] for s in made.samples] == [RANKED[s["rank"]].fields() for s in made.samples]
     assert all(len(s["times_us"]) == 8 and min(s["times_us"]) <= s["run_us"] for s in made.samples)
     assert steps[0] == Progress(2, TRIALS, 0, min(s["run_us"] for s in made.samples[:2]), "build")
     assert [(p.done, p.step) for p in steps[-2:]] == [(TRIALS, "finals"), (TRIALS, "done")]
@@ -190,7 +189,7 @@ def test_the_finals_decide_and_not_the_first_measurement(bench: Callable[[Times]
     jobs = bench(times)
     made = tune(SPEC, trials=8)
     assert jobs[-1] == [2, 3, 1, 0]  # the three best and the baseline, in one process
-    assert made.tiles == asdict(RANKED[1])
+    assert made.tiles == RANKED[1].fields()
     assert made.run_us == 5.0
     assert made.baseline_us == 10.0
     assert made.why()[:2] == (
@@ -202,9 +201,9 @@ def test_the_finals_decide_and_not_the_first_measurement(bench: Callable[[Times]
 def test_the_median_decides_and_ties_go_to_the_better_rank(bench: Callable[[Times], list[list[int]]]) -> None:
     # one slow sample, as on a busy machine, changes nothing; 1 % is a tie
     bench(lambda rank, n: [{0: 10.05, 1: 10.0}.get(rank, 11.0)] * (n - 1) + [1e6 if rank == 1 else 1.0])
-    assert tune(SPEC, trials=4).tiles == asdict(RANKED[0])
+    assert tune(SPEC, trials=4).tiles == RANKED[0].fields()
     bench(lambda rank, n: [{0: 10.2, 1: 10.0}.get(rank, 11.0)] * (n - 1) + [1e6 if rank == 1 else 1.0])
-    assert tune(SPEC, trials=4, seed=1).tiles == asdict(RANKED[1])
+    assert tune(SPEC, trials=4, seed=1).tiles == RANKED[1].fields()
 
 
 def test_a_failed_candidate_is_written_down_and_stops_nothing(bench: Callable[[Times], list[list[int]]]) -> None:
@@ -218,7 +217,7 @@ def test_a_failed_candidate_is_written_down_and_stops_nothing(bench: Callable[[T
     made = tune(SPEC, trials=6, progress=steps.append)
     assert {s["rank"]: s["error"] for s in made.samples if "error" in s} == {1: "signal SIGSEGV"}
     assert len(made.samples) == 6
-    assert made.tiles == asdict(RANKED[0])
+    assert made.tiles == RANKED[0].fields()
     assert steps[-1] == Progress(6, 6, 1, 1.0, "done")
 
 
@@ -375,7 +374,7 @@ def test_a_journal_of_something_else_is_refused_by_name(
         ('{"sample": {}}\n', "line 2: .* is no measurement"),
         ('{"sample": {"tiles": {}, "rank": 0, "error": "of other tiles"}}\n', "line 2: .* is no measurement"),
         ('{"finals": [{}]}\n', "line 2: .* is no measurement"),
-        (json.dumps({"sample": {"tiles": asdict(RANKED[0]), "rank": 0}}) + "\n", "line 2: .* is no measurement"),
+        (json.dumps({"sample": {"tiles": RANKED[0].fields(), "rank": 0}}) + "\n", "line 2: .* is no measurement"),
         ('{"finals": {}}\n', "line 2: .* is no measurement"),
         ("{}\n", "line 2: .* is no measurement"),
     ],

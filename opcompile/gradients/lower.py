@@ -51,7 +51,8 @@ def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[Gradient
     require_untuned(gradient, plan)
     estimate = gradients.candidates(gradient, target.machine)[0]
     tiles: GradientTiles = estimate.tiles
-    return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), estimate.why(), None)
+    unused = (f"+{flag} changes nothing: derivatives multiply in the type of their sums" for flag in target.flags)
+    return tiles, Plan("baseline", f"{tiles.vector}-vectors", asdict(tiles), (*estimate.why(), *unused), None)
 
 
 def require_untuned(gradient: Gradient, plan: PlanName) -> None:
