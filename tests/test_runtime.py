@@ -32,6 +32,8 @@ LAYERS = {
     "float16": "in=1x5x3x4x5 co=6 k=2 s=2 act=relu dtype=float16",
     "bfloat16": "in=2x5x3x4x5 co=6 k=2 s=2 dtype=bfloat16 layout=NDHWC",
     "float64": "in=Nx5x3x4x5 co=6 k=3 s=2 bias=0 dtype=float64",
+    # all of X is copied before the first task: a workspace for each image
+    "copied": "in=Nx32x3x3x3 co=32 k=3 p=1 bias=0 dtype=float64",
     # large enough that a second thread is worth waking
     "parallel": "in=1x8x8x8x8 co=8 k=3 s=2 p=1 op=1",
 }
@@ -439,6 +441,7 @@ def test_a_child_process_may_call_after_a_fork(layers: dict[str, Artifact]) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_memory_that_is_not_there_is_an_error_and_no_crash(layers: dict[str, Artifact]) -> None:
+    assert layers["copied"].manifest["plan"]["tiles"]["copy"] == "whole"
     out = run_alone(
         """
         import resource, sys, numpy as np, opcompile
@@ -456,7 +459,7 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash(layers: dict[str, Art
                 print(type(error).__name__, error)
             assert np.array_equal(layer(g.x, g.w), y)
         """,
-        layers["float64"].directory,
+        layers["copied"].directory,
     )
     assert out.count("CallError") == 2
     assert "bytes of workspace are needed and cannot be allocated" in out
