@@ -466,14 +466,15 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
 
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
-    """What tasks share is copied by each of them; a copy of all X goes through memory, and comes back."""
+    """What tasks share is copied by each of them; a copy of all X goes through the caches that hold it, and back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
     a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
     if not layer.channels_first and t.vector != "channels":  # transposed, element by element
         a_row += 0.6
     if t.copy == "whole":
-        return layer.images * depth * a_plane * (1.2 + a_row)
+        kept = min(1, depth * a_plane / (8 * machine.l2_bytes))
+        return layer.images * depth * a_plane * (0.4 + 0.8 * kept + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
     return layer.tasks(t) * layer.window(t) * (0.22 + a_row + 0.17 * missed)
