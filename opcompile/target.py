@@ -183,13 +183,14 @@ def target(name: str) -> Target:
             hint = meant(base, gpu_names() if flags != [BF16] else names(), gpu_examples(), "+" + "+".join(flags))
         else:
             hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
-        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}")
+        may = f"; with a flag llvm+{BF16}, {', '.join(flagged())}" if base == "llvm" else ""
+        raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}{may}")
     if not machine and ":" not in name:
         return _this_machine()
     if machine not in _NAMED:
         hint = meant(name, [*names(), *flagged()])
         raise UnknownTargetError(
-            f"target {name!r} is unknown; {hint}use one of {', '.join(names())}; +{BF16} may end {', '.join(flagged())}"
+            f"target {name!r} is unknown; {hint}use one of {', '.join(names())}; with a flag {', '.join(flagged())}"
         )
     return _NAMED[machine](name)
 

@@ -355,7 +355,7 @@ def test_a_target_without_the_instruction_refuses_and_names_those_that_have_it(n
     [
         ("znver4+bf16", "did you mean llvm:znver4+bf16?"),
         ("llvm:znver4+BF16", "did you mean llvm:znver4+bf16?"),
-        ("llvm:zen4+bf16", "+bf16 may end llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16"),
+        ("llvm:zen4+bf16", "with a flag llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16"),
         ("llvm:znver4+fp16", "unknown"),
         ("llvm:znver4+", "unknown"),
         ("llvm+tf32", "unknown"),
