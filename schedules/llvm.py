@@ -179,10 +179,10 @@ def _lay_out(
 
     kernel = [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]]
     p_d, p_h, p_w = _periods(spec, kernel)
-    of_m, of_kh = _tap_tile(t, kernel)
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         if t.vector == "taps":
+            of_m, of_kh = _tap_tile(t, kernel)
             return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
         if t.products == 1:
