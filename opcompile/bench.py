@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from opcompile._memory import weigh
-from opcompile.bounds import Answer, Inputs, compare_all, sums_of
+from opcompile.bounds import Answer, Inputs, compare_all
 from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.machine import processor, system
@@ -303,7 +303,7 @@ def bench(
     with pinned_to(threads) as pinned:
         engines, not_asked = _prepared(tuple(dict.fromkeys(against)), job)
         _require_equal(inputs, engines, exact)
-        probes = Probes(sums_of(artifact.manifest) or spec.sum_dtype, threads)
+        probes = Probes(engines[OURS].computed_in, threads)
         before = probes.samples()
         cpu, wall = time.process_time(), time.perf_counter()
         timings = take_turns(engines, seconds)

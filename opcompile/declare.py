@@ -243,6 +243,11 @@ class Scope:
             for n, a in zip(self.sizes(*counts), "dhw", strict=True)
         ]
 
+    def summed_channels(self) -> Any:
+        """Reduction axis over the input channels of a group."""
+        zero, count = self.sizes(0, self.spec.channels_in // self.spec.groups)
+        return te.reduce_axis((zero, count), "c")
+
     def pad(self, x: Any) -> Any:
         """The part of X that is read, in the type of the sums or as stored bits, zero where X has no element."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
@@ -270,7 +275,7 @@ class Scope:
         """Sum over taps and channels at ``q``; ``first`` holds the first tap and its offset along each axis."""
         spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
         n, g, m = lead
-        c = te.reduce_axis((tirx.IntImm(self.index, 0), tirx.IntImm(self.index, c_in)), "c")
+        c = self.summed_channels()
         along = list(zip(first, taps, spec.axes, strict=True))
         kernel = [tap + t * axis.tap_step for (tap, _), t, axis in along]
         offsets = [offset - t * axis.offset_step for (_, offset), t, axis in along]
@@ -349,7 +354,7 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     at_first = [axis.reads[0] for axis in spec.axes[1:]]
 
     def block(kd: int, offset: int) -> Any:
-        c = te.reduce_axis((tirx.IntImm(scope.index, 0), tirx.IntImm(scope.index, c_in)), "c")
+        c = scope.summed_channels()
         return te.compute(
             scope.batched(spec.groups, scope.channels, *kernel[1:], *scope.where.positions),
             lambda n, g, m, kh, kw, *q: te.sum(

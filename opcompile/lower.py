@@ -159,10 +159,7 @@ def require_plan(plan: str) -> None:
 
 
 def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: Record | None) -> Plan:
-    family = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors", "taps": "tap-sums"}[
-        str(tiles["vector"])
-    ]
-    return Plan(name, family, tiles, why, record.key if record else None)
+    return Plan(name, _FAMILIES[str(tiles["vector"])], tiles, why, record.key if record else None)
 
 
 def grain(tiles: llvm.Tiles) -> Grain:

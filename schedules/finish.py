@@ -105,8 +105,9 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     x, w, sums = loads["pad"], loads["W"], elements(block.body, t.lanes)
     factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
     adding = _with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
-    start = {each.loop_var: tirx.const(0, each.loop_var.ty.dtype) for each in (loop, pair)}
-    return s_tir.SBlockRealize([_with(value, start) for value in realize.iter_values], realize.predicate, adding)
+    return s_tir.SBlockRealize(
+        [_with(value, _begin((loop, pair))) for value in realize.iter_values], realize.predicate, adding
+    )
 
 
 def _rounding(loop: tirx.For) -> tirx.Stmt:
@@ -213,14 +214,13 @@ def _interleaved(
     vectors = [loaded(each) for each in of_channels]
     if any(each is None for each in vectors):
         return None
-    size, count = lanes * len(of_channels), len(of_channels)
-    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(size)]
+    count = len(of_channels)
     copy = _with(of_channels[0], {lane: tirx.const(0, lane.ty.dtype)})
     store, (channel,) = copy.block.body, [v.var for v in copy.block.iter_vars if v.var.name == "v_c"]
     first = {channel: tirx.floordiv(channel, count) * count}
     *others, last = [analyzer.simplify(_with(i, first)) for i in store.indices]
-    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), size)]
-    woven = tirx.BufferStore(store.buffer, tirx.Shuffle(vectors, order), at)
+    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
+    woven = tirx.BufferStore(store.buffer, _interlaced(vectors, lanes), at)
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
@@ -275,19 +275,16 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
 
     That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
     """
-    inner, first_of_tile, several = loop.body, {}, []
-    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
-        first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
-        several += [inner.loop_var] if int(inner.extent) > 1 else []
-        inner = inner.body
-    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
-    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
+    found = _over_channels(loop)
+    if found is None:
         return loop
-    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
-    _, _, _, d, h, _, tap_d, tap_h, *_ = [_with(value, first_of_tile) for value in inner.iter_values]
+    adding, tile = found
+    phase = [int(f) for f in adding.block.name_hint.split("_")[1:4]]
+    _, _, _, d, h, _, tap_d, tap_h, *_ = [_with(value, _begin(tile)) for value in adding.iter_values]
     reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
     tests = []
-    rows_apart = not t.line and t.rows == 1 and not any(inner.iter_values[7].same_as(var) for var in several)
+    several = any(adding.iter_values[7].same_as(each.loop_var) and int(each.extent) > 1 for each in tile)
+    rows_apart = not t.line and t.rows == 1 and not several
     for axis, f, q, tap in reads[: 2 if rows_apart else 1]:  # several rows or taps at once read several rows of X
         first, last = axis.reads
         i = q + (axis.phases[f].first_offset - tap * axis.offset_step)
@@ -298,19 +295,27 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
 
 
+def _over_channels(loop: tirx.For) -> tuple[s_tir.SBlockRealize, list[tirx.For]] | None:
+    """Where a loop goes through channels: the block that adds their products, and the loops of its register tile."""
+    inner, tile = loop.body, []
+    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
+        tile.append(inner)
+        inner = inner.body
+    adding = isinstance(inner, s_tir.SBlockRealize) and _ADDING.fullmatch(inner.block.name_hint)
+    return (inner, tile) if loop.kind == tirx.ForKind.SERIAL and adding and tile else None
+
+
 def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     """Where the taps of a row begin, ask for what they will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
     """
-    inner, first_of_tile = loop.body, {}
-    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
-        first_of_tile[inner.loop_var] = tirx.const(0, inner.loop_var.ty.dtype)
-        inner = inner.body
-    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
-    if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint) or not first_of_tile:
+    found = _over_channels(loop)
+    if found is None:
         return loop
-    values = {v.var: _with(value, first_of_tile) for v, value in zip(block.iter_vars, inner.iter_values, strict=True)}
+    adding, tile = found
+    block = adding.block
+    values = {v.var: _with(i, _begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
     *_, tap_w, channel = (v.var for v in block.iter_vars)
     values[channel] = values[channel] + t.chunk
     (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
@@ -330,8 +335,7 @@ def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.S
     block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.VECTORIZED or block is None or not _LEAVING.fullmatch(block.name_hint):
         return loop
-    first_lane = {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype)}
-    n, g, m, d, h, w, *_ = [_with(value, first_lane) for value in loop.body.iter_values]
+    n, g, m, d, h, w, *_ = [_with(value, _begin([loop])) for value in loop.body.iter_values]
     phase = [int(f) for f in block.name_hint.split("_")[1:4]]
     if t.vector == "channels":
         m = m * t.lanes
@@ -382,12 +386,10 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
         for k in range(stride)
     ]
     vectors = [_vector_of(value, lane, lanes) for value in of_phases]
-    order = [tirx.const(i % stride * lanes + i // stride, "int32") for i in range(size)]
-    woven = vectors[0] if stride == 1 else tirx.Shuffle(vectors, order)
     itemsize = tvm.DataType(y.dtype).bits // 8
     later = range(_BYTES_AHEAD // itemsize, _BYTES_AHEAD // itemsize + size, _CACHE_LINE // itemsize)
     body = [_fetch(y, [*row, column + i]) for i in later]
-    body.append(tirx.BufferStore(y, woven, [*row, tirx.Ramp(column, tirx.const(1, kind), size)]))
+    body.append(tirx.BufferStore(y, _interlaced(vectors, lanes), [*row, tirx.Ramp(column, tirx.const(1, kind), size)]))
     written = [*block.writes[0].region[:-1], Range.from_min_extent(column, size)]
     weaving = s_tir.SBlock(
         block.iter_vars,
@@ -402,6 +404,13 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
     start = vector * size + first
     woven_row = s_tir.SBlockRealize([*realize.iter_values[:-1], start], test, weaving)
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
+
+
+def _interlaced(vectors: Sequence[Any], lanes: int) -> Any:
+    """One vector of the first lanes of all ``vectors``, then the second, and so on."""
+    count = len(vectors)
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(lanes * count)]
+    return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)
 
 
 def _vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
@@ -432,6 +441,11 @@ def _every(kind: Any, tree: Any) -> list[Any]:
 
     structural_map(tree, (kind, seen))
     return found
+
+
+def _begin(loops: Sequence[tirx.For]) -> dict[tirx.Var, Any]:
+    """The variables of the loops, each at 0."""
+    return {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype) for loop in loops}
 
 
 def _in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:

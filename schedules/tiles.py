@@ -416,35 +416,33 @@ _PAIR_LATENCY = 1.5
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
-    if t.vector == "taps":
-        return _estimate_taps(layer, machine, t)
     positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
-    tiles = layer.images * positions // (t.rows * t.columns) * (channels // t.channels)
-    beside_d, beside_h, beside_w = layer.beside
-    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
-    computing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
-    computing += _reading(layer, machine, t) + _copying(layer, machine, t)
+    summing = _summing_by_tap if t.vector == "taps" else _summing_by_phase
+    computing = summing(layer, machine, t, sums, layer.images * positions) + _copying(layer, machine, t)
     computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
     storing = layer.outputs * _weaving(layer, machine, t)
     used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
 
-def _estimate_taps(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
+def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, positions: int) -> float:
+    """Each tile takes the taps of all phases; what they read beside X may be left out."""
+    tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
+    beside_d, beside_h, beside_w = layer.beside
+    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
+    summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
+    return summing + _reading(layer, machine, t)
+
+
+def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positions: int) -> float:
     """Vectors of X are loaded where they begin, once for all weights of a tile; what tiles sum is added up later."""
-    positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
-    sums, weights = t.vectors * t.scalars, layer.m * layer.kernel
-    tiles = layer.images * positions // t.columns * weights // t.scalars
+    tiles = positions // t.columns * layer.m * layer.kernel // t.scalars
     multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
     step = multiplying + 0.08 * machine.fma_units * (t.vectors + t.scalars)
     if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
         step += t.columns * layer.itemsize / 100
-    computing = tiles * (layer.c * step + 6 * sums + 40) + _copying(layer, machine, t)
-    computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
-    storing = layer.outputs * (_weaving(layer, machine, t) + 2.2 * layer.taps / layer.phases / t.lanes)
-    used = layer.depth * layer.height * layer.width / positions
-    return Estimate(t, computing + storing, computing, storing, used, sums)
+    return tiles * (layer.c * step + 6 * sums + 40)
 
 
 def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
@@ -452,6 +450,8 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
     weaving = 3.6 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    if t.vector == "taps":  # those of its phase are added up
+        weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 

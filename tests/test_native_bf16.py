@@ -350,24 +350,6 @@ def test_a_target_without_the_instruction_refuses_and_names_those_that_have_it(n
     assert "llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ("znver4+bf16", "did you mean llvm:znver4+bf16?"),
-        ("llvm:znver4+BF16", "did you mean llvm:znver4+bf16?"),
-        ("llvm:zen4+bf16", "with a flag llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16"),
-        ("llvm:znver4+fp16", "unknown"),
-        ("llvm:znver4+", "unknown"),
-        ("llvm+tf32", "unknown"),
-        ("cuda:sm_80+bf16", "unknown"),
-    ],
-)
-def test_a_name_that_is_none_is_refused(given: str, words: str) -> None:
-    with pytest.raises(UnknownTargetError) as error:
-        opcompile.target.any_target(given)
-    assert words in str(error.value)
-
-
 def test_this_machine_takes_the_flag_where_its_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
     present = frozenset(target("llvm:znver4").features)
     monkeypatch.setattr("opcompile.target.processor_flags", lambda: present)

@@ -117,6 +117,12 @@ def test_wide_vectors_are_used_where_the_machine_has_them() -> None:
         ("cuda:sm_80+", "did you mean cuda:sm_80?"),
         ("cuda", "'cuda' is unknown; use one of cuda:sm_75"),
         ("llvm:pdp-11", "'llvm:pdp-11' is unknown; use one of llvm"),
+        ("znver4+bf16", "did you mean llvm:znver4+bf16?"),
+        ("llvm:znver4+BF16", "did you mean llvm:znver4+bf16?"),
+        ("llvm:zen4+bf16", "with a flag llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16"),
+        ("llvm:znver4+fp16", "unknown"),
+        ("llvm:znver4+", "unknown"),
+        ("cuda:sm_80+bf16", "unknown"),
         ("vax", "'vax' is unknown; use one of llvm"),
     ],
 )
