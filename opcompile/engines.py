@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from opcompile.bounds import sums_of
 from opcompile.errors import EngineError
-from opcompile.runtime import MODEL, load
+from opcompile.runtime import MODEL, aligned, load
 from opcompile.spec import ConvTranspose3d
 
 Tensor = NDArray[Any]
@@ -53,8 +53,8 @@ class Job:
     threads: int
 
     def new_y(self) -> Tensor:
-        """An array for Y, its memory not touched yet."""
-        return np.empty((len(self.x), *(n or 1 for n in self.spec.y_shape[1:])), self.x.dtype)
+        """An array for Y that begins at a cache line, as those of the engines do; its memory is not touched yet."""
+        return aligned((len(self.x), *(n or 1 for n in self.spec.y_shape[1:])), self.x.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,7 +30,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import Tiles, takes_pairs, weights_by_taps
+from schedules.tiles import LATER, Tiles, streams, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -300,15 +300,17 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
     """
     if isinstance(target, GpuTarget):
         return _illegal_on_gpu(tiles, spec, target)
-    names = [f.name for f in fields(Tiles) if f.name != "products" or "products" in tiles]
+    names = [f.name for f in fields(Tiles) if f.name not in LATER or f.name in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     if tiles["vector"] not in ("channels", "row", "line", "taps"):
         return f"vector is {tiles['vector']!r}, but must be 'channels', 'row', 'line' or 'taps'"
     if tiles["copy"] not in ("task", "whole"):
         return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
+    if tiles.get("store", "cached") not in ("cached", "streamed"):
+        return f"store is {tiles['store']!r}, but must be 'cached' or 'streamed'"
     for name in names:
-        if name not in ("vector", "copy") and (type(tiles[name]) is not int or tiles[name] < 1):
+        if name not in ("vector", "copy", "store") and (type(tiles[name]) is not int or tiles[name] < 1):
             return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
     t = Tiles(**tiles)
     machine = target.machine
@@ -360,6 +362,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
             return f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
     if (spec.channels_in // spec.groups) % t.chunk:
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+    if t.store == "streamed" and not streams(spec, t.vector, machine):
+        return f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
     if t.products == 1:
         return None
     if t.vector == "taps":

@@ -201,7 +201,10 @@ def _as_numpy(tensor: Any, storage: np.dtype[Any]) -> NDArray[Any]:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return an uninitialised array at a multiple of 64 bytes: some frameworks take no other without a copy."""
+    """Return an uninitialised array that begins at a cache line.
+
+    NumPy's own start anywhere: each vector would straddle two lines, and some frameworks would copy it.
+    """
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -209,7 +212,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _moved(data: NDArray[Any]) -> NDArray[Any]:
-    """Copy to aligned, contiguous memory: NumPy's own starts anywhere, and each vector would straddle two lines."""
+    """Copy to aligned, contiguous memory."""
     moved = aligned(data.shape, data.dtype)
     moved[...] = data
     return moved
@@ -382,7 +385,7 @@ class Artifact:
         framework = None if out is not None or isinstance(x, np.ndarray) else framework_of(x)
         if out is None:
             shape = (batch, *self._image)
-            y: Any = np.empty(shape, x.dtype) if framework is None else aligned(shape, self._slots["out"].storage)
+            y: Any = aligned(shape, x.dtype if framework is None else self._slots["out"].storage)
             target = address_of(y)
         else:
             y = out

@@ -27,7 +27,8 @@ class Machine:
     how many multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and
     ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
     ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
-    multiply bfloat16 as it is, two channels by one instruction.
+    multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
+    past the caches.
     """
 
     vector_bytes: int
@@ -38,6 +39,7 @@ class Machine:
     cores: int = 8
     fma_units: int = 2
     pairs: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_units: int 
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
-    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, fma_units=fma_units)
+    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, fma_units=fma_units, streams=True)
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 

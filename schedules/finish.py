@@ -14,8 +14,9 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from schedules.pairs import added, importing, narrowed
-from schedules.tiles import reach
+from schedules import pairs, streams
+from schedules.pairs import added, narrowed
+from schedules.tiles import CACHE_LINE, MOST_WOVEN, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -38,11 +39,8 @@ _ROW = "row"
 # So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
 _CHANNELS_AHEAD = 4
 _BYTES_AHEAD = 4096
-_CACHE_LINE = 64
 # So many taps of a row are taken one by one for the columns that they read: each has code of its own.
 _MOST_TRIMMED = 4
-# Rows of more phases than these are left to LLVM.
-_MOST_WOVEN = 4
 
 
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
@@ -53,6 +51,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     first store a task would wait for memory, line by line: by then the second cache has the lines.
     """
     ((name, function),) = module.functions.items()
+    y, in_llvm = function.params[-1], ""
     channels = spec.channels_in // spec.groups
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
@@ -64,13 +63,19 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.copy == "whole" and tiles.vector != "channels" and 1 < tiles.chunk < channels:
         function = structural_map(function, (tirx.For, lambda loop: _of_next_chunk(loop, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
-        y = function.params[-1]
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
+    if tiles.products > 1 or tiles.store == "streamed":
+        function = structural_map(function, (tirx.For, _as_vectors))
     if tiles.products > 1:
-        function = structural_map(function, (tirx.For, _rounding))
-        function = _in_llvm(structural_map(function, (s_tir.SBlock, _narrowing)))
+        function = structural_map(function, (s_tir.SBlock, _narrowing))
+        in_llvm += pairs.FUNCTIONS
+    if tiles.store == "streamed":
+        function = _past_caches(function, y)
+        in_llvm += streams.functions(y, tiles.lanes * MOST_WOVEN)
+    if in_llvm:
+        function = _importing(function, in_llvm)
     return tvm.IRModule({name.name_hint: function})
 
 
@@ -110,7 +115,7 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     )
 
 
-def _rounding(loop: tirx.For) -> tirx.Stmt:
+def _as_vectors(loop: tirx.For) -> tirx.Stmt:
     """Where lanes of Y are written at once, write them as a vector; TVM rounds them where they need tests."""
     realize = loop.body
     if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
@@ -145,11 +150,32 @@ def _narrowing(block: s_tir.SBlock) -> s_tir.SBlock:
     return _with_body(block, structural_map(block.body, (tirx.Cast, rounded)))
 
 
-def _in_llvm(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function with what LLVM needs to compile it."""
+def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
+    """Stream what is stored to Y, ask for its lines only where it is not, and wait for it at the end of a task."""
+
+    def streamed(store: tirx.BufferStore) -> tirx.Stmt:
+        return streams.streamed(store) if store.buffer.same_as(y) else store
+
+    def asked(statement: tirx.Evaluate) -> tirx.Stmt:
+        of_y = [load for load in _every(TensorLoad, statement.value) if load.source.same_as(y)]
+        return streams.asked(*of_y) if of_y else statement
+
+    def arrived(loop: tirx.For) -> tirx.Stmt:
+        if loop.kind != tirx.ForKind.PARALLEL or not any(
+            block.name_hint in (_WRITING, _ROW) for block in _every(s_tir.SBlock, loop.body)
+        ):
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([loop.body, streams.arrived()]))
+
+    function = structural_map(function, (tirx.Evaluate, asked))  # before there are others that name Y
+    return structural_map(structural_map(function, (tirx.BufferStore, streamed)), (tirx.For, arrived))
+
+
+def _importing(function: tirx.PrimFunc, in_llvm: str) -> tirx.PrimFunc:
+    """The function with others that it calls, in LLVM's own words."""
     root = function.body
-    body = _with_body(root.block, importing(root.block.body))
-    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
+    given = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(in_llvm), root.block.body)
+    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, _with_body(root.block, given)))
 
 
 def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SBlock:
@@ -321,7 +347,7 @@ def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
     *line, first = (_with(i, values) for i in x.indices)
     first = first.base if isinstance(first, tirx.Ramp) else first
-    a_line = _CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
+    a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
     asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
     at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
     return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
@@ -361,7 +387,7 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     block = loop.body.body if isinstance(loop.body, tirx.For) else None
     if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != _WRITING:
         return loop
-    if row < 2 * stride or stride > _MOST_WOVEN:
+    if not weaves(spec.axes[2]):
         return loop
     lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
     whole, left = divmod(row, lanes * stride)
@@ -387,7 +413,7 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
     ]
     vectors = [_vector_of(value, lane, lanes) for value in of_phases]
     itemsize = tvm.DataType(y.dtype).bits // 8
-    later = range(_BYTES_AHEAD // itemsize, _BYTES_AHEAD // itemsize + size, _CACHE_LINE // itemsize)
+    later = range(_BYTES_AHEAD // itemsize, _BYTES_AHEAD // itemsize + size, CACHE_LINE // itemsize)
     body = [_fetch(y, [*row, column + i]) for i in later]
     body.append(tirx.BufferStore(y, _interlaced(vectors, lanes), [*row, tirx.Ramp(column, tirx.const(1, kind), size)]))
     written = [*block.writes[0].region[:-1], Range.from_min_extent(column, size)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
 from tvm import tirx
 
 # How many sums one instruction adds to, and how many products to each.
@@ -51,7 +50,5 @@ define {bits} @opcompile_narrow{f"x{lanes}" if lanes > 1 else ""}({floats} %valu
 """
 
 
-def importing(body: tirx.Stmt) -> tirx.Stmt:
-    """``body``, which holds calls of `added` and `narrowed`, with what LLVM needs for them."""
-    functions = "".join([_PAIRS, *map(_narrow, range(1, LANES + 1))])
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(functions), body)
+# What LLVM needs for calls of `added` and `narrowed`.
+FUNCTIONS = "".join([_PAIRS, *map(_narrow, range(1, LANES + 1))])

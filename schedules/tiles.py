@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from opcompile.target import Machine
 
+CACHE_LINE = 64
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
 # For so few output channels of a group, taps and phases may each tap have sums of its own.
 _MOST_BY_TAPS = (8, 64, 64)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
+# Rows of more phases than these are left to LLVM.
+MOST_WOVEN = 4
+# So many bytes of Y, and the layer that reads it finds little of it in any cache.
+_FAR = 32 << 20
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -33,7 +38,8 @@ class Tiles:
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
     that it reads, or all tasks together before the first. ``products`` of neighbouring input channels are
-    added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16.
+    added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
+    written: into the caches, or past them where it begins at a cache line.
     """
 
     vector: Literal["channels", "row", "line", "taps"]
@@ -50,11 +56,11 @@ class Tiles:
     bands_h: int = 1
     bands_m: int = 1
     products: int = 1
+    store: Literal["cached", "streamed"] = "cached"
 
     def fields(self) -> dict[str, int | str]:
-        """Return the numbers by name; ``products`` only where it is not 1, as in records from before it was."""
-        every = asdict(self)
-        return every if self.products > 1 else {name: n for name, n in every.items() if name != "products"}
+        """Return the numbers by name; of `LATER` only those that differ, as in records from before they were."""
+        return {name: n for name, n in asdict(self).items() if n != LATER.get(name)}
 
     @property
     def channels(self) -> int:
@@ -96,6 +102,10 @@ class Tiles:
         return (self.depth, self.height, self.columns)
 
 
+# What records from before it was stand for.
+LATER = {"products": 1, "store": "cached"}
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Tiles and what the arithmetic says of them: cycles of one core for the whole layer."""
@@ -132,6 +142,7 @@ class Estimate:
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
+            *(["Y is written past the caches, where it begins at a cache line"] if t.store == "streamed" else []),
             f"estimated cycles: {self.computing:.3g} computing, {self.storing:.3g} storing",
         )
 
@@ -142,8 +153,11 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    estimates = [_estimate(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
-    estimates += [_estimate(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine)]
+    choices = [(layer, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
+    choices += [(whole, tiles) for tiles in _by_taps(spec, whole, machine)]
+    past = {tiles.vector: streams(spec, tiles.vector, machine) for _, tiles in choices}
+    choices = [(layer, replace(t, store="streamed") if past[t.vector] else t) for layer, t in choices]
+    estimates = [_estimate(layer, machine, tiles) for layer, tiles in choices]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -156,6 +170,26 @@ def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
 def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
     """Whether channels of ``spec`` can be multiplied as pairs of bfloat16."""
     return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
+
+
+def weaves(axis: Axis) -> bool:
+    """Whether rows of Y along ``axis`` are written in vectors of one element of each phase in turn."""
+    return axis.out >= 2 * axis.stride and axis.stride <= MOST_WOVEN
+
+
+def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
+    """Whether Y is written past the caches: a large one, in whole lines."""
+    channels_first = spec.layout == "NCDHW"
+    side_by_side = spec.axes[2].out if channels_first else spec.channels_out // spec.groups
+    in_vectors = weaves(spec.axes[2]) if channels_first else machine.vector_bytes == CACHE_LINE
+    return (
+        machine.streams
+        and spec.dtype == spec.sum_dtype  # LLVM has no such store for vectors of 16-bit floats
+        and (vector == "channels") != channels_first
+        and in_vectors
+        and side_by_side * spec.itemsize % CACHE_LINE == 0
+        and math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
+    )
 
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
@@ -398,7 +432,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
     taps_d, taps_h, taps_w = layer.most_taps
     if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
-    fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + 64)))
+    fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + CACHE_LINE)))
     return max(n for n in range(1, layer.c + 1) if layer.c % n == 0 and n <= fits)
 
 
@@ -505,11 +539,11 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
         a_load = (0.3 if unrolled else 0.16) * machine.fma_units
-        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / 64
+        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / CACHE_LINE
         vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
-        a_row = t.columns * layer.itemsize + 64
+        a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
