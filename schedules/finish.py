@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -39,6 +40,8 @@ _ROW = "row"
 # So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
 _CHANNELS_AHEAD = 4
 _BYTES_AHEAD = 4096
+# Weights of no more bytes stay in the first or the second cache.
+_NEAR = 32 << 10
 # So many taps of a row are taken one by one for the columns that they read: each has code of its own.
 _MOST_TRIMMED = 4
 
@@ -62,6 +65,10 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if tiles.copy == "whole" and tiles.vector != "channels" and 1 < tiles.chunk < channels:
         function = structural_map(function, (tirx.For, lambda loop: _of_next_chunk(loop, tiles)))
+    weights = math.prod(spec.w_shape) * tvm.DataType(spec.dtype).bits // 8
+    again = math.prod(axis.positions for axis in spec.axes) > tiles.rows * tiles.columns
+    if again and weights > _NEAR:
+        function = structural_map(function, (tirx.For, lambda loop: _of_next_tap(loop, tiles)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
@@ -339,18 +346,44 @@ def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     found = _over_channels(loop)
     if found is None:
         return loop
-    adding, tile = found
-    block = adding.block
-    values = {v.var: _with(i, _begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
-    *_, tap_w, channel = (v.var for v in block.iter_vars)
+    x, values = _first(*found, "pad")
+    *_, tap_w, channel = (v.var for v in found[0].block.iter_vars)
     values[channel] = values[channel] + t.chunk
-    (x,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == "pad")
-    *line, first = (_with(i, values) for i in x.indices)
-    first = first.base if isinstance(first, tirx.Ramp) else first
+    *line, first = _at(x, values)
     a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
     asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
     at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
     return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
+
+
+def _of_next_tap(loop: tirx.For, t: Tiles) -> tirx.Stmt:
+    """As channels of a tap are multiplied, ask for their weights of the next one, which follow in memory.
+
+    The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
+    """
+    found = _over_channels(loop)
+    if found is None or all(read.source.name != "W" for read in found[0].block.reads):  # those that a task widened
+        return loop
+    w, values = _first(*found, "W")
+    g, block, *taps, channel, first = _at(w, values)[:10]
+    rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
+    channels = int(w.source.shape[8])
+    blocks = range(t.vectors if t.vector == "channels" else 1)
+    asked = [_fetch(w.source, [g, block + i, *taps, channel + channels, first, *rest]) for i in blocks]
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([*asked, loop.body]))
+
+
+def _first(adding: s_tir.SBlockRealize, tile: list[tirx.For], name: str) -> tuple[Any, dict[tirx.Var, Any]]:
+    """What the block reads of a buffer, and the block's variables where its register tile begins."""
+    block = adding.block
+    values = {v.var: _with(i, _begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
+    (load,) = (load for load in _every(TensorLoad, block.body.value) if load.source.name == name)
+    return load, values
+
+
+def _at(load: Any, values: Mapping[tirx.Var, Any]) -> list[Any]:
+    """The indices of an element, or of the first of a vector."""
+    return [i.base if isinstance(i, tirx.Ramp) else i for i in (_with(each, values) for each in load.indices)]
 
 
 def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:

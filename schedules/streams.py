@@ -22,6 +22,7 @@ _ALIGNED = f"""
 """
 _ASKED = f"""
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare void @llvm.x86.sse.sfence()
 
 define void @opcompile_asked(ptr %y, ptr %line) alwaysinline {{{_ALIGNED}
   br i1 %aligned, label %done, label %ask
@@ -33,7 +34,7 @@ done:
 }}
 
 define void @opcompile_arrived() alwaysinline {{
-  fence seq_cst
+  call void @llvm.x86.sse.sfence()
   ret void
 }}
 """

@@ -1,0 +1,139 @@
+"""Y written past the caches: right at any address, streamed where it begins at a cache line, and only where it pays."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+from numpy.typing import NDArray
+from kernels import HERE, dtype_of, integers
+
+import opcompile as oc
+from opcompile import lower
+from opcompile.record import illegal
+from opcompile.reference import reference
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import Target, target
+from schedules.llvm import Tiles, candidates
+from schedules.tiles import CACHE_LINE, streams
+
+V4, V3 = target("llvm:x86-64-v4"), target("llvm:x86-64-v3")
+
+
+def streaming(spec: ConvTranspose3d, vector: str, on: Target) -> Tiles:
+    """Tiles that stream a Y far too small for it."""
+    if vector == "taps":
+        lanes, kernel = on.machine.vector_bytes // 4, spec.axes[1].kernel * spec.axes[2].kernel
+        return Tiles("taps", lanes, 1, kernel, 1, spec.channels_out, 1, 2, spec.channels_in, "task", store="streamed")
+    return replace(next(e.tiles for e in candidates(spec, on.machine) if e.tiles.vector == vector), store="streamed")
+
+
+def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """An array of NaN so many bytes behind a cache line, and all memory around it."""
+    count = int(np.prod(shape))
+    memory = np.full(count + 4 * CACHE_LINE, np.nan, dtype)
+    first = (offset - memory.ctypes.data % CACHE_LINE) % CACHE_LINE // dtype.itemsize + CACHE_LINE // dtype.itemsize
+    return memory[first : first + count].reshape(shape), memory
+
+
+@pytest.mark.parametrize("on", [HERE, V3], ids=lambda on: on.name)
+@pytest.mark.parametrize(
+    ("vector", "text"),
+    [
+        ("row", "in=1x3x2x3x16 co=5 k=2 s=2"),
+        ("row", "in=2x3x2x3x33 co=5 k=3 s=2 p=1x1x2 op=1"),
+        ("line", "in=1x4x2x3x24 co=6 k=2 s=2 act=relu"),
+        ("line", "in=1x3x2x3x16 co=4 k=3 s=1 p=1"),
+        ("row", "in=1x3x2x2x16 co=4 k=3 s=1x1x3"),
+        ("row", "in=1x3x2x2x20 co=4 k=4 s=2x2x4"),
+        ("row", "in=1x4x2x2x16 co=4 k=2 s=2 g=2 dtype=float64"),
+        ("taps", "in=1x4x2x3x16 co=1 k=3 s=2 p=1 op=1"),
+        ("channels", "in=1x8x2x3x5 co=32 k=2 s=2 layout=NDHWC"),
+        ("channels", "in=1x8x2x3x5 co=64 k=3 s=2 p=1 g=2 layout=NDHWC bias=0"),
+    ],
+)
+def test_what_is_streamed_is_right_at_any_address(vector: str, text: str, on: Target) -> None:
+    spec = ConvTranspose3d.parse(text)
+    tiles = streaming(spec, vector, on)
+    function = lower.compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
+    x, w, b = integers(spec)
+    given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
+    for offset in (0, 16, 8):
+        y, memory = at(offset, spec.y_shape, dtype_of(spec))  # type: ignore[arg-type]
+        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
+        np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
+        assert np.isnan(memory).sum() == memory.size - y.size
+
+
+@pytest.mark.parametrize("on", [V4, V3], ids=lambda on: on.name)
+def test_whole_lines_are_streamed_and_waited_for(on: Target) -> None:
+    spec = ConvTranspose3d.parse("in=1x8x4x6x32 co=16 k=2 s=2")
+    tiles = streaming(spec, "row", on)
+    streamed, cached = (
+        str(lower.compiled(lower.scheduled(spec, t), on.tvm()).mod.inspect_source("asm"))
+        for t in (tiles, replace(tiles, store="cached"))
+    )
+    for instruction in ("vmovntps", "sfence"):
+        assert instruction in streamed
+        assert instruction not in cached
+
+
+def test_lines_of_y_are_asked_for_only_where_it_is_not_streamed() -> None:
+    spec = ConvTranspose3d.parse("in=1x8x4x6x32 co=16 k=2 s=2")
+    body = lower.scheduled(spec, streaming(spec, "row", V4))[lower.KERNEL].body
+    asking = [line for line in str(body).splitlines() if "llvm.prefetch" in line or "opcompile_asked" in line]
+    assert any("output" in line for line in asking)
+    assert all(("opcompile_asked" in line) == ("output" in line) for line in asking)
+
+
+@pytest.mark.parametrize(
+    ("text", "vector", "on", "far"),
+    [
+        ("in=1x32x48x48x48 co=32 k=2 s=2", "line", "llvm:x86-64-v4", True),
+        ("in=1x32x48x48x48 co=32 k=2 s=2", "row", "llvm:x86-64-v3", True),
+        ("in=1x32x48x48x48 co=32 k=2 s=2", "row", "llvm:neoverse-n1", False),  # not measured
+        ("in=1x32x48x48x48 co=32 k=2 s=2", "channels", "llvm:x86-64-v4", False),  # its elements lie apart
+        ("in=1x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", False),  # 27 MiB
+        ("in=4x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", True),
+        ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "row", "llvm:x86-64-v4", False),  # rows of 127
+        ("in=1x32x48x48x48 co=32 k=5 s=5", "row", "llvm:x86-64-v4", False),  # rows that are not woven
+        ("in=1x32x64x64x64 co=32 k=2 s=2 dtype=float16", "row", "llvm:x86-64-v4", False),
+        ("in=1x32x48x48x48 co=32 k=2 s=2 layout=NDHWC", "channels", "llvm:x86-64-v4", True),
+        ("in=1x32x48x48x48 co=32 k=2 s=2 layout=NDHWC", "channels", "llvm:x86-64-v3", False),  # half a line
+        ("in=1x32x48x48x48 co=40 k=2 s=2 layout=NDHWC", "channels", "llvm:x86-64-v4", False),
+        ("in=1x32x48x48x48 co=32 k=2 s=2 layout=NDHWC", "line", "llvm:x86-64-v4", False),
+    ],
+)
+def test_a_large_y_in_whole_lines_is_streamed(text: str, vector: str, on: str, far: bool) -> None:
+    spec, machine = ConvTranspose3d.parse(text), target(on).machine
+    assert streams(spec, vector, machine) == far
+    of_vector = [e for e in candidates(spec, machine) if e.tiles.vector == vector]
+    assert {e.tiles.store for e in of_vector} <= {"streamed" if far else "cached"}
+    assert all(("Y is written past the caches" in " ".join(e.why())) == far for e in of_vector[:1])
+    for estimate in of_vector[:1]:
+        tiles = asdict(estimate.tiles)
+        assert illegal(tiles, spec, target(on)) is None
+        error = illegal({**tiles, "store": "streamed"}, spec, target(on))
+        assert error is None if far else error and "for large Y written in whole cache lines" in error
+
+
+def test_records_from_before_are_of_cached_stores() -> None:
+    spec = ConvTranspose3d.parse("in=1x32x48x48x48 co=32 k=2 s=2")
+    tiles = candidates(spec, V4.machine)[0].tiles
+    assert tiles.store == tiles.fields()["store"] == "streamed"
+    before = {name: n for name, n in tiles.fields().items() if name != "store"}
+    assert illegal(before, spec, V4) is None
+    assert Tiles(**before) == replace(tiles, store="cached")  # type: ignore[arg-type]
+    error = illegal({**before, "store": "elsewhere"}, spec, V4)
+    assert error == "store is 'elsewhere', but must be 'cached' or 'streamed'"
+
+
+def test_the_y_of_a_call_begins_at_a_cache_line() -> None:
+    spec = ConvTranspose3d.parse("in=1x3x2x3x16 co=5 k=2 s=2")
+    artifact = oc.compile(spec)
+    x, w, b = integers(spec)
+    several = [artifact(x, w, b) for _ in range(8)]  # NumPy's own would lie anywhere
+    assert {y.ctypes.data % CACHE_LINE for y in several} == {0}
