@@ -28,7 +28,8 @@ from tvm.script import tirx as T
 from opcompile.bounds import PAIRS
 from opcompile.roofline import Sample
 from opcompile.target import Machine, target
-from schedules.pairs import LANES, PRODUCTS, added, importing
+from schedules.imported import importing
+from schedules.pairs import FUNCTIONS, LANES, PRODUCTS, added
 
 # Some 5 ms: 24 multiply-adds of 16 lanes, two a cycle, take 12 cycles.
 _STEPS = 1_000_000
@@ -130,7 +131,7 @@ def multiply_pairs(sums: int) -> tirx.PrimFunc:
     pair = tirx.Broadcast(halves, LANES)
     adding = [tirx.BufferStore(y, added(tirx.BufferLoad(y, at(i)), pair, pair), at(i)) for i in range(sums)]
     loop = tirx.For(step, tirx.const(0, "int64"), steps, tirx.ForKind.SERIAL, tirx.SeqStmt(adding))
-    return tirx.PrimFunc([y, steps], importing(loop)).with_attr("global_symbol", "multiply_add")
+    return tirx.PrimFunc([y, steps], importing(loop, FUNCTIONS)).with_attr("global_symbol", "multiply_add")
 
 
 def copy() -> tirx.PrimFunc:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules import pairs, streams
+from schedules.imported import importing
 from schedules.pairs import added, narrowed
 from schedules.tiles import CACHE_LINE, MOST_WOVEN, reach, weaves
 
@@ -63,12 +64,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
-    if tiles.copy == "whole" and tiles.vector != "channels" and 1 < tiles.chunk < channels:
-        function = structural_map(function, (tirx.For, lambda loop: _of_next_chunk(loop, tiles)))
-    weights = math.prod(spec.w_shape) * tvm.DataType(spec.dtype).bits // 8
-    again = math.prod(axis.positions for axis in spec.axes) > tiles.rows * tiles.columns
-    if again and weights > _NEAR:
-        function = structural_map(function, (tirx.For, lambda loop: _of_next_tap(loop, tiles)))
+    asking = _ahead(spec, tiles)
+    function = structural_map(function, (tirx.For, lambda loop: _asking(loop, tiles, asking)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
@@ -82,7 +79,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = _past_caches(function, y)
         in_llvm += streams.functions(y, tiles.lanes * MOST_WOVEN)
     if in_llvm:
-        function = _importing(function, in_llvm)
+        root = function.body
+        body = _with_body(root.block, importing(root.block.body, in_llvm))
+        function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
     return tvm.IRModule({name.name_hint: function})
 
 
@@ -176,13 +175,6 @@ def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
 
     function = structural_map(function, (tirx.Evaluate, asked))  # before there are others that name Y
     return structural_map(structural_map(function, (tirx.BufferStore, streamed)), (tirx.For, arrived))
-
-
-def _importing(function: tirx.PrimFunc, in_llvm: str) -> tirx.PrimFunc:
-    """The function with others that it calls, in LLVM's own words."""
-    root = function.body
-    given = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(in_llvm), root.block.body)
-    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, _with_body(root.block, given)))
 
 
 def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SBlock:
@@ -338,39 +330,57 @@ def _over_channels(loop: tirx.For) -> tuple[s_tir.SBlockRealize, list[tirx.For]]
     return (inner, tile) if loop.kind == tirx.ForKind.SERIAL and adding and tile else None
 
 
-def _of_next_chunk(loop: tirx.For, t: Tiles) -> tirx.Stmt:
-    """Where the taps of a row begin, ask for what they will read of the next chunk of channels.
+Ahead = Callable[[s_tir.SBlockRealize, list[tirx.For], "Tiles"], list[tirx.Stmt]]
+
+
+def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
+    """What to ask for as channels are multiplied."""
+    asking: list[Ahead] = []
+    channels = spec.channels_in // spec.groups
+    if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
+        asking.append(_of_next_chunk)
+    again = math.prod(axis.positions for axis in spec.axes) > t.rows * t.columns
+    if again and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+        asking.append(_of_next_tap)
+    return asking
+
+
+def _asking(loop: tirx.For, t: Tiles, asking: Sequence[Ahead]) -> tirx.Stmt:
+    """Where a loop goes through channels, ask for what comes later."""
+    found = _over_channels(loop)
+    fetches = [fetch for ask in asking for fetch in ask(*found, t)] if found else []
+    if not fetches:
+        return loop
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([*fetches, loop.body]))
+
+
+def _of_next_chunk(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+    """Where the taps of a row begin, what they will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
     """
-    found = _over_channels(loop)
-    if found is None:
-        return loop
-    x, values = _first(*found, "pad")
-    *_, tap_w, channel = (v.var for v in found[0].block.iter_vars)
+    x, values = _first(adding, tile, "pad")
+    *_, tap_w, channel = (v.var for v in adding.block.iter_vars)
     values[channel] = values[channel] + t.chunk
     *line, first = _at(x, values)
     a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
     asked = [_fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
-    at_first = tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([at_first, loop.body]))
+    return [tirx.IfThenElse(values[tap_w] == 0, _in_turn(asked), None)]
 
 
-def _of_next_tap(loop: tirx.For, t: Tiles) -> tirx.Stmt:
-    """As channels of a tap are multiplied, ask for their weights of the next one, which follow in memory.
+def _of_next_tap(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+    """The weights of these channels for the next tap, which follow in memory.
 
     The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
     """
-    found = _over_channels(loop)
-    if found is None or all(read.source.name != "W" for read in found[0].block.reads):  # those that a task widened
-        return loop
-    w, values = _first(*found, "W")
+    if all(read.source.name != "W" for read in adding.block.reads):  # a task has widened them, and has them near
+        return []
+    w, values = _first(adding, tile, "W")
     g, block, *taps, channel, first = _at(w, values)[:10]
     rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
     channels = int(w.source.shape[8])
     blocks = range(t.vectors if t.vector == "channels" else 1)
-    asked = [_fetch(w.source, [g, block + i, *taps, channel + channels, first, *rest]) for i in blocks]
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, _in_turn([*asked, loop.body]))
+    return [_fetch(w.source, [g, block + i, *taps, channel + channels, first, *rest]) for i in blocks]
 
 
 def _first(adding: s_tir.SBlockRealize, tile: list[tirx.For], name: str) -> tuple[Any, dict[tirx.Var, Any]]:
