@@ -1,8 +1,8 @@
 """Y written past the caches, where nothing will find it there: a store that brings no line first.
 
 A store into the caches reads its line before it changes it, and drives another one out. A streamed one is for whole
-lines, and for Y that begins at one: elsewhere, as the address says at run time, Y is stored as ever, and asked for early.
-TVM has no such store: the kernel calls functions in LLVM's own words, and LLVM puts them where they are called.
+lines, and for Y that begins at one: elsewhere, as the address says at run time, Y is stored as ever, and asked for
+early. TVM has no such store.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def functions(y: Any, most: int) -> str:
 
 
 def _a_line(y: Any) -> int:
-    return CACHE_LINE * 8 // tvm.DataType(y.dtype).bits
+    return CACHE_LINE // (int(tvm.DataType(y.dtype).bits) // 8)
 
 
 def _streamed(dtype: str, lanes: int) -> str:

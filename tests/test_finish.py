@@ -229,16 +229,21 @@ def test_what_is_copied_of_x_and_written_to_y_is_asked_for_some_time_before() ->
 @pytest.mark.parametrize(("vector", "more"), [("channels", ""), ("line", ""), ("line", " dtype=float16")])
 def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, more: str) -> None:
     spec = ConvTranspose3d.parse("in=1x64x8x12x48 co=64 k=4 s=2 p=1" + more)
-    body = scheduled(spec, tiles_of(spec, vector))[KERNEL].body
-    of_w = [e for at, _ in statements(body) if (e := fetched(at)) is not None and e.source.name == "W"]
+    of_w = weights_asked_for(spec, vector)
     assert bool(of_w) == (not more)  # a task has widened its weights, and reads them where it put them
     for element in of_w:
         assert str(Analyzer().simplify(element.indices[8])).endswith("64")
     small = ConvTranspose3d.parse("in=1x16x4x6x32 co=32 k=2 s=2")  # 16 KiB
     once = ConvTranspose3d.parse("in=1x64x1x1x1 co=256 k=2 s=2")  # each weight is read once
-    for spec in (small, once):
-        body = scheduled(spec, tiles_of(spec, "channels"))[KERNEL].body
-        assert not [e for at, _ in statements(body) if (e := fetched(at)) is not None and e.source.name == "W"]
+    depthwise = ConvTranspose3d.parse("in=1x64x4x6x32 co=64 k=7 s=2 g=64")
+    for spec, vectors in ((small, "channels"), (once, "channels"), (depthwise, "row")):
+        assert not weights_asked_for(spec, vectors)
+
+
+def weights_asked_for(spec: ConvTranspose3d, vector: str) -> list[Any]:
+    body = scheduled(spec, tiles_of(spec, vector))[KERNEL].body
+    elements = [fetched(at) for at, _ in statements(body)]
+    return [e for e in elements if e is not None and e.source.name == "W"]
 
 
 @pytest.mark.parametrize("vector", ["channels", "row", "line"])

@@ -14,7 +14,9 @@ from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 
 from opcompile.importers.onnx import explicit
+from opcompile.lower import choose
 from opcompile.relax import ReplaceConvTranspose3d, tvm_target
+from opcompile.target import target
 from tests.onnx_engine import integers, model_of, value
 from tests.replaced import MODELS, run, saved, upsampling
 
@@ -69,6 +71,18 @@ def test_weights_that_arrive_at_run_time(tmp_path: Path) -> None:
     constant = model_of([node], [value("x", x.shape)], [value("y", None)], opset=20,
                         initializers=[numpy_helper.from_array(v + v, "w")])  # fmt: skip
     assert np.array_equal(y, run(constant, x))
+
+
+def test_a_large_y_is_streamed(tmp_path: Path) -> None:
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2, 2])
+    x = integers((1, 1, 32, 128, 128), 1)
+    model = model_of([node], [value("x", x.shape)], [value("y", (1, 2, 64, 256, 256))], opset=20,
+                     initializers=[numpy_helper.from_array(integers((1, 2, 2, 2, 2), 5), "w")])  # fmt: skip
+    path = saved(model, tmp_path)
+    replacing, call = built(explicit(path), tmp_path)
+    (spec,) = replacing.replaced
+    assert choose(spec, target("llvm"), "baseline")[0].store == "streamed"
+    assert np.array_equal(call(x)[0], run(path, x))
 
 
 @pytest.mark.heavy

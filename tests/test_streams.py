@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm_ffi
-from numpy.typing import NDArray
 from kernels import HERE, dtype_of, integers
+from numpy.typing import NDArray
 
 import opcompile as oc
 from opcompile import lower
