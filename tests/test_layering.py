@@ -61,7 +61,13 @@ BELOW = {
     },
     "opcompile.gradients.declare": {"opcompile.declare", "opcompile.gradients.gradient", "opcompile.spec"},
     "opcompile.roofline": set(),
-    "opcompile.probes": {"opcompile.bounds", "opcompile.roofline", "opcompile.target", "schedules.pairs"},
+    "opcompile.probes": {
+        "opcompile.bounds",
+        "opcompile.roofline",
+        "opcompile.target",
+        "schedules.imported",
+        "schedules.pairs",
+    },
 }
 # Nobody below the command line knows of it.
 TOP = "opcompile.cli"
