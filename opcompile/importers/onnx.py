@@ -84,7 +84,7 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
         model, folder = _read(source)
         outline, tensors = _outline(model)
         if shapes:
-            _reshape_inputs(outline.graph, shapes)
+            _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
         for step in (_check, _inline, _infer):
             outline = _refine(outline, step)
@@ -172,9 +172,9 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
     return outline, tensors
 
 
-def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes) -> None:
+def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -> None:
     """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
-    inputs = {value.name: value for value in graph.input}
+    inputs = {value.name: value for value in graph.input if value.name not in weights}
     _forget_shapes(graph)
     for name, shape in shapes.items():
         if name not in inputs:
