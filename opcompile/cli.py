@@ -17,6 +17,7 @@ Whatever is heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -81,6 +82,8 @@ class _Door(click.Group):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed when the process began
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be anything
         sys.exit(_exit_code(command))
 
     def invoke(self, ctx: click.Context) -> Any:

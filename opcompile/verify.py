@@ -335,7 +335,8 @@ class _OnnxRuntime:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            # its text, for ONNX Runtime takes no path that is not UTF-8
+            self._session = onnxruntime.InferenceSession(model.read_bytes(), options, providers=["CPUExecutionProvider"])
         except self._refusals as error:
             raise EngineError(first_line(error)) from error
         self.inputs = tuple(given.name for given in self._session.get_inputs())

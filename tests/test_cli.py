@@ -380,6 +380,14 @@ def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
 # --- compile ---
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 alone")
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    result = invoke("compile", LAYER, "-o", place)
+    assert result.exit_code == 0, result.output
+    assert not json.loads((Path(place) / "report.json").read_text())["not_asked"]
+
+
 def test_compile_a_real_model(folder: Path) -> None:
     index = json.loads((folder / "model" / INDEX).read_text())
     assert index["source"] == "dynunet.onnx"
