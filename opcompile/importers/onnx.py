@@ -379,9 +379,10 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
     groups = int(attributes.get("group", 1))
     if groups < 1:
         raise ModelError(f"group is {groups}, but must be at least 1")
-    if channels_in != channels:
+    # what a name stands for is known by W
+    if isinstance(channels_in, int) and channels_in != channels:
         raise ModelError(f"X has {channels_in} channels, but W {w.shape} takes {channels}; they must be equal")
-    if b is not None and b.shape is not None and b.shape != (per_group * groups,):
+    if b is not None and b.shape is not None and not _may_be(b.shape, (per_group * groups,)):
         raise ModelError(f"B has shape {b.shape}, but must have one element for each output channel of W")
     return ConvTranspose3d(
         batch=batch,
@@ -392,6 +393,10 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
         bias=b is not None,
         dtype=_dtype([x, w] if b is None else [x, w, b]),
     )
+
+
+def _may_be(shape: tuple[int | str, ...], sizes: tuple[int, ...]) -> bool:
+    return len(shape) == len(sizes) and all(isinstance(s, str) or s == n for s, n in zip(shape, sizes, strict=True))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
