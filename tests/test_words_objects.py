@@ -93,6 +93,41 @@ def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert not [r for r in caplog.records if r.name == "torch.export"], "a traceback was logged"
 
 
+def test_an_exported_program_with_graphs_inside() -> None:
+    real = pytest.importorskip("torch")
+    nn, x = real.nn, drawn(2, 4, 3, 4, 5)
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.ConvTranspose3d(4, 4, 2) for _ in range(3))
+            self.register_buffer("fixed", real.ones(4, 1, 2, 2, 2), persistent=False)
+
+        def forward(self, x: Any) -> Any:
+            with real.no_grad():
+                a = self.first(x)
+            b = real.cond(x.sum() > 0, self.second, lambda t: t[..., :1, :1, :1] + a, (x,))
+            with real.autocast("cpu", real.bfloat16):
+                c = self.third(x)
+            return a + b + c + real.conv_transpose3d(x, self.fixed, groups=4)[:, :1]
+
+    model = Nested().eval()
+    found = torch.find(real.export.export(model, (real.from_numpy(x),), strict=False))
+    assert len({f.name for f in found}) == len(found) == 4
+    first, second, third, fixed = found
+    assert third.layer is None
+    assert third.reason == (
+        "it takes torch.float32 and gives torch.bfloat16, as in torch.autocast; export the program with one dtype "
+        "instead"
+    )
+    with real.no_grad():
+        for f, layer in ((first, model.first), (second, model.second)):
+            assert f.layer is not None
+            holds(f.layer, x, layer(real.from_numpy(x)).numpy())
+        assert fixed.layer is not None
+        holds(fixed.layer, x, real.conv_transpose3d(real.from_numpy(x), model.fixed, groups=4).numpy())
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
 def test_a_state_dict(name: str, tmp_path: Path) -> None:
     real = pytest.importorskip("torch")
