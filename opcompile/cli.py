@@ -322,6 +322,8 @@ def run(
             raise CallError(f"--{min(extra)} was given, but {directory} holds the layer, which takes x, w and b")
         if "x" not in arrays:
             raise CallError(f"--x is missing: {directory} holds the layer, which takes x, w and b")
+    elif "b" in arrays:
+        raise CallError(f"--b was given, but {directory} holds a derivative, which takes no bias; leave it out")
     on_gpu = isinstance(artifact, CudaArtifact)
     y = artifact.on_host(*map(arrays.get, ("x", "w", "b"))) if on_gpu else artifact(**arrays)
     _write_array(y_path, y)
