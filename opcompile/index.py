@@ -19,6 +19,7 @@ INDEX = "index.json"
 FORMAT = "opcompile-index"
 VERSION = 1
 _LONGEST = 80
+_BESIDE = re.compile(r"^\.(.+)\.[0-9a-f]{32}(\.old)?$")
 
 
 def directory_names(nodes: Iterable[str]) -> list[str]:
@@ -43,13 +44,15 @@ def directory_names(nodes: Iterable[str]) -> list[str]:
 def require_place(directory: Path, names: Iterable[str]) -> None:
     """Raise `ArtifactError` where ``directory`` holds anything but an older index and directories of ``names``.
 
-    So nothing is ever deleted, and no artifact of another model stays among these.
+    So nothing is ever deleted, and no artifact of another model stays among these. What a writer at work, or one that
+    was killed, has beside their places is neither.
     """
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is a file; a model is compiled into a directory, so name another place")
-    foreign = sorted({path.name for path in directory.iterdir()} - {INDEX, *names})
+    ours = {INDEX, *names}
+    foreign = sorted(path.name for path in directory.iterdir() if _BESIDE.sub(r"\1", path.name) not in ours)
     if foreign:
         raise ArtifactError(
             f"{directory} holds {', '.join(foreign[:3])}, not among the nodes to compile; empty it, or choose another"

@@ -423,6 +423,17 @@ def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) 
     assert "2 of 3 compiled, 0 verified" in result.stdout
 
 
+def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = [f".{name}.{'0f' * 16}" for name in ("node_convolution", "index.json")]
+    for name in left:
+        (out / name).mkdir(parents=True)
+    assert invoke("compile", str(MODELS / "unet.onnx"), "-o", str(out), "--no-verify").exit_code == 0
+    assert {path.name for path in out.iterdir()} == {*left, "index.json", "node_convolution", "node_convolution_1"}
+    (out / ".another.0f").mkdir()
+    assert "holds .another.0f, not" in invoke("compile", str(MODELS / "unet.onnx"), "-o", str(out)).stderr
+
+
 def test_nothing_compiled_is_bad_input(tmp_path: Path) -> None:
     path, out = mixed_model(tmp_path), tmp_path / "out"
     result = invoke("compile", path, "-o", out, "--node", "dynamic", "--json")
