@@ -508,10 +508,10 @@ def bench(
 
     if markdown and as_json:
         raise click.UsageError("--markdown and --json are two forms of one result; choose one")
-    if picture:
-        require(picture)
     for path in filter(None, (save, picture)):
         _require_place(path)
+    if picture:
+        require(picture)
     layers = _layers(sources, tags, nodes)
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}

@@ -141,10 +141,12 @@ def _constants(
     for name, (array, shape) in given.items():
         if array is None:
             continue
-        if array.shape != shape or array.dtype.name != spec.dtype:
+        if not isinstance(array, np.ndarray):
+            raise CallError(f"{name} is a {type(array).__name__}, but must be a NumPy array; convert it first")
+        kind = array.dtype.name if array.dtype.isnative else f"byte-swapped {array.dtype.name}"
+        if array.shape != shape or kind != spec.dtype:
             raise CallError(
-                f"{name} is {array.dtype.name} {array.shape}, but the spec takes {spec.dtype} {shape}; "
-                "convert and permute it first"
+                f"{name} is {kind} {array.shape}, but the spec takes {spec.dtype} {shape}; convert and permute it first"
             )
         found[name] = array
     size = sum(a.nbytes for a in found.values())

@@ -165,6 +165,8 @@ def test_bfloat16_needs_opset_13() -> None:
         ({"weight": np.zeros((6, 4, 3, 3, 3), np.float32)}, r"W is float32 \(6, 4, 3, 3, 3\).*\(4, 6, 3, 3, 3\)"),
         ({"weight": np.zeros((4, 6, 3, 3, 3))}, "W is float64"),
         ({"bias": np.zeros(5, np.float32)}, r"B is float32 \(5,\)"),
+        ({"bias": np.zeros(6, np.dtype(np.float32).newbyteorder())}, r"B is byte-swapped float32 \(6,\)"),
+        ({"bias": [0.0] * 6}, "B is a list"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(given: dict[str, Any], words: str) -> None:
