@@ -469,10 +469,10 @@ def measure(directory: str, output: str, as_json: bool) -> int:
     "cudnn-channels-last; or all.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
+@click.option("--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
 @click.option(
-    "--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine."
+    "--at-least", type=_Number(), metavar="R", help="Exit code 1 if less than R times as fast as the fastest."
 )
-@click.option("--at-least", type=_Number(), metavar="R", help="Exit code 1 if less than R times as fast as the fastest.")
 @click.option("--no-memory", is_flag=True, help="Do not measure each engine's peak memory.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
 @click.option("--plot", "picture", metavar="F.png|F.svg", help="Draw the roofline and a bar chart.")
@@ -622,9 +622,7 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as
 @click.option("--all", "everything", is_flag=True, help="Replace the nodes that do not gain, too.")
 @click.option("--no-verify", is_flag=True, help="Write the result unchecked.")
 @click.option("--no-bench", is_flag=True, help="Measure nothing, and replace every node.")
-@click.option(
-    "--seconds", type=_Number(0.01), default=0.5, show_default=True, metavar="S", help="For each timing."
-)
+@click.option("--seconds", type=_Number(0.01), default=0.5, show_default=True, metavar="S", help="For each timing.")
 @_json
 def replace(
     model: str,

@@ -316,7 +316,9 @@ class ConvTranspose3d:
             hint = meant(str(self.layout), LAYOUTS, _OTHER_LAYOUTS)
             raise SpecError(f"layout {self.layout!r} is not supported; {hint}use one of {', '.join(LAYOUTS)}")
         if not isinstance(self.activation, Activation):
-            raise SpecError(f"activation is {self.activation!r}, but must be an Activation; Activation.parse reads a text")
+            raise SpecError(
+                f"activation is {self.activation!r}, but must be an Activation; Activation.parse reads a text"
+            )
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
             if math.prod(n or 1 for n in shape) >= 2**62:
                 raise SpecError(f"{name} would have {shape} elements, more than a 64-bit machine can address")

@@ -336,7 +336,9 @@ class _OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             # its text, for ONNX Runtime takes no path that is not UTF-8
-            self._session = onnxruntime.InferenceSession(model.read_bytes(), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                model.read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
         except self._refusals as error:
             raise EngineError(first_line(error)) from error
         self.inputs = tuple(given.name for given in self._session.get_inputs())

@@ -190,7 +190,7 @@ _ONCE = ("cond", "wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activa
 
 
 def _calls(module: Any, constants: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield the calls of a graph and of the graphs inside of it: a name, the node, the constants by their names there."""
+    """Yield the calls of a graph and of those inside of it: a name, the node, the constants by their names there."""
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
