@@ -101,15 +101,19 @@ def export_onnx(
     weight: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
 ) -> Path:
-    """Write `graph` to ``path`` and return it; the file appears whole or not at all.
+    """Write `graph` to ``path`` and return it; the file appears whole or not at all, and a link stays one.
 
-    Raises what `graph` raises, and `ModelError` where the file cannot be written.
+    What is no file, like a pipe or ``/dev/null``, is written to as it is. Raises what `graph` raises, and `ModelError`
+    where the file cannot be written.
     """
     model, path = graph(spec, opset=opset, weight=weight, bias=bias), Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    special = path.exists() and not path.is_file()
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
-        beside.write_bytes(model.SerializeToString())
-        os.replace(beside, path)
+        (path if special else beside).write_bytes(model.SerializeToString())
+        if not special:
+            os.replace(beside, place)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ModelError(

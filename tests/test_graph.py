@@ -196,6 +196,25 @@ def test_export_writes_the_graph(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["layer.onnx"]
 
 
+def test_export_follows_a_link_and_replaces_no_device(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.onnx", tmp_path / "pipe"
+    link.symlink_to("layer.onnx")
+    export_onnx(K3S2, link)
+    assert link.is_symlink()
+    assert onnx.load(tmp_path / "layer.onnx") == graph(K3S2)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    export_onnx(K3S2, pipe)
+    assert pipe.is_fifo()
+    assert onnx.load_model_from_string(os.read(reader, 1 << 16)) == graph(K3S2)
+    os.close(reader)
+    link.unlink()
+    link.symlink_to(tmp_path)
+    with pytest.raises(ModelError, match="Is a directory"):
+        export_onnx(K3S2, link)
+    assert link.is_symlink()
+
+
 def test_export_into_nowhere_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot write .*layer.onnx: No such file.*folder that exists"):
         export_onnx(K3S2, tmp_path / "missing" / "layer.onnx")
