@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,18 @@ def test_a_state_dict(name: str, tmp_path: Path) -> None:
     with real.no_grad():
         holds(layer.with_weights(*files.layer_arrays(tmp_path / name, "0")), x, model[0](real.from_numpy(x)).numpy())
     assert files.layer_arrays(tmp_path / name, "3")[1] is None
+
+
+def test_bfloat16_in_a_file_that_is_read_first_of_all(tmp_path: Path) -> None:
+    real, numpy = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    numpy.save_file({"up.weight": real.ones(4, 6, 2, 2, 2).bfloat16()}, path)
+    code = "import sys; from opcompile.importers.files import layer_arrays; print(layer_arrays(sys.argv[1], 'up')[0].dtype)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout == "bfloat16\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
