@@ -20,7 +20,7 @@ from opcompile.errors import EngineError, ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
 from opcompile.source import read
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -148,10 +148,14 @@ def test_bfloat16_in_a_file_that_is_read_first_of_all(tmp_path: Path) -> None:
     real, numpy = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     path = tmp_path / "w.safetensors"
     numpy.save_file({"up.weight": real.ones(4, 6, 2, 2, 2).bfloat16()}, path)
-    code = "import sys; from opcompile.importers.files import layer_arrays; print(layer_arrays(sys.argv[1], 'up')[0].dtype)"
+    read = "from opcompile.importers.files import layer_arrays; print(layer_arrays(sys.argv[1], 'up')[0].dtype)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", f"import sys; {read}", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.stdout == "bfloat16\n", done.stderr
 
@@ -241,6 +245,23 @@ def test_a_mixed_policy_computes_in_its_half() -> None:
     read = keras.from_layer(layer)
     assert read.weight is not None
     assert read.spec.dtype == read.weight.dtype == read.to_x(x).dtype == y.dtype == "float16"
+
+
+def test_a_function_is_not_taken_for_keras_s_by_its_name() -> None:
+    real = pytest.importorskip("keras")
+
+    def gelu(x: Any) -> Any:
+        return 2 * x
+
+    for own in (gelu, real.ops.gelu):
+        layer = real.layers.Conv3DTranspose(2, 2, activation=own)
+        layer.build((1, 2, 2, 2, 4))
+        with pytest.raises(WordsError, match=r"the activation gelu is a function of your own, or of another module"):
+            keras.from_layer(layer)
+        with pytest.raises(WordsError, match=r"the activation gelu is a function of your own, or of another module"):
+            keras.Conv3DTranspose(2, 2, activation=own, input=(1, 2, 2, 2, 4))
+    right = real.layers.Conv3DTranspose(2, 2, activation=real.activations.gelu)
+    assert keras.from_layer(right, (1, 2, 2, 2, 4)).spec.activation == Activation("gelu")
 
 
 @pytest.mark.parametrize("system", ["mlx", "keras"])
