@@ -66,6 +66,18 @@ def test_a_pytorch_module() -> None:
     for other, name in zip(decoder()[1:3], ("Conv3d", "ReLU"), strict=True):
         with pytest.raises(WordsError, match=f"{name} is not"):
             torch.from_module(other, x)
+    holds(torch.from_module(real.compile(first), x), x, y)
+
+    class Own(real.nn.ConvTranspose3d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).relu()
+
+    with pytest.raises(WordsError, match="Own has a forward of its own"):
+        torch.from_module(Own(4, 6, 3), x)
+    with pytest.raises(WordsError, match=r"ConvTranspose2d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(real.nn.ConvTranspose2d(4, 6, 3), x)
+    with pytest.raises(WordsError, match="on the device meta"):
+        torch.from_module(real.nn.ConvTranspose3d(4, 6, 3, device="meta"), x)
 
 
 def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -125,8 +125,14 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, output_size: Sequence[int] | None = None, *, strict: bool = True) -> Imported:
     """Read a ``torch.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
-    if not getattr(module, "transposed", False):
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    kind = next((c for c in type(module).__mro__ if c.__name__ == "ConvTranspose3d"), None)
+    if kind is None:
         raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
+    if type(module).forward is not kind.forward:  # type: ignore[attr-defined]
+        raise WordsError(f"{type(module).__name__} has a forward of its own, which cannot be read; name a plain layer")
+    if module.weight.is_meta:
+        raise WordsError("the layer is on the device meta, where it has no weights; load them first")
     fields = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups")
     read = ConvTranspose3d(
         **{name: getattr(module, name) for name in fields},
