@@ -85,11 +85,15 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
         return {place.name or str(place): place}
     try:
         content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            raise ArtifactError(f"{path} is of format {content['format']!r} {content['version']!r}, not {FORMAT!r} 1")
+        known = content["format"], content["version"]
         listed = {str(each["name"]): str(each["directory"]) for each in content["layers"] if each["directory"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; compile the model again") from error
+    if known != (FORMAT, VERSION):
+        raise ArtifactError(
+            f"{path} has format {known[0]!r} {known[1]!r}, and this program reads {FORMAT!r} {VERSION}; "
+            "compile the model again"
+        )
     for name in listed.values():
         if Path(name).name != name:
             raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")

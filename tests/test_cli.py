@@ -740,7 +740,7 @@ def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX).write_text(content)
     result = invoke("verify", tmp_path)
     assert result.exit_code == 2
-    assert INDEX in result.stderr
+    assert result.stderr.count(INDEX) == 1
 
 
 def test_an_index_reaches_no_further_than_its_directory(tmp_path: Path) -> None:

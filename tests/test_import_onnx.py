@@ -269,6 +269,7 @@ def test_missing_external_data_are_a_reason_that_names_the_file(external: Path) 
     assert all(
         f.reason is not None and "'unet.weights'" in f.reason and str(external.parent) in f.reason for f in found
     )
+    assert not any("export it again" in (f.reason or "") for f in found)
 
 
 def test_short_external_data_are_a_reason(external: Path) -> None:

@@ -563,8 +563,9 @@ def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
     """Return the data of a constant, None for what is known at run time only."""
     if value is None or value.tensor is None:
         return None
+    tensor = _loaded(value.tensor, folder)
     try:
-        return np.ascontiguousarray(numpy_helper.to_array(_loaded(value.tensor, folder)))
+        return np.ascontiguousarray(numpy_helper.to_array(tensor))
     except ValueError as error:
         raise ModelError(f"{value.name} holds no {list(value.tensor.dims)} tensor: {error}; export it again") from error
 
