@@ -228,7 +228,8 @@ def _ones(spec: ConvTranspose3d, _: np.random.Generator, batch: int) -> tuple[Te
 def _normal(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw sums of standard deviation 2, so that activations are asked where they bend."""
     x, w, b = (rng.standard_normal(shape, np.float32) for shape in _shapes(spec, batch))
-    return x, w * np.float32(2 / math.sqrt(spec.terms)), b
+    # no product at all where the pads leave nothing of an axis but zeros
+    return x, w * np.float32(2 / math.sqrt(max(1, spec.terms))), b
 
 
 def _impulse(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
