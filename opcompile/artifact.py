@@ -167,8 +167,11 @@ def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> 
 def _checked(name: str, given: NDArray[Any] | None, shape: tuple[int, ...], dtype: str) -> NDArray[Any] | None:
     if given is None:
         return None
-    if given.shape != shape or given.dtype.name != dtype:
-        raise CallError(f"{name} is {given.dtype.name} {given.shape}, but the layer needs {dtype} {shape}")
+    if not isinstance(given, np.ndarray):
+        raise CallError(f"{name} is a {type(given).__name__}, but must be a NumPy array {shape} of {dtype}; convert it")
+    kind = given.dtype.name if given.dtype.isnative else f"byte-swapped {given.dtype.name}"
+    if given.shape != shape or kind != dtype:
+        raise CallError(f"{name} is {kind} {given.shape}, but the layer needs {dtype} {shape}")
     return given
 
 

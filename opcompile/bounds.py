@@ -541,7 +541,8 @@ def compare_all(
                 check = judge_bits(engines[name], values[name], right)
             else:
                 both = bound[engines[name]] if other == "reference" else bound[engines[name]] + bound[engines[other]]
-                limit = min(storage.limit, _engine(spec, engines[name]).limit)
+                asked = [engines[name]] if other == "reference" else [engines[name], engines[other]]
+                limit = min(storage.limit, *(_engine(spec, engine).limit for engine in asked))
                 check = judge(criterion, engines[name], values[name], right, both, limit)
             index = tuple(i + s.start for i, s in zip(check.index, part.y, strict=True))
             found.setdefault((name, other), []).append(replace(check, index=index))

@@ -17,7 +17,9 @@ Whatever is heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -77,6 +79,11 @@ class _Door(click.Group):
 
         if not standalone_mode:
             return command()
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # it was closed when the process began
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be anything
         sys.exit(_exit_code(command))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -156,6 +163,17 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 # --- words that several commands share ---
+
+
+class _Number(click.FloatRange):
+    """A finite number: click takes nan for one that lies in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
 
 _source = click.argument("source", metavar="SOURCE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -304,6 +322,8 @@ def run(
             raise CallError(f"--{min(extra)} was given, but {directory} holds the layer, which takes x, w and b")
         if "x" not in arrays:
             raise CallError(f"--x is missing: {directory} holds the layer, which takes x, w and b")
+    elif "b" in arrays:
+        raise CallError(f"--b was given, but {directory} holds a derivative, which takes no bias; leave it out")
     on_gpu = isinstance(artifact, CudaArtifact)
     y = artifact.on_host(*map(arrays.get, ("x", "w", "b"))) if on_gpu else artifact(**arrays)
     _write_array(y_path, y)
@@ -449,10 +469,10 @@ def measure(directory: str, output: str, as_json: bool) -> int:
     "cudnn-channels-last; or all.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
+@click.option("--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
 @click.option(
-    "--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, metavar="S", help="For each engine."
+    "--at-least", type=_Number(), metavar="R", help="Exit code 1 if less than R times as fast as the fastest."
 )
-@click.option("--at-least", type=float, metavar="R", help="Exit code 1 if less than R times as fast as the fastest.")
 @click.option("--no-memory", is_flag=True, help="Do not measure each engine's peak memory.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
 @click.option("--plot", "picture", metavar="F.png|F.svg", help="Draw the roofline and a bar chart.")
@@ -488,6 +508,8 @@ def bench(
 
     if markdown and as_json:
         raise click.UsageError("--markdown and --json are two forms of one result; choose one")
+    for path in filter(None, (save, picture)):
+        _require_place(path)
     if picture:
         require(picture)
     layers = _layers(sources, tags, nodes)
@@ -600,9 +622,7 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as
 @click.option("--all", "everything", is_flag=True, help="Replace the nodes that do not gain, too.")
 @click.option("--no-verify", is_flag=True, help="Write the result unchecked.")
 @click.option("--no-bench", is_flag=True, help="Measure nothing, and replace every node.")
-@click.option(
-    "--seconds", type=click.FloatRange(0.01), default=0.5, show_default=True, metavar="S", help="For each timing."
-)
+@click.option("--seconds", type=_Number(0.01), default=0.5, show_default=True, metavar="S", help="For each timing.")
 @_json
 def replace(
     model: str,
@@ -813,6 +833,14 @@ def _write_array(path: str, array: NDArray[Any]) -> None:
         raise CallError(f"cannot write {path}: {error.strerror}; name a file in a directory that is yours") from error
 
 
+def _require_place(path: str) -> None:
+    """Raise `CallError` where a file that is written after long work could not be."""
+    if Path(path).is_dir():
+        raise CallError(f"cannot write {path}: it is a folder; name a file")
+    if not Path(path).parent.is_dir():
+        raise CallError(f"cannot write {path}: there is no such folder; name a file in one that exists and is yours")
+
+
 def _store(place: Path, report: Report) -> None:
     from opcompile.artifact import add_report
 
@@ -854,8 +882,13 @@ def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[Render
 def _console() -> Console:
     from rich.console import Console
 
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would end with 1, which here means a wrong result
+            raise _Gone
+
     piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
-    return Console(width=_PIPED_WIDTH if piped else None, highlight=False, emoji=False, file=sys.stdout)
+    return Piped(width=_PIPED_WIDTH if piped else None, highlight=False, emoji=False, file=sys.stdout)
 
 
 @contextmanager

@@ -101,15 +101,19 @@ def export_onnx(
     weight: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
 ) -> Path:
-    """Write `graph` to ``path`` and return it; the file appears whole or not at all.
+    """Write `graph` to ``path`` and return it; the file appears whole or not at all, and a link stays one.
 
-    Raises what `graph` raises, and `ModelError` where the file cannot be written.
+    What is no file, like a pipe or ``/dev/null``, is written to as it is. Raises what `graph` raises, and `ModelError`
+    where the file cannot be written.
     """
     model, path = graph(spec, opset=opset, weight=weight, bias=bias), Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    special = path.exists() and not path.is_file()
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
-        beside.write_bytes(model.SerializeToString())
-        os.replace(beside, path)
+        (path if special else beside).write_bytes(model.SerializeToString())
+        if not special:
+            os.replace(beside, place)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ModelError(
@@ -141,10 +145,12 @@ def _constants(
     for name, (array, shape) in given.items():
         if array is None:
             continue
-        if array.shape != shape or array.dtype.name != spec.dtype:
+        if not isinstance(array, np.ndarray):
+            raise CallError(f"{name} is a {type(array).__name__}, but must be a NumPy array; convert it first")
+        kind = array.dtype.name if array.dtype.isnative else f"byte-swapped {array.dtype.name}"
+        if array.shape != shape or kind != spec.dtype:
             raise CallError(
-                f"{name} is {array.dtype.name} {array.shape}, but the spec takes {spec.dtype} {shape}; "
-                "convert and permute it first"
+                f"{name} is {kind} {array.shape}, but the spec takes {spec.dtype} {shape}; convert and permute it first"
             )
         found[name] = array
     size = sum(a.nbytes for a in found.values())

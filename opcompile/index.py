@@ -19,6 +19,7 @@ INDEX = "index.json"
 FORMAT = "opcompile-index"
 VERSION = 1
 _LONGEST = 80
+_BESIDE = re.compile(r"^\.(.+)\.[0-9a-f]{32}(\.old)?$")
 
 
 def directory_names(nodes: Iterable[str]) -> list[str]:
@@ -43,13 +44,15 @@ def directory_names(nodes: Iterable[str]) -> list[str]:
 def require_place(directory: Path, names: Iterable[str]) -> None:
     """Raise `ArtifactError` where ``directory`` holds anything but an older index and directories of ``names``.
 
-    So nothing is ever deleted, and no artifact of another model stays among these.
+    So nothing is ever deleted, and no artifact of another model stays among these. What a writer at work, or one that
+    was killed, has beside their places is neither.
     """
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is a file; a model is compiled into a directory, so name another place")
-    foreign = sorted({path.name for path in directory.iterdir()} - {INDEX, *names})
+    ours = {INDEX, *names}
+    foreign = sorted(path.name for path in directory.iterdir() if _BESIDE.sub(r"\1", path.name) not in ours)
     if foreign:
         raise ArtifactError(
             f"{directory} holds {', '.join(foreign[:3])}, not among the nodes to compile; empty it, or choose another"
@@ -82,11 +85,15 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
         return {place.name or str(place): place}
     try:
         content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            raise ArtifactError(f"{path} is of format {content['format']!r} {content['version']!r}, not {FORMAT!r} 1")
+        known = content["format"], content["version"]
         listed = {str(each["name"]): str(each["directory"]) for each in content["layers"] if each["directory"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; compile the model again") from error
+    if known != (FORMAT, VERSION):
+        raise ArtifactError(
+            f"{path} has format {known[0]!r} {known[1]!r}, and this program reads {FORMAT!r} {VERSION}; "
+            "compile the model again"
+        )
     for name in listed.values():
         if Path(name).name != name:
             raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")

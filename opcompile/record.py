@@ -169,8 +169,15 @@ def write_record(record: Record, folder: Path, spec: ConvTranspose3d, target: Ta
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, onto the disk, and rename. Raises `RecordError`."""
+    """Write ``text`` beside ``path``, onto the disk, and rename; a link stays one. Raises `RecordError`.
+
+    What is no file, like a pipe or ``/dev/null``, is written to as it is.
+    """
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+            return
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
             try:

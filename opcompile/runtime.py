@@ -117,16 +117,19 @@ class Slot:
         shape = value.shape
         if shape != self.shape:
             self._require_shape(shape)
+        if isinstance(value, np.ma.MaskedArray):
+            raise CallError(f"{self.name} is masked, and the kernel knows no mask; pass {self.name}.filled(...)")
         flags = value.flags
         if not (flags.c_contiguous and flags.aligned):
             value = self._copy(value, to_write)
-        elif isinstance(value, np.ma.MaskedArray):
-            raise CallError(f"{self.name} is masked, and the kernel knows no mask; pass {self.name}.filled(...)")
         if to_write and not flags.writeable:
             raise CallError(f"{self.name} is read-only; pass a writable array")
         return address_of(value), shape, value
 
     def _borrow_dlpack(self, value: Any, to_write: bool) -> Borrowed:
+        if to_write and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+            # it shares its memory all the same
+            raise CallError(f"{self.name} is a JAX array, which is immutable; pass another kind of tensor")
         tensor = self._import(value)
         self._require_dtype(str(tensor.dtype))
         shape = tuple(tensor.shape)
@@ -144,6 +147,9 @@ class Slot:
         # exporting such a tensor would drop it from the graph without a word
         if getattr(value, "requires_grad", False) is True:
             raise CallError(f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()")
+        # torch exports such a view (the imaginary part of a conjugate) as its memory, without the sign
+        if getattr(value, "is_neg", bool)():
+            raise CallError(f"{self.name} is a lazily negated view; pass {self.name}.resolve_neg()")
         try:
             device = value.__dlpack_device__()[0]
             if device not in _HOST_MEMORY:
@@ -757,8 +763,9 @@ def open_checked(directory: Path, manifest: dict[str, Any], name: str) -> Binary
 
 def read_arrays(directory: Path, manifest: dict[str, Any], name: str) -> dict[str, NDArray[Any]]:
     """Return the arrays of a listed NumPy archive, each at a cache line. Raises `ArtifactError`."""
+    checked = open_checked(directory, manifest, name)
     try:
-        with open_checked(directory, manifest, name) as file, zipfile.ZipFile(file) as stored:
+        with checked as file, zipfile.ZipFile(file) as stored:
             return {member.removesuffix(".npy"): _read_array(stored, member) for member in stored.namelist()}
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{name} is not an archive of arrays: {error}") from error

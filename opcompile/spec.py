@@ -52,6 +52,9 @@ ACTIVATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "sparse_plus": (),
 }
 
+# Parameters that all of an activation is multiplied with.
+_SCALES = (("selu", "gamma"), ("hard_sigmoid", "alpha"))
+
 # How else people call these; case and punctuation do not count.
 _OTHER_DTYPES = {
     "fp32": "float32",
@@ -74,6 +77,9 @@ _OTHER_ACTIVATIONS = {
     "hard_swish": "hard_silu",
     "exp": "exponential",
 }
+
+# The largest float32.
+_LARGEST_PARAMETER = 2.0**128 - 2.0**104
 
 # Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.
 _LARGEST = 2**31 - 1
@@ -239,10 +245,18 @@ class Activation:
         if len(given) > len(expected):
             names = ", ".join(name for name, _ in expected) or "none"
             raise SpecError(f"activation {self.name} was given {len(given)} parameters, but takes: {names}")
-        if not all(math.isfinite(p) for p in given):
-            raise SpecError(f"activation {self.name} has parameters {given}, but they must be finite numbers")
+        if not all(abs(p) <= _LARGEST_PARAMETER for p in given):
+            raise SpecError(
+                f"activation {self.name} has parameters {given}, but they must be finite numbers of at most 3.4e38: "
+                "ONNX keeps them in float32"
+            )
         defaults = tuple(default for _, default in expected[len(given) :])
         object.__setattr__(self, "parameters", given + defaults)
+        for (name, _), value in zip(expected, self.parameters, strict=True):
+            if (self.name, name) in _SCALES and value == 0:
+                raise SpecError(
+                    f"activation {self.name} with {name}=0 is one number for every input; fill a tensor with it instead"
+                )
 
     def __str__(self) -> str:
         """The text form: the name, then parameters that differ from the defaults."""
@@ -291,8 +305,8 @@ class ConvTranspose3d:
                 raise SpecError(
                     f"{name} is {value}, which groups g={self.groups} does not divide; choose g among its divisors"
                 )
-        if len(self.axes) != 3 or not all(isinstance(a, Axis) for a in self.axes):
-            raise SpecError("axes must be three Axis values, in the order D, H, W")
+        if not isinstance(self.axes, tuple) or len(self.axes) != 3 or not all(isinstance(a, Axis) for a in self.axes):
+            raise SpecError("axes must be a tuple of three Axis values, in the order D, H, W")
         if not isinstance(self.bias, bool):
             raise SpecError(f"bias is {self.bias!r}, but must be true or false")
         if self.dtype not in DTYPES:
@@ -301,6 +315,10 @@ class ConvTranspose3d:
         if self.layout not in LAYOUTS:
             hint = meant(str(self.layout), LAYOUTS, _OTHER_LAYOUTS)
             raise SpecError(f"layout {self.layout!r} is not supported; {hint}use one of {', '.join(LAYOUTS)}")
+        if not isinstance(self.activation, Activation):
+            raise SpecError(
+                f"activation is {self.activation!r}, but must be an Activation; Activation.parse reads a text"
+            )
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
             if math.prod(n or 1 for n in shape) >= 2**62:
                 raise SpecError(f"{name} would have {shape} elements, more than a 64-bit machine can address")

@@ -228,7 +228,8 @@ def _ones(spec: ConvTranspose3d, _: np.random.Generator, batch: int) -> tuple[Te
 def _normal(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw sums of standard deviation 2, so that activations are asked where they bend."""
     x, w, b = (rng.standard_normal(shape, np.float32) for shape in _shapes(spec, batch))
-    return x, w * np.float32(2 / math.sqrt(spec.terms)), b
+    # no product at all where the pads leave nothing of an axis but zeros
+    return x, w * np.float32(2 / math.sqrt(max(1, spec.terms))), b
 
 
 def _impulse(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +336,10 @@ class _OnnxRuntime:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            # its text, for ONNX Runtime takes no path that is not UTF-8
+            self._session = onnxruntime.InferenceSession(
+                model.read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
         except self._refusals as error:
             raise EngineError(first_line(error)) from error
         self.inputs = tuple(given.name for given in self._session.get_inputs())

@@ -56,7 +56,7 @@ def one_node(
     x: tuple[int | str | None, ...] | None,
     w: tuple[int | str | None, ...] | None,
     *,
-    bias: int | None = None,
+    bias: int | str | None = None,
     opset: int = 22,
     dtype: int = TensorProto.FLOAT,
     name: str = "",

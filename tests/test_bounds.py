@@ -330,6 +330,19 @@ def test_two_answers_may_fall_on_either_side_of_the_limit() -> None:
     assert all(check.passed for check in checks.values()), checks
 
 
+def test_another_engine_s_own_limit_counts_between_two_answers() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 act=exponential dtype=float64")
+    x, w = np.full(spec.x_shape, 90.0), np.ones(spec.w_shape)
+    inputs = module.Inputs.of(spec, x, w, None)
+    beyond = module.Answer(np.full(x.shape, np.inf), "float32")  # as an engine has it that computes in float32
+    pairs = [("ours", "beyond"), ("beyond", "ours"), ("ours", "reference")]
+    for exact in (False, True):
+        right = {"ours": module.Answer(np.exp(x)), "beyond": beyond}
+        assert all(check.passed for check in module.compare_all(inputs, right, exact, pairs).values())
+        wrong = {"ours": module.Answer(np.full(x.shape, np.inf)), "beyond": beyond}
+        assert not module.compare_all(inputs, wrong, exact, pairs)["ours", "reference"].passed
+
+
 def test_sums_that_may_overflow_are_not_judged() -> None:
     spec = ConvTranspose3d.parse("in=1x2x1x1x2 co=1 k=1 bias=0")
     x, w = np.ones((1, 2, 1, 1, 2), np.float32), np.ones((2, 1, 1, 1, 1), np.float32)

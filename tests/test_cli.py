@@ -162,6 +162,12 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["--tag", "nothing"], 2, ["nothing", "the tags are"]),
         ([LAYER, "--plot", "{tmp}/f.bmp"], 2, ["f.bmp", ".png"]),
         ([LAYER, "--markdown", "--json"], 2, ["--markdown", "--json"]),
+        ([LAYER, "--seconds", "nan"], 2, ["--seconds", "finite"]),
+        ([LAYER, "--seconds", "inf"], 2, ["--seconds", "finite"]),
+        ([LAYER, "--at-least", "nan"], 2, ["--at-least", "finite"]),
+        ([LAYER, "--save", "{tmp}/none/f.json"], 2, ["cannot write {tmp}/none/f.json", "no such folder"]),
+        ([LAYER, "--save", "{tmp}"], 2, ["cannot write {tmp}", "is a folder"]),
+        ([LAYER, "--plot", "{tmp}/none/f.svg"], 2, ["cannot write {tmp}/none/f.svg", "no such folder"]),
     ],
     "export": [
         (["no-such-case", "-o", "{tmp}/a.onnx"], 2, ["no-such-case"]),
@@ -173,6 +179,8 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["{tmp}/none.onnx", "-o", "{tmp}/out"], 2, ["none.onnx", "name an ONNX file"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "x"], 2, ["--shape", "NAME=NxCxDxHxW"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--node", "nothing"], 2, ["nothing", "it has: node_convolution"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "y=1x1x8x8x8"], 2, ["no input 'y'; it has: x\n"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--seconds", "nan"], 2, ["--seconds", "finite"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--target", "cuda:sm_90"], 3, ["cuda:sm_90", "works for CPUs"]),
     ],
     "inspect": [
@@ -332,8 +340,9 @@ def test_the_version_is_the_packages() -> None:
     assert (done.returncode, done.stdout) == (0, f"opcompile {opcompile.__version__}\n")
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
-    command = [sys.executable, "-m", "opcompile", "cases", "--json"]
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+def test_a_closed_pipe_is_no_traceback(form: list[str]) -> None:
+    command = [sys.executable, "-m", "opcompile", "cases", *form]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
@@ -341,6 +350,15 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed_are_no_mistake(tmp_path: Path, closed: str) -> None:
+    command = f"exec {sys.executable} -m opcompile compile '{LAYER}' -o {tmp_path / 'a'} {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "report.json").is_file()
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -360,6 +378,14 @@ def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
 
 
 # --- compile ---
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 alone")
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    result = invoke("compile", LAYER, "-o", place)
+    assert result.exit_code == 0, result.output
+    assert not json.loads((Path(place) / "report.json").read_text())["not_asked"]
 
 
 def test_compile_a_real_model(folder: Path) -> None:
@@ -395,6 +421,17 @@ def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) 
     assert result.exit_code == 0
     assert "dynamic: not compiled: X (U)" in result.stdout
     assert "2 of 3 compiled, 0 verified" in result.stdout
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = [f".{name}.{'0f' * 16}" for name in ("node_convolution", "index.json")]
+    for name in left:
+        (out / name).mkdir(parents=True)
+    assert invoke("compile", str(MODELS / "unet.onnx"), "-o", str(out), "--no-verify").exit_code == 0
+    assert {path.name for path in out.iterdir()} == {*left, "index.json", "node_convolution", "node_convolution_1"}
+    (out / ".another.0f").mkdir()
+    assert "holds .another.0f, not" in invoke("compile", str(MODELS / "unet.onnx"), "-o", str(out)).stderr
 
 
 def test_nothing_compiled_is_bad_input(tmp_path: Path) -> None:
@@ -703,7 +740,7 @@ def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX).write_text(content)
     result = invoke("verify", tmp_path)
     assert result.exit_code == 2
-    assert INDEX in result.stderr
+    assert result.stderr.count(INDEX) == 1
 
 
 def test_an_index_reaches_no_further_than_its_directory(tmp_path: Path) -> None:

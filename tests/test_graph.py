@@ -165,6 +165,8 @@ def test_bfloat16_needs_opset_13() -> None:
         ({"weight": np.zeros((6, 4, 3, 3, 3), np.float32)}, r"W is float32 \(6, 4, 3, 3, 3\).*\(4, 6, 3, 3, 3\)"),
         ({"weight": np.zeros((4, 6, 3, 3, 3))}, "W is float64"),
         ({"bias": np.zeros(5, np.float32)}, r"B is float32 \(5,\)"),
+        ({"bias": np.zeros(6, np.dtype(np.float32).newbyteorder())}, r"B is byte-swapped float32 \(6,\)"),
+        ({"bias": [0.0] * 6}, "B is a list"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(given: dict[str, Any], words: str) -> None:
@@ -192,6 +194,25 @@ def test_export_writes_the_graph(tmp_path: Path) -> None:
     assert path == tmp_path / "layer.onnx"
     assert onnx.load(path) == graph(K3S2, opset=18)
     assert os.listdir(tmp_path) == ["layer.onnx"]
+
+
+def test_export_follows_a_link_and_replaces_no_device(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.onnx", tmp_path / "pipe"
+    link.symlink_to("layer.onnx")
+    export_onnx(K3S2, link)
+    assert link.is_symlink()
+    assert onnx.load(tmp_path / "layer.onnx") == graph(K3S2)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    export_onnx(K3S2, pipe)
+    assert pipe.is_fifo()
+    assert onnx.load_model_from_string(os.read(reader, 1 << 16)) == graph(K3S2)
+    os.close(reader)
+    link.unlink()
+    link.symlink_to(tmp_path)
+    with pytest.raises(ModelError, match="Is a directory"):
+        export_onnx(K3S2, link)
+    assert link.is_symlink()
 
 
 def test_export_into_nowhere_is_a_model_error(tmp_path: Path) -> None:

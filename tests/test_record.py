@@ -117,6 +117,20 @@ def test_writing_is_atomic(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_writing_follows_a_link_and_replaces_no_device(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("found.json")
+    record.write_atomically(link, "{}")
+    assert link.is_symlink()
+    assert (tmp_path / "found.json").read_text() == "{}"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    record.write_atomically(pipe, "{}")
+    assert pipe.is_fifo()
+    assert os.read(reader, 9) == b"{}"
+    os.close(reader)
+
+
 def test_the_shipped_records_are_sound() -> None:
     for path in sorted(record.shipped_folder().glob("*/*.json")):
         content = json.loads(path.read_text())

@@ -282,6 +282,10 @@ WRONG = {
     "shape by dlpack": (bad("x", lambda v: OnlyDLPack(v["x"][0])), "x has shape"),
     "byte order": (bad("x", lambda v: v["x"].astype(">f4")), "byte-swapped float32"),
     "mask": (bad("x", lambda v: np.ma.masked_array(v["x"], v["x"] > 0)), "masked"),
+    "mask of what is not contiguous": (
+        bad("x", lambda v: np.ma.masked_array(np.asfortranarray(v["x"]), v["x"] > 0)),
+        "masked",
+    ),
     "object array": (bad("x", lambda v: v["x"].astype(object)), "x is object"),
     "device": (bad("x", lambda v: OnlyDLPack(v["x"], (2, 0))), "x is on DLPack device type 2, not the CPU"),
     "not exportable": (bad("x", lambda v: OnlyDLPack(v["x"].astype(object))), "cannot be exported"),
@@ -309,6 +313,30 @@ def test_a_read_only_out(layers: dict[str, Artifact]) -> None:
     out.flags.writeable = False
     with pytest.raises(CallError, match="out is read-only"):
         layer(x, w, b, out=out)
+
+
+@pytest.mark.peers
+def test_an_immutable_out(layers: dict[str, Artifact]) -> None:
+    import jax.numpy as jnp
+
+    layer = layers["float32"]
+    x, w, b = whole_numbers(layer.spec)
+    out = jnp.zeros((1, 6, 6, 8, 10))
+    with pytest.raises(CallError, match="out is a JAX array, which is immutable"):
+        layer(x, w, b, out=out)
+    assert not out.any()
+
+
+@pytest.mark.peers
+def test_a_lazily_negated_tensor(layers: dict[str, Artifact]) -> None:
+    import torch
+
+    layer = layers["float32"]
+    x, w, b = map(torch.from_numpy, whole_numbers(layer.spec))
+    negated = torch.complex(x, -x).conj().imag
+    with pytest.raises(CallError, match=r"x is a lazily negated view; pass x\.resolve_neg\(\)"):
+        layer(negated, w, b)
+    assert torch.equal(layer(negated.resolve_neg(), w, b), layer(x, w, b))
 
 
 def test_a_bias_too_many(layers: dict[str, Artifact]) -> None:

@@ -126,7 +126,11 @@ def test_any_words_are_a_spec_or_a_spec_error(words: list[str]) -> None:
         (lambda: ConvTranspose3d(1, 2, 3, (Axis(3, 3),) * 3, groups=2), "channels out"),
         (lambda: ConvTranspose3d(1, 3, 2, (Axis(3, 3),) * 3, groups=2), "channels in"),
         (lambda: ConvTranspose3d("N", 3, 2, (Axis(3, 3),) * 3), "batch"),
+        (lambda: ConvTranspose3d(1, 2, 2, [Axis(3, 3)] * 3), "tuple of three Axis"),
+        (lambda: ConvTranspose3d(1, 2, 2, (Axis(3, 3),) * 3, activation="relu"), r"Activation\.parse"),
         (lambda: Activation("elu", (float("inf"),)), "finite"),
+        (lambda: Activation("selu", (1.0, 0.0)), "gamma=0 is one number"),
+        (lambda: Activation("hard_sigmoid", (0,)), "alpha=0 is one number"),
     ],
 )
 def test_an_illegal_value_is_refused_by_name(build, words: str) -> None:
@@ -156,6 +160,8 @@ def test_an_illegal_value_is_refused_by_name(build, words: str) -> None:
         ("act=swish", "did you mean silu?"),
         ("act=leaky_relu=0.2", "did you mean leaky_relu? .* after colons, like leaky_relu:0.2"),
         ("act=softmax", "activation 'softmax' is unknown"),
+        ("act=elu:1e39", "at most 3.4e38"),
+        ("act=elu:nan", "finite numbers"),
         ("bias=true", "write bias=1 for a layer with a bias, bias=0 without"),
     ],
 )

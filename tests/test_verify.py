@@ -114,6 +114,13 @@ def test_every_activation_agrees_with_onnx_runtime(c, tmp_path: Path) -> None:
     assert exact == {"bits" if c.spec.activation.name in EXACT_ACTIVATIONS else "exact sums"}
 
 
+def test_a_layer_of_zeros_passes(tmp_path: Path) -> None:
+    # along D every output lies beyond the one tap
+    report = report_on(ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=1x2x2 s=4 p=5:0x0:0x0:0 op=2"), tmp_path)
+    assert report.passed, report.failures
+    assert {row.inputs for row in report.rows} >= {"integers", "normal", "wide", "tiny"}
+
+
 def test_every_call_is_made(tmp_path: Path) -> None:
     fake = Fake(case("batch-dynamic").spec, tmp_path)
     report = verify(fake)

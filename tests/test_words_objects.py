@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from opcompile.errors import EngineError, ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
 from opcompile.source import read
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -64,6 +66,18 @@ def test_a_pytorch_module() -> None:
     for other, name in zip(decoder()[1:3], ("Conv3d", "ReLU"), strict=True):
         with pytest.raises(WordsError, match=f"{name} is not"):
             torch.from_module(other, x)
+    holds(torch.from_module(real.compile(first), x), x, y)
+
+    class Own(real.nn.ConvTranspose3d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).relu()
+
+    with pytest.raises(WordsError, match="Own has a forward of its own"):
+        torch.from_module(Own(4, 6, 3), x)
+    with pytest.raises(WordsError, match=r"ConvTranspose2d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(real.nn.ConvTranspose2d(4, 6, 3), x)
+    with pytest.raises(WordsError, match="on the device meta"):
+        torch.from_module(real.nn.ConvTranspose3d(4, 6, 3, device="meta"), x)
 
 
 def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,6 +107,41 @@ def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert not [r for r in caplog.records if r.name == "torch.export"], "a traceback was logged"
 
 
+def test_an_exported_program_with_graphs_inside() -> None:
+    real = pytest.importorskip("torch")
+    nn, x = real.nn, drawn(2, 4, 3, 4, 5)
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.ConvTranspose3d(4, 4, 2) for _ in range(3))
+            self.register_buffer("fixed", real.ones(4, 1, 2, 2, 2), persistent=False)
+
+        def forward(self, x: Any) -> Any:
+            with real.no_grad():
+                a = self.first(x)
+            b = real.cond(x.sum() > 0, self.second, lambda t: t[..., :1, :1, :1] + a, (x,))
+            with real.autocast("cpu", real.bfloat16):
+                c = self.third(x)
+            return a + b + c + real.conv_transpose3d(x, self.fixed, groups=4)[:, :1]
+
+    model = Nested().eval()
+    found = torch.find(real.export.export(model, (real.from_numpy(x),), strict=False))
+    assert len({f.name for f in found}) == len(found) == 4
+    first, second, third, fixed = found
+    assert third.layer is None
+    assert third.reason == (
+        "it takes torch.float32 and gives torch.bfloat16, as in torch.autocast; export the program with one dtype "
+        "instead"
+    )
+    with real.no_grad():
+        for f, layer in ((first, model.first), (second, model.second)):
+            assert f.layer is not None
+            holds(f.layer, x, layer(real.from_numpy(x)).numpy())
+        assert fixed.layer is not None
+        holds(fixed.layer, x, real.conv_transpose3d(real.from_numpy(x), model.fixed, groups=4).numpy())
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
 def test_a_state_dict(name: str, tmp_path: Path) -> None:
     real = pytest.importorskip("torch")
@@ -105,6 +154,22 @@ def test_a_state_dict(name: str, tmp_path: Path) -> None:
     with real.no_grad():
         holds(layer.with_weights(*files.layer_arrays(tmp_path / name, "0")), x, model[0](real.from_numpy(x)).numpy())
     assert files.layer_arrays(tmp_path / name, "3")[1] is None
+
+
+def test_bfloat16_in_a_file_that_is_read_first_of_all(tmp_path: Path) -> None:
+    real, numpy = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    numpy.save_file({"up.weight": real.ones(4, 6, 2, 2, 2).bfloat16()}, path)
+    read = "from opcompile.importers.files import layer_arrays; print(layer_arrays(sys.argv[1], 'up')[0].dtype)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {read}", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.stdout == "bfloat16\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
@@ -192,6 +257,23 @@ def test_a_mixed_policy_computes_in_its_half() -> None:
     read = keras.from_layer(layer)
     assert read.weight is not None
     assert read.spec.dtype == read.weight.dtype == read.to_x(x).dtype == y.dtype == "float16"
+
+
+def test_a_function_is_not_taken_for_keras_s_by_its_name() -> None:
+    real = pytest.importorskip("keras")
+
+    def gelu(x: Any) -> Any:
+        return 2 * x
+
+    for own in (gelu, real.ops.gelu):
+        layer = real.layers.Conv3DTranspose(2, 2, activation=own)
+        layer.build((1, 2, 2, 2, 4))
+        with pytest.raises(WordsError, match=r"the activation gelu is a function of your own, or of another module"):
+            keras.from_layer(layer)
+        with pytest.raises(WordsError, match=r"the activation gelu is a function of your own, or of another module"):
+            keras.Conv3DTranspose(2, 2, activation=own, input=(1, 2, 2, 2, 4))
+    right = real.layers.Conv3DTranspose(2, 2, activation=real.activations.gelu)
+    assert keras.from_layer(right, (1, 2, 2, 2, 4)).spec.activation == Activation("gelu")
 
 
 @pytest.mark.parametrize("system", ["mlx", "keras"])

@@ -14,6 +14,8 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ def _npz(path: Path) -> dict[str, Tensor]:
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     numpy = _package("safetensors.numpy", "safetensors")
+    with suppress(ImportError):
+        import_module("ml_dtypes")  # which tells NumPy what bfloat16 is
     return dict(numpy.load_file(path))
 
 
@@ -100,8 +104,6 @@ def _keras(path: Path) -> dict[str, Tensor]:
 
 
 def _package(module: str, name: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError as error:

@@ -209,7 +209,9 @@ def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Importe
         raise WordsError(f"{type(layer).__name__} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
     if type(layer).call is not kind.call:
         raise WordsError(f"{type(layer).__name__} has a call of its own, which cannot be read; name a plain layer")
-    config = {key: value for key, value in layer.get_config().items() if key != "name"}
+    # of a function the configuration keeps no more than its name, which another may have too
+    config = {**layer.get_config(), "activation": layer.activation}
+    del config["name"]
     if input is None:
         built = layer.get_build_config() or {}
         if "input_shape" not in built:
@@ -427,8 +429,12 @@ def _activation(given: Any) -> Activation:
     if hasattr(given, "get_config") and not isinstance(given, str):
         return _configured_activation(type(given).__name__, given.get_config())
     name = given if isinstance(given, str) else getattr(given, "__name__", repr(given))
-    if callable(given) and name not in (*ACTIVATIONS, *NOT_ELEMENTWISE, *NOT_FUSED):
-        raise WordsError(f"the activation {name} is a function of your own and cannot be fused; apply it to the output")
+    if callable(given) and not str(getattr(given, "__module__", "")).startswith("keras.src.activations"):
+        # others of the same name compute something else: keras.ops.gelu and jax.nn.gelu the form with tanh
+        raise WordsError(
+            f"the activation {name} is a function of your own, or of another module than keras.activations, and cannot "
+            "be fused; apply it to the output"
+        )
     if name in ACTIVATIONS:
         return Activation.parse(ACTIVATIONS[name])
     if name in NOT_ELEMENTWISE:

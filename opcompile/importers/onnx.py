@@ -84,7 +84,7 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
         model, folder = _read(source)
         outline, tensors = _outline(model)
         if shapes:
-            _reshape_inputs(outline.graph, shapes)
+            _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
         for step in (_check, _inline, _infer):
             outline = _refine(outline, step)
@@ -172,9 +172,9 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
     return outline, tensors
 
 
-def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes) -> None:
+def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -> None:
     """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
-    inputs = {value.name: value for value in graph.input}
+    inputs = {value.name: value for value in graph.input if value.name not in weights}
     _forget_shapes(graph)
     for name, shape in shapes.items():
         if name not in inputs:
@@ -379,9 +379,10 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
     groups = int(attributes.get("group", 1))
     if groups < 1:
         raise ModelError(f"group is {groups}, but must be at least 1")
-    if channels_in != channels:
+    # what a name stands for is known by W
+    if isinstance(channels_in, int) and channels_in != channels:
         raise ModelError(f"X has {channels_in} channels, but W {w.shape} takes {channels}; they must be equal")
-    if b is not None and b.shape is not None and b.shape != (per_group * groups,):
+    if b is not None and b.shape is not None and not _may_be(b.shape, (per_group * groups,)):
         raise ModelError(f"B has shape {b.shape}, but must have one element for each output channel of W")
     return ConvTranspose3d(
         batch=batch,
@@ -392,6 +393,10 @@ def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
         bias=b is not None,
         dtype=_dtype([x, w] if b is None else [x, w, b]),
     )
+
+
+def _may_be(shape: tuple[int | str, ...], sizes: tuple[int, ...]) -> bool:
+    return len(shape) == len(sizes) and all(isinstance(s, str) or s == n for s, n in zip(shape, sizes, strict=True))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -558,8 +563,9 @@ def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
     """Return the data of a constant, None for what is known at run time only."""
     if value is None or value.tensor is None:
         return None
+    tensor = _loaded(value.tensor, folder)
     try:
-        return np.ascontiguousarray(numpy_helper.to_array(_loaded(value.tensor, folder)))
+        return np.ascontiguousarray(numpy_helper.to_array(tensor))
     except ValueError as error:
         raise ModelError(f"{value.name} holds no {list(value.tensor.dims)} tensor: {error}; export it again") from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,8 +125,14 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, output_size: Sequence[int] | None = None, *, strict: bool = True) -> Imported:
     """Read a ``torch.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
-    if not getattr(module, "transposed", False):
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    kind = next((c for c in type(module).__mro__ if c.__name__ == "ConvTranspose3d"), None)
+    if kind is None:
         raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
+    if type(module).forward is not kind.forward:  # type: ignore[attr-defined]
+        raise WordsError(f"{type(module).__name__} has a forward of its own, which cannot be read; name a plain layer")
+    if module.weight.is_meta:
+        raise WordsError("the layer is on the device meta, where it has no weights; load them first")
     fields = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups")
     read = ConvTranspose3d(
         **{name: getattr(module, name) for name in fields},
@@ -174,17 +180,40 @@ def find(source: Any) -> list[Found]:
             log.disabled = before
     if not hasattr(program, "graph_module"):
         raise ModelError(f"{type(source).__name__} is not a torch.export program; make one with torch.export.export")
-    constants = _constants(program)
     found = []
-    for node in program.graph_module.graph.nodes:
-        words = _words_of(node, constants)
-        if words is None:
-            continue
+    for name, node, constants in _calls(program.graph_module, _constants(program)):
         try:
-            found.append(Found(node.name, conv_transpose3d(**words)))
+            words = _words_of(node, constants)
+            if words is not None:
+                found.append(Found(name, conv_transpose3d(**words)))
         except OpcompileError as error:
-            found.append(Found(node.name, None, str(error)))
+            found.append(Found(name, None, str(error)))
     return found
+
+
+# Operators that run graphs of their own, once, on the operands that follow these graphs.
+_ONCE = ("cond", "wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint")
+
+
+def _calls(module: Any, constants: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield the calls of a graph and of those inside of it: a name, the node, the constants by their names there."""
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        yield inside + node.name, node, constants
+        graphs = [a for a in node.args if getattr(a, "op", "") == "get_attr"]
+        for graph in graphs:
+            part = getattr(module, graph.target)
+            if hasattr(part, "graph"):
+                operands = node.args[node.args.index(graphs[-1]) + 1 :] if node.target.__name__ in _ONCE else ()
+                given = operands[0] if operands and isinstance(operands[0], (tuple, list)) else operands
+                names = [n.name for n in part.graph.nodes if n.op == "placeholder"]
+                known = {n: constants[o.name] for n, o in zip(names, given, strict=False) if _name(o) in constants}
+                yield from _calls(part, known, f"{inside}{graph.name}.")
+
+
+def _name(operand: Any) -> str:
+    return getattr(operand, "name", "")
 
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -192,7 +221,10 @@ _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "tra
 
 
 def _words_of(node: Any, constants: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the call of a node in the words of `conv_transpose3d`; None where it is no such call."""
+    """Return the call of a node in the words of `conv_transpose3d`; None where it is no such call.
+
+    Raises `ModelError` for one that computes in another dtype than its input's.
+    """
     name = str(node.target).partition(".default")[0].partition(".input")[0]
     if node.op != "call_function" or name not in ("aten.conv_transpose3d", "aten.convolution"):
         return None
@@ -200,7 +232,12 @@ def _words_of(node: Any, constants: Mapping[str, Any]) -> dict[str, Any] | None:
     words = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if not words.pop("transposed", True) or len(_shape(words["weight"])) != 5:
         return None
-    words["dtype"] = str(words["input"].meta["val"].dtype)
+    dtype, computed = (n.meta["val"].dtype for n in (words["input"], node))
+    if computed != dtype:
+        raise ModelError(
+            f"it takes {dtype} and gives {computed}, as in torch.autocast; export the program with one dtype instead"
+        )
+    words["dtype"] = str(dtype)
     words["input"] = _shape(words["input"])
     for key in ("weight", "bias"):
         if words.get(key) is not None:
@@ -218,9 +255,10 @@ def _constants(program: Any) -> dict[str, Any]:
     """Return the parameters, buffers and constants of a program by the names of their graph inputs."""
     signature = program.graph_signature
     inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = {name: program.state_dict[goal] for name, goal in inputs.items() if goal in program.state_dict}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    return constants | {name: program.constants[goal] for name, goal in lifted.items() if goal in program.constants}
+    # buffers that are not persistent are among the constants
+    held = {**program.constants, **program.state_dict}
+    goals = {**inputs, **signature.inputs_to_lifted_tensor_constants}
+    return {name: held[goal] for name, goal in goals.items() if goal in held}
 
 
 def _torch() -> Any:
