@@ -38,11 +38,11 @@ _WRITING = "output"
 # The block that writes vectors of a row of Y.
 _ROW = "row"
 
-# So many channels ahead is X asked for, and so many bytes ahead is Y: what memory needs to answer.
-_CHANNELS_AHEAD = 4
+# So many bytes ahead are X and Y asked for, and X some channels at least: what memory needs to answer.
 _BYTES_AHEAD = 4096
-# Weights of no more bytes stay in the first or the second cache.
-_NEAR = 32 << 10
+_CHANNELS_AHEAD = 4
+# Weights of no more bytes stay in the second cache.
+_NEAR = 512 << 10
 # So many taps of a row are taken one by one for the columns that they read: each has code of its own.
 _MOST_TRIMMED = 4
 
@@ -59,8 +59,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     channels = spec.channels_in // spec.groups
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
-    apart = channels if spec.layout == "NCDHW" else 1
-    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, apart)))
+    ahead = _channels_ahead(spec, tiles)
+    function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
@@ -192,8 +192,16 @@ def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SB
     )
 
 
-def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
-    """A marked loop: scalars, whole vectors, what is left of them as one, scalars; ``channels`` lie apart."""
+def _channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
+    plane, column = spec.axes[1], spec.axes[2]
+    rows = t.height + reach(plane) - plane.positions if t.line else 1
+    ahead = max(_CHANNELS_AHEAD, _BYTES_AHEAD // (rows * reach(column) * spec.itemsize))
+    return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
+
+
+def _in_vectors(loop: tirx.For, channels: int, ahead: int) -> tirx.Stmt:
+    """A marked loop: scalars, whole vectors, what is left of them as one, scalars, of X ``ahead`` of ``channels``."""
     if VECTORS not in loop.annotations:
         return loop
     low, high, widest = (int(i) for i in loop.annotations[VECTORS])
@@ -201,12 +209,12 @@ def _in_vectors(loop: tirx.For, channels: int) -> tirx.Stmt:
     parts, at = [], 0
     for end, lanes in ((low, 1), (whole, widest), (high, high - whole), (int(loop.extent), 1)):
         if end > at:
-            parts.append(_columns(loop, at, (end - at) // lanes, lanes, channels))
+            parts.append(_columns(loop, at, (end - at) // lanes, lanes, channels, ahead))
             at = end
     return _in_turn(parts)
 
 
-def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) -> tirx.Stmt:
+def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int, ahead: int) -> tirx.Stmt:
     """``count`` times ``lanes`` turns, from ``first`` on, and columns of a channel that will be copied soon."""
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
@@ -219,8 +227,8 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int) 
     if lanes > 1 and len(of_channels) > 1:
         copy = _interleaved(of_channels, {vector: Range(0, count), lane: Range(0, lanes)}, lane) or copy
     inner = [copy]
-    if lanes > 1 and channels > _CHANNELS_AHEAD:
-        inner = [*(_of_later_channel(each, lane, channels) for each in of_channels), copy]
+    if lanes > 1 and ahead:
+        inner = [*(_of_later_channel(each, lane, channels, ahead) for each in of_channels), copy]
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, _in_turn(inner))
 
 
@@ -249,13 +257,13 @@ def _interleaved(
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
-def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int) -> tirx.Stmt:
+def _of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, ahead: int) -> tirx.Stmt:
     """Ask for what the block copies, some channels further on."""
     (load,) = _every(TensorLoad, copy.block.body.value)
     values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
     names = [v.var.name for v in copy.block.iter_vars]
     channel = copy.block.iter_vars[names.index("v_c")].var
-    values[channel] = tirx.min(values[channel] + _CHANNELS_AHEAD, tirx.const(channels - 1, channel.ty.dtype))
+    values[channel] = tirx.min(values[channel] + ahead, tirx.const(channels - 1, channel.ty.dtype))
     first_lane = {lane: tirx.const(0, lane.ty.dtype)}
     return _fetch(load.source, [_with(_with(i, values), first_lane) for i in load.indices])
 

@@ -215,13 +215,25 @@ def test_rows_of_many_phases_and_of_few_columns_are_left_to_llvm() -> None:
         assert "row" not in names
 
 
-def test_what_is_copied_of_x_and_written_to_y_is_asked_for_some_time_before() -> None:
+@pytest.mark.parametrize(
+    ("channels", "width", "vector", "ahead"),
+    [(6, 32, "row", 3), (128, 20, "row", 51), (128, 64, "row", 16), (128, 512, "row", 4), (128, 32, "line", 8)],
+)
+def test_x_is_asked_for_a_page_or_some_channels_before_it_is_copied(
+    channels: int, width: int, vector: str, ahead: int
+) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x{channels}x2x4x{width} co=3 k=2 s=2")
+    tiles = replace(tiles_of(spec, vector), height=4) if vector == "line" else tiles_of(spec, vector)
+    elements = [e for at, _ in statements(scheduled(spec, tiles)[KERNEL].body) if (e := fetched(at)) is not None]
+    of_x = [str(e.indices[1]) for e in elements if e.source.name == "X"]
+    assert of_x
+    assert all("T.min(" in each and f" + {ahead}, {channels - 1})" in each for each in of_x)
+
+
+def test_y_is_asked_for_a_page_before_it_is_written() -> None:
     spec = ConvTranspose3d.parse("in=1x6x2x3x32 co=3 k=2 s=2")
     body = scheduled(spec, tiles_of(spec, "row"))[KERNEL].body
     elements = [e for at, _ in statements(body) if (e := fetched(at)) is not None]
-    of_x = [e for e in elements if e.source.name == "X"]
-    assert of_x
-    assert all("T.min(" in str(e.indices[1]) and " + 4, 5)" in str(e.indices[1]) for e in of_x)
     ahead = {str(e.indices[-1]) for e in elements if e.source.name == "output"}
     assert {"v_i3 + 1024", "v_i3 + 1040"} <= ahead
 
@@ -233,7 +245,7 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     assert bool(of_w) == (not more)  # a task has widened its weights, and reads them where it put them
     for element in of_w:
         assert str(Analyzer().simplify(element.indices[8])).endswith("64")
-    small = ConvTranspose3d.parse("in=1x16x4x6x32 co=32 k=2 s=2")  # 16 KiB
+    small = ConvTranspose3d.parse("in=1x64x4x6x32 co=32 k=2 s=2")  # 64 KiB
     once = ConvTranspose3d.parse("in=1x64x1x1x1 co=256 k=2 s=2")  # each weight is read once
     depthwise = ConvTranspose3d.parse("in=1x64x4x6x32 co=64 k=7 s=2 g=64")
     for spec, vectors in ((small, "channels"), (once, "channels"), (depthwise, "row")):
