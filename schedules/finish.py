@@ -18,7 +18,7 @@ from tvm_ffi import structural_map
 from schedules import pairs, streams
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
-from schedules.tiles import CACHE_LINE, MOST_WOVEN, reach, weaves
+from schedules.tiles import CACHE_LINE, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -77,7 +77,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         in_llvm += pairs.FUNCTIONS
     if tiles.store == "streamed":
         function = _past_caches(function, y)
-        in_llvm += streams.functions(y, tiles.lanes * MOST_WOVEN)
+        in_llvm += streams.FUNCTIONS
     if in_llvm:
         root = function.body
         body = _with_body(root.block, importing(root.block.body, in_llvm))
@@ -429,7 +429,7 @@ def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.S
 
 
 def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
-    """Write a row of Y as vectors, each woven from one vector of every phase.
+    """Write a row of Y as vectors, each woven from one vector of every phase, unless an activation is for scalars.
 
     What whole vectors leave of the row is a narrower one that ends where the row does, and may write again what the
     one before it wrote: LLVM would write the last 2 to 31 elements one by one.
@@ -446,11 +446,14 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     if left:
         lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
         parts.append(_weave(loop, block, stride, row - lanes * stride, 1, lanes))
-    return _in_turn(parts)
+    woven = [part for part in parts if part is not None]
+    return _in_turn(woven) if len(woven) == len(parts) else loop
 
 
-def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int) -> tirx.Stmt:
-    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on."""
+def _weave(
+    loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int
+) -> tirx.For | None:
+    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on; None where that needs a loop."""
     kind, block = loop.loop_var.ty.dtype, realize.block
     y, column = block.body.buffer, block.iter_vars[-1].var
     *row, _ = block.body.indices
@@ -463,6 +466,8 @@ def _weave(loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int
         for k in range(stride)
     ]
     vectors = [_vector_of(value, lane, lanes) for value in of_phases]
+    if any(each is None for each in vectors):
+        return None
     itemsize = tvm.DataType(y.dtype).bits // 8
     later = range(_BYTES_AHEAD // itemsize, _BYTES_AHEAD // itemsize + size, CACHE_LINE // itemsize)
     body = [_fetch(y, [*row, column + i]) for i in later]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
 from tvm import tirx
 
-from schedules.tiles import CACHE_LINE
+from schedules.tiles import CACHE_LINE, MOST_WOVEN
 
-_TYPES = {"float64": "double", "float32": "float"}
+# float32 elements of a cache line.
+_A_LINE = CACHE_LINE // 4
 _ALIGNED = f"""
   %at = ptrtoint ptr %y to i64
   %beside = and i64 %at, {CACHE_LINE - 1}
@@ -41,9 +41,9 @@ define void @opcompile_arrived() alwaysinline {{
 
 
 def streamed(store: tirx.BufferStore) -> tirx.Stmt:
-    """Store a vector that fills whole lines, past the caches where it begins at one; other stores as they are."""
+    """Store a float32 vector that fills whole lines, past the caches where it begins at one; others as they are."""
     *others, last = store.indices
-    if not isinstance(last, tirx.Ramp) or int(last.lanes) % _a_line(store.buffer):
+    if not isinstance(last, tirx.Ramp) or int(last.lanes) % _A_LINE:
         return store
     first = tirx.address_of(tirx.BufferLoad(store.buffer, [*others, last.base]))
     return tirx.Evaluate(tirx.call_extern("void", f"opcompile_streamed_x{int(last.lanes)}", first, store.value))
@@ -60,26 +60,19 @@ def arrived() -> tirx.Stmt:
     return tirx.Evaluate(tirx.call_extern("void", "opcompile_arrived"))
 
 
-def functions(y: Any, most: int) -> str:
-    """What LLVM needs for vectors of ``y`` of up to ``most`` elements."""
-    a_line = _a_line(y)
-    return _ASKED + "".join(_streamed(str(y.dtype), lanes) for lanes in range(a_line, most + 1, a_line))
-
-
-def _a_line(y: Any) -> int:
-    return CACHE_LINE // (int(tvm.DataType(y.dtype).bits) // 8)
-
-
-def _streamed(dtype: str, lanes: int) -> str:
-    vector = f"<{lanes} x {_TYPES[dtype]}>"
+def _streamed(lanes: int) -> str:
     return f"""
-define void @opcompile_streamed_x{lanes}(ptr %y, {vector} %value) alwaysinline {{{_ALIGNED}
+define void @opcompile_streamed_x{lanes}(ptr %y, <{lanes} x float> %value) alwaysinline {{{_ALIGNED}
   br i1 %aligned, label %past, label %into
 past:
-  store {vector} %value, ptr %y, align {CACHE_LINE}, !nontemporal !{{i32 1}}
+  store <{lanes} x float> %value, ptr %y, align {CACHE_LINE}, !nontemporal !{{i32 1}}
   ret void
 into:
-  store {vector} %value, ptr %y, align {tvm.DataType(dtype).bits // 8}
+  store <{lanes} x float> %value, ptr %y, align 4
   ret void
 }}
 """
+
+
+# What LLVM needs for calls of `streamed`, `asked` and `arrived`.
+FUNCTIONS = _ASKED + "".join(map(_streamed, range(_A_LINE, _A_LINE * MOST_WOVEN + 1, _A_LINE)))

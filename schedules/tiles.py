@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 CACHE_LINE = 64
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
-# For so few output channels of a group, taps and phases may each tap have sums of its own.
-_MOST_BY_TAPS = (8, 64, 64)
+# For so few output channels of a group, taps and phases may each tap have sums of its own; more phases are axes.
+_MOST_BY_TAPS = (8, 64, 27)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM.
@@ -184,7 +184,7 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     in_vectors = weaves(spec.axes[2]) if channels_first else machine.vector_bytes == CACHE_LINE
     return (
         machine.streams
-        and spec.dtype == spec.sum_dtype  # LLVM has no such store for vectors of 16-bit floats
+        and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
         and (vector == "channels") != channels_first
         and in_vectors
         and side_by_side * spec.itemsize % CACHE_LINE == 0

@@ -12,7 +12,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from opcompile.lower import KERNEL, compiled, scheduled
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, candidates
 
@@ -213,6 +213,16 @@ def test_rows_of_many_phases_and_of_few_columns_are_left_to_llvm() -> None:
         names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
         assert "output" in names
         assert "row" not in names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_rows_are_woven_with_every_activation_but_one_that_is_for_scalars(dtype: str) -> None:
+    for activation in ACTIVATIONS:
+        spec = ConvTranspose3d.parse(f"in=1x2x2x2x16 co=3 k=2 s=1 dtype={dtype} act={activation}")
+        body = scheduled(spec, tiles_of(spec, "row"))[KERNEL].body
+        names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
+        assert ("row" in names) == ((activation, dtype) != ("gelu", "float64")), activation
+        assert ("output" in names) == ((activation, dtype) == ("gelu", "float64")), activation
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,20 @@ def test_each_tap_may_have_sums_of_its_own(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "in=1x21x3x3x4 co=3 k=1x1x2 s=3x2x5 p=0:0x0:1x1:1 op=0x0x1 g=3 bias=0",  # 30 phases, and one output channel
+        "in=1x32x1x1x16 co=4 k=2x3x3 s=1x2x1 p=1:0x0x0 d=3x3x1 g=2 bias=0 act=gelu dtype=float64",
+    ],
+)
+def test_what_no_tile_can_do_is_not_tried(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    check = compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=spec.activation.name == "none")
+    check.require()
+
+
+@pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("scalars", 4, "one of 3, 9, 18"),
