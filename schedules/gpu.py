@@ -399,8 +399,8 @@ def _sum_in_fragments(
 def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest: int) -> Any:
     """Copy X at loop ``at``, each thread some channels of one position: X has them all, or none.
 
-    They come to registers, one by one where they lie apart, and from there to shared memory, where they lie side by
-    side: as vectors of ``widest`` elements at the most. Returns the second copy.
+    They come to registers, and from there to shared memory, where they lie side by side: as vectors of ``widest``
+    elements at the most. Returns the second copy.
     """
     shared = sch.cache_write(columns, 0, "local")
     sch.set_scope(shared, 0, "shared")
@@ -418,8 +418,8 @@ def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest
     sch.vectorize(lane)
     sch.compute_at(columns, vectors, preserve_unit_loops=True)
     *_, c, _ = _own(sch, columns, vectors)
-    if t.lanes == "channels":
-        sch.vectorize(c)
-    else:
-        sch.unroll(c)
+    # of what lies apart in memory TVM writes no vector of eight
+    c, lane = sch.split(c, [None, min(own, widest if t.lanes == "channels" else widest // 2)])
+    sch.unroll(c)
+    sch.vectorize(lane)
     return shared
