@@ -15,8 +15,8 @@ goes through device memory in between. Four families share the first and the las
     positions, which are staged before.
 *matrix*
     As *staged*, for the matrix instructions of tensor cores: warps own the tiles, sum them in fragments, and hand
-    them to their threads through shared memory, 16 channels at a time. For float16 and bfloat16, where the input
-    channels of a group are whole fragments.
+    them to their threads through shared memory, 16 channels at a time. Factors are copied there in vectors of
+    channels. For float16 and bfloat16, where the input channels of a group are whole fragments.
 
 The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """
@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 
-from schedules.gpu_tiles import EDGE, FILLS, PAD, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
-from schedules.matrix import HOISTED, SCOPES, Unit, intrinsics
+from schedules.gpu_tiles import EDGE, FILLS, PAD, PAD_X, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
+from schedules.matrix import HOISTED, SCOPES, WIDEST, Unit, intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -131,8 +131,7 @@ def sums(
     for name in names:
         if tiles.family == "matrix":
             columns = blocks[name.replace("phase", "columns")]
-            does = intrinsics(unit, dtype)
-            _sum_in_fragments(sch, tiles, SCOPES[unit], does, blocks[name], columns, block, inside[0])
+            _sum_in_fragments(sch, tiles, unit, dtype, blocks[name], columns, block, inside[0])
             continue
         sch.compute_at(blocks[name], home, preserve_unit_loops=True)
         sch.set_scope(blocks[name], 0, "local")
@@ -358,15 +357,16 @@ def _in_fragments(sch: Schedule, t: GpuTiles, phase: Any) -> None:
 def _sum_in_fragments(
     sch: Schedule,
     t: GpuTiles,
-    scopes: tuple[str, str],
-    does: dict[str, str],
+    unit: Unit,
+    dtype: str,
     phase: Any,
     columns: Any,
     block: Any,
     step: Any,
 ) -> None:
     """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
-    leave = sch.cache_write(phase, 0, scopes[0])
+    does, (held, factor) = intrinsics(unit, dtype), SCOPES[unit]
+    leave = sch.cache_write(phase, 0, held)
     sch.compute_at(leave, step, preserve_unit_loops=True)
     sch.set_scope(leave, 0, "shared")
     sch.compute_at(phase, block, preserve_unit_loops=True)
@@ -379,14 +379,13 @@ def _sum_in_fragments(
     sch.bind(sch.fuse(warp, q), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)
-    elements = sch.cache_read(phase, 0, scopes[1], [phase])
-    staged = sch.cache_read(phase, 1, "shared", [phase])
-    sch.set_scope(columns, 0, "shared")
+    elements = sch.cache_read(phase, 0, factor, [phase])
+    weights = sch.cache_read(phase, 1, "shared", [phase])
     sch.compute_at(elements, c_step, preserve_unit_loops=True)
-    for copy, vector in ((columns, 1), (staged, _vector(t.channels))):
-        _to_shared(sch, t, copy, c, vector)
-        # rows that begin in different banks
-        sch.storage_align(copy, 0, -2, EDGE, PAD)
+    shared = _columns_to_shared(sch, t, columns, c, WIDEST[unit])
+    _to_shared(sch, t, weights, c, WIDEST[unit])
+    sch.storage_align(shared, 0, -2, EDGE, PAD_X[DataType(dtype).itemsize])
+    sch.storage_align(weights, 0, -2, EDGE, PAD)
     fill = sch.decompose_reduction(phase, t_d)
     *outer, m, _ = _own(sch, leave, step)
     for loop in outer:
@@ -395,3 +394,32 @@ def _sum_in_fragments(
     sch.tensorize(_own(sch, elements, c_step)[-2], does["load"])
     sch.tensorize(sch.get_loops(fill)[-2], does["fill"])
     sch.tensorize(m_in, does["multiply"])
+
+
+def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest: int) -> Any:
+    """Copy X at loop ``at``, each thread some channels of one position: X has them all, or none.
+
+    They come to registers, and from there to shared memory, where they lie side by side: as vectors of ``widest``
+    elements at the most. Returns the second copy.
+    """
+    shared = sch.cache_write(columns, 0, "local")
+    sch.set_scope(shared, 0, "shared")
+    sch.transform_layout(shared, ("write", 0), lambda *i: (*i[:-2], i[-1], i[-2]))
+    sch.compute_at(shared, at, preserve_unit_loops=True)
+    *_, c, q = _own(sch, shared, at)
+    own = t.chunk * t.positions // t.threads
+    c, vectors, lane = sch.split(c, [t.chunk // own, None, min(own, widest)])
+    threads = [c, q] if t.lanes == "positions" else [q, c]
+    sch.reorder(*threads, vectors, lane)
+    y, x = sch.split(sch.fuse(*threads), [None, WARP])
+    sch.bind(y, "threadIdx.y")
+    sch.bind(x, "threadIdx.x")
+    sch.unroll(vectors)
+    sch.vectorize(lane)
+    sch.compute_at(columns, vectors, preserve_unit_loops=True)
+    *_, c, _ = _own(sch, columns, vectors)
+    # of what lies apart in memory TVM writes no vector of eight
+    c, lane = sch.split(c, [None, min(own, widest if t.lanes == "channels" else widest // 2)])
+    sch.unroll(c)
+    sch.vectorize(lane)
+    return shared

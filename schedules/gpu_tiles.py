@@ -19,8 +19,9 @@ Family = Literal["direct", "staged", "split", "matrix"]
 WARP = 32
 # Rows and columns of what a warp multiplies at once (`schedules.matrix`).
 EDGE = 16
-# Elements between the rows that matrix instructions read in shared memory: they begin in different banks.
-PAD = 8
+# Elements between the rows that matrix instructions read in shared memory, so that these begin in different banks: of
+# W, whose rows are channels of X, and, by bytes of an element, of X, whose rows are positions.
+PAD, PAD_X = 8, {2: 8, 4: 4}
 # What a layer must have to fill matrices (`_fragments`).
 FILLS = (
     f"matrices need a multiple of {EDGE} input channels in a group, and {EDGE} or more output channels and positions"
@@ -230,7 +231,8 @@ class Sums:
         together = self.summed(t)
         sharing = together if self.alike else 1
         if t.family == "matrix":
-            factors = t.chunk * (sharing * (t.channels + PAD) + t.positions + PAD) * self.itemsize
+            weights = t.chunk * sharing * (t.channels + PAD)
+            factors = (weights + t.positions * (t.chunk + PAD_X[self.itemsize])) * self.itemsize
             pairs = 1 if self.alike else together
             return pairs * factors + together * t.threads_m * EDGE * t.positions * self.sum_bytes
         # rows of shared memory that are set apart

@@ -1,7 +1,7 @@
 """Matrix instructions for a schedule to tensorize with: a warp multiplies matrices, and sums in float32.
 
-Whatever a device multiplies at once, a schedule sees C = A^T B of 16x16 matrices, as a layer has it: A
-``(c, channels)`` and B ``(c, positions)`` lie in shared memory, C ``(channels, positions)`` belongs to a warp until it
+Whatever a device multiplies at once, a schedule sees C = A^T B^T of 16x16 matrices, as a layer has it: A
+``(c, channels)`` and B ``(positions, c)`` lie in shared memory, C ``(channels, positions)`` belongs to a warp until it
 leaves through S. Three units (`Unit`) do that:
 
 ``wmma``
@@ -30,21 +30,23 @@ SCOPES: dict[Unit, tuple[str, str]] = {
 }
 # Whether shared memory is declared before all loops: Metal's belongs into a kernel's outermost scope.
 HOISTED: dict[Unit, bool] = {"wmma": False, "tf32": False, "simdgroup": True}
+# How many elements a thread loads or stores at a time, at the most: 16 bytes, but Metal has no vectors of eight.
+WIDEST: dict[Unit, int] = {"wmma": 8, "tf32": 4, "simdgroup": 4}
 
 
 @cache
 def intrinsics(unit: Unit, dtype: str) -> dict[str, str]:
     """Register the intrinsics of ``unit`` for factors of ``dtype``. Returns their names.
 
-    ``fill`` C with zeros; ``load`` B into F, which is a warp's; ``multiply`` A and F, where A is loaded first, and add
-    to C; ``store`` C to S.
+    ``fill`` C with zeros; ``load`` B^T into F, which is a warp's; ``multiply`` A and F, where A is loaded first, and
+    add to C; ``store`` C to S.
     """
     sums, right = SCOPES[unit]
     held, loaded, shared = ("float32", sums), (dtype, right), (dtype, "shared")
     done = _CALLS[unit](dtype)
     every = {
         "fill": ({"C": held}, "C[i, j] = T.float32(0)"),
-        "load": ({"B": shared, "F": loaded}, "F[i, j] = B[i, j]"),
+        "load": ({"B": shared, "F": loaded}, "F[i, j] = B[j, i]"),
         "multiply": (
             {"F": loaded, "A": shared, "C": held},
             "C[i, j] = C[i, j] + T.Cast('float32', F[k, j]) * T.Cast('float32', A[k, i])",
@@ -74,7 +76,7 @@ def _wmma(dtype: str) -> dict[str, list[str]]:
 
     return {
         "fill": [_fill("C", size)],
-        "load": [load("F", _place("F", 256), "B", "row_major")],
+        "load": [load("F", _place("F", 256), "B", "col_major")],
         "multiply": [
             f"L = T.alloc_buffer((16, 16), '{dtype}', scope='wmma.matrix_a')",
             load("L", "0", "A", "col_major"),
@@ -114,8 +116,8 @@ template <class Sums>
 static __device__ __forceinline__ void opcompile_tf32_load(Sums *held, int at, const float *matrix, int row) {
   #pragma unroll
   for (int half = 0; half < 2; half++) {
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 8, nvcuda::wmma::precision::tf32, nvcuda::wmma::row_major> f;
-    nvcuda::wmma::load_matrix_sync(f, matrix + 8 * half * row, row);
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 8, nvcuda::wmma::precision::tf32, nvcuda::wmma::col_major> f;
+    nvcuda::wmma::load_matrix_sync(f, matrix + 8 * half, row);
     #pragma unroll
     for (int i = 0; i < f.num_elements; i++)
       held[at].x[half * f.num_elements + i] = nvcuda::wmma::__float_to_tf32(f.x[i]);
@@ -129,7 +131,7 @@ static __device__ __forceinline__ void opcompile_tf32_multiply(Sums *sums, int t
   #pragma unroll
   for (int half = 0; half < 2; half++) {
     nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 8, nvcuda::wmma::precision::tf32, nvcuda::wmma::col_major> a;
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 8, nvcuda::wmma::precision::tf32, nvcuda::wmma::row_major> b;
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 8, nvcuda::wmma::precision::tf32, nvcuda::wmma::col_major> b;
     nvcuda::wmma::load_matrix_sync(a, matrix + 8 * half * row, row);
     #pragma unroll
     for (int i = 0; i < a.num_elements; i++) a.x[i] = nvcuda::wmma::__float_to_tf32(a.x[i]);
@@ -147,11 +149,10 @@ def _simdgroup(dtype: str) -> dict[str, list[str]]:
     def fours(*calls: str) -> list[str]:
         return [call.format(at=2 * i + j, i=i, j=j) for i, j in _PAIRS for call in calls]
 
-    def load(into: str, out_of: str, first: str, *, transpose: bool) -> str:
-        place = f"8 * {{i}} * {out_of}_row + 8 * {{j}}"
+    def load(into: str, out_of: str, first: str, place: str) -> str:
         return (
             f"T.metal.simdgroup_load({into}.data, {first}{{at}}, {out_of}.access_ptr('r', offset={place}, "
-            f"ptr_type='{dtype}'), {out_of}_row, 8, 8, T.bool({transpose}))"
+            f"ptr_type='{dtype}'), {out_of}_row, 8, 8, T.bool(True))"
         )
 
     held, factor = f"{_place('C', 64)} + ", f"{_place('F', 64)} + "
@@ -164,10 +165,10 @@ def _simdgroup(dtype: str) -> dict[str, list[str]]:
     ]
     return {
         "fill": fours(f"T.metal.make_filled_simdgroup_matrix(C.data, {held}{{at}}, T.float32(0), 8, 8)"),
-        "load": fours(load("F", "B", factor, transpose=False)),
+        "load": fours(load("F", "B", factor, "8 * {j} * B_row + 8 * {i}")),
         "multiply": [
             f"L = T.alloc_buffer((16, 16), '{dtype}', scope='metal.simdgroup')",
-            *fours(load("L", "A", "", transpose=True)),
+            *fours(load("L", "A", "", "8 * {i} * A_row + 8 * {j}")),
             *products,
         ],
         "store": fours(

@@ -25,7 +25,7 @@ from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.lower_gpu import choose as choose_derivative
 from opcompile.launch import Launch
 from opcompile.lower import Plan
-from opcompile.lower_gpu import choose, emitted
+from opcompile.lower_gpu import LoweredGpu, choose, emitted
 from opcompile.reference import reference
 from opcompile.simulate import Simulated, Simulator
 from opcompile.spec import ConvTranspose3d
@@ -153,6 +153,52 @@ def test_every_form_of_tiles_is_right_where_a_target_asks_for_it(unit: str, text
     spec, target, *words = asked_for(unit, text)
     for estimate in forms(spec, target):
         check(spec, estimate, target, *words)
+
+
+# --- how factors come to shared memory ---
+
+
+def with_long_rows(spec: ConvTranspose3d, target: Any) -> LoweredGpu:
+    """A kernel whose threads copy eight channels each."""
+    tiles = next(e.tiles for e in of_matrix(spec, target) if (e.tiles.chunk, e.tiles.threads_m) == (32, 2))
+    return lowered(spec, target, tiles)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "vector"),
+    [
+        (CUDA, "float16", "uint4"),
+        (CUDA, "bfloat16", "uint4"),
+        (TF32, "float32", "float4"),
+        (SIMDGROUP, "float16", "half4"),
+        (SIMDGROUP, "float32", "float4"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["NCDHW", "NDHWC"])
+def test_factors_come_to_shared_memory_in_vectors(target: Any, dtype: str, vector: str, layout: Any) -> None:
+    text = "in=1x64x4x8x8 co=64 k=3 s=2 p=1 op=1"
+    spec = replace(ConvTranspose3d.parse(text), dtype=dtype, layout=layout)
+    source = with_long_rows(spec, target).source
+    stored = re.findall(r"^ *(.*(?:columns|W)_shared(?:_ptr)?\b.*) = .*;$", source, re.M)
+    assert {name for name in ("columns", "W") for line in stored if f"{name}_shared" in line} == {"columns", "W"}
+    assert all(f"{vector}*)(" in line for line in stored)
+    # side by side in memory too, where channels are last
+    assert (re.search(rf"{vector}\*\)\(X(?:_ptr)?\b", source) is not None) == (layout == "NDHWC")
+
+
+@pytest.mark.parametrize(("target", "dtype"), [(CUDA, "float16"), (CUDA, "bfloat16"), (TF32, "float32")])
+def test_rows_in_shared_memory_begin_in_different_banks(target: Any, dtype: str) -> None:
+    """A warp reads 16 bytes of eight rows at a time, or an element each of eight positions and four channels."""
+    spec = replace(ConvTranspose3d.parse("in=1x64x4x8x8 co=64 k=3 s=2 p=1 op=1"), dtype=dtype)
+    source = with_long_rows(spec, target).source
+    rows = {name: int(row) for name, row in re.findall(r"\(&\((\w+)_shared_ptr\[.*\]\)\)\)?, (\d+)", source)}
+    x, w = rows["columns"], rows["W"]
+    if dtype == "float32":
+        places = [{(x * position + channel) % 32 for position in range(8) for channel in range(4)}]
+        places += [{(w * channel + row) % 32 for row in range(8) for channel in range(4)}]
+        assert [len(banks) for banks in places] == [32, 32]
+    else:
+        assert all(len({row * 2 * i % 128 // 16 for i in range(8)}) == 8 for row in (x, w))
 
 
 # --- where they are chosen ---
@@ -451,7 +497,7 @@ def test_a_fragment_that_was_not_filled_shows() -> None:
 def test_shared_memory_that_was_not_written_shows_through_a_product() -> None:
     spec = ConvTranspose3d.parse(LAYERS["k2 s2, one product for all phases"])
     kernel = lowered(spec, CUDA, of_matrix(spec)[0].tiles)
-    bent = re.sub(r"(?m)^.*\(half4\*\).*W_shared.*W_ptr.*$", "", kernel.source, count=1)
+    bent = re.sub(r"(?m)^.*\(uint4\*\).*W_shared.*W_ptr.*$", "", kernel.source, count=1)
     assert bent != kernel.source
     x, w, b = integers(spec)
     assert np.isnan(simulated(replace(kernel, source=bent))(x, w, b).astype(ml_dtypes.bfloat16)).any()

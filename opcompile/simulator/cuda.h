@@ -47,6 +47,8 @@ static inline int2 make_int2(int a, int b) { return {a, b}; }
 static inline int4 make_int4(int a, int b, int c, int d) { return {a, b, c, d}; }
 static inline uint2 make_uint2(uint a, uint b) { return {a, b}; }
 static inline uint4 make_uint4(uint a, uint b, uint c, uint d) { return {a, b, c, d}; }
+static inline unsigned __pack_half2(half a, half b) { return (unsigned)b.bits << 16 | a.bits; }
+static inline unsigned __pack_nv_bfloat162(nv_bfloat16 a, nv_bfloat16 b) { return (unsigned)b.bits << 16 | a.bits; }
 static inline float __half2float(half value) { return value; }
 static inline half __float2half_rn(float value) { return value; }
 static inline float __bfloat162float(nv_bfloat16 value) { return value; }
