@@ -43,6 +43,7 @@ import opcompile
 from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.errors import ArtifactError, CallError
 from opcompile.gpus import GpuTarget
+from opcompile.index import LEFT_BY_BROWSERS
 from opcompile.link import link
 from opcompile.packing import Packing
 from opcompile.reference import reference
@@ -204,6 +205,7 @@ def _objection(place: Path) -> str | None:
         return None
     except NotADirectoryError:
         return "is a file, and an artifact is a directory"
+    present -= LEFT_BY_BROWSERS
     if not present:
         return None
     try:

@@ -36,7 +36,7 @@ from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.machine import processor, system
 from opcompile.roofline import Roof
 from opcompile.source import brief
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import cores
 from opcompile.units import binary, duration, scaled
 from opcompile.verify import stored
@@ -289,6 +289,7 @@ def bench(
     `CallError` for an unknown engine or more ``threads`` than there are processors, `VerificationError`
     where outputs differ: a wrong result is never timed.
     """
+    require_layer(spec)
     unknown = sorted(set(against) - set(PEERS))
     if unknown:
         raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")

@@ -34,7 +34,7 @@ from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import Target, any_target
 from opcompile.verify import Report
 from opcompile.verify import verify as check
@@ -98,8 +98,7 @@ def compile(
     directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target whose code
     does not run here: `write` makes its directory), `EngineError`.
     """
-    if not isinstance(spec, ConvTranspose3d):
-        raise CallError(f"the layer is a {type(spec).__name__}; read a text by ConvTranspose3d.parse first")
+    require_layer(spec)
     _require_runs_here(any_target(target))
     place = into if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)

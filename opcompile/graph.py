@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, SpecError
-from opcompile.spec import Activation, Axis, ConvTranspose3d
+from opcompile.spec import Activation, Axis, ConvTranspose3d, require_layer
 
 DEFAULT_OPSET = 20
 # 11 gave Pad and Clip their tensor inputs; 26 is the newest that ONNX Runtime 1.31 loads.
@@ -65,6 +65,7 @@ def graph(
     Raises `SpecError` for an opset that cannot say the spec, `CallError` for arrays that do not fit it,
     `ModelError` where weight and bias would not fit in the 2 GiB of a model file.
     """
+    require_layer(spec)
     _require_opset(spec, opset)
     constants = _constants(spec, weight, bias)
     body = _Body(opset)

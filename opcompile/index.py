@@ -18,6 +18,8 @@ from opcompile.errors import ArtifactError
 INDEX = "index.json"
 FORMAT = "opcompile-index"
 VERSION = 1
+# What a file browser leaves in a directory that was looked at: nobody's loss.
+LEFT_BY_BROWSERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _LONGEST = 80
 _BESIDE = re.compile(r"^\.(.+)\.[0-9a-f]{32}(\.old)?$")
 
@@ -52,7 +54,8 @@ def require_place(directory: Path, names: Iterable[str]) -> None:
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is a file; a model is compiled into a directory, so name another place")
     ours = {INDEX, *names}
-    foreign = sorted(path.name for path in directory.iterdir() if _BESIDE.sub(r"\1", path.name) not in ours)
+    present = {path.name for path in directory.iterdir()} - LEFT_BY_BROWSERS
+    foreign = sorted(name for name in present if _BESIDE.sub(r"\1", name) not in ours)
     if foreign:
         raise ArtifactError(
             f"{directory} holds {', '.join(foreign[:3])}, not among the nodes to compile; empty it, or choose another"

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from opcompile.errors import SpecError
+from opcompile.errors import CallError, SpecError
 from opcompile.meant import meant
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -516,6 +516,12 @@ def _per_axis(key: str, text: str) -> list[str]:
 def _pad_pair(text: str) -> tuple[int, int]:
     begin, colon, end = text.partition(":")
     return _integer("p", begin), _integer("p", end if colon else begin)
+
+
+def require_layer(spec: object) -> None:
+    """Raise `CallError` for what is no layer, like its text."""
+    if not isinstance(spec, ConvTranspose3d):
+        raise CallError(f"the layer is a {type(spec).__name__}; read a text by ConvTranspose3d.parse first")
 
 
 def _integer(key: str, text: str) -> int:

@@ -47,7 +47,7 @@ from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
 from opcompile.record import Record, own_folder, write_record
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import Target, cores
 from opcompile.target import target as named
 from opcompile.trials import (
@@ -114,6 +114,7 @@ def tune(
     has no server; nothing could be measured) and `RecordError` (``work_dir`` holds measurements of
     something else or is in use; a directory cannot be written).
     """
+    require_layer(spec)
     if is_gpu(target):
         from opcompile.tune_gpu import tune_gpu
 

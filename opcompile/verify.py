@@ -493,6 +493,8 @@ def verify(
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    if isinstance(artifact, (str, os.PathLike)):
+        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 

@@ -369,7 +369,10 @@ def test_what_is_no_artifact_is_not_replaced(
         monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
     place = tmp_path / "thesis"
     place.mkdir()
+    (place / ".DS_Store").write_text("where its window was")
     write(lowered[ONE], place)  # an empty directory is welcome
+    (place / ".DS_Store").write_text("where its window was")
+    write(lowered[ONE], place)
     (place / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"notes\.txt, which no artifact wrote"):
         write(lowered[OTHER], place)

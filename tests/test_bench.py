@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from opcompile import compile, probes, summary
+from opcompile import compile, export_onnx, probes, summary, tune, verify
 from opcompile._memory import weigh
 from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
 from opcompile.bench_gpu import _as_documented, bench_gpu
@@ -547,8 +547,14 @@ def test_what_is_compiled_for_another_machine_is_not_loaded() -> None:
     for name in ("metal:apple-m1", "llvm:apple-m1"):
         with pytest.raises(TargetError, match=rf"code for {name} does not run on this machine \(it is for another\)"):
             compile(SPEC, name)
-    with pytest.raises(CallError, match="read a text by ConvTranspose3d"):
-        compile(str(SPEC))  # type: ignore[call-overload]
+
+
+def test_a_text_is_no_layer_and_a_directory_no_artifact(tmp_path: Path) -> None:
+    for call in (compile, tune, bench, lambda text: export_onnx(text, tmp_path / "layer.onnx")):
+        with pytest.raises(CallError, match="the layer is a str; read a text by ConvTranspose3d"):
+            call(str(SPEC))  # type: ignore[operator]
+    with pytest.raises(CallError, match="is a directory; load it by opcompile"):
+        verify(str(tmp_path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -425,7 +425,7 @@ def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) 
 
 def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = [f".{name}.{'0f' * 16}" for name in ("node_convolution", "index.json")]
+    left = [".DS_Store", *(f".{name}.{'0f' * 16}" for name in ("node_convolution", "index.json"))]
     for name in left:
         (out / name).mkdir(parents=True)
     assert invoke("compile", str(MODELS / "unet.onnx"), "-o", str(out), "--no-verify").exit_code == 0
