@@ -41,8 +41,9 @@ _ROW = "row"
 # So many bytes ahead are X and Y asked for, and X some channels at least: what memory needs to answer.
 _BYTES_AHEAD = 4096
 _CHANNELS_AHEAD = 4
-# Weights of no more bytes stay in the second cache.
+# Weights of no more bytes stay in the second cache; for no more positions, memory sends them as fast as it can anyway.
 _NEAR = 512 << 10
+_FEW = 16
 # So many taps of a row are taken one by one for the columns that they read: each has code of its own.
 _MOST_TRIMMED = 4
 
@@ -347,8 +348,8 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     channels = spec.channels_in // spec.groups
     if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
         asking.append(_of_next_chunk)
-    again = math.prod(axis.positions for axis in spec.axes) > t.rows * t.columns
-    if again and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+    several = math.prod(axis.positions for axis in spec.axes) > max(_FEW, t.rows * t.columns)
+    if several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
         asking.append(_of_next_tap)
     return asking
 

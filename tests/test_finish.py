@@ -256,14 +256,17 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     for element in of_w:
         assert str(Analyzer().simplify(element.indices[8])).endswith("64")
     small = ConvTranspose3d.parse("in=1x64x4x6x32 co=32 k=2 s=2")  # 64 KiB
-    once = ConvTranspose3d.parse("in=1x64x1x1x1 co=256 k=2 s=2")  # each weight is read once
+    row = ConvTranspose3d.parse("in=1x512x1x1x20 co=256 k=2 s=2")
+    assert weights_asked_for(row, "channels", vectors=1, scalars=10, task=16)
+    assert not weights_asked_for(row, "channels", vectors=1, scalars=20, task=16)  # each weight is read once
+    few = ConvTranspose3d.parse("in=1x512x2x2x2 co=256 k=4 s=2")
     depthwise = ConvTranspose3d.parse("in=1x64x4x6x32 co=64 k=7 s=2 g=64")
-    for spec, vectors in ((small, "channels"), (once, "channels"), (depthwise, "row")):
+    for spec, vectors in ((small, "channels"), (few, "channels"), (depthwise, "row")):
         assert not weights_asked_for(spec, vectors)
 
 
-def weights_asked_for(spec: ConvTranspose3d, vector: str) -> list[Any]:
-    body = scheduled(spec, tiles_of(spec, vector))[KERNEL].body
+def weights_asked_for(spec: ConvTranspose3d, vector: str, **changed: int) -> list[Any]:
+    body = scheduled(spec, replace(tiles_of(spec, vector), **changed))[KERNEL].body
     elements = [fetched(at) for at, _ in statements(body)]
     return [e for e in elements if e is not None and e.source.name == "W"]
 
