@@ -41,7 +41,7 @@ _ROW = "row"
 # So many bytes ahead are X and Y asked for, and X some channels at least: what memory needs to answer.
 _BYTES_AHEAD = 4096
 _CHANNELS_AHEAD = 4
-# Weights of no more bytes stay in the second cache; for no more positions, memory sends them as fast as it can anyway.
+# Weights of no more bytes stay in the second cache; for no more elements of X, memory sends them as fast as it can.
 _NEAR = 512 << 10
 _FEW = 16
 # So many taps of a row are taken one by one for the columns that they read: each has code of its own.
@@ -348,8 +348,9 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     channels = spec.channels_in // spec.groups
     if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
         asking.append(_of_next_chunk)
-    several = math.prod(axis.positions for axis in spec.axes) > max(_FEW, t.rows * t.columns)
-    if several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+    again = math.prod(axis.positions for axis in spec.axes) > t.rows * t.columns
+    several = math.prod(axis.size for axis in spec.axes) > _FEW
+    if again and several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
         asking.append(_of_next_tap)
     return asking
 
