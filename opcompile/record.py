@@ -30,7 +30,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import LATER, Tiles, streams, takes_pairs, weights_by_taps
+from schedules.tiles import LATER, Tiles, halved, streams, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -322,7 +322,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
     t = Tiles(**tiles)
     machine = target.machine
     itemsize = 8 if spec.sum_dtype == "float64" else 4
-    if t.lanes != machine.vector_bytes // itemsize:
+    half = halved(spec, machine) if t.vector == "channels" and t.products == 1 else None
+    if t.lanes not in (on.vector_bytes // itemsize for on in (machine, half) if on is not None):
         return (
             f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
             f"{machine.vector_bytes // itemsize} sums"

@@ -41,6 +41,13 @@ class Machine:
     pairs: bool = False
     streams: bool = False
 
+    @property
+    def halved(self) -> Machine | None:
+        """The same machine with vectors half as wide and twice as many at a time, where it computes them in halves."""
+        if self.vector_bytes != 64 or self.fma_units > 1:
+            return None
+        return replace(self, vector_bytes=32, fma_in_flight=2 * self.fma_in_flight, fma_units=2)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -153,11 +153,14 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    choices = [(layer, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
-    choices += [(whole, tiles) for tiles in _by_taps(spec, whole, machine)]
-    past = {tiles.vector: streams(spec, tiles.vector, machine) for _, tiles in choices}
-    choices = [(layer, replace(t, store="streamed") if past[t.vector] else t) for layer, t in choices]
-    estimates = [_estimate(layer, machine, tiles) for layer, tiles in choices]
+    choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine)]
+    choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine)]
+    if (half := halved(spec, machine)) is not None:
+        choices += [(whole, half, tiles) for tiles in _sensible(whole, half) if tiles.vector == "channels"]
+    past = {t.vector: streams(spec, t.vector, machine) for _, _, t in choices}
+    estimates = [
+        _estimate(layer, on, replace(t, store="streamed") if past[t.vector] else t) for layer, on, t in choices
+    ]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -170,6 +173,14 @@ def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
 def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
     """Whether channels of ``spec`` can be multiplied as pairs of bfloat16."""
     return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
+
+
+def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
+    """The machine with vectors of half the width, where those of the channels of ``spec`` waste less so."""
+    half = machine.halved
+    lanes = machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+    wasted = -(spec.channels_out // spec.groups) % lanes
+    return half if half is not None and wasted >= lanes // 2 else None
 
 
 def weaves(axis: Axis) -> bool:

@@ -22,8 +22,9 @@ from opcompile.cases import Case, case, tagged
 from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import weights_by_taps
+from schedules.tiles import candidates, weights_by_taps
 
 # of the activations; the others differ in a formula, and take long together
 QUICK = ("act-relu", "act-gelu", "act-tanh")
@@ -110,6 +111,24 @@ def test_what_no_tile_can_do_is_not_tried(text: str) -> None:
     x, w, b = integers(spec)
     check = compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=spec.activation.name == "none")
     check.require()
+
+
+@pytest.mark.parametrize("more", ["layout=NDHWC", "p=1", "g=2 layout=NDHWC", "layout=NDHWC dtype=float16"])
+def test_vectors_may_be_halves_where_whole_ones_waste_channels(more: str) -> None:
+    """Zen 4 computes vectors of 64 bytes in two halves: of 24 channels two whole ones waste a quarter."""
+    spec = ConvTranspose3d.parse(f"in=1x12x3x4x9 co={48 if 'g=2' in more else 24} k=3 s=2 {more}")
+    zen4, other = target("llvm:znver4"), target("llvm:x86-64-v4")
+    halves = [e.tiles for e in candidates(spec, zen4.machine) if e.tiles.lanes == 8]
+    assert {t.vector for t in halves} == {"channels"}
+    tiles = next(t for t in halves if t.vectors == 3 and t.scalars > 2)
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+    assert illegal(asdict(tiles), spec, zen4) is None
+    assert "a vector of llvm:x86-64-v4 has 64 bytes, 16 sums" in str(illegal(asdict(tiles), spec, other))
+    assert "16 sums" in str(illegal(asdict(replace(tiles, vector="row")), spec, zen4))
+    full = ConvTranspose3d.parse("in=1x12x3x4x9 co=32 k=3 s=2")
+    assert all(e.tiles.lanes == 16 for e in candidates(full, zen4.machine))
+    assert all(e.tiles.lanes == 16 for e in candidates(spec, other.machine))
 
 
 @pytest.mark.parametrize(
