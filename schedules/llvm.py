@@ -27,7 +27,7 @@ from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
 from schedules.finish import VECTORS, finish
-from schedules.tiles import Estimate, Tiles, baseline, candidates, factors, reach
+from schedules.tiles import MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, reach
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -49,10 +49,11 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
 
     W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
     ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
-    (`_periods`). A layer whose taps all fall beyond the output reads no weight: W stays as it is.
+    (`_periods`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
+    phases that are axes multiply zeros.
     Channels that are multiplied in pairs lie side by side: ``(..., C/g/2, block, 2)``.
     """
-    if not spec.terms:
+    if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
     c, m, *kernel = shape
     if tiles.vector == "taps":

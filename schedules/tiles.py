@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 CACHE_LINE = 64
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
-# For so few output channels of a group, taps and phases may each tap have sums of its own; more phases are axes.
-_MOST_BY_TAPS = (8, 64, 27)
+# As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
+MOST_PHASES = 27
+# For so few output channels of a group, taps and phases may each tap have sums of its own.
+_MOST_BY_TAPS = (8, 64, MOST_PHASES)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM.
