@@ -176,7 +176,8 @@ def test_with_channels_last_a_task_has_whole_groups(text: str) -> None:
         lower.scheduled(spec, tiles)
         assert illegal(asdict(tiles), spec, HERE) is None
     assert all(c.tiles.task >= spec.channels_out // spec.groups for c in candidates)
-    part = replace(candidates[0].tiles, vector="row", vectors=1, scalars=1, rows=1, task=1)
+    lanes = HERE.machine.vector_bytes // 4
+    part = replace(candidates[0].tiles, vector="row", lanes=lanes, vectors=1, scalars=1, rows=1, task=1)
     assert "must cover the" in str(illegal(asdict(part), spec, HERE))
 
 
