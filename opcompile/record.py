@@ -30,7 +30,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import LATER, Tiles, halved, streams, takes_pairs, weights_by_taps
+from schedules.tiles import LATER, Tiles, halved, streams, sums_of_a_vector, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -321,13 +321,10 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
             return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
     t = Tiles(**tiles)
     machine = target.machine
-    itemsize = 8 if spec.sum_dtype == "float64" else 4
     half = halved(spec, machine) if t.vector == "channels" and t.products == 1 else None
-    if t.lanes not in (on.vector_bytes // itemsize for on in (machine, half) if on is not None):
-        return (
-            f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, "
-            f"{machine.vector_bytes // itemsize} sums"
-        )
+    lanes = sums_of_a_vector(spec, machine)
+    if t.lanes not in (lanes, lanes if half is None else sums_of_a_vector(spec, half)):
+        return f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, {lanes} sums"
     sums = t.vectors * t.scalars * t.rows
     if sums >= machine.registers:
         return f"the {sums} sums of the register tile fill all registers, but {target.name} has {machine.registers}"

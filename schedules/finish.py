@@ -65,8 +65,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.trims(spec.axes[2].positions):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
-    asking = _ahead(spec, tiles)
-    function = structural_map(function, (tirx.For, lambda loop: _asking(loop, tiles, asking)))
+    if asking := _ahead(spec, tiles):
+        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, tiles, asking)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _fetching(loop, spec, tiles, y)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":

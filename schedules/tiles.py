@@ -177,10 +177,14 @@ def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
     return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
 
 
+def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
+    """How many sums of ``spec`` a vector of ``machine`` holds."""
+    return machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+
+
 def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
     """The machine with vectors of half the width, where those of the channels of ``spec`` waste less so."""
-    half = machine.halved
-    lanes = machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+    half, lanes = machine.halved, sums_of_a_vector(spec, machine)
     wasted = -(spec.channels_out // spec.groups) % lanes
     return half if half is not None and wasted >= lanes // 2 else None
 
