@@ -35,7 +35,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -49,6 +49,8 @@ from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
 # Above this many phases, one block each would cost more compile time and code than it saves.
 MOST_PHASE_BLOCKS = 27
+# The type of indices.
+INDEX = "int64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int
 def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     """Return the unscheduled function ``main(X, W[, B], Y)``.
 
-    X and Y have the spec's shapes and layout, W has the shape `packed_from` gives. Indices are
-    32-bit where every tensor has fewer than 2^30 elements, 64-bit otherwise and for a dynamic batch.
+    X and Y have the spec's shapes and layout, W has the shape `packed_from` gives. Indices have 64
+    bits: LLVM cannot tell whether a sum of narrower ones wraps, and would compute each address anew.
     The tensors may lie at any address that suits their element type.
     """
     scope = Scope.of(spec, grain)
@@ -214,7 +216,7 @@ class Scope:
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
-        """Choose the layout of positions and the type of indices that suit ``spec`` and ``grain``."""
+        """Choose the layout of positions that suits ``spec`` and ``grain``; indices have 64 bits."""
         window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
         where: _Grid | _Lines
         if grain.rows:
@@ -224,9 +226,23 @@ class Scope:
         else:
             where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
         channels = round_up(spec.channels_out // spec.groups, grain.channels)
-        index = _index_dtype(spec, where, packed_from(spec, grain), grain.taps)
-        batch = te.var("batch", index) if spec.batch is None else tirx.IntImm(index, spec.batch)
-        return cls(spec, where, channels, index, batch, grain.stored)
+        batch = te.var("batch", INDEX) if spec.batch is None else tirx.IntImm(INDEX, spec.batch)
+        return cls(spec, where, channels, INDEX, batch, grain.stored)
+
+    def narrowed(self) -> Scope:
+        """The same with indices of 32 bits, where the batch is known and every tensor has fewer than 2^30 elements."""
+        spec = self.spec
+        if spec.batch is None:
+            return self
+        pad = spec.batch * spec.channels_in * math.prod(self.where.read_from)
+        phases = math.prod(len(a.phases) for a in spec.axes) if phases_as_axes(spec) else 1
+        phase = spec.batch * spec.groups * self.channels * math.prod(self.where.positions) * phases
+        w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
+        sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]
+        # rounding up and fusing loops may double a range: leave a factor of two below 2^31
+        if max(*sizes, pad, phase) >= 2**30:
+            return self
+        return replace(self, index="int32", batch=tirx.IntImm("int32", spec.batch))
 
     def sizes(self, *sizes: int | None) -> list[Any]:
         """Return the sizes in the type of the indices."""
@@ -288,20 +304,6 @@ class Scope:
     def _bits(self) -> str:
         """Whole numbers as wide as stored elements: TVM would widen a buffer of its own that holds bfloat16."""
         return f"uint{8 * self.spec.itemsize}"
-
-
-def _index_dtype(spec: ConvTranspose3d, where: _Grid | _Lines, w_shape: Sequence[int], taps: bool) -> str:
-    if spec.batch is None:
-        return "int64"
-    pad = spec.batch * spec.channels_in * math.prod(where.read_from)
-    phase = spec.batch * spec.groups * w_shape[1] * math.prod(where.positions)
-    if phases_as_axes(spec):
-        phase *= math.prod(len(a.phases) for a in spec.axes)
-    if taps:
-        phase *= math.prod(a.kernel for a in spec.axes[1:])
-    shapes = (spec.x_shape, spec.y_shape, w_shape)
-    # rounding up and fusing loops may double a range: leave a factor of two below 2^31
-    return "int64" if max(*(math.prod(n or 1 for n in s) for s in shapes), pad, phase) >= 2**30 else "int32"
 
 
 def sum_type(spec: ConvTranspose3d, value: Any) -> Any:

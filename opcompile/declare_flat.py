@@ -159,7 +159,7 @@ class _Flat:
         rounded = round_up(math.prod(each), grain.positions)
         # whole planes that hold the rounded positions: for the size of the indices
         planes = -(-rounded // math.prod(axis.positions for axis in spec.axes[1:]))
-        return cls(spec, grain, Scope.of(spec, Grain(grain.channels, (planes, 1, 1))), each, rounded)
+        return cls(spec, grain, Scope.of(spec, Grain(grain.channels, (planes, 1, 1))).narrowed(), each, rounded)
 
     def function(self) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope

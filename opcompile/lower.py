@@ -85,12 +85,13 @@ def object_code(module: tvm.IRModule, target: Target) -> bytes:
 
 
 def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
-    """Compile a module for a CPU, with the sums of its register tiles on the stack.
+    """Compile a module for a CPU, with the sums of its register tiles on the stack and indices as wide as declared.
 
-    TVM would take them from the heap, where LLVM may keep them in registers only as long as nothing else in the
-    loop may touch memory.
+    TVM would take the sums from the heap, where LLVM may keep them in registers only as long as nothing else in the
+    loop may touch memory. It would narrow the indices to 32 bits.
     """
-    with tvm.target.Target(target) as tvm_target:
+    as_declared = tvm.transform.PassContext(disabled_pass=["tirx.NarrowDataType"])
+    with as_declared, tvm.target.Target(target) as tvm_target:
         return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
 
 

@@ -345,7 +345,7 @@ def _beside(axis: Axis) -> float:
 def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
     shapes = [
-        *product(("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, layer.height) + 1)),
+        *product(("channels", "row"), range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1)),
         *product(("line",), range(1, 9), range(1, 17), (1,)),
     ]
     for vector, vectors, scalars, rows in shapes:

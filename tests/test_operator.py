@@ -19,7 +19,7 @@ from strategies import specs
 from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
-from opcompile.declare import MOST_PHASE_BLOCKS, declare, phases_as_axes
+from opcompile.declare import MOST_PHASE_BLOCKS, Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
@@ -246,12 +246,26 @@ def test_code_stays_small_however_many_phases(text: str) -> None:
 # --- indices ---
 
 
-def test_tensors_beyond_2_31_elements_are_indexed_with_64_bits() -> None:
+def test_gpus_index_tensors_of_fewer_than_2_30_elements_with_32_bits() -> None:
     small = ConvTranspose3d.parse("in=1x4x8x8x8 co=4 k=2 s=2")
     large = ConvTranspose3d.parse("in=1x64x400x400x400 co=32 k=2 s=2")
     assert large.y_shape == (1, 32, 800, 800, 800)
-    assert "int64" not in declare(small).script()
-    assert "T.int64" in declare(large).script()
+    assert Scope.of(small, Grain()).narrowed().index == "int32"
+    assert Scope.of(large, Grain()).narrowed().index == "int64"
+    assert Scope.of(replace(small, batch=None), Grain()).narrowed().index == "int64"
+
+
+@pytest.mark.parametrize("text", ["in=1x8x6x14x20 co=16 k=3 s=1 p=1", "in=1x8x27x27x27 co=16 k=3 s=1 p=1"])
+def test_products_of_a_register_tile_compute_no_addresses(text: str) -> None:
+    """A broadcast element lies at a constant distance from the first: LLVM once added and widened an index for each."""
+    spec, machine = ConvTranspose3d.parse(text), target("llvm:znver4")
+    estimates = llvm.candidates(spec, machine.machine)
+    tiles = next(e.tiles for e in estimates if e.tiles.vector == "channels" and e.tiles.trims(spec.axes[2].positions))
+    assembly = str(lower.compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
+    loops = [re.findall(r"^\t(\w+)", block, re.M) for block in re.split(r"^\.LBB", assembly, flags=re.M)]
+    products = [loop for loop in loops if sum(op.startswith("vfmadd") for op in loop) >= tiles.scalars - 1]
+    assert products
+    assert all(sum(op.startswith(("lea", "mov")) for op in loop[: loop.index("jne")]) <= 2 for loop in products)
 
 
 def test_an_element_beyond_2_31_is_read() -> None:

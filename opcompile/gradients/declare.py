@@ -40,7 +40,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import round_up, unaligned
+from opcompile.declare import INDEX, round_up, unaligned
 from opcompile.gradients.gradient import Gradient
 from opcompile.spec import Activation, ConvTranspose3d
 
@@ -90,8 +90,7 @@ def declare(gradient: Gradient, grain: Grain = Grain()) -> tirx.PrimFunc:
     """Return the unscheduled function ``main(DY[, W or X][, Y], output)``.
 
     Every tensor has the shape that `Gradient` gives it, and may lie at any address that suits its
-    element type. Indices are 32-bit where every tensor has fewer than 2^30 elements, 64-bit otherwise
-    and for a dynamic batch.
+    element type. Indices have 64 bits, as in `opcompile.declare.declare`.
     """
     layer = gradient.layer
     scope = _Scope.of(gradient, grain)
@@ -130,7 +129,6 @@ class _Scope:
     positions: tuple[int, ...]
     c: int
     m: int
-    index: str
     batch: Any
 
     @classmethod
@@ -144,23 +142,22 @@ class _Scope:
             round_up(layer.channels_in // layer.groups, grain.c),
             round_up(layer.channels_out // layer.groups, grain.m),
         )
-        index = _index_dtype(gradient, positions, c, m, grain)
-        batch = te.var("batch", index) if layer.batch is None else tirx.IntImm(index, layer.batch)
-        return cls(gradient, grain, positions, c, m, index, batch)
+        batch = te.var("batch", INDEX) if layer.batch is None else tirx.IntImm(INDEX, layer.batch)
+        return cls(gradient, grain, positions, c, m, batch)
 
     @property
     def layer(self) -> ConvTranspose3d:
         return self.gradient.layer
 
     def shape(self, sizes: Sequence[int | None]) -> list[Any]:
-        return [self.batch if n is None else tirx.IntImm(self.index, n) for n in sizes]
+        return [self.batch if n is None else tirx.IntImm(INDEX, n) for n in sizes]
 
     def batched(self, *sizes: int) -> list[Any]:
         return [self.batch, *self.shape(sizes)]
 
     def reduced(self, name: str, extent: Any) -> Any:
-        stop = tirx.IntImm(self.index, extent) if isinstance(extent, int) else extent
-        return te.reduce_axis((tirx.IntImm(self.index, 0), stop), name)
+        stop = tirx.IntImm(INDEX, extent) if isinstance(extent, int) else extent
+        return te.reduce_axis((tirx.IntImm(INDEX, 0), stop), name)
 
     def taps(self) -> list[Any]:
         return [self.reduced(f"t{name}", a.kernel) for name, a in zip("dhw", self.layer.axes, strict=True)]
@@ -189,21 +186,6 @@ class _Scope:
     def where(self, tests: list[Any], value: Any) -> Any:
         zero = tirx.const(0, self.layer.sum_dtype)
         return tirx.if_then_else(tirx.all(*tests), value, zero) if tests else value
-
-
-def _index_dtype(gradient: Gradient, positions: Sequence[int], c: int, m: int, grain: Grain) -> str:
-    layer = gradient.layer
-    if layer.batch is None:
-        return "int64"
-    sizes = [math.prod(n or 1 for n in shape) for shape in (*gradient.operands.values(), gradient.shape)]
-    windows = math.prod(
-        n * a.stride + a.kernel * a.dilation + a.stride for n, a in zip(positions, layer.axes, strict=True)
-    )
-    taps = math.prod(a.kernel for a in layer.axes)
-    sizes += [layer.batch * layer.groups * m * windows, layer.batch * layer.groups * c * math.prod(positions)]
-    sizes += [layer.groups * c * m * taps * grain.lanes * grain.slices]
-    # rounding up and fusing loops may double a range: leave a factor of two below 2^31
-    return "int64" if max(sizes) >= 2**30 else "int32"
 
 
 # --- what goes in ---
