@@ -57,7 +57,7 @@ INDEX = "int64"
 class Grain:
     """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW.
 
-    With ``rows``, so many rows of qH form one line, and the last multiple is that of its length.
+    With ``rows``, so many rows of qH form one line, through ``planes``, and the last multiple is that of its length.
     With ``taps``, each tap has sums of its own. With ``stored``, factors stay in the type that they
     are stored in, and are widened as they are multiplied.
     """
@@ -65,6 +65,7 @@ class Grain:
     channels: int = 1
     positions: tuple[int, int, int] = (1, 1, 1)
     rows: int = 0
+    planes: int = 1
     taps: bool = False
     stored: bool = False
 
@@ -172,26 +173,30 @@ class _Grid:
 class _Lines:
     """Lines of ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``.
 
-    With ``taps``, sums stand where X does, and a line has all that is read.
+    A line may go through several ``planes``, where it has all their rows and no tap reads another plane or row than
+    its position's: eD and qD are then so many times fewer. With ``taps``, sums stand where X does, and a line has all
+    that is read.
     """
 
-    def __init__(self, windows: Sequence[_Window], rows: int, columns: int, taps: bool) -> None:
-        self._windows, self._rows = windows, rows
+    def __init__(self, windows: Sequence[_Window], rows: int, planes: int, columns: int, taps: bool) -> None:
+        self._windows, self._rows, self._planes = windows, rows, planes
         plane, row, column = windows
         self.pitch = column.extent
         blocks = -(-row.positions // rows)
-        line = (rows - 1) * self.pitch + column.positions
+        line = (planes * rows - 1) * self.pitch + column.positions
         beyond = (row.extent - row.positions) * self.pitch + column.extent - column.positions
         if taps:
             line, beyond = line + beyond, 0
         line = round_up(line, columns)
-        self.read_from = (plane.extent, blocks, round_up(line + beyond, self.pitch))
-        self.positions = (plane.positions, blocks, line)
+        self.read_from = (plane.extent // planes, blocks, round_up(line + beyond, self.pitch))
+        self.positions = (plane.positions // planes, blocks, line)
 
     def element(self, at: Sequence[Any]) -> list[Any]:
         d, block, i = at
-        of_axes = (d, block * self._rows + tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch))
-        return [i + win.start for i, win in zip(of_axes, self._windows, strict=True)]
+        h, w = tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch)
+        if self._planes > 1:
+            d, h = d * self._planes + tirx.floordiv(h, self._rows), tirx.floormod(h, self._rows)
+        return [i + win.start for i, win in zip((d, block * self._rows + h, w), self._windows, strict=True)]
 
     def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
         of_d, of_h, of_w = (offset - win.start for offset, win in zip(offsets, self._windows, strict=True))
@@ -200,7 +205,8 @@ class _Lines:
 
     def place(self, q: Sequence[Any]) -> list[Any]:
         d, h, w = q
-        return [d, tirx.floordiv(h, self._rows), tirx.floormod(h, self._rows) * self.pitch + w]
+        row = tirx.floormod(d, self._planes) * self._rows + tirx.floormod(h, self._rows)
+        return [tirx.floordiv(d, self._planes), tirx.floordiv(h, self._rows), row * self.pitch + w]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +228,7 @@ class Scope:
         if grain.rows:
             depth, _, columns = grain.positions
             windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
-            where = _Lines(windows, grain.rows, columns, grain.taps)
+            where = _Lines(windows, grain.rows, grain.planes, columns, grain.taps)
         else:
             where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
         channels = round_up(spec.channels_out // spec.groups, grain.channels)

@@ -163,14 +163,15 @@ def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: 
     return Plan(name, _FAMILIES[str(tiles["vector"])], tiles, why, record.key if record else None)
 
 
-def grain(tiles: llvm.Tiles) -> Grain:
+def grain(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
-    return Grain(tiles.task, tiles.positions, tiles.line, tiles.vector == "taps", tiles.products > 1)
+    planes = llvm.joined(spec, tiles)
+    return Grain(tiles.task, tiles.positions, tiles.line, planes, tiles.vector == "taps", tiles.products > 1)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:
     """The unscheduled function, rounded for these tiles."""
-    return declare(spec, grain(tiles)).with_attr("global_symbol", KERNEL)
+    return declare(spec, grain(spec, tiles)).with_attr("global_symbol", KERNEL)
 
 
 def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
@@ -183,7 +184,7 @@ def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
 
 def packing(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Packing:
     """How a canonical weight becomes the kernel's W."""
-    padded = packed_from(spec, grain(tiles))
+    padded = packed_from(spec, grain(spec, tiles))
     view, order = llvm.packed(spec, tiles, padded)
     return Packing(padded, view, order)
 

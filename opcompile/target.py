@@ -28,7 +28,7 @@ class Machine:
     ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
     ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
     multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
-    past the caches.
+    past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured.
     """
 
     vector_bytes: int
@@ -40,13 +40,15 @@ class Machine:
     fma_units: int = 2
     pairs: bool = False
     streams: bool = False
+    loading: float = 0.32
 
     @property
     def halved(self) -> Machine | None:
         """The same machine with vectors half as wide and twice as many at a time, where it computes them in halves."""
         if self.vector_bytes != 64 or self.fma_units > 1:
             return None
-        return replace(self, vector_bytes=32, fma_in_flight=2 * self.fma_in_flight, fma_units=2)
+        in_flight, loading = 2 * self.fma_in_flight, self.loading / 2
+        return replace(self, vector_bytes=32, fma_in_flight=in_flight, fma_units=2, loading=loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,10 @@ def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_units: int 
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
-    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, fma_units=fma_units, streams=True)
+    caches, loading = (l1 * _KIB, l2 * _KIB), 0.16 * fma_units
+    machine = Machine(
+        vector_bytes, registers, fma_in_flight, *caches, fma_units=fma_units, streams=True, loading=loading
+    )
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 

@@ -282,7 +282,7 @@ class _Bench:
         from schedules import llvm
 
         tiles = self.choices[rank]
-        alike = [t for t in self.choices if grain(t) == grain(tiles)]
+        alike = [t for t in self.choices if grain(self.spec, t) == grain(self.spec, tiles)]
         function = llvm.space(self.spec, alike, alike.index(tiles))
         generator = ScheduleFn(function, sch_rules=[], postprocs=[], mutator_probs={})
         (sch,) = generator.generate_design_space(tvm.IRModule({KERNEL: declared(self.spec, tiles)}))

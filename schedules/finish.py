@@ -18,7 +18,7 @@ from tvm_ffi import structural_map
 from schedules import pairs, streams
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
-from schedules.tiles import CACHE_LINE, reach, weaves
+from schedules.tiles import CACHE_LINE, joined, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -44,8 +44,6 @@ _CHANNELS_AHEAD = 4
 # Weights of no more bytes stay in the second cache; for no more elements of X, memory sends them as fast as it can.
 _NEAR = 512 << 10
 _FEW = 16
-# So many taps of a row are taken one by one for the columns that they read: each has code of its own.
-_MOST_TRIMMED = 4
 
 
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
@@ -62,8 +60,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
     ahead = _channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
-    if tiles.trims(spec.axes[2].positions):
-        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec.axes[2])))
+    column = spec.axes[2]
+    if tiles.trims(column.positions, max((phase.taps for phase in column.phases), default=0)):
+        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, column)))
     function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if asking := _ahead(spec, tiles):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, tiles, asking)))
@@ -196,7 +195,7 @@ def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SB
 def _channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
     plane, column = spec.axes[1], spec.axes[2]
-    rows = t.height + reach(plane) - plane.positions if t.line else 1
+    rows = joined(spec, t) * (t.height + reach(plane) - plane.positions) if t.line else 1
     ahead = max(_CHANNELS_AHEAD, _BYTES_AHEAD // (rows * reach(column) * spec.itemsize))
     return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
 
@@ -278,8 +277,8 @@ def _trimmed(loop: tirx.For, axis: Axis) -> tirx.Stmt:
     block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.SERIAL or block is None or not _ADDING.fullmatch(block.name_hint):
         return loop
-    taps, w, tap = int(loop.extent), inner.iter_values[5], inner.iter_values[8]
-    if not loop.loop_var.same_as(tap) or taps > _MOST_TRIMMED:
+    w, tap = inner.iter_values[5], inner.iter_values[8]
+    if not loop.loop_var.same_as(tap):
         return loop
     (columns,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in _every(tirx.Var, w))]
     phase = axis.phases[int(block.name_hint.split("_")[3])]
@@ -310,7 +309,7 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
     """
     found = _over_channels(loop)
-    if found is None:
+    if found is None or joined(spec, t) > 1:  # a line through several planes has all that they have
         return loop
     adding, tile = found
     phase = [int(f) for f in adding.block.name_hint.split("_")[1:4]]
@@ -423,6 +422,8 @@ def _fetching(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.S
     if t.line:
         of_row = reach(spec.axes[2])
         h, w = h * t.height + tirx.floordiv(w, of_row), tirx.floormod(w, of_row)
+        if (planes := joined(spec, t)) > 1:
+            d, h = d * planes + tirx.floordiv(h, t.height), tirx.floormod(h, t.height)
     o = [q * axis.stride + f for q, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
     if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
         m = m + tirx.floormod(o[2], t.lanes)

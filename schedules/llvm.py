@@ -27,14 +27,14 @@ from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
 from schedules.finish import VECTORS, finish
-from schedules.tiles import MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, reach
+from schedules.tiles import MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, joined, reach
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
     from opcompile.spec import ConvTranspose3d
 
-__all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "packed", "schedule", "space"]
+__all__ = ["Estimate", "Tiles", "baseline", "candidates", "finish", "joined", "packed", "schedule", "space"]
 
 Span = tuple[Any, Any]
 
@@ -348,6 +348,9 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     def whole(extent: Any) -> Span:
         return (tirx.const(0, index), extent)
 
+    planes = (first_d, first_d + t.depth)
+    if (through := joined(spec, t)) > 1:
+        planes = one(tirx.floordiv(q[0], through))
     height = tirx.floordiv(q[1], t.height)
     rows = one(height) if t.line else (height * t.height, (height + 1) * t.height)
 
@@ -368,7 +371,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
             spans += [whole(shape[5])]
         spans += [
-            (first_d, first_d + t.depth),
+            planes,
             rows,
             whole(shape[-2] if in_channels else shape[-1]),
         ]

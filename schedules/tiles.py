@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CACHE_LINE = 64
 # So many taps of a plane may be unrolled: code grows with them.
 _MOST_UNROLLED = 9
+# So many taps of a row may each take columns of their own: code grows with them.
+_MOST_TRIMMED = 9
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
 MOST_PHASES = 27
 # For so few output channels of a group, taps and phases may each tap have sums of its own.
@@ -24,6 +26,8 @@ _MOST_BY_TAPS = (8, 64, MOST_PHASES)
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM.
 MOST_WOVEN = 4
+# Workspaces of a task are so many times smaller than X and Y.
+_SMALL = 10
 # So many bytes of Y, and the layer that reads it finds little of it in any cache.
 _FAR = 32 << 20
 # Into how many lines a plane may be cut.
@@ -89,9 +93,9 @@ class Tiles:
         """Whether a tap can be left out where the row that it reads lies beside X: one row at a time, tap by tap."""
         return self.vector != "line" and self.rows == 1 and (taps[1] == 1 or not self.unrolls(taps[1] * taps[2]))
 
-    def trims(self, width: int) -> bool:
-        """Whether a tap takes only those columns that read X: where a tile is a whole row of ``width`` positions."""
-        return self.vector == "channels" and self.scalars >= width
+    def trims(self, width: int, taps: int) -> bool:
+        """Whether each of the ``taps`` of a row takes only columns that read X: where a tile is a row of ``width``."""
+        return self.vector == "channels" and self.scalars >= width and taps <= _MOST_TRIMMED
 
     @property
     def line(self) -> int:
@@ -187,6 +191,11 @@ def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
     half, lanes = machine.halved, sums_of_a_vector(spec, machine)
     wasted = -(spec.channels_out // spec.groups) % lanes
     return half if half is not None and wasted >= lanes // 2 else None
+
+
+def joined(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many planes of positions a line of ``spec`` goes through."""
+    return _Layer.of(spec, t.products).joined(t)
 
 
 def weaves(axis: Axis) -> bool:
@@ -301,13 +310,23 @@ class _Layer:
         rows = (t.height + more_h) * t.bands_h if t.line else t.height * t.bands_h + more_h
         return self.itemsize * self.together * self.c * planes * rows * self.reach[2]
 
-    def plane(self, t: Tiles) -> int:
-        """Positions that a band computes in each of its planes, those that it throws away included."""
+    @property
+    def flat(self) -> bool:
+        """Whether no tap reads another plane or row of X than that of its position."""
+        return self.reach[:2] == (self.depth, self.height)
+
+    def joined(self, t: Tiles) -> int:
+        """How many planes a line goes through: all that a band has, where nothing is read between them."""
+        return t.depth if self.flat and t.vector == "line" and t.height >= self.height else 1
+
+    def band(self, t: Tiles) -> int:
+        """Positions that a band computes, those that it throws away included."""
         if t.vector == "taps":
-            return _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
+            return t.depth * _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
         if t.line:
-            return _up((t.height - 1) * self.reach[2] + self.width, t.columns)
-        return t.height * _up(self.width, t.columns)
+            planes = self.joined(t)
+            return t.depth // planes * _up((planes * t.height - 1) * self.reach[2] + self.width, t.columns)
+        return t.depth * t.height * _up(self.width, t.columns)
 
     def stretch(self, t: Tiles) -> int:
         """Elements of Y that a task writes side by side; bands of a few channels go on where the one before ended."""
@@ -321,7 +340,11 @@ class _Layer:
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a band, or of the sums of its taps."""
         each = self.kernel if t.vector == "taps" else self.phases
-        return self.together * self.itemsize * each * t.task * t.depth * self.plane(t)
+        return self.together * self.itemsize * each * t.task * self.band(t)
+
+    def copied(self, t: Tiles) -> int:
+        """Bytes of X that a task copies."""
+        return self.window(t) if t.copy == "task" else 0
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
@@ -361,7 +384,7 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
             tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
             tiles = replace(tiles, products=layer.products)
-            if vector == "line" and columns >= height * layer.reach[2] + lanes:
+            if vector == "line" and columns >= layer.joined(tiles) * height * layer.reach[2] + lanes:
                 continue
             whole = replace(tiles, task=_task(layer, machine, tiles))
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
@@ -401,7 +424,7 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine) -> Iterator
 def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
     """Tasks of several bands, each a tile of channels wide, whose phases stay in the first cache."""
     tiles = _over(layer.m, t.channels)
-    if t.copy == "whole" or t.depth > 1 or layer.held(t) > machine.l1_bytes:
+    if t.copy == "whole" or t.depth > layer.joined(t) or layer.held(t) > machine.l1_bytes:
         return
     if tiles > 1 and layer.whole_groups(t):
         return
@@ -413,8 +436,8 @@ def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
-    workspace = layer.held(t) + layer.widening(t) + (layer.window(t) if t.copy == "task" else 0)
-    small = workspace <= layer.tensors // 10 and layer.held(t) <= machine.l2_bytes
+    workspace = layer.held(t) + layer.widening(t) + layer.copied(t)
+    small = workspace <= layer.tensors // _SMALL and layer.held(t) <= machine.l2_bytes
     return small and layer.tasks(t) >= machine.cores
 
 
@@ -425,7 +448,10 @@ def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
     else:
         plane = _up(layer.height, rows)
         heights = {rows, min(2 * rows, plane), plane}
-    return sorted(product({1, min(2, layer.depth), layer.depth}, heights))
+    spans = set(product((1, min(2, layer.depth), layer.depth), heights))
+    if vector == "line" and layer.flat:
+        spans |= {(_over(layer.depth, parts), layer.height) for parts in _PARTS if parts < layer.depth}
+    return sorted(spans)
 
 
 def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
@@ -440,8 +466,10 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
         return t.channels * tiles
     a_tile = layer.held(t) + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c
     fits = machine.l2_bytes // 2 // a_tile
+    small = (layer.tensors // _SMALL - layer.copied(t)) // (layer.held(t) + layer.widening(t))
     spread = layer.spans(t.depth, t.height) * tiles // machine.cores
-    return t.channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= max(1, min(fits, spread)))
+    most = max(1, min(fits, small, spread))
+    return t.channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
 
 
 def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
@@ -467,7 +495,7 @@ _PAIR_LATENCY = 1.5
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
-    positions = _up(layer.depth, t.depth) * _over(layer.height, t.height) * layer.plane(t)
+    positions = _over(layer.depth, t.depth) * _over(layer.height, t.height) * layer.band(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
     summing = _summing_by_tap if t.vector == "taps" else _summing_by_phase
     computing = summing(layer, machine, t, sums, layer.images * positions) + _copying(layer, machine, t)
@@ -481,7 +509,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, posi
     """Each tile takes the taps of all phases; what they read beside X may be left out."""
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
-    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * t.trims(layer.width))
+    trims = t.trims(layer.width, layer.most_taps[2])
+    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
     summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
     return summing + _reading(layer, machine, t)
 
@@ -537,15 +566,16 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
-    near, far = 1 / 50, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
-    again = 1 - t.columns * t.rows / (layer.plane(t) * t.depth)
+    near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
+    again = 1 - t.columns * t.rows / layer.band(t)
     a_tile = t.channels * a_channel // layer.phases
     lost = min(1, max(0, a_tile / machine.l2_bytes - 1.5))
     a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
+    # beside a single vector a broadcast is folded into its multiply-add, where a unit may have one in each cycle
+    a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
     if t.vector == "channels":
-        # with a single vector a broadcast is folded into its multiply-add, which then costs two issue slots
-        loads, loading = t.vectors + t.scalars * t.rows * (1 + 1 / machine.fma_units if t.vectors == 1 else 1), 0.0
-        a_load = 0.08 * machine.fma_units**2
+        loads, loading = t.vectors + t.scalars * t.rows * a_broadcast, 0.0
+        a_load = machine.loading
         waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
@@ -555,10 +585,10 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        a_load = (0.3 if unrolled else 0.16) * machine.fma_units
+        a_load = 0.3 * machine.fma_units if unrolled else machine.loading
         straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / CACHE_LINE
         vectors = straddling * t.vectors * rows
-        loads, loading = vectors + t.scalars, vectors / machine.fma_units + t.scalars / 2
+        loads, loading = vectors + t.scalars * a_broadcast, vectors / machine.fma_units + t.scalars / 2
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:

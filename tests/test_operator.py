@@ -73,6 +73,35 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, copy: Any) 
 
 
 @pytest.mark.parametrize(
+    ("text", "through"),
+    [
+        ("in=1x5x5x3x7 co=6 k=2 s=2", True),
+        ("in=2x4x4x2x9 co=3 k=2 s=3 op=1 act=relu", True),
+        ("in=1x4x5x3x7 co=4 k=1x1x3 s=1 p=0x0x1", True),  # taps of a row alone
+        ("in=1x6x5x4x5 co=6 k=2x1x2 s=2x1x2 g=2 layout=NDHWC", True),
+        ("in=Nx4x5x3x7 co=3 k=1x2x2 s=1x2x2 p=0x2x0 dtype=float16", True),
+        ("in=1x4x5x3x7 co=3 k=2 s=2 p=2:0x0x0 dtype=bfloat16", True),
+        ("in=1x3x5x2x6 co=2 k=4 s=4", True),  # 64 phases, as axes
+        ("in=1x4x5x3x7 co=4 k=2 s=2 p=1", False),  # the phases of a plane read two of X
+        ("in=1x4x5x3x7 co=4 k=2x3x2 s=2 p=0x1x0", False),
+    ],
+)
+@pytest.mark.parametrize("copy", ["task", "whole"])
+def test_a_line_goes_through_planes_where_no_tap_reads_another(text: str, through: bool, copy: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    depth, height, _ = (axis.positions for axis in spec.axes)
+    m = spec.channels_out // spec.groups
+    x, w, b = integers(spec)
+    for planes, bands in ((2, 1), (depth, 1), (2, -(-depth // 2))):
+        tiles = llvm.Tiles("line", 16, 1, m, 1, m, planes, height, 1, copy, bands)  # type: ignore[arg-type]
+        assert illegal(asdict(tiles), spec, HERE) is None
+        assert llvm.joined(spec, tiles) == (planes if through else 1)
+        assert llvm.joined(spec, replace(tiles, vector="row")) == 1
+        assert llvm.joined(spec, replace(tiles, height=height - 1)) == 1
+        compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "in=1x5x3x5x18 co=2 k=3 s=2 p=1 op=1",
@@ -260,7 +289,7 @@ def test_products_of_a_register_tile_compute_no_addresses(text: str) -> None:
     """A broadcast element lies at a constant distance from the first: LLVM once added and widened an index for each."""
     spec, machine = ConvTranspose3d.parse(text), target("llvm:znver4")
     estimates = llvm.candidates(spec, machine.machine)
-    tiles = next(e.tiles for e in estimates if e.tiles.vector == "channels" and e.tiles.trims(spec.axes[2].positions))
+    tiles = next(e.tiles for e in estimates if e.tiles.trims(spec.axes[2].positions, 3))
     assembly = str(lower.compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
     loops = [re.findall(r"^\t(\w+)", block, re.M) for block in re.split(r"^\.LBB", assembly, flags=re.M)]
     products = [loop for loop in loops if sum(op.startswith("vfmadd") for op in loop) >= tiles.scalars - 1]

@@ -137,8 +137,9 @@ def test_a_candidate_of_the_space_is_what_lower_makes_of_its_tiles() -> None:
         (sch,) = generator.generate_design_space(tvm.IRModule({KERNEL: declared(SPEC, alike[0])}))
         return sch
 
-    most = max(map(grain, RANKED), key=lambda g: sum(grain(t) == g for t in RANKED))
-    alike = [t for t in RANKED if grain(t) == most]
+    grains = [grain(SPEC, t) for t in RANKED]
+    most = max(grains, key=grains.count)
+    alike = [t for t, of_t in zip(RANKED, grains, strict=True) if of_t == most]
     assert len(alike) > 1
     for number, tiles in enumerate(alike[:2]):
         sch = made(number)
