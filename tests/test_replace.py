@@ -128,6 +128,20 @@ def test_an_output_that_no_replaced_node_reaches(tmp_path: Path) -> None:
     assert any(c.bound for c in report.checks if c.output == "y")
 
 
+@pytest.mark.parametrize("opset", [7, 11, 20, 22])
+def test_a_whole_model_is_verified_at_every_opset(opset: int, tmp_path: Path) -> None:
+    model = upsampling(after=[helper.make_node("Elu", ["up"], ["y"])], opset=opset)
+    model.ir_version = max(model.ir_version, 4)  # before, initializers are inputs as well
+    try:
+        run(model, X)
+    except opcompile.OpcompileError as error:
+        pytest.skip(f"this ONNX Runtime does not know opset {opset}: {error}")
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.not_asked.keys() == {"speed"}
+    assert report.passed
+    assert all(check.bound for check in report.checks)
+
+
 # --- kinds of models ---
 
 
@@ -159,9 +173,11 @@ def test_a_node_in_a_subgraph(tmp_path: Path) -> None:
     branch_output = outer.graph.node[0].attribute[0].g
     branch_output.output[0].name = branch_output.node[-1].output[0] = "y_then"
     outer.graph.initializer.append(numpy_helper.from_array(np.array(True), "flag"))
-    report, out = replaced(outer, tmp_path)
+    report, out = replaced(outer, tmp_path, verify=True)
     assert report.replaced == 2
     assert operators(out / "model.onnx").count(OURS) == 2
+    assert report.passed
+    assert any(check.bound for check in report.checks)
     agree(tmp_path)
 
 

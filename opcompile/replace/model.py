@@ -63,6 +63,11 @@ class Model:
         constants = {t.name for t in proto.graph.initializer} if proto.ir_version >= _IR_WITH_OVERRIDABLE else set()
         return cls(proto, place.parent, frozenset(inputs & constants))
 
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        return next((int(i.version) for i in self.proto.opset_import if i.domain in ("", "ai.onnx")), 1)
+
     def graphs(self) -> Iterator[Graph]:
         """Yield the graph, and those inside of its nodes."""
         yield from _graphs(self.proto.graph, ())

@@ -161,6 +161,9 @@ def _value(name: str, shape: Sequence[int | None]) -> onnx.ValueInfoProto:
 _UNIT = 2.0**-24
 _OF_ACTIVATION = 32.0
 
+# From this opset on ONNX Runtime has no RandomUniformLike; before it, Dropout need not draw, nor Where be there.
+_WITHOUT_RANDOM = 22
+
 
 def perturbed(model: Model, nodes: Sequence[Node]) -> None:
     """Let every node that was replaced err as far as its bound allows, with signs drawn anew in each run; in place.
@@ -173,18 +176,18 @@ def perturbed(model: Model, nodes: Sequence[Node]) -> None:
     behind: dict[str, list[onnx.NodeProto]] = {}
     for number, node in enumerate(nodes):
         if node.site is not None:
-            _perturb_sum(node, node.site, number, behind)
+            _perturb_sum(node, node.site, model.opset, number, behind)
             if node.fusion.activation.name != "none":
-                _perturb_activation(node, node.site.graph, number, behind)
-    for graph in graphs:
+                _perturb_activation(node, node.site.graph, model.opset, number, behind)
+    for graph in reversed(graphs):  # a copy of a node holds copies of the graphs inside of it
         rows = [[node, *behind.get(node.output[0], ())] for node in graph.proto.node]
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for row in rows for node in row]
         del graph.proto.node[:]
         graph.proto.node.extend(copies)
 
 
-def _perturb_sum(node: Node, site: Site, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
-    made = _Made(site.graph.proto, node.output)
+def _perturb_sum(node: Node, site: Site, opset: int, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
+    made = _Made(site.graph.proto, node.output, opset)
     magnitude = made.node("ConvTranspose", *(made.node("Abs", name) if name else "" for name in site.node.input))
     made.nodes[-1].attribute.extend(site.node.attribute)
     if node.fusion.bias is not None:
@@ -194,9 +197,11 @@ def _perturb_sum(node: Node, site: Site, number: int, behind: dict[str, list[onn
     behind[made.vary(site.node, spread, 2 * number)] = made.nodes
 
 
-def _perturb_activation(node: Node, graph: Graph, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
+def _perturb_activation(
+    node: Node, graph: Graph, opset: int, number: int, behind: dict[str, list[onnx.NodeProto]]
+) -> None:
     last, result = node.fusion.nodes[-1], node.fusion.result
-    made = _Made(graph.proto, result)
+    made = _Made(graph.proto, result, opset)
     # the node itself writes under another name from now on
     size = made.node("Add", made.node("Abs", f"{result}_exact"), made.node("Abs", node.output))
     size = made.node("Add", size, made.constant(1))
@@ -208,8 +213,8 @@ def _perturb_activation(node: Node, graph: Graph, number: int, behind: dict[str,
 class _Made:
     """Nodes that are put behind the one that writes ``value``."""
 
-    def __init__(self, graph: onnx.GraphProto, value: str) -> None:
-        self.graph, self.value = graph, value
+    def __init__(self, graph: onnx.GraphProto, value: str, opset: int) -> None:
+        self.graph, self.value, self.opset = graph, value, opset
         self.nodes: list[onnx.NodeProto] = []
 
     def node(self, op: str, *inputs: str, **attributes: object) -> str:
@@ -218,17 +223,25 @@ class _Made:
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def constant(self, values: Any) -> str:
+    def constant(self, values: Any, dtype: Any = np.float32) -> str:
         """Add an initializer and return its name."""
         name = f"{self.value}_perturbed_constant_{len(self.graph.initializer)}"
-        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values, np.float32), name))
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
     def vary(self, node: onnx.NodeProto, spread: str, seed: int) -> str:
         """Add plus or minus ``spread`` to what ``node`` writes, which is renamed; return the new name."""
         exact = f"{self.value}_exact"
         node.output[0] = exact
-        sign = self.node("Sign", self.node("RandomUniformLike", spread, low=-1.0, high=1.0, seed=float(seed)))
-        change = self.node("Mul", sign, spread)
-        self.nodes.append(helper.make_node("Add", [exact, change], [self.value]))
+        self.nodes.append(helper.make_node("Add", [exact, self.signed(spread, seed)], [self.value]))
         return exact
+
+    def signed(self, spread: str, seed: int) -> str:
+        """Give each element of ``spread`` a sign, drawn anew in each run."""
+        if self.opset < _WITHOUT_RANDOM:
+            drawn = self.node("Ceil", self.node("RandomUniformLike", spread, low=-1.0, high=1.0, seed=float(seed)))
+            return self.node("Sub", self.node("Mul", self.node("Add", drawn, drawn), spread), spread)
+        mask = f"{self.value}_perturbed_mask"
+        given = [spread, self.constant(0.5), self.constant(True, bool)]
+        self.nodes.append(helper.make_node("Dropout", given, [f"{self.value}_dropped", mask], seed=seed))
+        return self.node("Where", mask, spread, self.node("Neg", spread))
