@@ -181,6 +181,22 @@ def test_a_node_in_a_subgraph(tmp_path: Path) -> None:
     agree(tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+def test_nodes_of_two_branches_that_are_called_alike_stay(mode: Any, tmp_path: Path) -> None:
+    """Their weights differ, and their outputs have one name: none may be taken for the other."""
+
+    def branch(kernel: int) -> onnx.GraphProto:
+        up = helper.make_node("ConvTranspose", ["x", "w"], ["up"], strides=[2, 2, 2])
+        w = numpy_helper.from_array(integers((4, 6, *[kernel] * 3)), "w")
+        return helper.make_graph([up], "branch", [], [value("up", None)], [w])
+
+    either = helper.make_node("If", ["flag"], ["y"], then_branch=branch(2), else_branch=branch(3))
+    inputs = [value("x", X.shape), value("flag", (), TensorProto.BOOL)]
+    report, _ = replaced(model_of([either], inputs, [value("y", None)], opset=20), tmp_path, mode=mode)
+    assert [node.status for node in report.nodes] == ["refused"] * 2
+    assert all("a name of its own" in str(node.reason) for node in report.nodes)
+
+
 def test_a_node_in_a_function(tmp_path: Path) -> None:
     body = [helper.make_node("ConvTranspose", ["fx", "fw"], ["fy"], strides=[2, 2, 2])]
     imports = [helper.make_opsetid("", 20)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,13 +74,15 @@ class Model:
         yield from _graphs(self.proto.graph, ())
 
     def sites(self) -> dict[str, Site]:
-        """Return every ConvTranspose by the name of its output."""
-        return {
-            node.output[0]: Site(graph, node)
+        """Return every ConvTranspose by the name of its output, but those that branches call alike."""
+        found = [
+            (node.output[0], Site(graph, node))
             for graph in self.graphs()
             for node in graph.proto.node
             if node.op_type == "ConvTranspose" and node.domain in ("", "ai.onnx")
-        }
+        ]
+        written = Counter(output for output, _ in found)
+        return {output: site for output, site in found if written[output] == 1}
 
     def constant(self, name: str, graph: Graph) -> NDArray[Any] | None:
         """Return the data of a value that no caller can change, None for any other. Raises `ModelError`."""

@@ -17,6 +17,7 @@ from opcompile.replace.model import Graph, Model, Site
 from opcompile.spec import ConvTranspose3d
 
 _UNFUSED = Fusion("")
+_NAMELESS = "the model has not exactly one node that writes its output; give that a name of its own"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +67,7 @@ def survey(
 def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[Found], fused: bool) -> Node:
     site = sites.get(found.output)
     if site is None:
-        return Node(found.name, found.output, None, reason=found.reason or "its name in the model is not known")
+        return Node(found.name, found.output, None, reason=found.reason or _NAMELESS)
     specs = tuple(dict.fromkeys(f.spec for f in (found, *others) if f.spec is not None))
     if not specs:
         reasons = [f.reason for f in (*others, found) if f.reason]
