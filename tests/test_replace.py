@@ -128,6 +128,27 @@ def test_an_output_that_no_replaced_node_reaches(tmp_path: Path) -> None:
     assert any(c.bound for c in report.checks if c.output == "y")
 
 
+def test_an_output_of_words(tmp_path: Path) -> None:
+    model = upsampling(after=[helper.make_node("Less", ["up", "zero"], ["low"]),
+                              helper.make_node("Where", ["low", "lesion", "none"], ["y"])])  # fmt: skip
+    words = [helper.make_tensor(name, TensorProto.STRING, [], [name.encode()]) for name in ("lesion", "none")]
+    model.graph.initializer.extend([*words, numpy_helper.from_array(np.float32(0.5), "zero")])
+    model.graph.output[0].CopyFrom(value("y", None, TensorProto.STRING))
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.passed
+    assert report.checks
+
+
+def test_an_output_that_is_no_tensor(tmp_path: Path) -> None:
+    """It is not compared, and the report says so."""
+    model = upsampling(after=[helper.make_node("SplitToSequence", ["up", "sizes"], ["y"], axis=1)])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2, 3]), "sizes"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None))
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.replaced == 1
+    assert "output y is a list" in report.not_asked["the whole model"]
+
+
 @pytest.mark.parametrize("opset", [7, 11, 20, 22])
 def test_a_whole_model_is_verified_at_every_opset(opset: int, tmp_path: Path) -> None:
     model = upsampling(after=[helper.make_node("Elu", ["up"], ["y"])], opset=opset)

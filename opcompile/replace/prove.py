@@ -27,6 +27,9 @@ STOCK = "onnxruntime"
 _DRAWS = 3
 _MARGIN = 2.0
 
+# Kinds of NumPy's types.
+_NUMBERS = tuple("fiu")
+
 # One timing in forty of two equals says slower: so many in a row must.
 _TIMES = 3
 
@@ -125,7 +128,7 @@ def compare_models(
         for inputs, bound in zip(sets, bounds, strict=True):
             answers = ours(inputs.feeds)
             for name, y in right(inputs.feeds).items():
-                largest = float(np.abs(y.astype(np.float64)).max(initial=0.0)) if y.dtype != bool else 1.0
+                largest = float(np.abs(y.astype(np.float64)).max(initial=0.0)) if y.dtype.kind in _NUMBERS else 1.0
                 checks.append(OutputCheck(inputs.name, name, count, _distance(answers[name], y), bound[name], largest))
     return tuple(checks)
 
@@ -134,7 +137,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of two outputs; infinity where they do not compare."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")
-    if one.dtype.kind not in "fiub":
+    if one.dtype.kind not in (*_NUMBERS, "b"):
         return 0.0 if np.array_equal(one, other) else float("inf")
     a, b = one.astype(np.float64), other.astype(np.float64)
     finite = np.isfinite(b)

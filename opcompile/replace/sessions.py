@@ -61,7 +61,11 @@ class Session:
             answers = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except Exception as error:  # as above
             raise EngineError(first_line(error)) from error
-        return {name: np.asarray(answer) for name, answer in zip(self.outputs, answers, strict=True)}
+        named = dict(zip(self.outputs, answers, strict=True))
+        for name, answer in named.items():
+            if isinstance(answer, (list, dict)):
+                raise EngineError(f"output {name} is a {type(answer).__name__}, and only tensors are compared")
+        return {name: np.asarray(answer) for name, answer in named.items()}
 
     def runner(self, feeds: Feeds) -> Callable[[], None]:
         """Return a function that runs the model on inputs that stay where they are, and into the same outputs."""
