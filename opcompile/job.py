@@ -98,9 +98,9 @@ class Job:
         if not where.is_file():
             raise ArtifactError(f"{directory} has no {JOB}; name a directory that `opcompile tune --emit` finished")
         try:
-            return cls.from_json(read_object(where), where)
+            return cls.from_json(read_object(where, "list of candidates", "emit it again"), where)
         except RecordError as error:
-            raise ArtifactError(f"{where} is no list of candidates: {error}; emit it again") from None
+            raise ArtifactError(str(error)) from None
 
 
 def _candidate(content: Mapping[str, Any]) -> Candidate:

@@ -214,20 +214,20 @@ def checked(path: Path, content: Mapping[str, Any], spec: ConvTranspose3d, targe
     return Record(**content, path=path)
 
 
-def _refuse(path: Path, rule: str) -> NoReturn:
-    raise RecordError(f"record {path} cannot be used: {rule}; {_WAY_OUT}")
+def _refuse(path: Path, rule: str, kind: str = "record", way_out: str = _WAY_OUT) -> NoReturn:
+    raise RecordError(f"{kind} {path} cannot be used: {rule}; {way_out}")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `RecordError`."""
+def read_object(path: Path, kind: str = "record", way_out: str = _WAY_OUT) -> dict[str, Any]:
+    """Return the object in a JSON file, a ``kind`` of one. Raises `RecordError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
-        _refuse(path, f"reading it failed: {error.strerror}")
+        _refuse(path, f"reading it failed: {error.strerror}", kind, way_out)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        _refuse(path, f"it is not JSON: {error}")
+        _refuse(path, f"it is not JSON: {error}", kind, way_out)
     if not isinstance(content, dict):
-        _refuse(path, f"it holds a {type(content).__name__}, not an object")
+        _refuse(path, f"it holds a {type(content).__name__}, not an object", kind, way_out)
     return content
 
 

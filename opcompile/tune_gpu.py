@@ -234,7 +234,7 @@ def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
     written; `TargetError` where no candidate of a layer could be measured, when the other layers are recorded.
     """
     path = Path(results).absolute()
-    content = read_object(path)
+    content = read_object(path, "result", "give the file that `opcompile measure` wrote")
     if content.get("format") != FORMAT:
         raise RecordError(f"{path} is of format {content.get('format')!r}, and this version reads {FORMAT}; {_AGAIN}")
     try:

@@ -423,8 +423,13 @@ def test_results_that_are_none_are_refused(
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(RecordError, match=r"changed\.json"):
+    with pytest.raises(RecordError, match=r"changed\.json.*; (measure again, and )?give the file that"):
         absorb(written(text, tmp_path))
+
+
+def test_a_result_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"result .*No such file.*; give the file that `opcompile measure`"):
+        absorb(tmp_path / "results.json")
 
 
 # --- all at once, and by command ---
