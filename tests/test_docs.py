@@ -89,6 +89,14 @@ def test_the_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.
         assert (tmp_path / "decoder" / "manifest.json").exists()
 
 
+def test_the_pass_for_tvm_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "tests" / "models" / "unet.onnx", "unet.onnx")
+    *_, code = fenced((ROOT / "docs" / "onnxruntime.md").read_text(), "python")
+    exec(code, {"__name__": "example"})  # noqa: S102 (our own page)
+    assert (tmp_path / "unet.so").exists()
+
+
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_every_python_example_is_python(path: Path) -> None:
     for code in fenced(path.read_text(), "python"):

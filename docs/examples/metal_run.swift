@@ -1,5 +1,7 @@
-// Run an artifact for Metal on a Mac: swift metal_run.swift DIR Y_BYTES < reads x.bin, w.bin (packed) and b.bin in DIR
-// and writes y.bin; all are the tensors' bytes. The batch of an open N is the third argument.
+// Run an artifact for Metal on a Mac: swift metal_run.swift DIR Y_BYTES [BATCH]
+//
+// It reads x.bin, w.bin (packed) and b.bin in DIR, and writes y.bin there; all are the tensors' bytes.
+// BATCH is that of an open N.
 import Foundation
 import Metal
 
