@@ -41,6 +41,10 @@ from schedules.gpu import GpuTiles
 # pointers that matrix instructions take; its merging as bytes comes after the barriers, and makes races.
 _OWN_PLACES = {"tirx.disable_storage_rewrite": True}
 
+# TVM names common subexpressions, and goes on without the names; one that the grid has in common with a tensor's size
+# would come to the kernel instead of the batch.
+_NO_NAMES = {"tirx.disable_cse_tir": True}
+
 
 @dataclass(frozen=True, slots=True)
 class GpuCode:
@@ -125,7 +129,8 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
 
 def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, tuple[bytes, ...]]:
     """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
-    with tvm.target.Target(target.tvm()) as tvm_target:
+    config = {**tvm.transform.PassContext.current().config, **_NO_NAMES}
+    with tvm.target.Target(target.tvm()) as tvm_target, tvm.transform.PassContext(config=config):
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
     if target.language == "cuda":

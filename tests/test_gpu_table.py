@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from opcompile.bounds import compare
 from opcompile.cases import CASES, Case
 from opcompile.gpus import GpuTarget
 from opcompile.lower_gpu import LoweredGpu, choose
+from opcompile.spec import ConvTranspose3d
 
 # The layers that every test run simulates: a family of schedules, a form of the declaration or a type each.
 QUICK = (
@@ -72,3 +74,15 @@ def test_a_kernel_is_exact_on_integers_and_within_the_bound_on_reals(case: Case,
 @pytest.mark.parametrize("case", [c for c in CASES if c.name not in QUICK], ids=lambda c: c.name)
 def test_every_other_case_is_too(case: Case, target: Any) -> None:
     check(case, target)
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+def test_an_open_batch_comes_to_the_kernel_as_it_is(target: GpuTarget) -> None:
+    """As many thread blocks as X has elements: TVM gives their number a name, and would pass that instead."""
+    kernel = lowered(ConvTranspose3d.parse("in=Nx1x2x2x2 co=1 k=4x2x4 s=2"), target)
+    spec, launch = kernel.spec, kernel.launch
+    assert launch.blocks == math.prod(n for n in spec.x_shape if n)
+    assert launch.arguments == ("b", "w", "x", "y", "batch")
+    assert re.search(r"\b(int64_t|long) batch\b", kernel.source)
+    x, w, b = integers(spec, batch=3)
+    compare(spec, simulated(kernel)(x, w, b), x, w, b, exact=True).require()
