@@ -12,7 +12,7 @@ from kernels import integers, reals
 
 from opcompile.bounds import compare
 from opcompile.cases import CASES, Case
-from opcompile.gpus import GpuTarget
+from opcompile.gpus import GpuTarget, gpu_target
 from opcompile.lower_gpu import LoweredGpu, choose
 from opcompile.spec import ConvTranspose3d
 
@@ -86,3 +86,12 @@ def test_an_open_batch_comes_to_the_kernel_as_it_is(target: GpuTarget) -> None:
     assert re.search(r"\b(int64_t|long) batch\b", kernel.source)
     x, w, b = integers(spec, batch=3)
     compare(spec, simulated(kernel)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("text", ["in=1x32x3x3x4 co=32 k=2 s=2", "in=Nx16x3x3x4 co=8 k=3 s=2 act=gelu layout=NDHWC"])
+def test_bfloat16_where_a_device_has_no_type_for_it(text: str) -> None:
+    spec = ConvTranspose3d.parse(f"{text} dtype=bfloat16")
+    kernel = lowered(spec, gpu_target("cuda:sm_75"))
+    assert "ushort" in kernel.source
+    x, w, b = reals(spec)
+    compare(spec, simulated(kernel)(x, w, b), x, w, b).require()

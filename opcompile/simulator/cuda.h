@@ -33,6 +33,10 @@ typedef simulator::Vector2<int> int2;
 typedef simulator::Vector4<int> int4;
 typedef simulator::Vector2<uint> uint2;
 typedef simulator::Vector4<uint> uint4;
+typedef simulator::Vector2<ushort> ushort2;
+typedef simulator::Vector4<ushort> ushort4;
+typedef simulator::Vector2<long long> longlong2;
+typedef simulator::Vector4<long long> longlong4;
 
 static inline half2 make_half2(half a, half b) { return {a, b}; }
 static inline half4 make_half4(half a, half b, half c, half d) { return {a, b, c, d}; }
@@ -47,6 +51,10 @@ static inline int2 make_int2(int a, int b) { return {a, b}; }
 static inline int4 make_int4(int a, int b, int c, int d) { return {a, b, c, d}; }
 static inline uint2 make_uint2(uint a, uint b) { return {a, b}; }
 static inline uint4 make_uint4(uint a, uint b, uint c, uint d) { return {a, b, c, d}; }
+static inline ushort2 make_ushort2(ushort a, ushort b) { return {a, b}; }
+static inline ushort4 make_ushort4(ushort a, ushort b, ushort c, ushort d) { return {a, b, c, d}; }
+static inline longlong2 make_longlong2(long long a, long long b) { return {a, b}; }
+static inline longlong4 make_longlong4(long long a, long long b, long long c, long long d) { return {a, b, c, d}; }
 static inline unsigned __pack_half2(half a, half b) { return (unsigned)b.bits << 16 | a.bits; }
 static inline unsigned __pack_nv_bfloat162(nv_bfloat16 a, nv_bfloat16 b) { return (unsigned)b.bits << 16 | a.bits; }
 static inline float __half2float(half value) { return value; }
