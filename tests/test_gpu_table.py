@@ -95,3 +95,11 @@ def test_bfloat16_where_a_device_has_no_type_for_it(text: str) -> None:
     assert "ushort" in kernel.source
     x, w, b = reals(spec)
     compare(spec, simulated(kernel)(x, w, b), x, w, b).require()
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+def test_an_axis_whose_phases_have_one_tap_or_none(target: GpuTarget) -> None:
+    """The others have more: weights are read as vectors, in loops of which one has no second turn."""
+    spec = ConvTranspose3d.parse("in=1x32x2x6x1 co=7 k=2x4x2 s=3x2x1")
+    x, w, b = integers(spec)
+    compare(spec, simulated(lowered(spec, target))(x, w, b), x, w, b, exact=True).require()
