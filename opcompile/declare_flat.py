@@ -225,9 +225,17 @@ class _Flat:
     def _element(self, x: Any, n: Any, channel: Any, at: Sequence[Any]) -> Any:
         """X at ``at``, zero outside of it."""
         axes = self.spec.axes
-        tests = [test for i, axis in zip(at, axes, strict=True) for test in (i >= 0, i < axis.size)]
+        tests = [test for i, axis in zip(at, axes, strict=True) for test in (i >= 0, self._within(i, axis))]
         value = x(n, channel, *at) if self.spec.layout == "NCDHW" else x(n, *at, channel)
         return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, self.spec.dtype))
+
+    def _within(self, i: Any, axis: Axis) -> Any:
+        """Test ``i < axis.size``: by a sign where TVM would make an equation of this and ``i >= 0``.
+
+        Its simplifier trips over one of 64 bits.
+        """
+        equation = 1 < axis.size == axis.dilation and i.ty.dtype == "int64"
+        return _negative(i - axis.size) if equation else i < axis.size
 
     def _product(self, column: Any, weight: Any) -> Any:
         return sum_type(self.spec, column) * sum_type(self.spec, weight)
@@ -333,9 +341,7 @@ class _Flat:
         """
         if self.grain.own == 1:
             return index < limit
-        difference = index - limit
-        bits = 63 if difference.ty.dtype == "int64" else 31
-        return tirx.shift_right(difference, _like(difference, bits)) != 0
+        return _negative(index - limit)
 
     def _scattered(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
@@ -434,3 +440,8 @@ def scattered(
 
 def _like(index: Any, value: int) -> Any:
     return tirx.const(value, index.ty.dtype)
+
+
+def _negative(index: Any) -> Any:
+    """Test the sign of a number."""
+    return tirx.shift_right(index, _like(index, 63 if index.ty.dtype == "int64" else 31)) != 0

@@ -97,6 +97,13 @@ def test_bfloat16_where_a_device_has_no_type_for_it(text: str) -> None:
     compare(spec, simulated(kernel)(x, w, b), x, w, b).require()
 
 
+@pytest.mark.parametrize("text", ["in=Nx4x2x1x1 co=4 k=2x1x1 s=3x1x1 d=2x1x1", "in=Nx4x3x3x3 co=4 k=2 s=2 d=3"])
+def test_an_axis_as_long_as_its_dilation_and_an_open_batch(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    compare(spec, simulated(lowered(spec, CUDA))(x, w, b), x, w, b, exact=True).require()
+
+
 @pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
 def test_an_axis_whose_phases_have_one_tap_or_none(target: GpuTarget) -> None:
     """The others have more: weights are read as vectors, in loops of which one has no second turn."""
