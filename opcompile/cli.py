@@ -601,9 +601,10 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as
     from opcompile.graph import DEFAULT_OPSET, export_onnx
     from opcompile.source import read
 
+    opset = DEFAULT_OPSET if opset is None else opset
     layer, spec = read(source, nodes).only()
-    written = export_onnx(spec, path, opset=opset or DEFAULT_OPSET, weight=layer.weight, bias=layer.bias)
-    content = {"output": str(written), "spec": str(spec), "opset": opset or DEFAULT_OPSET}
+    written = export_onnx(spec, path, opset=opset, weight=layer.weight, bias=layer.bias)
+    content = {"output": str(written), "spec": str(spec), "opset": opset}
     _emit(as_json, content, lambda: [f"{written}: {spec}"])
 
 

@@ -173,6 +173,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["no-such-case", "-o", "{tmp}/a.onnx"], 2, ["no-such-case"]),
         ([LAYER, "-o", "{tmp}/none/a.onnx"], 2, ["none/a.onnx"]),
         ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "3"], 2, ["opset 3"]),
+        ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "0"], 2, ["opset 0"]),
         (["{models}/unet.onnx", "-o", "{tmp}/a.onnx"], 2, ["has 2 such nodes", "--node"]),
     ],
     "replace": [
