@@ -369,11 +369,11 @@ class _Flat:
         return scattered(func, y, ("n", "g", "m", "q", "fd", "fh", "fw"), place)
 
 
-def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str, *, long_first: bool) -> tirx.PrimFunc:
+def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str, *, blocks: int, long_first: bool) -> tirx.PrimFunc:
     """Let loops over taps end where those of a block's phase do, in a scheduled function whose phases are apart.
 
-    The loops are those that are annotated with ``mark``, and the axis. Phases vary fastest in the block's index; with
-    ``long_first`` those of a row do, and those of the other axes slowest.
+    The loops are those that are annotated with ``mark``, and the axis. Of the ``blocks`` of an image, phases vary
+    fastest in the block's index; with ``long_first`` those of a row do, and those of the other axes slowest.
     """
     grids: list[Any] = []
 
@@ -382,9 +382,9 @@ def only_taps(func: tirx.PrimFunc, spec: ConvTranspose3d, mark: str, *, long_fir
             grids.append(loop)
 
     tvm_ffi.structural_walk(func.body, (tirx.For, found))
-    block, blocks = grids[0].loop_var, grids[0].extent
+    block = grids[0].loop_var
     fd, fh, fw = (axis.stride for axis in spec.axes)
-    others = tirx.floordiv(block, tirx.floordiv(blocks, fd * fh) if long_first else fw)
+    others = tirx.floordiv(block, blocks // (fd * fh) if long_first else fw)
     phases = (tirx.floormod(tirx.floordiv(others, fh), fd), tirx.floormod(others, fh), tirx.floormod(block, fw))
 
     def cut(loop: Any) -> Any:

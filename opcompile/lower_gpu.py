@@ -185,7 +185,8 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles, target: GpuTarget) -> tvm.
     gpu.schedule(schedule, spec, tiles, target.unit(spec.dtype))
     module = schedule.mod
     if tiles.apart:
-        cut = only_taps(module[KERNEL], spec, gpu.TAPS_OF, long_first=gpu.longest_first(spec))
+        count, long_first = blocks(spec, tiles), gpu.longest_first(spec)
+        cut = only_taps(module[KERNEL], spec, gpu.TAPS_OF, blocks=count, long_first=long_first)
         module = tvm.IRModule({KERNEL: cut})
     module = _with_plain_indices(module)
     return _shared_first(module) if tiles.family == "matrix" and gpu.HOISTED[target.unit(spec.dtype)] else module

@@ -77,7 +77,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: GpuTiles, unit: Unit) 
 
 
 def longest_first(spec: ConvTranspose3d) -> bool:
-    """Whether blocks of phases that are apart start in the order of their taps, but for the phases of a row.
+    """Whether, for each image, blocks of phases that are apart start in the order of their taps, but for a row's.
 
     A block of eight taps that starts last keeps the device waiting. Not where each phase would then read X from memory
     again; nor can it matter where all phases have as many taps.
@@ -112,7 +112,7 @@ def sums(
     q, q_in = sch.split(q, [None, tiles.positions])
     grid, together = ([n, g, m, q, *phases], []) if tiles.apart else ([n, g, m, q], phases)
     if long_first:
-        grid = [*phases[:2], n, g, m, q, phases[2]]
+        grid = [n, *phases[:2], g, m, q, phases[2]]
     sch.reorder(*grid, m_in, q_in, *together)
     block = sch.fuse(*grid)
     sch.bind(block, "blockIdx.x")

@@ -15,6 +15,7 @@ from opcompile.cases import CASES, Case
 from opcompile.gpus import GpuTarget, gpu_target
 from opcompile.lower_gpu import LoweredGpu, choose
 from opcompile.spec import ConvTranspose3d
+from schedules.gpu import longest_first
 
 # The layers that every test run simulates: a family of schedules, a form of the declaration or a type each.
 QUICK = (
@@ -85,6 +86,18 @@ def test_an_open_batch_comes_to_the_kernel_as_it_is(target: GpuTarget) -> None:
     assert launch.arguments == ("b", "w", "x", "y", "batch")
     assert re.search(r"\b(int64_t|long) batch\b", kernel.source)
     x, w, b = integers(spec, batch=3)
+    compare(spec, simulated(kernel)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+@pytest.mark.parametrize("batch", ["N", "2"])
+def test_a_block_knows_its_phase_whatever_the_batch(batch: str, target: GpuTarget) -> None:
+    """It divides by no number that comes at run time."""
+    spec = ConvTranspose3d.parse(f"in={batch}x64x4x4x4 co=24 k=3 s=2 p=1 op=1")
+    kernel = lowered(spec, target)
+    assert longest_first(spec)
+    assert kernel.source.count("batch") <= 4
+    x, w, b = integers(spec)
     compare(spec, simulated(kernel)(x, w, b), x, w, b, exact=True).require()
 
 
