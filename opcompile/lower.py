@@ -90,7 +90,8 @@ def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.
     TVM would take the sums from the heap, where LLVM may keep them in registers only as long as nothing else in the
     loop may touch memory. It would narrow the indices to 32 bits.
     """
-    as_declared = tvm.transform.PassContext(disabled_pass=["tirx.NarrowDataType"])
+    config = tvm.transform.PassContext.current().config
+    as_declared = tvm.transform.PassContext(config=config, disabled_pass=["tirx.NarrowDataType"])
     with as_declared, tvm.target.Target(target) as tvm_target:
         return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
 
