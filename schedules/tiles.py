@@ -529,7 +529,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 3.6 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    weaving = 4.4 if transposed else 1.55 + 0.5 * in_first + 0.6 * in_second
     if t.vector == "taps":  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
