@@ -484,10 +484,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # --- what they cost ---
 #
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
-# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), and
-# again to 1100 of 60 layers on another (Zen 4). They are to rank, not to predict: the first of the
-# ranking was 4 % slower than the best of those 1100, in the geometric mean over the layers; 29 % at most
-# (depthwise), 12 % on layers that are not.
+# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), to 1100
+# of 60 layers on another (Zen 4), and there again, those of loads and weights, to 370 of 45 layers that
+# are not depthwise. They are to rank, not to predict: the first of the ranking was 0.6 % slower than the
+# best of those 370, in the geometric mean over the layers, 4 % at most; of depthwise ones 29 % at most.
 
 
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
@@ -529,7 +529,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 4.4 if transposed else 1.55 + 0.5 * in_first + 0.6 * in_second
+    weaving = 4.4 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
     if t.vector == "taps":  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
@@ -552,12 +552,14 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
     if not layer.channels_first and t.vector != "channels":  # transposed, element by element
         a_row += 0.6
+    far = min(1, depth * a_plane / (8 * machine.l2_bytes))
     if t.copy == "whole":
-        kept = min(1, depth * a_plane / (8 * machine.l2_bytes))
-        return layer.images * depth * a_plane * (0.4 + 0.8 * kept + a_row)
+        return layer.images * depth * a_plane * (0.4 + 0.8 * far + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
-    return layer.tasks(t) * layer.window(t) * (0.22 + a_row + 0.17 * missed)
+    # the rows of each channel and plane are in pages of their own
+    pages = layer.c * (t.depth * t.bands_d + depth - layer.depth) if layer.channels_first else 0
+    return layer.tasks(t) * (layer.window(t) * (0.22 + a_row + 0.17 * missed) + 30 * far * pages)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
