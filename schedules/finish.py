@@ -347,9 +347,8 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     channels = spec.channels_in // spec.groups
     if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
         asking.append(_of_next_chunk)
-    again = math.prod(axis.positions for axis in spec.axes) > t.rows * t.columns
     several = math.prod(axis.size for axis in spec.axes) > _FEW
-    if again and several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+    if several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
         asking.append(_of_next_tap)
     return asking
 

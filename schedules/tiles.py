@@ -594,7 +594,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         waiting = t.scalars * a_weight
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
-            waiting += (t.rows + taps_h - 1) * a_row / (600 * taps_h * taps_w)
+            waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
