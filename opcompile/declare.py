@@ -84,7 +84,7 @@ def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int
     """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, zero-padded to the grain and to whole taps."""
     c, m, *kernel = spec.w_shape
     if phases_as_axes(spec):
-        kernel = [max(k, a.tap_step * most_taps(a)) for k, a in zip(kernel, spec.axes, strict=True)]
+        kernel = [max(k, a.tap_step * a.most_taps) for k, a in zip(kernel, spec.axes, strict=True)]
     kd, kh, kw = kernel
     return (c, round_up(m, grain.channels), kd, kh, kw)
 
@@ -139,13 +139,8 @@ class _Window:
         """The same when every phase is given the same number of taps, the surplus ones with zero weights."""
         positions = round_up(axis.positions, grain)
         firsts = [first_of(axis, phase.index)[1] for phase in axis.phases]
-        low = min(firsts) - (most_taps(axis) - 1) * axis.offset_step
+        low = min(firsts) - (axis.most_taps - 1) * axis.offset_step
         return cls(low, max(firsts) - low + positions, positions)
-
-
-def most_taps(axis: Axis) -> int:
-    """Return the largest number of taps of any phase, and 1 where none has a tap."""
-    return max(1, *(phase.taps for phase in axis.phases), 0)
 
 
 class _Grid:
@@ -236,7 +231,7 @@ class Scope:
         return cls(spec, where, channels, INDEX, batch, grain.stored)
 
     def narrowed(self) -> Scope:
-        """The same with indices of 32 bits, where the batch is known and every tensor has fewer than 2^30 elements."""
+        """The same with indices as narrow as `narrow_index` allows."""
         spec = self.spec
         if spec.batch is None:
             return self
@@ -245,10 +240,8 @@ class Scope:
         phase = spec.batch * spec.groups * self.channels * math.prod(self.where.positions) * phases
         w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
         sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]
-        # rounding up and fusing loops may double a range: leave a factor of two below 2^31
-        if max(*sizes, pad, phase) >= 2**30:
-            return self
-        return replace(self, index="int32", batch=tirx.IntImm("int32", spec.batch))
+        index = narrow_index(spec.batch, [*sizes, pad, phase])
+        return replace(self, index=index, batch=tirx.IntImm(index, spec.batch))
 
     def sizes(self, *sizes: int | None) -> list[Any]:
         """Return the sizes in the type of the indices."""
@@ -310,6 +303,12 @@ class Scope:
     def _bits(self) -> str:
         """Whole numbers as wide as stored elements: TVM would widen a buffer of its own that holds bfloat16."""
         return f"uint{8 * self.spec.itemsize}"
+
+
+def narrow_index(batch: int | None, sizes: Sequence[int]) -> str:
+    """The type of indices where 32 bits are better: these, if the batch is known and all ``sizes`` are below 2^30."""
+    # rounding up and fusing loops may double a range: leave a factor of two below 2^31
+    return INDEX if batch is None or max(sizes) >= 2**30 else "int32"
 
 
 def sum_type(spec: ConvTranspose3d, value: Any) -> Any:
@@ -414,7 +413,7 @@ def _pick_phase(spec: ConvTranspose3d, of: Callable[[Any, Any, Sequence[Any], Ph
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block with the phases as axes, each reduced over the largest number of taps of any."""
     spec = scope.spec
-    taps = scope.reduced([most_taps(a) for a in spec.axes])
+    taps = scope.reduced([a.most_taps for a in spec.axes])
 
     def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
         firsts = [first_of(a, f) for a, f in zip(spec.axes, fq[:3], strict=True)]

@@ -189,6 +189,11 @@ class Axis:
         return min(offsets), max(offsets)
 
     @property
+    def most_taps(self) -> int:
+        """The largest number of taps of any phase, and 1 where none has a tap."""
+        return max([1, *(phase.taps for phase in self.phases)])
+
+    @property
     def even_taps(self) -> bool:
         """Whether every phase has taps, and as many as the others."""
         return math.gcd(self.stride, self.dilation) == 1 and self.kernel % self.tap_step == 0

@@ -61,9 +61,10 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     ahead = _channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
     column = spec.axes[2]
-    if tiles.trims(column.positions, max((phase.taps for phase in column.phases), default=0)):
+    if tiles.trims(column.positions, column.most_taps):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, column)))
-    function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
+    if joined(spec, tiles) == 1:  # a line through several planes has all that they have
+        function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     if asking := _ahead(spec, tiles):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, tiles, asking)))
     if tiles.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
@@ -309,7 +310,7 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
     """
     found = _over_channels(loop)
-    if found is None or joined(spec, t) > 1:  # a line through several planes has all that they have
+    if found is None:
         return loop
     adding, tile = found
     phase = [int(f) for f in adding.block.name_hint.split("_")[1:4]]

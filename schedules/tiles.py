@@ -273,7 +273,7 @@ class _Layer:
             reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
             kernels=tuple(a.kernel for a in spec.axes),  # type: ignore[arg-type]
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
-            most_taps=tuple(max(1, *(phase.taps for phase in axis.phases)) for axis in spec.axes),  # type: ignore[arg-type]
+            most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
@@ -305,10 +305,13 @@ class _Layer:
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
-        more_d, more_h, _ = (reach - size for reach, size in zip(self.reach, (self.depth, self.height, 0), strict=True))
-        planes = t.depth * t.bands_d + more_d
+        more_h = self.reach[1] - self.height
         rows = (t.height + more_h) * t.bands_h if t.line else t.height * t.bands_h + more_h
-        return self.itemsize * self.together * self.c * planes * rows * self.reach[2]
+        return self.itemsize * self.together * self.c * self.planes(t) * rows * self.reach[2]
+
+    def planes(self, t: Tiles) -> int:
+        """Planes of X that a task reads."""
+        return t.depth * t.bands_d + self.reach[0] - self.depth
 
     @property
     def flat(self) -> bool:
@@ -558,7 +561,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
     # the rows of each channel and plane are in pages of their own
-    pages = layer.c * (t.depth * t.bands_d + depth - layer.depth) if layer.channels_first else 0
+    pages = layer.c * layer.planes(t) if layer.channels_first else 0
     return layer.tasks(t) * (layer.window(t) * (0.22 + a_row + 0.17 * missed) + 30 * far * pages)
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import round_up
+from opcompile.declare import narrow_index, round_up
 from opcompile.declare_flat import FlatGrain, scattered
 from opcompile.gradients.declare import Depth, Element, read, unravel, upstream
 from opcompile.gradients.gradient import Gradient
@@ -87,8 +87,7 @@ class _Flat:
     def of(cls, gradient: Gradient, grain: FlatGrain, terms: int) -> _Flat:
         layer, count = gradient.layer, columns(gradient)
         sizes = [math.prod(n or 1 for n in shape) for shape in (*gradient.operands.values(), gradient.shape)]
-        # rounding up and fusing loops may double a range: leave a factor of two below 2^31
-        index = "int64" if layer.batch is None or max(sizes) >= 2**30 else "int32"
+        index = narrow_index(layer.batch, sizes)
         batch = te.var("batch", index) if layer.batch is None else tirx.IntImm(index, layer.batch)
         rows = 1 if gradient.wrt == "b" else round_up(layer.channels_in // layer.groups, grain.channels)
         count_up = round_up(count, grain.positions)
