@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from tvm import s_tir, tirx
+from tvm import DataType, s_tir, tirx
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from opcompile.lower import KERNEL, compiled, scheduled
+from opcompile.record import illegal
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, candidates
+from schedules.tiles import _Layer
 
 MACHINE = target("llvm:x86-64-v4").machine
 LANES = MACHINE.vector_bytes // 4
@@ -40,6 +46,8 @@ def statements(
         yield from statements(at.block.body, loops, woven=woven)
     elif isinstance(at, tirx.IfThenElse):
         yield from statements(at.then_case, loops, woven=woven)
+    elif isinstance(at, tirx.AttrStmt):
+        yield from statements(at.body, loops, woven=woven)
 
 
 def fetched(at: Any) -> Any:
@@ -253,11 +261,104 @@ def test_x_is_asked_for_a_page_or_some_channels_before_it_is_copied(
     channels: int, width: int, vector: str, ahead: int
 ) -> None:
     spec = ConvTranspose3d.parse(f"in=1x{channels}x2x4x{width} co=3 k=2 s=2")
-    tiles = replace(tiles_of(spec, vector), height=4) if vector == "line" else tiles_of(spec, vector)
+    tiles = replace(tiles_of(spec, vector), fetch="own", **({"height": 4} if vector == "line" else {}))  # type: ignore[arg-type]
     elements = [e for at, _ in statements(scheduled(spec, tiles)[KERNEL].body) if (e := fetched(at)) is not None]
     of_x = [words(e.indices[1]) for e in elements if e.source.name == "X"]
     assert of_x
     assert all("T.min(" in each and f" + {ahead}, {channels - 1})" in each for each in of_x)
+
+
+BF16 = target("llvm:sapphirerapids+bf16").machine
+
+
+@pytest.mark.parametrize(
+    ("text", "vector", "changed"),
+    [
+        ("in=2x2x2x6x32 co=2 k=3 s=2 p=1 op=1", "row", {"height": 2, "bands_h": 3}),
+        ("in=1x4x5x6x16 co=6 k=2 s=2", "row", {"bands_d": 5, "height": 3, "rows": 3, "chunk": 2}),
+        ("in=1x6x4x6x32 co=4 k=3 s=2 p=1 op=1 g=2", "row", {"depth": 2}),
+        ("in=1x4x4x6x16 co=4 k=5 s=2 p=2 op=1 g=4", "row", {"bands_d": 2}),  # taps of a plane at once
+        ("in=1x2x2x6x16 co=48 k=2 s=2", "channels", {"task": 16}),
+        ("in=1x4x4x6x16 co=16 k=3 s=1 p=1", "channels", {"vectors": 1, "scalars": 16}),  # columns left out
+        ("in=1x4x4x6x16 co=6 k=2 s=2", "line", {"depth": 2, "height": 6}),  # through both planes
+        ("in=1x4x4x6x32 co=6 k=3 s=2 p=1 op=1", "line", {"height": 2}),
+        ("in=1x4x4x6x32 co=1 k=3 s=2 p=1 op=1", "taps", {"height": 3}),
+        ("in=1x16x4x6x2 co=16 k=2 s=2 layout=NDHWC", "channels", {}),
+        ("in=1x2x3x4x32 co=2 k=3 s=2 p=1 op=1 dtype=float16", "row", {}),
+        ("in=1x4x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
+        ("in=1x2x3x3x16 co=2 k=2 s=3x3x4", "row", {}),  # phases as axes
+    ],
+)
+def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, changed: dict[str, int]) -> None:
+    spec = ConvTranspose3d.parse(text)
+    if vector == "pairs":
+        chosen = next(e.tiles for e in candidates(spec, BF16) if e.tiles.products == 2)
+    elif vector == "taps":
+        chosen = Tiles("taps", LANES, 1, 9, 1, 1, 1, 1, spec.channels_in, "task")
+    else:
+        chosen = tiles_of(spec, vector)
+    several = {"depth": 1, "height": 1, "rows": 1, "bands_d": 1, "bands_h": 1, "bands_m": 1}
+    tiles = replace(chosen, **several, copy="task", fetch="next")
+    tiles = replace(tiles, **changed)
+    axis_d, axis_h, _ = spec.axes
+    planes, rows = tiles.depth * tiles.bands_d, tiles.height * tiles.bands_h
+    groups = spec.groups if spec.layout == "NCDHW" else 1
+    of_m = -(-spec.channels_out // spec.groups // tiles.task)
+    counts = (spec.batch or 1, groups, of_m, -(-axis_d.positions // planes), -(-axis_h.positions // rows))
+    tasks = list(itertools.product(*map(range, counts)))
+    assert len(tasks) > 1
+    asked = x_asked_for(scheduled(spec, tiles)[KERNEL].body)
+    x = np.arange(math.prod(spec.x_shape)).reshape(spec.x_shape)
+    elements = 64 // spec.itemsize
+    for number, (n, g, _, d, h) in enumerate(tasks[1:]):
+        of_d, of_h = (
+            slice(max(0, q * count + axis.reads[0]), (q + 1) * count + axis.reads[1])
+            for q, count, axis in ((d, planes, axis_d), (h, rows, axis_h))
+        )
+        c = spec.channels_in // groups
+        read = x[n, g * c : (g + 1) * c, of_d, of_h] if spec.layout == "NCDHW" else x[n, of_d, of_h]
+        assert set(read.ravel() // elements) <= asked[number]
+        assert len(asked[number]) < 2 * len(set(read.ravel() // elements)) + 8 * c
+
+
+def x_asked_for(body: Any) -> dict[int, set[int]]:
+    """For each task the lines of X that it asks for, but for those of its own copy."""
+    asked: dict[int, set[int]] = {}
+    for at, loops in statements(body):
+        element = fetched(at)
+        if element is None or element.source.name != "X" or "T.min(" in str(element):
+            continue
+        shape = [int(n) for n in element.source.shape]
+        flat = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(element.indices))
+        of_line = 64 // (DataType(element.source.dtype).bits // 8)
+        place = compile(re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(Analyzer().simplify(flat))), "X", "eval")
+        T = SimpleNamespace(max=max)
+        for turn in itertools.product(*(range(int(loop.extent)) for loop in loops)):
+            names = {str(loop.loop_var): i for loop, i in zip(loops, turn, strict=True)}
+            asked.setdefault(turn[0], set()).add(eval(place, {"T": T}, names) // of_line)  # noqa: S307
+    return asked
+
+
+def test_only_what_the_second_cache_has_room_for_is_asked_for_early() -> None:
+    for text in ("in=1x32x24x24x32 co=2 k=3 s=2 p=1 op=1", "in=1x64x8x8x8 co=64 k=2 s=2", "in=1x8x1x1x2 co=4 k=2 s=2"):
+        spec = ConvTranspose3d.parse(text)
+        for tiles in (e.tiles for e in candidates(spec, MACHINE)):
+            layer = _Layer.of(spec, 1)
+            room = tiles.copy == "task" and layer.tasks(tiles) > 1 and 2 * layer.window(tiles) <= MACHINE.l2_bytes
+            assert tiles.fetch == ("next" if room else "own")
+
+
+def test_a_record_says_whose_x_is_asked_for() -> None:
+    spec, on = ConvTranspose3d.parse("in=1x32x24x24x32 co=2 k=3 s=2 p=1 op=1"), target("llvm:x86-64-v4")
+    tiles = next(e.tiles for e in candidates(spec, MACHINE) if e.tiles.fetch == "next")
+    assert illegal(tiles.fields(), spec, on) is None
+    before = {name: n for name, n in tiles.fields().items() if name != "fetch"}
+    assert illegal(before, spec, on) is None
+    assert Tiles(**before) == replace(tiles, fetch="own")  # type: ignore[arg-type]
+    assert illegal({**before, "fetch": "last"}, spec, on) == "fetch is 'last', but must be 'own' or 'next'"
+    error = illegal({**tiles.fields(), "copy": "whole"}, spec, on)
+    assert error is not None
+    assert error.startswith("fetch is 'next', but where all X is copied first")
 
 
 def test_y_is_asked_for_a_page_before_it_is_written() -> None:

@@ -1,0 +1,263 @@
+"""What is asked for before it is needed: X, weights and Y, into the second cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir.expr import TensorLoad
+from tvm_ffi import structural_map
+
+from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced
+from schedules.tiles import CACHE_LINE, joined, reach
+
+if TYPE_CHECKING:
+    from opcompile.spec import ConvTranspose3d
+    from schedules.tiles import Tiles
+
+# So many bytes ahead are X and Y asked for, and X some channels at least: what memory needs to answer.
+BYTES_AHEAD = 4096
+_CHANNELS_AHEAD = 4
+# Weights of no more bytes stay in the second cache; for no more elements of X, memory sends them as fast as it can.
+_NEAR = 512 << 10
+_FEW = 16
+
+Ahead = Callable[[s_tir.SBlockRealize, list[tirx.For], "Tiles"], list[tirx.Stmt]]
+Loops = tuple[tirx.For, ...]
+
+
+def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
+    """Let the loops over channels, and the sums that leave their registers, ask for what comes later."""
+    x, *_, y = function.params
+    if t.fetch == "next":
+        function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
+    if ahead := _ahead(spec, t):
+        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
+    if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
+        function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
+    return function
+
+
+def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
+    plane, column = spec.axes[1], spec.axes[2]
+    rows = joined(spec, t) * (t.height + reach(plane) - plane.positions) if t.line else 1
+    ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * reach(column) * spec.itemsize))
+    return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
+
+
+def of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, ahead: int) -> tirx.Stmt:
+    """Ask for what the block copies, some channels further on."""
+    (load,) = every(TensorLoad, copy.block.body.value)
+    values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
+    names = [v.var.name for v in copy.block.iter_vars]
+    channel = copy.block.iter_vars[names.index("v_c")].var
+    values[channel] = tirx.min(values[channel] + ahead, tirx.const(channels - 1, channel.ty.dtype))
+    first_lane = {lane: tirx.const(0, lane.ty.dtype)}
+    return fetch(load.source, [replaced(replaced(i, values), first_lane) for i in load.indices])
+
+
+def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> tirx.Stmt:
+    """Let the loops over channels of a task ask for what of X the next one will copy, spread evenly over them.
+
+    A task copies its part of X before it multiplies, and would wait for memory meanwhile.
+    """
+    if task.kind != tirx.ForKind.PARALLEL:
+        return task
+    by_channel = spec.layout == "NCDHW"
+    loops = [_told_apart(loop, around, by_channel) for loop, around in _channel_loops(task.body, ())]
+    if not loops:  # these tasks copy all X
+        return task
+    n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
+    of_plane, planes = _lines(spec, t)
+
+    def line(channel: Any, number: Any) -> tirx.Stmt:
+        plane, at = tirx.floordiv(number, of_plane), tirx.floormod(number, of_plane) * (CACHE_LINE // spec.itemsize)
+        return fetch(x, (n, first_channel + channel, d + plane, h, at) if by_channel else (n, d + plane, h, 0, at))
+
+    turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
+    of_turn = -(-of_plane * planes // sum(turns))
+    fetches, before = [], 0
+    for (channel, around), own in zip(loops, turns, strict=True):
+        turn: Any = tirx.const(0, task.loop_var.ty.dtype)
+        for loop in around:
+            turn = turn * loop.extent + loop.loop_var
+        first = tirx.floordiv((turn + before) * (of_plane * planes), sum(turns))
+        pair = range(t.products if by_channel else 1)
+        fetches.append([line(channel + j, first + i) for i in range(of_turn) for j in pair])
+        before += own
+    body = _in_channel_loops(task.body, iter(fetches))
+    return tirx.For(task.loop_var, task.min, task.extent, task.kind, body)
+
+
+def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, Any]:
+    """Where of X a task begins: image, channel, plane and row."""
+    axis_d, axis_h, _ = spec.axes
+    planes, rows, channels = t.depth * t.bands_d, t.height * t.bands_h, t.task * t.bands_m
+    digits = []
+    for count in (
+        -(-axis_h.positions // rows),
+        -(-axis_d.positions // planes),
+        -(-(spec.channels_out // spec.groups) // channels),
+        spec.groups if spec.layout == "NCDHW" else 1,
+    ):
+        digits.append(tirx.floormod(task, count))
+        task = tirx.floordiv(task, count)
+    h, d, _, g = digits
+    d, h = (
+        tirx.max(q * several + axis.reads[0], tirx.const(0, q.ty.dtype))
+        for q, several, axis in ((d, planes, axis_d), (h, rows, axis_h))
+    )
+    return task, g * (spec.channels_in // spec.groups), d, h
+
+
+def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
+    """What a task reads of X, of a channel where they come first: cache lines of a plane, and planes."""
+    axis_d, axis_h, axis_w = spec.axes
+    planes, rows = t.depth * t.bands_d, t.height * t.bands_h
+    planes, rows = (
+        min(several + reach(axis) - axis.positions, axis.size) for several, axis in ((planes, axis_d), (rows, axis_h))
+    )
+    side_by_side = 1 if spec.layout == "NCDHW" else spec.channels_in
+    return -(-rows * axis_w.size * side_by_side * spec.itemsize // CACHE_LINE), planes
+
+
+def _channel_loops(statement: tirx.Stmt, around: Loops) -> Iterator[tuple[tirx.For, Loops]]:
+    """The loops over channels in a statement, in their order, each with those around it."""
+    if isinstance(statement, tirx.SeqStmt):
+        for each in statement.seq:
+            yield from _channel_loops(each, around)
+    elif isinstance(statement, tirx.IfThenElse):
+        yield from _channel_loops(statement.then_case, around)
+    elif isinstance(statement, tirx.For):
+        if over_channels(statement, ADDING_ANY):
+            yield statement, around
+        else:
+            yield from _channel_loops(statement.body, (*around, statement))
+
+
+def _told_apart(loop: tirx.For, around: Loops, by_channel: bool) -> tuple[Any, Loops]:
+    """The channel of a turn of the loop, and the loops that tell apart turns of the same channel; of any, else."""
+    adding, tile = over_channels(loop, ADDING_ANY)  # type: ignore[misc]
+    channel = replaced(adding.iter_values[-1], begin(tile))
+    if not by_channel:
+        return tirx.const(0, channel.ty.dtype), (*around, loop)
+    of_channel = every(tirx.Var, channel)
+    return channel, tuple(each for each in around if not any(each.loop_var.same_as(var) for var in of_channel))
+
+
+def _in_channel_loops(statement: tirx.Stmt, fetches: Iterator[list[tirx.Stmt]]) -> tirx.Stmt:
+    """The statement, in which each turn of a loop over channels begins with the next of ``fetches``."""
+    if isinstance(statement, tirx.SeqStmt):
+        return in_turn([_in_channel_loops(each, fetches) for each in statement.seq])
+    if isinstance(statement, tirx.IfThenElse):
+        return tirx.IfThenElse(statement.condition, _in_channel_loops(statement.then_case, fetches), None)
+    if not isinstance(statement, tirx.For):
+        return statement
+    if over_channels(statement, ADDING_ANY):
+        return _beginning(statement, next(fetches))
+    body = _in_channel_loops(statement.body, fetches)
+    kept = statement.annotations
+    return tirx.For(statement.loop_var, statement.min, statement.extent, statement.kind, body, annotations=kept)
+
+
+def _beginning(loop: tirx.For, fetches: list[tirx.Stmt]) -> tirx.For:
+    """The loop, whose turns begin with ``fetches``."""
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, in_turn([*fetches, loop.body]))
+
+
+def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
+    """What to ask for as channels are multiplied."""
+    ahead: list[Ahead] = []
+    channels = spec.channels_in // spec.groups
+    if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
+        ahead.append(_of_next_chunk)
+    several = math.prod(axis.size for axis in spec.axes) > _FEW
+    if several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+        ahead.append(_of_next_tap)
+    return ahead
+
+
+def _asking(loop: tirx.For, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
+    """Where a loop goes through channels, ask for what comes later."""
+    found = over_channels(loop)
+    fetches = [fetch for ask in ahead for fetch in ask(*found, t)] if found else []
+    return _beginning(loop, fetches) if fetches else loop
+
+
+def _of_next_chunk(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+    """Where the taps of a row begin, what they will read of the next chunk of channels.
+
+    The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
+    """
+    x, values = _first(adding, tile, "pad")
+    *_, tap_w, channel = (v.var for v in adding.block.iter_vars)
+    values[channel] = values[channel] + t.chunk
+    *line, first = _at(x, values)
+    a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
+    asked = [fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
+    return [tirx.IfThenElse(values[tap_w] == 0, in_turn(asked), None)]
+
+
+def _of_next_tap(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+    """The weights of these channels for the next tap, which follow in memory.
+
+    The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
+    """
+    if all(read.source.name != "W" for read in adding.block.reads):  # a task has widened them, and has them near
+        return []
+    w, values = _first(adding, tile, "W")
+    g, block, *taps, channel, first = _at(w, values)[:10]
+    rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
+    channels = int(w.source.shape[8])
+    blocks = range(t.vectors if t.vector == "channels" else 1)
+    return [fetch(w.source, [g, block + i, *taps, channel + channels, first, *rest]) for i in blocks]
+
+
+def _first(adding: s_tir.SBlockRealize, tile: list[tirx.For], name: str) -> tuple[Any, dict[tirx.Var, Any]]:
+    """What the block reads of a buffer, and the block's variables where its register tile begins."""
+    block = adding.block
+    values = {v.var: replaced(i, begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
+    (load,) = (load for load in every(TensorLoad, block.body.value) if load.source.name == name)
+    return load, values
+
+
+def _at(load: Any, values: Mapping[tirx.Var, Any]) -> list[Any]:
+    """The indices of an element, or of the first of a vector."""
+    return [i.base if isinstance(i, tirx.Ramp) else i for i in (replaced(each, values) for each in load.indices)]
+
+
+def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
+    """Where a vector of sums leaves its registers, ask for one line of Y into the second cache.
+
+    The phases of a row fill as many lines as they have vectors, and each vector asks for another one.
+    """
+    block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
+    if loop.kind != tirx.ForKind.VECTORIZED or block is None or not LEAVING.fullmatch(block.name_hint):
+        return loop
+    n, g, m, d, h, w, *_ = [replaced(value, begin([loop])) for value in loop.body.iter_values]
+    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
+    if t.vector == "channels":
+        m = m * t.lanes
+    else:
+        w = w + phase[2] * t.lanes // spec.axes[2].stride
+    if t.line:
+        of_row = reach(spec.axes[2])
+        h, w = h * t.height + tirx.floordiv(w, of_row), tirx.floormod(w, of_row)
+        if (planes := joined(spec, t)) > 1:
+            d, h = d * planes + tirx.floordiv(h, t.height), tirx.floormod(h, t.height)
+    o = [q * axis.stride + f for q, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
+    if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
+        m = m + tirx.floormod(o[2], t.lanes)
+    m = g * (spec.channels_out // spec.groups) + m
+    return tirx.SeqStmt([loop, fetch(y, (n, m, *o) if spec.layout == "NCDHW" else (n, *o, m))])
+
+
+def fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
+    """Ask for the line of an element into the second cache; one beyond the buffer is not fetched, and does no harm."""
+    to_read, into_second_cache, data = (tirx.const(i, "int32") for i in (0, 2, 1))
+    address = tirx.address_of(tirx.BufferLoad(buffer, list(at)))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data))

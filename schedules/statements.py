@@ -1,0 +1,56 @@
+"""Statements of a scheduled module: found, put in turn, with variables replaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import s_tir, tirx
+from tvm_ffi import structural_map
+
+# The block that adds one product to the sums of one phase.
+ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
+# The block that adds one product to any sums: of a phase, of all phases as axes, of a tap.
+ADDING_ANY = re.compile(r"(phase(_\d+_\d+_\d+)?|tap_\d+)_update")
+# The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
+LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
+
+
+def over_channels(
+    loop: tirx.For, blocks: re.Pattern[str] = ADDING
+) -> tuple[s_tir.SBlockRealize, list[tirx.For]] | None:
+    """Where a loop goes through channels: the block that adds their products, and the loops of its register tile."""
+    inner, tile = loop.body, []
+    while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
+        tile.append(inner)
+        inner = inner.body
+    adding = isinstance(inner, s_tir.SBlockRealize) and blocks.fullmatch(inner.block.name_hint)
+    return (inner, tile) if loop.kind == tirx.ForKind.SERIAL and adding and tile else None
+
+
+def every(kind: Any, tree: Any) -> list[Any]:
+    """The nodes of a kind in ``tree``."""
+    found: list[Any] = []
+
+    def seen(node: Any) -> Any:
+        found.append(node)
+        return node
+
+    structural_map(tree, (kind, seen))
+    return found
+
+
+def begin(loops: Sequence[tirx.For]) -> dict[tirx.Var, Any]:
+    """The variables of the loops, each at 0."""
+    return {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype) for loop in loops}
+
+
+def in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:
+    """The statements, one after the other."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+
+
+def replaced(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:
+    """``tree`` with variables replaced."""
+    return structural_map(tree, (tirx.Var, lambda var: values.get(var, var)))
