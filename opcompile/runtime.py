@@ -112,7 +112,8 @@ class Slot:
         return self._borrow_dlpack(value, to_write)
 
     def _borrow_numpy(self, value: NDArray[Any], to_write: bool) -> Borrowed:
-        if value.dtype != self.plain:
+        # NumPy takes float64 for equal to None
+        if self.plain is None or value.dtype != self.plain:
             self._require_dtype(value.dtype.name if value.dtype.isnative else f"byte-swapped {value.dtype.name}")
         shape = value.shape
         if shape != self.shape:

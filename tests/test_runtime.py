@@ -306,6 +306,19 @@ def test_a_wrong_argument_is_named(layers: dict[str, Artifact], name: str) -> No
         call(layers["float32"])
 
 
+@pytest.mark.parametrize("name", ["x", "w", "b", "out"])
+def test_float64_is_no_bfloat16(layers: dict[str, Artifact], name: str) -> None:
+    """NumPy takes float64 for equal to None, the type that it has for bfloat16."""
+    layer = layers["bfloat16"]
+    x, w, b = whole_numbers(layer.spec)
+    arguments = {"x": x, "w": w, "b": b, "out": right(layer.spec, x, w, b)}
+    arguments[name] = arguments[name].astype(np.float64)
+    with pytest.raises(CallError, match=f"{name} is float64, but this layer computes in bfloat16"):
+        layer(arguments.pop("x"), **arguments)
+    with pytest.raises(CallError, match="dy is float64, but this layer computes in bfloat16"):
+        opcompile.compile(layer.spec, derivative="b")(np.ones(layer.spec.y_shape))
+
+
 def test_a_read_only_out(layers: dict[str, Artifact]) -> None:
     layer = layers["float32"]
     x, w, b = whole_numbers(layer.spec)
