@@ -80,6 +80,40 @@ def test_a_pytorch_module() -> None:
         torch.from_module(real.nn.ConvTranspose3d(4, 6, 3, device="meta"), x)
 
 
+def test_a_pytorch_module_whose_weight_or_output_a_hook_makes() -> None:
+    """Such a weight is that of the last forward pass, not of the state dict that was loaded since."""
+    real = pytest.importorskip("torch")
+    x, utils = drawn(1, 4, 3, 4, 5), real.nn.utils
+
+    def layer() -> Any:
+        return real.nn.ConvTranspose3d(4, 6, 3, 2)
+
+    made = {"WeightNorm": utils.weight_norm(layer()), "SpectralNorm": utils.spectral_norm(layer()), "twice": layer()}
+
+    def twice(_: Any, __: Any, y: Any) -> Any:
+        return 2 * y
+
+    made["twice"].register_forward_hook(twice)
+    for name, module in made.items():
+        module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
+        with pytest.raises(WordsError, match=rf"forward hooks \({name}\).*remove them"):
+            torch.from_module(module.eval(), x)
+    for name, remove in (("WeightNorm", utils.remove_weight_norm), ("SpectralNorm", utils.remove_spectral_norm)):
+        module = remove(made[name])
+        with real.no_grad():
+            holds(torch.from_module(module, x), x, module(real.from_numpy(x)).numpy())
+    module = utils.parametrizations.weight_norm(layer())
+    module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
+    with real.no_grad():
+        holds(torch.from_module(module, x), x, module(real.from_numpy(x)).numpy())
+    module = layer()
+    module.forward = made["WeightNorm"].forward
+    with pytest.raises(WordsError, match="ConvTranspose3d has a forward of its own"):
+        torch.from_module(module, x)
+    with pytest.raises(WordsError, match="LazyConvTranspose3d has no weights yet; call it once"):
+        torch.from_module(real.nn.LazyConvTranspose3d(6, 3), x)
+
+
 def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     real = pytest.importorskip("torch")
     model, x = decoder(), drawn(2, 4, 3, 4, 5)
