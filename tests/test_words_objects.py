@@ -310,6 +310,38 @@ def test_a_function_is_not_taken_for_keras_s_by_its_name() -> None:
     assert keras.from_layer(right, (1, 2, 2, 2, 4)).spec.activation == Activation("gelu")
 
 
+def test_a_layer_of_the_same_name_is_not_taken_for_theirs() -> None:
+    real, nn, layers = pytest.importorskip("torch"), pytest.importorskip("mlx.nn"), pytest.importorskip("keras").layers
+
+    class ConvTranspose3d(real.nn.ConvTranspose3d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).relu()
+
+    with pytest.raises(WordsError, match="ConvTranspose3d has a forward of its own"):
+        torch.from_module(ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
+
+    class Conv3DTranspose(layers.Conv3DTranspose):  # type: ignore[misc, name-defined]
+        def call(self, x: Any) -> Any:
+            return 2 * super().call(x)
+
+    with pytest.raises(WordsError, match="Conv3DTranspose has a call of its own"):
+        keras.from_layer(Conv3DTranspose(6, 3), (1, 3, 3, 3, 4))
+    plain = nn.ConvTranspose3d(4, 6, 3)
+
+    class ConvTranspose3d(nn.ConvTranspose3d):  # type: ignore[misc, name-defined, no-redef]
+        def __call__(self, x: Any) -> Any:
+            return 2 * super().__call__(x)
+
+    with pytest.raises(WordsError, match=r"ConvTranspose3d is not an mlx\.nn\.ConvTranspose3d"):
+        mlx.from_module(ConvTranspose3d(4, 6, 3), (1, 3, 3, 3, 4))
+    with pytest.raises(WordsError, match=r"ConvTranspose3d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(plain, (1, 4, 3, 3, 3))
+    with pytest.raises(WordsError, match=r"is not an mlx\.nn\.ConvTranspose3d"):
+        mlx.from_module(real.nn.ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
+    with pytest.raises(WordsError, match=r"quantized\.\S+ConvTranspose3d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(real.ao.nn.quantized.ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
+
+
 @pytest.mark.parametrize("system", ["mlx", "keras"])
 def test_another_layer_is_refused(system: str) -> None:
     if system == "mlx":

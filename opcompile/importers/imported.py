@@ -304,6 +304,16 @@ def values_of(value: Any) -> Tensor | None:
     return array(value) if hasattr(value, "shape") else None
 
 
+def is_kind(kind: type, name: str, package: str) -> bool:
+    """Say whether a class is ``name`` of ``package`` itself: another of that name may compute something else."""
+    return kind.__name__ == name and kind.__module__.startswith(f"{package}.")
+
+
+def kind_name(value: Any) -> str:
+    """Return the full name of an object's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def dtype_of(dtype: str | None, *values: Any) -> str:
     """Return the dtype that was asked for, else that of the first array, else float32. Raises `SpecError`."""
     found = [str(v.dtype) for v in values if hasattr(v, "dtype")]

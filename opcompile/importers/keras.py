@@ -27,6 +27,8 @@ from opcompile.importers.imported import (
     WeightOrder,
     cropped,
     dtype_of,
+    is_kind,
+    kind_name,
     repeated,
     shape_of,
     whole,
@@ -206,7 +208,7 @@ def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Importe
     """
     kind = _kind(layer)
     if kind is None:
-        raise WordsError(f"{type(layer).__name__} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
+        raise WordsError(f"{kind_name(layer)} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
     if type(layer).call is not kind.call:
         raise WordsError(f"{type(layer).__name__} has a call of its own, which cannot be read; name a plain layer")
     # of a function the configuration keeps no more than its name, which another may have too
@@ -253,7 +255,7 @@ def _found(layer: Any) -> Found:
 
 def _kind(layer: Any) -> Any:
     """Return Keras's class among the layer's own and those that it derives from; None where it is not there."""
-    return next((kind for kind in type(layer).__mro__ if kind.__name__ == "Conv3DTranspose"), None)
+    return next((kind for kind in type(layer).__mro__ if is_kind(kind, "Conv3DTranspose", "keras")), None)
 
 
 # --- the other way ---

@@ -22,6 +22,8 @@ from opcompile.importers.imported import (
     WeightOrder,
     array,
     dtype_of,
+    is_kind,
+    kind_name,
     shape_of,
     symmetric,
     weight_shape_of,
@@ -126,9 +128,9 @@ def ConvTranspose3d(
 def from_module(module: Any, input: Any, output_size: Sequence[int] | None = None, *, strict: bool = True) -> Imported:
     """Read a ``torch.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    kind = next((c for c in type(module).__mro__ if c.__name__ == "ConvTranspose3d"), None)
+    kind = next((c for c in type(module).__mro__ if is_kind(c, "ConvTranspose3d", "torch.nn")), None)
     if kind is None:
-        raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
+        raise WordsError(f"{kind_name(module)} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
     if type(module).forward is not kind.forward or "forward" in vars(module):  # type: ignore[attr-defined]
         raise WordsError(f"{type(module).__name__} has a forward of its own, which cannot be read; name a plain layer")
     if getattr(module, "has_uninitialized_params", bool)():
