@@ -117,7 +117,7 @@ def key(spec_text: str) -> str:
 def own_folder() -> Path:
     """Return where the user's own records are kept; it need not exist."""
     if own := os.environ.get(FOLDER_VARIABLE):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
     return Path(data) / "opcompile" / "records"
 

@@ -101,6 +101,8 @@ def test_where_ones_own_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record.own_folder() == Path("/data/opcompile/records")
     monkeypatch.setenv(record.FOLDER_VARIABLE, "~/mine")
     assert record.own_folder() == Path("/home/x/mine")
+    monkeypatch.setenv(record.FOLDER_VARIABLE, "~nobody-of-this-name/mine")
+    assert record.own_folder() == Path("~nobody-of-this-name/mine")
 
 
 def test_writing_is_atomic(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

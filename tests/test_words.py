@@ -156,6 +156,12 @@ def test_the_data_format_of_keras_json_counts(tmp_path: Path, monkeypatch: pytes
         keras.Conv3DTranspose(2, 3, input=(1, 2, 3, 4, 5))
 
 
+def test_keras_json_of_a_user_without_a_home_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert keras.Conv3DTranspose(2, 3, input=(1, 2, 3, 4, 5)).spec.layout == "NDHWC"
+
+
 def test_training_arguments_are_remarked() -> None:
     layer = keras.Conv3DTranspose(2, 3, kernel_regularizer="l2", bias_constraint="non_neg", input=(1, 2, 3, 4, 5))
     assert [remark.split()[0] for remark in layer.remarks] == ["kernel_regularizer", "bias_constraint"]

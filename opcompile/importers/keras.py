@@ -381,8 +381,8 @@ def _layout(rules: Rules, data_format: Any) -> str:
 
 def _configured(key: str, default: str) -> str:
     """Return a setting of ``keras.json``, or Keras's own default where there is none."""
-    home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
-    path = Path(home) / "keras.json"
+    home = os.environ.get("KERAS_HOME") or os.path.join("~", ".keras")
+    path = Path(os.path.expanduser(home)) / "keras.json"
     if not path.is_file():
         return default
     try:
