@@ -420,6 +420,19 @@ def test_initializers_build_weights() -> None:
 
 # --- the other way ---
 
+
+@pytest.mark.parametrize("act", ["leaky_relu:0.3", "elu:0.5"])
+def test_a_keras_layer_s_activation_computes_in_the_layer_s_dtype(act: str) -> None:
+    real = pytest.importorskip("keras")
+    spec = ConvTranspose3d.parse(f"in=1x2x3x3x3 co=3 k=2 s=2 bias=0 act={act} dtype=float64 layout=NDHWC")
+    x, w = drawn(1, 3, 3, 3, 2).astype(np.float64), drawn(*spec.w_shape).astype(np.float64)
+    y = real.ops.convert_to_numpy(keras.layer(spec, w)(real.ops.convert_to_tensor(x, "float64")))
+    assert y.dtype == np.float64
+    assert compare(spec, y, x, w).passed
+    with pytest.raises(WordsError, match="negative slope"):
+        keras.words(ConvTranspose3d.parse("in=1x2x3x3x3 co=3 k=2 s=2 act=leaky_relu:-0.5"))
+
+
 SAID = [
     "in=2x4x3x4x5 co=6 k=3x2x3 s=2x1x3 p=1 op=1x0x2 g=2",
     "in=2x4x3x4x5 co=6 k=4 s=2 p=1 bias=0 act=leaky_relu:0.2",

@@ -268,7 +268,7 @@ def words(spec: Spec) -> str:
     """
     more = {
         "data_format": "channels_first" if spec.layout == "NCDHW" else "channels_last",
-        "activation": _name(spec.activation),
+        "activation": _name(spec.activation, spec.dtype),
     }
     dtype = "" if spec.dtype == "float32" else f", dtype={spec.dtype!r}"
     place = tuple(a.begin for a in spec.axes), tuple(a.out for a in spec.axes)
@@ -318,15 +318,19 @@ class _Code(str):
     __repr__ = str.__str__
 
 
-def _name(activation: Activation) -> str | None:
+def _name(activation: Activation, dtype: str) -> str | None:
+    """Name an activation; a layer that stands for one computes in a dtype of its own."""
+    said = "" if dtype == "float32" else f", dtype={dtype!r}"
     if activation.name == "none":
         return None
     if activation == Activation("leaky_relu", (0.2,)):
         return "leaky_relu"
     if activation.name == "leaky_relu":
-        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r})")
+        if activation.parameters[0] < 0:
+            raise WordsError(f"{SYSTEM}'s LeakyReLU refuses a negative slope, as in {activation}; write a function")
+        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r}{said})")
     if activation.name == "elu" and activation != Activation("elu"):
-        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r})")
+        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r}{said})")
     if activation != Activation(activation.name) or activation.name == "gelu_tanh":
         raise WordsError(f"{SYSTEM} has no name for the activation {activation}; give the layer a function")
     return activation.name
