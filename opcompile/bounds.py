@@ -81,8 +81,11 @@ SUMS = {
 
 
 def gamma(roundings: float, unit: float) -> float:
-    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1)."""
-    return roundings * unit / (1 - roundings * unit)
+    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1).
+
+    From 1/unit roundings on nothing follows: more than any format holds is allowed, so that nothing is judged.
+    """
+    return roundings * unit / (1 - roundings * unit) if roundings * unit < 1 else 2.0**512
 
 
 # --- the activation: how far it carries an error, and what it adds ---

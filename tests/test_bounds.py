@@ -385,6 +385,16 @@ def test_an_engine_of_another_precision_is_judged_by_its_own() -> None:
         compare(spec, y, x, w, b, computed_in="float16")
 
 
+@pytest.mark.parametrize("channels", [2**22, 2**23])
+def test_sums_of_too_many_products_are_not_judged(channels: int) -> None:
+    """From 2^24 roundings on nothing follows for float32, and nothing passes."""
+    spec = ConvTranspose3d.parse(f"in=1x{channels}x1x2x2 co=1 k=1x2x2 p=0x1x1 bias=0")
+    assert spec.terms == 4 * channels
+    x, w = (np.full(shape, 0.5, np.float32) for shape in (spec.x_shape, spec.w_shape))
+    check = compare(spec, np.full((1, 1, 1, 1, 1), -1e6, np.float32), x, w)
+    assert (check.passed, check.unjudged) == (False, 1)
+
+
 # --- the questions themselves are checked ---
 
 
