@@ -490,6 +490,17 @@ def test_floatx_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- files ---
 
 
+def test_bfloat16_in_an_npz_file_is_known(tmp_path: Path) -> None:
+    """NumPy and MLX write it as two bytes that have no type."""
+    w = np.arange(4 * 8 * 2).reshape(4, 2, 2, 2, 2).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "w.npz", weight=w)
+    layer = mlx.ConvTranspose3d(2, 4, 2, bias=False, input=(1, 2, 2, 2, 2), dtype="bfloat16")
+    layer = layer.with_weights(*files.layer_arrays(tmp_path / "w.npz"))
+    assert layer.weight is not None
+    assert layer.weight.dtype == w.dtype
+    assert np.array_equal(layer.weight, layer.to_w(w))
+
+
 def test_npz_files_are_read(tmp_path: Path) -> None:
     w, b = np.arange(4 * 27 * 2, dtype=np.float32).reshape(4, 3, 3, 3, 2), np.ones(4, np.float32)
     np.savez(tmp_path / "w.npz", **{"up.weight": w, "up.bias": b})

@@ -251,6 +251,24 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(first)
 
 
+@pytest.mark.parametrize("name", ["w.npz", "w.weights.h5"])
+def test_bfloat16_in_files_that_know_no_such_type(name: str, tmp_path: Path) -> None:
+    if name.endswith(".npz"):
+        mx = pytest.importorskip("mlx.core")
+        right = mx.array(drawn(6, 2, 2, 2, 4)).astype(mx.bfloat16)
+        mx.savez(str(tmp_path / name), weight=right)
+        weight, _ = files.layer_arrays(tmp_path / name)
+        right = np.array(right.astype(mx.float32))
+    else:
+        real = pytest.importorskip("keras")
+        model = real.Sequential([real.Input((2, 2, 2, 4)), real.layers.Conv3DTranspose(6, 2, dtype="bfloat16")])
+        model.save_weights(tmp_path / name)
+        weight, _ = files.layer_arrays(tmp_path / name, "layers/conv3d_transpose")
+        right = real.ops.convert_to_numpy(real.ops.cast(model.layers[0].kernel, "float32"))
+    assert weight.dtype.name == "bfloat16"
+    assert np.array_equal(weight.astype(np.float32), right)
+
+
 def test_layers_inside_of_others_are_found() -> None:
     """Shared, wrapped, derived, nested, inside of a layer of one's own; N is dynamic whatever they were built with."""
     real = pytest.importorskip("keras")
