@@ -628,10 +628,10 @@ def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[
 
 
 def identity(place: Path) -> tuple[int, ...] | None:
-    """Tell a directory from any that takes its place; None where there is none."""
+    """Tell a directory from any that takes its place; None where there is none, or none to be seen."""
     try:
         found = place.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 

@@ -702,3 +702,8 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match=r"no manifest\.json"):
         load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        load(tmp_path / "file" / "nowhere")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load(tmp_path / ("long" * 100))
