@@ -490,6 +490,14 @@ def test_floatx_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- files ---
 
 
+@pytest.mark.parametrize("system", [torch, lucid])
+def test_a_bias_is_kept_where_the_weight_is_a_shape(system: Any) -> None:
+    layer = system.conv_transpose3d(X, W, np.arange(2.0, dtype=np.float32))
+    assert layer.weight is None
+    assert layer.bias is not None
+    assert layer.bias.tolist() == [0, 1]
+
+
 def test_bfloat16_in_an_npz_file_is_known(tmp_path: Path) -> None:
     """NumPy and MLX write it as two bytes that have no type."""
     w = np.arange(4 * 8 * 2).reshape(4, 2, 2, 2, 2).astype(ml_dtypes.bfloat16)

@@ -128,11 +128,11 @@ class Imported:
     def holding(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with the values of a call's tensors; what was given by its shape stays unknown."""
         values, known = values_of(weight), values_of(bias)
-        if values is None:
-            return self
-        if known is None:
-            return replace(self, weight=self._in_dtype(self.to_w(values)))
-        return self.with_weights(values, known)
+        return replace(
+            self,
+            weight=None if values is None else self._in_dtype(self.to_w(values)),
+            bias=None if known is None else self._in_dtype(known),
+        )
 
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with values, both as the system stores them.
