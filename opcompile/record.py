@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -281,7 +281,8 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    return _is(value, float) and 0 < value < math.inf  # type: ignore[operator]
+    # an int of JSON may be larger than any float
+    return _is(value, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
 
 
 def unsound(sample: object) -> str | None:
