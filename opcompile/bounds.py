@@ -205,7 +205,7 @@ class Inputs:
             if not np.isfinite(array).all():
                 raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
         given = [array for array, _ in expected.values()]
-        largest = [float(max(array.max(), -array.min())) for array in given] + [0.0]
+        largest = [max(float(array.max()), -float(array.min())) for array in given] + [0.0]
         integers = all(bool((np.trunc(array) == array).all()) for array in given)
         return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
 

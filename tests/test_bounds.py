@@ -415,6 +415,13 @@ def test_inputs_that_do_not_fit_are_refused(change, words: str) -> None:
         bounds(spec, *change(x, w, b))
 
 
+def test_the_least_int8_is_of_magnitude_128() -> None:
+    """Its negative is itself: sums of it were taken for exact that are not."""
+    spec = ConvTranspose3d.parse("in=1x131072x1x1x1 co=1 k=1 bias=0")
+    x, w = np.full(spec.x_shape, -128, np.int8), np.ones(spec.w_shape, np.int8)
+    assert bounds(spec, x, w).min() > 0
+
+
 def test_exact_needs_integers() -> None:
     spec = case("k3-s2").spec
     x, w, b = arrays(spec)
