@@ -220,6 +220,18 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
         layer(x.detach().to("meta"), w, b)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_goes_around_a_call(layers: dict[str, Artifact]) -> None:
+    import torch
+
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    call = torch.compiler.disable(layer)
+    y = torch.compile(lambda x: call(-x, w, b) + 1, backend="eager")(x)
+    assert torch.equal(y, layer(-x, w, b) + 1)
+
+
 def test_weights_of_compile_time(weighted: tuple[Artifact, np.ndarray, np.ndarray]) -> None:
     layer, w, b = weighted
     x, other, another = whole_numbers(layer.spec, seed=1)
