@@ -81,8 +81,11 @@ SUMS = {
 
 
 def gamma(roundings: float, unit: float) -> float:
-    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1)."""
-    return roundings * unit / (1 - roundings * unit)
+    """Relative error of a product of this many factors (1 + delta), |delta| <= unit (Higham 2002, 3.1).
+
+    From 1/unit roundings on nothing follows: more than any format holds is allowed, so that nothing is judged.
+    """
+    return roundings * unit / (1 - roundings * unit) if roundings * unit < 1 else 2.0**512
 
 
 # --- the activation: how far it carries an error, and what it adds ---
@@ -202,7 +205,7 @@ class Inputs:
             if not np.isfinite(array).all():
                 raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
         given = [array for array, _ in expected.values()]
-        largest = [float(max(array.max(), -array.min())) for array in given] + [0.0]
+        largest = [max(float(array.max()), -float(array.min())) for array in given] + [0.0]
         integers = all(bool((np.trunc(array) == array).all()) for array in given)
         return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
 

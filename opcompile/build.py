@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from opcompile import artifact
 from opcompile.cuda_driver import device, require_runs_on
 from opcompile.errors import (
@@ -303,6 +305,9 @@ class _Job:
 
     def _verified(self, place: Path, spec: ConvTranspose3d) -> tuple[Report | None, str]:
         """Verify where the code runs here, or can be simulated. Returns the report, or the reason why there is none."""
+        own = [array for array in (self.layer.weight, self.layer.bias) if array is not None]
+        if not all(np.isfinite(array).all() for array in own):
+            return None, "its weights hold infinities or NaN, for which there is no bound"
         on_gpu = isinstance(self.machine, GpuTarget)
         flops = Gradient(spec, self.derivative).flops if self.derivative else spec.flops
         if on_gpu and flops > _MOST_SIMULATED_FLOPS:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -117,7 +117,7 @@ def key(spec_text: str) -> str:
 def own_folder() -> Path:
     """Return where the user's own records are kept; it need not exist."""
     if own := os.environ.get(FOLDER_VARIABLE):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
     return Path(data) / "opcompile" / "records"
 
@@ -281,7 +281,8 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    return _is(value, float) and 0 < value < math.inf  # type: ignore[operator]
+    # an int of JSON may be larger than any float
+    return _is(value, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
 
 
 def unsound(sample: object) -> str | None:

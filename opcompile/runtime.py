@@ -112,7 +112,8 @@ class Slot:
         return self._borrow_dlpack(value, to_write)
 
     def _borrow_numpy(self, value: NDArray[Any], to_write: bool) -> Borrowed:
-        if value.dtype != self.plain:
+        # NumPy takes float64 for equal to None
+        if self.plain is None or value.dtype != self.plain:
             self._require_dtype(value.dtype.name if value.dtype.isnative else f"byte-swapped {value.dtype.name}")
         shape = value.shape
         if shape != self.shape:
@@ -627,10 +628,10 @@ def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[
 
 
 def identity(place: Path) -> tuple[int, ...] | None:
-    """Tell a directory from any that takes its place; None where there is none."""
+    """Tell a directory from any that takes its place; None where there is none, or none to be seen."""
     try:
         found = place.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 

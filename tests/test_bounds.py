@@ -385,6 +385,16 @@ def test_an_engine_of_another_precision_is_judged_by_its_own() -> None:
         compare(spec, y, x, w, b, computed_in="float16")
 
 
+@pytest.mark.parametrize("channels", [2**22, 2**23])
+def test_sums_of_too_many_products_are_not_judged(channels: int) -> None:
+    """From 2^24 roundings on nothing follows for float32, and nothing passes."""
+    spec = ConvTranspose3d.parse(f"in=1x{channels}x1x2x2 co=1 k=1x2x2 p=0x1x1 bias=0")
+    assert spec.terms == 4 * channels
+    x, w = (np.full(shape, 0.5, np.float32) for shape in (spec.x_shape, spec.w_shape))
+    check = compare(spec, np.full((1, 1, 1, 1, 1), -1e6, np.float32), x, w)
+    assert (check.passed, check.unjudged) == (False, 1)
+
+
 # --- the questions themselves are checked ---
 
 
@@ -403,6 +413,13 @@ def test_inputs_that_do_not_fit_are_refused(change, words: str) -> None:
     x, w, b = arrays(spec)
     with pytest.raises(CallError, match=words):
         bounds(spec, *change(x, w, b))
+
+
+def test_the_least_int8_is_of_magnitude_128() -> None:
+    """Its negative is itself: sums of it were taken for exact that are not."""
+    spec = ConvTranspose3d.parse("in=1x131072x1x1x1 co=1 k=1 bias=0")
+    x, w = np.full(spec.x_shape, -128, np.int8), np.ones(spec.w_shape, np.int8)
+    assert bounds(spec, x, w).min() > 0
 
 
 def test_exact_needs_integers() -> None:

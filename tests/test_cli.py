@@ -463,6 +463,23 @@ def mixed_model(folder: Path) -> Path:
     return path
 
 
+def test_weights_that_are_not_finite_are_compiled_and_not_verified(tmp_path: Path) -> None:
+    model, out = onnx.load(mixed_model(tmp_path)), tmp_path / "out"
+    weight = np.ones((2, 2, 2, 2, 2), np.float32)
+    weight[0, 0, 0, 0] = np.inf, np.nan
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "K"))
+    onnx.save(model, tmp_path / "mixed.onnx")
+    result = invoke("compile", tmp_path / "mixed.onnx", "-o", out, "--plan", "baseline", "--json")
+    good = json.loads(result.stdout)["layers"][0]
+    assert (result.exit_code, good["status"], good["directory"]) == (0, "not verified", "good")
+    assert good["reason"] == "its weights hold infinities or NaN, for which there is no bound"
+    result = invoke("verify", out / "good", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)["artifacts"]["good"]
+    assert {row["weights"] for row in report["rows"]} == {"caller"}
+    assert "the weights compiled in" in {each["what"] for each in report["not_asked"]}
+
+
 def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.artifact.link", raising(EngineError("no C compiler")))
     result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")

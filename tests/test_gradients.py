@@ -244,6 +244,13 @@ def test_one_bent_element_is_noticed() -> None:
         assert compare(gradient, bent(operands, gradient), operands).failures == 1
 
 
+def test_a_sum_of_too_many_elements_is_judged_by_its_depth_alone() -> None:
+    gradient = Gradient(ConvTranspose3d.parse("in=Nx1x1x1x1 co=1 k=1x128x128"), "b")
+    operands = {"dy": np.full((2**10, 1, 1, 128, 128), 0.5, np.float32)}
+    for answer, depth, passed in ((2**23, 2**10, True), (2**23 + 2**12, 2**10, False), (0, None, False)):
+        assert compare(gradient, np.array([answer], np.float32), operands, depth=depth).passed == passed
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     gradient = Gradient(case("k3-s2").spec, "x")
     operands = draw(gradient)

@@ -21,6 +21,7 @@ from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
 from opcompile.declare import MOST_PHASE_BLOCKS, Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
@@ -43,6 +44,17 @@ def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(ex
     compare(spec, run(x, w, b), x, w, b, exact=True).require()
     x, w, b = reals(spec)
     compare(spec, run(x, w, b), x, w, b).require()
+
+
+@pytest.mark.parametrize("name", ["k3-s2", "k4-s2", "k5-s3", "dilated-gcd2", "channels-last", "huge-stride"])
+def test_nan_in_x_reaches_the_sums_that_it_reaches_in_the_oracle(name: str) -> None:
+    """And no others, unless zeros stand for taps."""
+    spec = case(name).spec
+    x, w, b = reals(spec)
+    x.ravel()[x.size // 2] = np.nan
+    found, right = (np.isnan(y.astype(np.float64)) for y in (kernel(spec)(x, w, b), reference(spec, x, w, b)))
+    assert found[right].all()
+    assert np.array_equal(found, right) != phases_as_axes(spec)
 
 
 @given(spec=specs())

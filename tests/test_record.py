@@ -101,6 +101,8 @@ def test_where_ones_own_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record.own_folder() == Path("/data/opcompile/records")
     monkeypatch.setenv(record.FOLDER_VARIABLE, "~/mine")
     assert record.own_folder() == Path("/home/x/mine")
+    monkeypatch.setenv(record.FOLDER_VARIABLE, "~nobody-of-this-name/mine")
+    assert record.own_folder() == Path("~nobody-of-this-name/mine")
 
 
 def test_writing_is_atomic(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +210,7 @@ def test_a_missing_provenance_is_refused(own: Path, name: str) -> None:
         ("run_us", "3", "field run_us is of type str"),
         ("run_us", True, "field run_us is of type bool"),
         ("run_us", 0.0, "run_us is 0.0, but must be a time"),
+        ("run_us", 10**400, "run_us is 1000"),
         ("run_us", -1, "run_us is -1, but must be a time"),
         ("run_us", float("1e999"), "Infinity is not a number"),
         ("samples", {}, "field samples is of type dict"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,28 @@ def test_an_output_of_words(tmp_path: Path) -> None:
     report, _ = replaced(model, tmp_path, verify=True)
     assert report.passed
     assert report.checks
+
+
+def test_what_any_error_makes_infinite_is_not_judged(tmp_path: Path) -> None:
+    """Where X is zero Y is whole numbers, and their logarithm minus infinity or, an error further, NaN."""
+    report, _ = replaced(upsampling(after=[helper.make_node("Log", ["up"], ["y"])]), tmp_path, verify=True)
+    assert report.passed
+    assert {check.judged for check in report.checks} == {True, False}
+    lines = list(report._lines())
+    assert any(re.search(r"\d of \d comparisons judge nothing: .* y are finite", line) for line in lines)
+    assert not any("inf allowed" in line for line in lines)
+
+
+def test_a_model_of_which_nothing_can_be_judged_does_not_pass(tmp_path: Path) -> None:
+    model = upsampling()
+    w = integers((4, 6, 2, 2, 2), 1).astype(np.float32)
+    w[0] = np.inf
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w, "w"))
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.checks
+    assert not any(check.judged for check in report.checks)
+    assert not report.passed
+    assert all("equal to stock" not in line for line in report._lines())
 
 
 def test_an_output_that_is_no_tensor(tmp_path: Path) -> None:

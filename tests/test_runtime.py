@@ -220,6 +220,18 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
         layer(x.detach().to("meta"), w, b)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_goes_around_a_call(layers: dict[str, Artifact]) -> None:
+    import torch
+
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    call = torch.compiler.disable(layer)
+    y = torch.compile(lambda x: call(-x, w, b) + 1, backend="eager")(x)
+    assert torch.equal(y, layer(-x, w, b) + 1)
+
+
 def test_weights_of_compile_time(weighted: tuple[Artifact, np.ndarray, np.ndarray]) -> None:
     layer, w, b = weighted
     x, other, another = whole_numbers(layer.spec, seed=1)
@@ -304,6 +316,19 @@ def test_a_wrong_argument_is_named(layers: dict[str, Artifact], name: str) -> No
     call, message = WRONG[name]
     with pytest.raises(CallError, match=message):
         call(layers["float32"])
+
+
+@pytest.mark.parametrize("name", ["x", "w", "b", "out"])
+def test_float64_is_no_bfloat16(layers: dict[str, Artifact], name: str) -> None:
+    """NumPy takes float64 for equal to None, the type that it has for bfloat16."""
+    layer = layers["bfloat16"]
+    x, w, b = whole_numbers(layer.spec)
+    arguments = {"x": x, "w": w, "b": b, "out": right(layer.spec, x, w, b)}
+    arguments[name] = arguments[name].astype(np.float64)
+    with pytest.raises(CallError, match=f"{name} is float64, but this layer computes in bfloat16"):
+        layer(arguments.pop("x"), **arguments)
+    with pytest.raises(CallError, match="dy is float64, but this layer computes in bfloat16"):
+        opcompile.compile(layer.spec, derivative="b")(np.ones(layer.spec.y_shape))
 
 
 def test_a_read_only_out(layers: dict[str, Artifact]) -> None:
@@ -689,3 +714,8 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match=r"no manifest\.json"):
         load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        load(tmp_path / "file" / "nowhere")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load(tmp_path / ("long" * 100))

@@ -156,6 +156,12 @@ def test_the_data_format_of_keras_json_counts(tmp_path: Path, monkeypatch: pytes
         keras.Conv3DTranspose(2, 3, input=(1, 2, 3, 4, 5))
 
 
+def test_keras_json_of_a_user_without_a_home_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert keras.Conv3DTranspose(2, 3, input=(1, 2, 3, 4, 5)).spec.layout == "NDHWC"
+
+
 def test_training_arguments_are_remarked() -> None:
     layer = keras.Conv3DTranspose(2, 3, kernel_regularizer="l2", bias_constraint="non_neg", input=(1, 2, 3, 4, 5))
     assert [remark.split()[0] for remark in layer.remarks] == ["kernel_regularizer", "bias_constraint"]
@@ -482,6 +488,25 @@ def test_floatx_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # --- files ---
+
+
+@pytest.mark.parametrize("system", [torch, lucid])
+def test_a_bias_is_kept_where_the_weight_is_a_shape(system: Any) -> None:
+    layer = system.conv_transpose3d(X, W, np.arange(2.0, dtype=np.float32))
+    assert layer.weight is None
+    assert layer.bias is not None
+    assert layer.bias.tolist() == [0, 1]
+
+
+def test_bfloat16_in_an_npz_file_is_known(tmp_path: Path) -> None:
+    """NumPy and MLX write it as two bytes that have no type."""
+    w = np.arange(4 * 8 * 2).reshape(4, 2, 2, 2, 2).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "w.npz", weight=w)
+    layer = mlx.ConvTranspose3d(2, 4, 2, bias=False, input=(1, 2, 2, 2, 2), dtype="bfloat16")
+    layer = layer.with_weights(*files.layer_arrays(tmp_path / "w.npz"))
+    assert layer.weight is not None
+    assert layer.weight.dtype == w.dtype
+    assert np.array_equal(layer.weight, layer.to_w(w))
 
 
 def test_npz_files_are_read(tmp_path: Path) -> None:

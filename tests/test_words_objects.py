@@ -19,6 +19,7 @@ from opcompile.cli import cli
 from opcompile.errors import EngineError, ModelError, WordsError
 from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
+from opcompile.reference import reference
 from opcompile.source import read
 from opcompile.spec import Activation, ConvTranspose3d
 
@@ -78,6 +79,40 @@ def test_a_pytorch_module() -> None:
         torch.from_module(real.nn.ConvTranspose2d(4, 6, 3), x)
     with pytest.raises(WordsError, match="on the device meta"):
         torch.from_module(real.nn.ConvTranspose3d(4, 6, 3, device="meta"), x)
+
+
+def test_a_pytorch_module_whose_weight_or_output_a_hook_makes() -> None:
+    """Such a weight is that of the last forward pass, not of the state dict that was loaded since."""
+    real = pytest.importorskip("torch")
+    x, utils = drawn(1, 4, 3, 4, 5), real.nn.utils
+
+    def layer() -> Any:
+        return real.nn.ConvTranspose3d(4, 6, 3, 2)
+
+    made = {"WeightNorm": utils.weight_norm(layer()), "SpectralNorm": utils.spectral_norm(layer()), "twice": layer()}
+
+    def twice(_: Any, __: Any, y: Any) -> Any:
+        return 2 * y
+
+    made["twice"].register_forward_hook(twice)
+    for name, module in made.items():
+        module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
+        with pytest.raises(WordsError, match=rf"forward hooks \({name}\).*remove them"):
+            torch.from_module(module.eval(), x)
+    for name, remove in (("WeightNorm", utils.remove_weight_norm), ("SpectralNorm", utils.remove_spectral_norm)):
+        module = remove(made[name])
+        with real.no_grad():
+            holds(torch.from_module(module, x), x, module(real.from_numpy(x)).numpy())
+    module = utils.parametrizations.weight_norm(layer())
+    module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
+    with real.no_grad():
+        holds(torch.from_module(module, x), x, module(real.from_numpy(x)).numpy())
+    module = layer()
+    module.forward = made["WeightNorm"].forward
+    with pytest.raises(WordsError, match="ConvTranspose3d has a forward of its own"):
+        torch.from_module(module, x)
+    with pytest.raises(WordsError, match="LazyConvTranspose3d has no weights yet; call it once"):
+        torch.from_module(real.nn.LazyConvTranspose3d(6, 3), x)
 
 
 def test_an_exported_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,6 +252,24 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(first)
 
 
+@pytest.mark.parametrize("name", ["w.npz", "w.weights.h5"])
+def test_bfloat16_in_files_that_know_no_such_type(name: str, tmp_path: Path) -> None:
+    if name.endswith(".npz"):
+        mx = pytest.importorskip("mlx.core")
+        right = mx.array(drawn(6, 2, 2, 2, 4)).astype(mx.bfloat16)
+        mx.savez(str(tmp_path / name), weight=right)
+        weight, _ = files.layer_arrays(tmp_path / name)
+        right = np.array(right.astype(mx.float32))
+    else:
+        real = pytest.importorskip("keras")
+        model = real.Sequential([real.Input((2, 2, 2, 4)), real.layers.Conv3DTranspose(6, 2, dtype="bfloat16")])
+        model.save_weights(tmp_path / name)
+        weight, _ = files.layer_arrays(tmp_path / name, "layers/conv3d_transpose")
+        right = real.ops.convert_to_numpy(real.ops.cast(model.layers[0].kernel, "float32"))
+    assert weight.dtype.name == "bfloat16"
+    assert np.array_equal(weight.astype(np.float32), right)
+
+
 def test_layers_inside_of_others_are_found() -> None:
     """Shared, wrapped, derived, nested, inside of a layer of one's own; N is dynamic whatever they were built with."""
     real = pytest.importorskip("keras")
@@ -274,6 +327,38 @@ def test_a_function_is_not_taken_for_keras_s_by_its_name() -> None:
             keras.Conv3DTranspose(2, 2, activation=own, input=(1, 2, 2, 2, 4))
     right = real.layers.Conv3DTranspose(2, 2, activation=real.activations.gelu)
     assert keras.from_layer(right, (1, 2, 2, 2, 4)).spec.activation == Activation("gelu")
+
+
+def test_a_layer_of_the_same_name_is_not_taken_for_theirs() -> None:
+    real, nn, layers = pytest.importorskip("torch"), pytest.importorskip("mlx.nn"), pytest.importorskip("keras").layers
+
+    class ConvTranspose3d(real.nn.ConvTranspose3d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).relu()
+
+    with pytest.raises(WordsError, match="ConvTranspose3d has a forward of its own"):
+        torch.from_module(ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
+
+    class Conv3DTranspose(layers.Conv3DTranspose):  # type: ignore[misc, name-defined]
+        def call(self, x: Any) -> Any:
+            return 2 * super().call(x)
+
+    with pytest.raises(WordsError, match="Conv3DTranspose has a call of its own"):
+        keras.from_layer(Conv3DTranspose(6, 3), (1, 3, 3, 3, 4))
+    plain = nn.ConvTranspose3d(4, 6, 3)
+
+    class ConvTranspose3d(nn.ConvTranspose3d):  # type: ignore[misc, name-defined, no-redef]
+        def __call__(self, x: Any) -> Any:
+            return 2 * super().__call__(x)
+
+    with pytest.raises(WordsError, match=r"ConvTranspose3d is not an mlx\.nn\.ConvTranspose3d"):
+        mlx.from_module(ConvTranspose3d(4, 6, 3), (1, 3, 3, 3, 4))
+    with pytest.raises(WordsError, match=r"ConvTranspose3d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(plain, (1, 4, 3, 3, 3))
+    with pytest.raises(WordsError, match=r"is not an mlx\.nn\.ConvTranspose3d"):
+        mlx.from_module(real.nn.ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
+    with pytest.raises(WordsError, match=r"quantized\.\S+ConvTranspose3d is not a torch\.nn\.ConvTranspose3d"):
+        torch.from_module(real.ao.nn.quantized.ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3))
 
 
 @pytest.mark.parametrize("system", ["mlx", "keras"])
@@ -353,6 +438,19 @@ def test_initializers_build_weights() -> None:
 
 
 # --- the other way ---
+
+
+@pytest.mark.parametrize("act", ["leaky_relu:0.3", "elu:0.5"])
+def test_a_keras_layer_s_activation_computes_in_the_layer_s_dtype(act: str) -> None:
+    real = pytest.importorskip("keras")
+    spec = ConvTranspose3d.parse(f"in=1x2x3x3x3 co=3 k=2 s=2 bias=0 act={act} dtype=float16 layout=NDHWC")
+    x, w = drawn(1, 3, 3, 3, 2).astype(np.float16), drawn(*spec.w_shape).astype(np.float16)
+    y = real.ops.convert_to_numpy(keras.layer(spec, w)(x))
+    assert y.dtype == np.float16
+    assert np.abs(y - reference(spec, x, w)).max() < 0.02
+    with pytest.raises(WordsError, match="negative slope"):
+        keras.words(ConvTranspose3d.parse("in=1x2x3x3x3 co=3 k=2 s=2 act=leaky_relu:-0.5"))
+
 
 SAID = [
     "in=2x4x3x4x5 co=6 k=3x2x3 s=2x1x3 p=1 op=1x0x2 g=2",

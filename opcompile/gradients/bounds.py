@@ -54,8 +54,9 @@ class Truth:
             value_of = dy * slope(gradient.layer.activation, y)
             size_of = size_of * _reach(gradient.layer.activation, y)
         value = linear(gradient, value_of, factor)
-        magnitude = linear(gradient, size_of, None if factor is None else np.abs(factor.astype(np.float64)))
-        largest = float(size_of.max()) + (0.0 if factor is None else float(np.abs(factor).max()))
+        sizes = None if factor is None else np.abs(factor.astype(np.float64))
+        magnitude = linear(gradient, size_of, sizes)
+        largest = float(size_of.max()) + (0.0 if sizes is None else float(sizes.max()))
         summed = [array for name, array in given.items() if name != "y"]
         integers = all(bool((np.trunc(array) == array).all()) for array in summed)
         return cls(gradient, given["dy"].shape[0], value, magnitude, largest, integers)

@@ -327,7 +327,7 @@ def unravel(flat: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def slope(activation: Activation, y: Any) -> Any:
-    """The slope where the activation gave ``y``; at a kink the one of PyTorch, from below."""
+    """The slope where the activation gave ``y``; at a kink the one of PyTorch."""
     return _SLOPES[activation.name](y, *(tirx.const(p, y.ty.dtype) for p in activation.parameters))
 
 

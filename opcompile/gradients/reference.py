@@ -80,7 +80,7 @@ def _grouped(layer: ConvTranspose3d, tensor: Tensor, channels: int) -> Array:
 
 
 def slope(activation: Activation, y: Array) -> Array:
-    """The slope where the activation gave ``y``; at a kink the one of PyTorch, from below."""
+    """The slope where the activation gave ``y``; at a kink the one of PyTorch."""
     found: Array = np.broadcast_to(_SLOPES[activation.name](y, *activation.parameters), y.shape)
     return found
 

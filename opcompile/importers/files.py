@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from opcompile.errors import EngineError, ModelError
-from opcompile.importers.imported import Tensor, array
+from opcompile.importers.imported import Tensor, array, bfloat16
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for ending, reader in _READERS.items():
         if text.endswith(ending):
             try:
-                return reader(Path(text))
+                return {name: _with_type(a) for name, a in reader(Path(text)).items()}
             except (EngineError, ModelError):
                 raise
             except Exception as error:  # of many kinds, and each means that it cannot be read
@@ -57,6 +57,11 @@ def layer_arrays(path: str | os.PathLike[str], name: str = "") -> tuple[Tensor, 
             return arrays[weight], arrays.get(bias)
     known = ", ".join(sorted(_layers(arrays))) or "none"
     raise ModelError(f"{os.fspath(path)} has no layer {name!r}; layers with 5-D weights are: {known}")
+
+
+def _with_type(a: Tensor) -> Tensor:
+    """Return bfloat16 as such: ``.npz`` and HDF5 keep its bits, and forget what they are."""
+    return a.view(bfloat16()) if a.dtype == np.dtype("V2") else a
 
 
 def _layers(arrays: Mapping[str, Tensor]) -> set[str]:

@@ -128,11 +128,11 @@ class Imported:
     def holding(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with the values of a call's tensors; what was given by its shape stays unknown."""
         values, known = values_of(weight), values_of(bias)
-        if values is None:
-            return self
-        if known is None:
-            return replace(self, weight=self._in_dtype(self.to_w(values)))
-        return self.with_weights(values, known)
+        return replace(
+            self,
+            weight=None if values is None else self._in_dtype(self.to_w(values)),
+            bias=None if known is None else self._in_dtype(known),
+        )
 
     def with_weights(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with values, both as the system stores them.
@@ -153,7 +153,7 @@ class Imported:
         )
 
     def _in_dtype(self, a: Tensor) -> Tensor:
-        return a.astype(_bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
+        return a.astype(bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,10 +304,20 @@ def values_of(value: Any) -> Tensor | None:
     return array(value) if hasattr(value, "shape") else None
 
 
-def dtype_of(dtype: str | None, *values: Any) -> str:
+def is_kind(kind: type, name: str, package: str) -> bool:
+    """Say whether a class is ``name`` of ``package`` itself: another of that name may compute something else."""
+    return kind.__name__ == name and kind.__module__.startswith(f"{package}.")
+
+
+def kind_name(value: Any) -> str:
+    """Return the full name of an object's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def dtype_of(dtype: Any, *values: Any) -> str:
     """Return the dtype that was asked for, else that of the first array, else float32. Raises `SpecError`."""
     found = [str(v.dtype) for v in values if hasattr(v, "dtype")]
-    name = dtype or (found[0] if found else "float32")
+    name = str(dtype or (found[0] if found else "float32"))
     known = re.search(r"(?<![a-z])(bfloat16|float(?:16|32|64))(?!\d)", name)
     if known is None:
         raise SpecError(f"the dtype is {name}, which opcompile does not compute; use one of {', '.join(DTYPES)}")
@@ -343,12 +353,13 @@ def array(value: Any) -> Tensor:
     elif kind in ("keras", "lucid"):
         value = value.numpy()
     found = np.asarray(value)
-    return found.astype(_bfloat16()) if is_bfloat16 else found
+    return found.astype(bfloat16()) if is_bfloat16 else found
 
 
-def _bfloat16() -> Any:
+def bfloat16() -> Any:
+    """Return NumPy's type of it, which `ml_dtypes` brings. Raises `EngineError` without that."""
     try:
-        from ml_dtypes import bfloat16
+        import ml_dtypes
     except ImportError as error:
         raise EngineError(f"bfloat16 arrays need the package ml_dtypes ({error}); pip install ml_dtypes") from error
-    return bfloat16
+    return ml_dtypes.bfloat16

@@ -27,6 +27,8 @@ from opcompile.importers.imported import (
     WeightOrder,
     cropped,
     dtype_of,
+    is_kind,
+    kind_name,
     repeated,
     shape_of,
     whole,
@@ -206,7 +208,7 @@ def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Importe
     """
     kind = _kind(layer)
     if kind is None:
-        raise WordsError(f"{type(layer).__name__} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
+        raise WordsError(f"{kind_name(layer)} is not a keras.layers.Conv3DTranspose; name the layer inside of it")
     if type(layer).call is not kind.call:
         raise WordsError(f"{type(layer).__name__} has a call of its own, which cannot be read; name a plain layer")
     # of a function the configuration keeps no more than its name, which another may have too
@@ -253,7 +255,7 @@ def _found(layer: Any) -> Found:
 
 def _kind(layer: Any) -> Any:
     """Return Keras's class among the layer's own and those that it derives from; None where it is not there."""
-    return next((kind for kind in type(layer).__mro__ if kind.__name__ == "Conv3DTranspose"), None)
+    return next((kind for kind in type(layer).__mro__ if is_kind(kind, "Conv3DTranspose", "keras")), None)
 
 
 # --- the other way ---
@@ -266,7 +268,7 @@ def words(spec: Spec) -> str:
     """
     more = {
         "data_format": "channels_first" if spec.layout == "NCDHW" else "channels_last",
-        "activation": _name(spec.activation),
+        "activation": _name(spec.activation, spec.dtype),
     }
     dtype = "" if spec.dtype == "float32" else f", dtype={spec.dtype!r}"
     place = tuple(a.begin for a in spec.axes), tuple(a.out for a in spec.axes)
@@ -316,15 +318,19 @@ class _Code(str):
     __repr__ = str.__str__
 
 
-def _name(activation: Activation) -> str | None:
+def _name(activation: Activation, dtype: str) -> str | None:
+    """Name an activation; a layer that stands for one computes in a dtype of its own."""
+    said = "" if dtype == "float32" else f", dtype={dtype!r}"
     if activation.name == "none":
         return None
     if activation == Activation("leaky_relu", (0.2,)):
         return "leaky_relu"
     if activation.name == "leaky_relu":
-        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r})")
+        if activation.parameters[0] < 0:
+            raise WordsError(f"{SYSTEM}'s LeakyReLU refuses a negative slope, as in {activation}; write a function")
+        return _Code(f"keras.layers.LeakyReLU(negative_slope={activation.parameters[0]!r}{said})")
     if activation.name == "elu" and activation != Activation("elu"):
-        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r})")
+        return _Code(f"keras.layers.ELU(alpha={activation.parameters[0]!r}{said})")
     if activation != Activation(activation.name) or activation.name == "gelu_tanh":
         raise WordsError(f"{SYSTEM} has no name for the activation {activation}; give the layer a function")
     return activation.name
@@ -379,8 +385,8 @@ def _layout(rules: Rules, data_format: Any) -> str:
 
 def _configured(key: str, default: str) -> str:
     """Return a setting of ``keras.json``, or Keras's own default where there is none."""
-    home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
-    path = Path(home) / "keras.json"
+    home = os.environ.get("KERAS_HOME") or os.path.join("~", ".keras")
+    path = Path(os.path.expanduser(home)) / "keras.json"
     if not path.is_file():
         return default
     try:

@@ -19,6 +19,8 @@ from opcompile.importers.imported import (
     Triple,
     WeightOrder,
     dtype_of,
+    is_kind,
+    kind_name,
     promoted,
     repeated,
     shape_of,
@@ -120,8 +122,8 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read a ``lucid.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
-    if type(module).__name__ != "ConvTranspose3d":
-        raise WordsError(f"{type(module).__name__} is not a lucid.nn.ConvTranspose3d; name the layer inside of it")
+    if not is_kind(type(module), "ConvTranspose3d", "lucid.nn"):
+        raise WordsError(f"{kind_name(module)} is not a lucid.nn.ConvTranspose3d; name the layer inside of it")
     geometry = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
     return conv_transpose3d(input, module.weight, module.bias, *geometry, strict=strict)
 

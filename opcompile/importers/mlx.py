@@ -18,6 +18,8 @@ from opcompile.importers.imported import (
     Triple,
     WeightOrder,
     cropped,
+    is_kind,
+    kind_name,
     promoted,
     repeated,
     shape_of,
@@ -111,8 +113,8 @@ def ConvTranspose3d(
 
 def from_module(module: Any, input: Any, *, strict: bool = True) -> Imported:
     """Read an ``mlx.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
-    if type(module).__name__ != "ConvTranspose3d":
-        raise WordsError(f"{type(module).__name__} is not an mlx.nn.ConvTranspose3d; name the layer inside of it")
+    if not is_kind(type(module), "ConvTranspose3d", "mlx.nn"):
+        raise WordsError(f"{kind_name(module)} is not an mlx.nn.ConvTranspose3d; name the layer inside of it")
     geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "output_padding")}
     bias = module.get("bias")
     read = conv_transpose3d(

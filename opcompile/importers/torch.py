@@ -22,6 +22,8 @@ from opcompile.importers.imported import (
     WeightOrder,
     array,
     dtype_of,
+    is_kind,
+    kind_name,
     shape_of,
     symmetric,
     weight_shape_of,
@@ -126,11 +128,14 @@ def ConvTranspose3d(
 def from_module(module: Any, input: Any, output_size: Sequence[int] | None = None, *, strict: bool = True) -> Imported:
     """Read a ``torch.nn.ConvTranspose3d`` with its weights, for an ``input`` or its shape. Raises as above."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    kind = next((c for c in type(module).__mro__ if c.__name__ == "ConvTranspose3d"), None)
+    kind = next((c for c in type(module).__mro__ if is_kind(c, "ConvTranspose3d", "torch.nn")), None)
     if kind is None:
-        raise WordsError(f"{type(module).__name__} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
-    if type(module).forward is not kind.forward:  # type: ignore[attr-defined]
+        raise WordsError(f"{kind_name(module)} is not a torch.nn.ConvTranspose3d; name the layer inside of it")
+    if type(module).forward is not kind.forward or "forward" in vars(module):  # type: ignore[attr-defined]
         raise WordsError(f"{type(module).__name__} has a forward of its own, which cannot be read; name a plain layer")
+    if getattr(module, "has_uninitialized_params", bool)():
+        raise WordsError(f"{type(module).__name__} has no weights yet; call it once, or load them")
+    _require_no_hooks(module)
     if module.weight.is_meta:
         raise WordsError("the layer is on the device meta, where it has no weights; load them first")
     fields = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups")
@@ -145,6 +150,17 @@ def from_module(module: Any, input: Any, output_size: Sequence[int] | None = Non
         strict=strict,
     )
     return read.with_weights(module.weight, module.bias)
+
+
+def _require_no_hooks(module: Any) -> None:
+    """Raise `WordsError` for hooks: those of a norm or a mask make the weight, but only when the module is called."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if hooks:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+        raise WordsError(
+            f"the layer has forward hooks ({names}), which may change its weight or its output and cannot be read; "
+            "remove them (of torch.nn.utils: remove_weight_norm, remove_spectral_norm, prune.remove)"
+        )
 
 
 def channels_last(read: Imported) -> Imported:
