@@ -24,6 +24,8 @@ _CHANNELS_AHEAD = 4
 # Weights of no more bytes stay in the second cache; for no more elements of X, memory sends them as fast as it can.
 _NEAR = 512 << 10
 _FEW = 16
+# A loop of so many channels asks for X of its own: less for each would cost more than the products beside it.
+_SEVERAL = 8
 
 Ahead = Callable[[s_tir.SBlockRealize, list[tirx.For], "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
@@ -61,35 +63,41 @@ def of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, a
 
 
 def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> tirx.Stmt:
-    """Let the loops over channels of a task ask for what of X the next one will copy, spread evenly over them.
+    """Let the sums of a task ask for what of X the next one will copy, spread evenly over them.
 
     A task copies its part of X before it multiplies, and would wait for memory meanwhile.
     """
     if task.kind != tirx.ForKind.PARALLEL:
         return task
-    by_channel = spec.layout == "NCDHW"
-    loops = [_told_apart(loop, around, by_channel) for loop, around in _channel_loops(task.body, ())]
+    by_channel, several = spec.layout == "NCDHW", t.chunk // t.products >= _SEVERAL
+    loops = [_told_apart(loop, around, several, by_channel) for loop, around in _sums(task.body, several, ())]
     if not loops:  # these tasks copy all X
         return task
     n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
-    of_plane, planes = _lines(spec, t)
+    stretch, planes = _lines(spec, t)
+    channels = 1 if several or not by_channel else spec.channels_in // spec.groups
+    lines = stretch * planes * channels
 
     def line(channel: Any, number: Any) -> tirx.Stmt:
-        plane, at = tirx.floordiv(number, of_plane), tirx.floormod(number, of_plane) * (CACHE_LINE // spec.itemsize)
-        return fetch(x, (n, first_channel + channel, d + plane, h, at) if by_channel else (n, d + plane, h, 0, at))
+        rest, at = _parted(number, stretch, planes * channels)
+        more, plane = _parted(rest, planes, channels)
+        at = at * (CACHE_LINE // spec.itemsize)
+        return fetch(
+            x, (n, first_channel + channel + more, d + plane, h, at) if by_channel else (n, d + plane, h, 0, at)
+        )
 
     turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
-    of_turn = -(-of_plane * planes // sum(turns))
+    of_turn = -(-lines // sum(turns))
     fetches, before = [], 0
     for (channel, around), own in zip(loops, turns, strict=True):
         turn: Any = tirx.const(0, task.loop_var.ty.dtype)
         for loop in around:
             turn = turn * loop.extent + loop.loop_var
-        first = tirx.floordiv((turn + before) * (of_plane * planes), sum(turns))
-        pair = range(t.products if by_channel else 1)
+        first = tirx.floordiv((turn + before) * lines, sum(turns))
+        pair = range(t.products if several and by_channel else 1)
         fetches.append([line(channel + j, first + i) for i in range(of_turn) for j in pair])
         before += own
-    body = _in_channel_loops(task.body, iter(fetches))
+    body = _with_fetches(task.body, several, iter(fetches))
     return tirx.For(task.loop_var, task.min, task.extent, task.kind, body)
 
 
@@ -115,52 +123,69 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
 
 
 def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
-    """What a task reads of X, of a channel where they come first: cache lines of a plane, and planes."""
+    """What a task reads of X, of a channel where they come first: cache lines side by side, and how many such planes.
+
+    Where a task reads all rows, its planes are side by side, and count as one.
+    """
     axis_d, axis_h, axis_w = spec.axes
-    planes, rows = t.depth * t.bands_d, t.height * t.bands_h
     planes, rows = (
-        min(several + reach(axis) - axis.positions, axis.size) for several, axis in ((planes, axis_d), (rows, axis_h))
+        min(several + reach(axis) - axis.positions, axis.size)
+        for several, axis in ((t.depth * t.bands_d, axis_d), (t.height * t.bands_h, axis_h))
     )
-    side_by_side = 1 if spec.layout == "NCDHW" else spec.channels_in
-    return -(-rows * axis_w.size * side_by_side * spec.itemsize // CACHE_LINE), planes
+    a_row = axis_w.size * (1 if spec.layout == "NCDHW" else spec.channels_in) * spec.itemsize
+    stretch, apart = (planes * rows, 1) if rows == axis_h.size else (rows, planes)
+    return -(-stretch * a_row // CACHE_LINE), apart
 
 
-def _channel_loops(statement: tirx.Stmt, around: Loops) -> Iterator[tuple[tirx.For, Loops]]:
-    """The loops over channels in a statement, in their order, each with those around it."""
+def _parted(number: Any, low: int, high: int) -> tuple[Any, Any]:
+    """Quotient and rest by ``low`` of a number below ``low`` times ``high``; no division where one of them is 1."""
+    if 1 in (low, high):
+        return (number, 0) if low == 1 else (0, number)
+    return tirx.floordiv(number, low), tirx.floormod(number, low)
+
+
+def _asks(loop: tirx.For, several: bool) -> bool:
+    """Whether turns of the loop ask for X: one over several channels, else the outermost of those that only add."""
+    if several:
+        return over_channels(loop, ADDING_ANY) is not None
+    return all(ADDING_ANY.fullmatch(block.name_hint) for block in every(s_tir.SBlock, loop))
+
+
+def _sums(statement: tirx.Stmt, several: bool, around: Loops) -> Iterator[tuple[tirx.For, Loops]]:
+    """The loops of a statement whose turns ask for X, in their order, each with those around it."""
     if isinstance(statement, tirx.SeqStmt):
         for each in statement.seq:
-            yield from _channel_loops(each, around)
+            yield from _sums(each, several, around)
     elif isinstance(statement, tirx.IfThenElse):
-        yield from _channel_loops(statement.then_case, around)
+        yield from _sums(statement.then_case, several, around)
     elif isinstance(statement, tirx.For):
-        if over_channels(statement, ADDING_ANY):
+        if _asks(statement, several):
             yield statement, around
         else:
-            yield from _channel_loops(statement.body, (*around, statement))
+            yield from _sums(statement.body, several, (*around, statement))
 
 
-def _told_apart(loop: tirx.For, around: Loops, by_channel: bool) -> tuple[Any, Loops]:
-    """The channel of a turn of the loop, and the loops that tell apart turns of the same channel; of any, else."""
+def _told_apart(loop: tirx.For, around: Loops, several: bool, by_channel: bool) -> tuple[Any, Loops]:
+    """The channel of a turn of the loop, and the loops that tell apart turns of the same channel; 0 and all, else."""
+    if not several or not by_channel:
+        return tirx.const(0, loop.loop_var.ty.dtype), (*around, loop)
     adding, tile = over_channels(loop, ADDING_ANY)  # type: ignore[misc]
     channel = replaced(adding.iter_values[-1], begin(tile))
-    if not by_channel:
-        return tirx.const(0, channel.ty.dtype), (*around, loop)
     of_channel = every(tirx.Var, channel)
     return channel, tuple(each for each in around if not any(each.loop_var.same_as(var) for var in of_channel))
 
 
-def _in_channel_loops(statement: tirx.Stmt, fetches: Iterator[list[tirx.Stmt]]) -> tirx.Stmt:
-    """The statement, in which each turn of a loop over channels begins with the next of ``fetches``."""
+def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[tirx.Stmt]]) -> tirx.Stmt:
+    """The statement, in which the turns of each loop that asks for X begin with the next of ``fetches``."""
     if isinstance(statement, tirx.SeqStmt):
-        return in_turn([_in_channel_loops(each, fetches) for each in statement.seq])
+        return in_turn([_with_fetches(each, several, fetches) for each in statement.seq])
     if isinstance(statement, tirx.IfThenElse):
-        return tirx.IfThenElse(statement.condition, _in_channel_loops(statement.then_case, fetches), None)
+        return tirx.IfThenElse(statement.condition, _with_fetches(statement.then_case, several, fetches), None)
     if not isinstance(statement, tirx.For):
         return statement
-    if over_channels(statement, ADDING_ANY):
+    if _asks(statement, several):
         return _beginning(statement, next(fetches))
-    body = _in_channel_loops(statement.body, fetches)
-    kept = statement.annotations
+    body, kept = _with_fetches(statement.body, several, fetches), statement.annotations
     return tirx.For(statement.loop_var, statement.min, statement.extent, statement.kind, body, annotations=kept)
 
 

@@ -274,17 +274,23 @@ BF16 = target("llvm:sapphirerapids+bf16").machine
 @pytest.mark.parametrize(
     ("text", "vector", "changed"),
     [
-        ("in=2x2x2x6x32 co=2 k=3 s=2 p=1 op=1", "row", {"height": 2, "bands_h": 3}),
-        ("in=1x4x5x6x16 co=6 k=2 s=2", "row", {"bands_d": 5, "height": 3, "rows": 3, "chunk": 2}),
+        # in the loops over channels
+        ("in=2x8x2x6x32 co=2 k=3 s=2 p=1 op=1", "row", {"height": 2, "bands_h": 3}),
+        ("in=1x16x5x6x16 co=6 k=2 s=2", "row", {"bands_d": 5, "height": 3, "rows": 3, "chunk": 8}),
+        ("in=1x8x2x6x16 co=48 k=2 s=2", "channels", {"task": 16}),
+        ("in=1x8x4x6x16 co=16 k=3 s=1 p=1", "channels", {"vectors": 1, "scalars": 16}),  # columns left out
+        ("in=1x8x4x6x16 co=6 k=2 s=2", "line", {"depth": 2, "height": 6}),  # through both planes
+        ("in=1x8x4x6x32 co=6 k=3 s=2 p=1 op=1", "line", {"height": 2}),
+        ("in=1x8x4x6x32 co=1 k=3 s=2 p=1 op=1", "taps", {"height": 3}),
+        ("in=1x16x4x6x2 co=16 k=2 s=2 layout=NDHWC", "channels", {}),
+        ("in=1x8x3x4x32 co=2 k=3 s=2 p=1 op=1 dtype=float16", "row", {}),
+        ("in=1x16x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
+        # tile by tile, for few channels
+        ("in=1x4x4x6x32 co=2 k=3 s=2 p=1 op=1", "row", {"height": 2, "bands_h": 3}),
         ("in=1x6x4x6x32 co=4 k=3 s=2 p=1 op=1 g=2", "row", {"depth": 2}),
         ("in=1x4x4x6x16 co=4 k=5 s=2 p=2 op=1 g=4", "row", {"bands_d": 2}),  # taps of a plane at once
-        ("in=1x2x2x6x16 co=48 k=2 s=2", "channels", {"task": 16}),
-        ("in=1x4x4x6x16 co=16 k=3 s=1 p=1", "channels", {"vectors": 1, "scalars": 16}),  # columns left out
-        ("in=1x4x4x6x16 co=6 k=2 s=2", "line", {"depth": 2, "height": 6}),  # through both planes
-        ("in=1x4x4x6x32 co=6 k=3 s=2 p=1 op=1", "line", {"height": 2}),
-        ("in=1x4x4x6x32 co=1 k=3 s=2 p=1 op=1", "taps", {"height": 3}),
-        ("in=1x16x4x6x2 co=16 k=2 s=2 layout=NDHWC", "channels", {}),
-        ("in=1x2x3x4x32 co=2 k=3 s=2 p=1 op=1 dtype=float16", "row", {}),
+        ("in=1x4x4x6x16 co=4 k=7 s=2 p=3 op=1 g=4", "row", {"bands_d": 2}),
+        ("in=1x4x4x6x2 co=16 k=2 s=2 layout=NDHWC", "channels", {}),
         ("in=1x4x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
         ("in=1x2x3x3x16 co=2 k=2 s=3x3x4", "row", {}),  # phases as axes
     ],
