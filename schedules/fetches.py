@@ -82,9 +82,8 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         rest, at = _parted(number, stretch, planes * channels)
         more, plane = _parted(rest, planes, channels)
         at = at * (CACHE_LINE // spec.itemsize)
-        return fetch(
-            x, (n, first_channel + channel + more, d + plane, h, at) if by_channel else (n, d + plane, h, 0, at)
-        )
+        place = (n, first_channel + channel + more, d + plane) if by_channel else (n, d + plane, h)
+        return fetch(x, (*place, h, at) if by_channel else (*place, 0, at))
 
     turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
     of_turn = -(-lines // sum(turns))
