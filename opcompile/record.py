@@ -317,10 +317,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
     if tiles.get("store", "cached") not in ("cached", "streamed"):
         return f"store is {tiles['store']!r}, but must be 'cached' or 'streamed'"
-    if tiles.get("fetch", "own") not in ("own", "next"):
-        return f"fetch is {tiles['fetch']!r}, but must be 'own' or 'next'"
     for name in names:
-        if name not in ("vector", "copy", "store", "fetch") and (type(tiles[name]) is not int or tiles[name] < 1):
+        if name not in ("vector", "copy", "store") and (type(tiles[name]) is not int or tiles[name] < 1):
             return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
     t = Tiles(**tiles)
     machine = target.machine
@@ -372,8 +370,6 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
     if t.store == "streamed" and not streams(spec, t.vector, machine):
         return f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
-    if t.fetch == "next" and t.copy == "whole":
-        return "fetch is 'next', but where all X is copied first no task has anything to ask for: it must be 'own'"
     if t.products == 1:
         return None
     if t.vector == "taps":

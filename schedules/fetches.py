@@ -34,7 +34,7 @@ Loops = tuple[tirx.For, ...]
 def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
     """Let the loops over channels, and the sums that leave their registers, ask for what comes later."""
     x, *_, y = function.params
-    if t.fetch == "next":
+    if t.copy == "task":
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
@@ -67,11 +67,12 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
 
     A task copies its part of X before it multiplies, and would wait for memory meanwhile.
     """
-    if task.kind != tirx.ForKind.PARALLEL:
+    alone = isinstance(task.extent, tirx.IntImm) and int(task.extent) == 1
+    if task.kind != tirx.ForKind.PARALLEL or alone:
         return task
     by_channel, several = spec.layout == "NCDHW", t.chunk // t.products >= _SEVERAL
     loops = [_told_apart(loop, around, several, by_channel) for loop, around in _sums(task.body, several, ())]
-    if not loops:  # these tasks copy all X
+    if not loops:  # no tap meets Y
         return task
     n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
     stretch, planes = _lines(spec, t)

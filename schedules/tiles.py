@@ -45,8 +45,7 @@ class Tiles:
     ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
     that it reads, or all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
-    written: into the caches, or past them where it begins at a cache line. ``fetch`` says whose X a task asks
-    for early: its own, while it copies that, or that of the next task too, while it multiplies.
+    written: into the caches, or past them where it begins at a cache line.
     """
 
     vector: Literal["channels", "row", "line", "taps"]
@@ -64,7 +63,6 @@ class Tiles:
     bands_m: int = 1
     products: int = 1
     store: Literal["cached", "streamed"] = "cached"
-    fetch: Literal["own", "next"] = "own"
 
     def fields(self) -> dict[str, int | str]:
         """Return the numbers by name; of `LATER` only those that differ, as in records from before they were."""
@@ -111,7 +109,7 @@ class Tiles:
 
 
 # What records from before it was stand for.
-LATER = {"products": 1, "store": "cached", "fetch": "own"}
+LATER = {"products": 1, "store": "cached"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +146,7 @@ class Estimate:
             f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every {summed} are computed, then written"
             + (f"; a task does so {several}" if bands else ": a task"),
             "each task copies, and pads, the rows of X that it reads"
-            + (", and asks for those of the next task while it multiplies" if t.fetch == "next" else "")
+            "; while it multiplies, it asks for those of the next task"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
             *(["Y is written past the caches, where it begins at a cache line"] if t.store == "streamed" else []),
@@ -167,12 +165,9 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half) if tiles.vector == "channels"]
     past = {t.vector: streams(spec, t.vector, machine) for _, _, t in choices}
-
-    def told(layer: _Layer, on: Machine, t: Tiles) -> Tiles:
-        store, near = "streamed" if past[t.vector] else "cached", layer.near(t, on)
-        return replace(t, store=store, fetch="next" if near else "own")  # type: ignore[arg-type]
-
-    estimates = [_estimate(layer, on, told(layer, on, t)) for layer, on, t in choices]
+    estimates = [
+        _estimate(layer, on, replace(t, store="streamed") if past[t.vector] else t) for layer, on, t in choices
+    ]
     return sorted(estimates, key=lambda e: (e.cycles, -e.tiles.depth, -e.tiles.height, e.tiles))
 
 
@@ -354,10 +349,6 @@ class _Layer:
     def copied(self, t: Tiles) -> int:
         """Bytes of X that a task copies."""
         return self.window(t) if t.copy == "task" else 0
-
-    def near(self, t: Tiles, machine: Machine) -> bool:
-        """Whether the second cache has room for what a task copies, and for that of the next one."""
-        return t.copy == "task" and self.tasks(t) > 1 and self.window(t) <= machine.l2_bytes // 2
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
@@ -573,7 +564,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # the rows of each channel and plane are in pages of their own
     pages = layer.c * layer.planes(t) if layer.channels_first else 0
     # what the task before asked for is near, as far as the second cache holds both
-    a_byte = 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2 if t.fetch == "next" else 0.22
+    a_byte = min(0.22, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
     return layer.tasks(t) * (layer.window(t) * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 
