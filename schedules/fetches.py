@@ -26,6 +26,8 @@ _NEAR = 512 << 10
 _FEW = 16
 # A loop of so many channels asks for X of its own: less for each would cost more than the products beside it.
 _SEVERAL = 8
+# So many lines may be asked for at a time; a core cannot wait for many more.
+_AT_ONCE = 8
 
 Ahead = Callable[[s_tir.SBlockRealize, list[tirx.For], "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
@@ -88,6 +90,8 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
 
     turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
     of_turn = -(-lines // sum(turns))
+    if of_turn > _AT_ONCE:
+        return task
     fetches, before = [], 0
     for (channel, around), own in zip(loops, turns, strict=True):
         turn: Any = tirx.const(0, task.loop_var.ty.dtype)

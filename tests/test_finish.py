@@ -325,6 +325,20 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
         assert len(asked[number]) < 2 * len(set(read.ravel() // elements)) + 8 * c
 
 
+def test_x_is_not_asked_for_by_many_lines_at_once_nor_by_a_single_task() -> None:
+    for text, vector, asks in (
+        ("in=1x7x32x128x128 co=1 k=1 s=1", "line", False),  # 112 lines for each of a few turns
+        ("in=1x7x32x128x128 co=1 k=2 s=2", "line", True),
+        ("in=1x8x1x1x16 co=16 k=2 s=2", "channels", False),
+        ("in=Nx8x1x1x16 co=16 k=2 s=2", "channels", True),
+    ):
+        spec = ConvTranspose3d.parse(text)
+        tiles = next(e.tiles for e in candidates(spec, MACHINE) if (e.tiles.vector, e.tiles.copy) == (vector, "task"))
+        body = scheduled(spec, tiles)[KERNEL].body
+        elements = [e for at, _ in statements(body) if (e := fetched(at)) is not None and e.source.name == "X"]
+        assert any("T.min(" not in str(e) for e in elements) == asks, text
+
+
 def x_asked_for(body: Any) -> dict[int, set[int]]:
     """For each task the lines of X that it asks for, but for those of its own copy."""
     asked: dict[int, set[int]] = {}
