@@ -97,9 +97,12 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         turn: Any = tirx.const(0, task.loop_var.ty.dtype)
         for loop in around:
             turn = turn * loop.extent + loop.loop_var
-        first = tirx.floordiv((turn + before) * lines, sum(turns))
-        pair = range(t.products if several and by_channel else 1)
-        fetches.append([line(channel + j, first + i) for i in range(of_turn) for j in pair])
+        share = (turn + before) * lines
+        first, pair = tirx.floordiv(share, sum(turns)), range(t.products if several and by_channel else 1)
+        asked = [line(channel + j, first + i) for i in range(of_turn) for j in pair]
+        if sum(turns) > lines:  # once for each: where channels lie a power of two apart, asking again evicts others
+            asked = [tirx.IfThenElse(tirx.floormod(share, sum(turns)) < lines, in_turn(asked), None)]
+        fetches.append(asked)
         before += own
     body = _with_fetches(task.body, several, iter(fetches))
     return tirx.For(task.loop_var, task.min, task.extent, task.kind, body)

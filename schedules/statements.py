@@ -21,7 +21,8 @@ def over_channels(
     loop: tirx.For, blocks: re.Pattern[str] = ADDING
 ) -> tuple[s_tir.SBlockRealize, list[tirx.For]] | None:
     """Where a loop goes through channels: the block that adds their products, and the loops of its register tile."""
-    inner, tile = loop.body, []
+    # what a turn asks for comes before what it adds
+    inner, tile = loop.body.seq[-1] if isinstance(loop.body, tirx.SeqStmt) else loop.body, []
     while isinstance(inner, tirx.For) and inner.kind != tirx.ForKind.SERIAL:
         tile.append(inner)
         inner = inner.body
