@@ -172,7 +172,10 @@ class Slot:
                 return
         elif given == self.shape:
             return
-        raise CallError(f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}")
+        least = ", N at least 1" if self.shape and self.shape[0] is None else ""
+        raise CallError(
+            f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}{least}"
+        )
 
     def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
         if to_write:
