@@ -66,8 +66,8 @@ def _section(name: str) -> Iterator[str]:
 
 def _row(option: click.Option) -> str:
     """Return one line of the table; put together here, for the wording of click's own differs between versions."""
-    choices = "\\|".join(option.type.choices) if isinstance(option.type, click.Choice) else ""
-    words = " ".join([", ".join(option.opts), *filter(None, [option.metavar or choices])])
+    choices = "|".join(option.type.choices) if isinstance(option.type, click.Choice) else ""
+    words = " ".join([", ".join(option.opts), *filter(None, [option.metavar or choices])]).replace("|", "\\|")
     notes = ["required"] if option.required else []
     if option.show_default and option.default is not None:
         notes.append(f"default: {option.default}")

@@ -40,6 +40,14 @@ def fenced(text: str, language: str) -> list[str]:
 # --- the command line ---
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_the_rows_of_a_table_have_one_number_of_columns(page: Path) -> None:
+    """A bar ends a column unless it is escaped, in code, too."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
 def test_the_page_of_the_command_line_is_in_step() -> None:
     assert page() == PAGE.read_text(), "run: python tests/cli_page.py"
 
