@@ -108,7 +108,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
         # whatever a compiler or a linker made of it
         code, message = INTERRUPTED, "interrupted"
     if message:
-        click.echo(f"opcompile: {message}", err=True)
+        with suppress(OSError):  # the code tells it where stderr cannot
+            click.echo(f"opcompile: {message}", err=True)
     return code
 
 
@@ -118,7 +119,8 @@ def _outcome(command: Callable[[], Any], seen: list[int]) -> tuple[int, str]:
         code = command()
         return code if isinstance(code, int) else 0, ""
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code, ""
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"

@@ -356,6 +356,13 @@ def test_a_closed_pipe_is_no_traceback(form: list[str]) -> None:
         assert process.wait() == 141
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("word", ["no-such-command", "inspect no-such-case"])
+def test_the_exit_code_tells_what_stderr_cannot(word: str) -> None:
+    command = f"exec {sys.executable} -m opcompile {word} 2>/dev/full"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 2
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed_are_no_mistake(tmp_path: Path, closed: str) -> None:
     command = f"exec {sys.executable} -m opcompile compile '{LAYER}' -o {tmp_path / 'a'} {closed}"
