@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from opcompile import __version__
-from opcompile.errors import ArtifactError, CallError, OpcompileError
+from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
 from opcompile.gpus import is_gpu
 
 if TYPE_CHECKING:
@@ -481,11 +481,14 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
 @click.option("--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
 @click.option(
-    "--at-least", type=_Number(), metavar="R", help="Exit code 1 if less than R times as fast as the fastest."
+    "--at-least",
+    type=_Number(),
+    metavar="R",
+    help="Exit code 1 if less than R times as fast as the fastest; 3 if no engine was timed beside a layer.",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure each engine's peak memory.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
-@click.option("--plot", "picture", metavar="F.png|F.svg", help="Draw the roofline and a bar chart.")
+@click.option("--plot", "picture", metavar="F.png|F.svg|F.pdf", help="Draw the roofline and a bar chart.")
 @click.option("--markdown", is_flag=True, help="Print a summary of all layers, as a Markdown table.")
 @_target
 @_plan
@@ -546,7 +549,13 @@ def bench(
             yield summary.table(reports)
 
     _emit(as_json, content, shown)
-    return int(at_least is not None and any(report.slower_than(at_least) for report in reports.values()))
+    if at_least is None:
+        return 0
+    if any(report.slower_than(at_least) for report in reports.values()):
+        return 1
+    if alone := [name for name, report in reports.items() if report.best is None]:
+        raise EngineError(f"--at-least has nothing to compare with: no engine was timed beside {', '.join(alone)}")
+    return 0
 
 
 def _stopwatch(

@@ -717,6 +717,14 @@ def test_slower_than_asked_exits_with_1(
     assert invoke("bench", LAYER, *(["--at-least", asked] if asked else [])).exit_code == code
 
 
+def test_as_fast_as_asked_is_nothing_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: bench_report({"opcompile": [1.0] * 20}))
+    result = invoke("bench", LAYER, "--at-least", "2")
+    assert result.exit_code == 3
+    assert "no engine was timed beside layer" in result.stderr
+    assert invoke("bench", LAYER).exit_code == 0
+
+
 def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     content = of_json(invoke("doctor", "--json"))
     assert content["healthy"]
