@@ -705,7 +705,8 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
 
 def _is_size(text: str) -> bool:
     """Whether a text is a positive number, or the name of an open size."""
-    return int(text) > 0 if text.isdecimal() else text.isidentifier()
+    # more digits than any size has are too many for int
+    return len(text) < 20 and int(text) > 0 if text.isdecimal() else text.isidentifier()
 
 
 @cli.command()

@@ -179,6 +179,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
     "replace": [
         (["{tmp}/none.onnx", "-o", "{tmp}/out"], 2, ["none.onnx", "name an ONNX file"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "x"], 2, ["--shape", "NAME=NxCxDxHxW"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", f"x=1x{'9' * 5000}"], 2, ["NAME=NxCxDxHxW"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--node", "nothing"], 2, ["nothing", "it has: node_convolution"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "y=1x1x8x8x8"], 2, ["no input 'y'; it has: x\n"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--seconds", "nan"], 2, ["--seconds", "finite"]),
