@@ -247,7 +247,7 @@ def compile_(
 
     A layer becomes the artifact DIR; a model becomes one artifact a node, DIR/<node>, and DIR/index.json.
     A node that cannot be compiled is listed with its reason. Exit code 1: an output is wrong;
-    2: nothing could be compiled.
+    2: nothing could be compiled; 3: an artifact could not be asked.
     """
     from opcompile.build import compile_all
 
@@ -265,6 +265,8 @@ def compile_(
     _emit(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: _built_table(built, into))
     if any(b.status == "wrong" for b in built):
         return 1
+    if any(b.report and b.report.unanswered is not None for b in built):
+        return 3
     return 0 if any(b.directory for b in built) else 2
 
 
@@ -275,7 +277,8 @@ def compile_(
 def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
-    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong.
+    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong;
+    3: an artifact could not be asked.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -293,7 +296,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     passed = all(report.passed for report in reports.values())
     content = {"passed": passed, "artifacts": {name: report.to_json() for name, report in reports.items()}}
     _emit(as_json, content, lambda: _report_tables(reports))
-    return 0 if passed else 1
+    return 0 if passed else 1 if any(report.failures for report in reports.values()) else 3
 
 
 @cli.command()
@@ -1000,6 +1003,7 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
         if b.report:
             asked = {row.against for row in b.report.rows}
             # an engine that answered other questions is no news here; the report tells
+            asked |= {"opcompile"} if b.reason else set()
             words += [f"not asked: {n.what}: {n.reason}" for n in b.report.not_asked if n.what.split()[0] not in asked]
         for word in words:
             said.setdefault(word, []).append(b.name)
@@ -1015,7 +1019,8 @@ def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
         table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
         for name, report in reports.items():
             worst = max((row.check.worst for row in report.rows), default=None)
-            verdict = "[green]verified[/]" if report.passed else "[red]wrong[/]"
+            status = "verified" if report.passed else "wrong" if report.failures else "not verified"
+            verdict = f"[{_COLOURS[status]}]{status}[/]"
             table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
         yield table
 

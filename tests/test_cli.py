@@ -525,6 +525,17 @@ def test_wrong_outputs_exit_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "FAIL" in result.stdout
 
 
+def test_what_cannot_be_asked_is_not_verified_and_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    result = invoke("compile", LAYER, "-o", tmp_path / "a", "--target", "metal:apple-m1")
+    assert result.exit_code == 3
+    assert "layer: not verified: the compiler '/nowhere/c++' cannot be started" in result.stdout
+    assert "wrong" not in result.stdout
+    result = invoke("verify", tmp_path / "a", "--simulate")
+    assert result.exit_code == 3
+    assert "the compiler '/nowhere/c++' cannot be started" in " ".join(result.stdout.split())
+
+
 def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.artifact.link", lambda *_: b"a library")
     away = "llvm:cortex-a72" if os.uname().machine == "x86_64" else "llvm:x86-64-v3"
