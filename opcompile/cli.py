@@ -863,6 +863,8 @@ def _require_place(path: str) -> None:
         raise CallError(f"cannot write {path}: it is a folder; name a file")
     if not Path(path).parent.is_dir():
         raise CallError(f"cannot write {path}: there is no such folder; name a file in one that exists and is yours")
+    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise CallError(f"cannot write {path}: that is not permitted; name a file in a folder that is yours")
 
 
 def _store(place: Path, report: Report) -> None:

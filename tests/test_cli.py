@@ -720,6 +720,17 @@ def test_a_long_benchmark_that_ends_early_leaves_what_it_has(monkeypatch: pytest
     assert list(json.loads((tmp_path / "f.json").read_text())["layers"]) == ["plain"]
 
 
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+def test_a_file_that_may_not_be_written_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: pytest.fail("it was timed"))
+    result = invoke("bench", LAYER, option, tmp_path / "f.svg")
+    assert result.exit_code == 2
+    assert f"cannot write {tmp_path / 'f.svg'}: that is not permitted" in result.stderr
+
+
 @pytest.mark.parametrize(("ratio", "asked", "code"), [(1.9, 1.5, 0), (1.9, 2.5, 1), (1.9, None, 0)])
 def test_slower_than_asked_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, ratio: float, asked: float | None, code: int
