@@ -852,9 +852,15 @@ def _write_array(path: str, array: NDArray[Any]) -> None:
 
     try:
         with open(path, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+            try:
+                np.save(file, array, allow_pickle=False)
+            except BaseException:
+                if Path(path).is_file():
+                    Path(path).unlink()  # half of an array is none
+                raise
     except OSError as error:
-        raise CallError(f"cannot write {path}: {error.strerror}; name a file in a directory that is yours") from error
+        reason = error.strerror or error  # of a full disk NumPy says how much was written
+        raise CallError(f"cannot write {path}: {reason}; name a file in a directory that is yours") from error
 
 
 def _require_place(path: str) -> None:

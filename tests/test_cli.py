@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from test_bench import report_of as bench_report
 
 import opcompile
 from opcompile.cases import tagged
-from opcompile.cli import _progress, cli
+from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import EngineError, OpcompileError, VerificationError
+from opcompile.errors import CallError, EngineError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -565,6 +566,17 @@ def test_a_report_that_cannot_be_stored_is_said(folder: Path, monkeypatch: pytes
     assert result.exit_code == 0
     assert "the report was not stored" in result.stderr
     assert "/there" in result.stderr
+
+
+def test_run_leaves_no_half_of_an_array(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CallError, match=r"cannot write .*y\.npy: .* written; name a file"):
+            _write_array(str(tmp_path / "y.npy"), np.ones(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_is_the_artifact_called(folder: Path, tmp_path: Path) -> None:
