@@ -41,6 +41,8 @@ progress go to stderr.
 | `OPCOMPILE_RECORDS` | where your own tuned records are ([tuning](tuning.md#records)) |
 | `OPCOMPILE_DEBUG` | show the traceback of a mistake of ours |
 | `CC` | the C compiler that links for this machine |
+| `CXX` | the C++ compiler that compiles GPU code for its simulation |
+| `NVCC` | the compiler for CUDA ([where it is looked for](gpus.md#cuda)) |
 | `COLUMNS`, `NO_COLOR` | width and colour of tables; into a file or a pipe they are 160 columns wide |
 """
 

@@ -52,6 +52,16 @@ def test_the_page_of_the_command_line_is_in_step() -> None:
     assert page() == PAGE.read_text(), "run: python tests/cli_page.py"
 
 
+def test_the_page_names_every_variable_that_chooses_a_program() -> None:
+    sources = [path.read_text() for path in (ROOT / "opcompile").rglob("*.py")]
+    used = {
+        name for text in sources for name in re.findall(r"(?:environ\[|environ\.get\(|command_in\()\"(\w+)\"", text)
+    }
+    assert {"CC", "CXX", "NVCC"} <= used
+    missing = {name for name in used if f"`{name}`" not in PAGE.read_text()}
+    assert missing <= {"CUDA_HOME", "CUDA_PATH", "KERAS_HOME", "TVM_NUM_THREADS", "XDG_CACHE_HOME", "XDG_DATA_HOME"}
+
+
 def command_lines(text: str) -> Iterator[list[str]]:
     """Every ``opcompile ...`` in a block or between backquotes, as words."""
     lines = [line for block in fenced(text, "") for line in block.splitlines()]
