@@ -200,7 +200,7 @@ class Built:
             return "not compiled"
         if self.report is None:
             return "not verified"
-        return "verified" if self.report.passed else "wrong"
+        return "verified" if self.report.passed else "wrong" if self.report.failures else "not verified"
 
     @property
     def size(self) -> int:
@@ -317,7 +317,7 @@ class _Job:
         self.report("verify")
         found = check(simulated(place) if on_gpu else load_any(place))
         artifact.add_report(place, found.to_json())
-        return found, ""
+        return found, found.unanswered or ""
 
 
 def _origin(given: Source, machine: Target | GpuTarget, plan: str) -> dict[str, Any]:

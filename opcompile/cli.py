@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from opcompile import __version__
-from opcompile.errors import ArtifactError, CallError, OpcompileError
+from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
 from opcompile.gpus import is_gpu
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
         # whatever a compiler or a linker made of it
         code, message = INTERRUPTED, "interrupted"
     if message:
-        click.echo(f"opcompile: {message}", err=True)
+        with suppress(OSError):  # the code tells it where stderr cannot
+            click.echo(f"opcompile: {message}", err=True)
     return code
 
 
@@ -118,7 +119,8 @@ def _outcome(command: Callable[[], Any], seen: list[int]) -> tuple[int, str]:
         code = command()
         return code if isinstance(code, int) else 0, ""
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code, ""
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
@@ -245,7 +247,7 @@ def compile_(
 
     A layer becomes the artifact DIR; a model becomes one artifact a node, DIR/<node>, and DIR/index.json.
     A node that cannot be compiled is listed with its reason. Exit code 1: an output is wrong;
-    2: nothing could be compiled.
+    2: nothing could be compiled; 3: an artifact could not be asked.
     """
     from opcompile.build import compile_all
 
@@ -263,6 +265,8 @@ def compile_(
     _emit(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: _built_table(built, into))
     if any(b.status == "wrong" for b in built):
         return 1
+    if any(b.report and b.report.unanswered is not None for b in built):
+        return 3
     return 0 if any(b.directory for b in built) else 2
 
 
@@ -273,7 +277,8 @@ def compile_(
 def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
-    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong.
+    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong;
+    3: an artifact could not be asked.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -291,7 +296,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     passed = all(report.passed for report in reports.values())
     content = {"passed": passed, "artifacts": {name: report.to_json() for name, report in reports.items()}}
     _emit(as_json, content, lambda: _report_tables(reports))
-    return 0 if passed else 1
+    return 0 if passed else 1 if any(report.failures for report in reports.values()) else 3
 
 
 @cli.command()
@@ -479,11 +484,14 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads for each.")
 @click.option("--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
 @click.option(
-    "--at-least", type=_Number(), metavar="R", help="Exit code 1 if less than R times as fast as the fastest."
+    "--at-least",
+    type=_Number(),
+    metavar="R",
+    help="Exit code 1 if less than R times as fast as the fastest; 3 if no engine was timed beside a layer.",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure each engine's peak memory.")
 @click.option("--save", metavar="F.json", help="Write the JSON, all samples included, to a file as well.")
-@click.option("--plot", "picture", metavar="F.png|F.svg", help="Draw the roofline and a bar chart.")
+@click.option("--plot", "picture", metavar="F.png|F.svg|F.pdf", help="Draw the roofline and a bar chart.")
 @click.option("--markdown", is_flag=True, help="Print a summary of all layers, as a Markdown table.")
 @_target
 @_plan
@@ -544,7 +552,13 @@ def bench(
             yield summary.table(reports)
 
     _emit(as_json, content, shown)
-    return int(at_least is not None and any(report.slower_than(at_least) for report in reports.values()))
+    if at_least is None:
+        return 0
+    if any(report.slower_than(at_least) for report in reports.values()):
+        return 1
+    if alone := [name for name, report in reports.items() if report.best is None]:
+        raise EngineError(f"--at-least has nothing to compare with: no engine was timed beside {', '.join(alone)}")
+    return 0
 
 
 def _stopwatch(
@@ -694,7 +708,8 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
 
 def _is_size(text: str) -> bool:
     """Whether a text is a positive number, or the name of an open size."""
-    return int(text) > 0 if text.isdecimal() else text.isidentifier()
+    # more digits than any size has are too many for int
+    return len(text) < 20 and int(text) > 0 if text.isdecimal() else text.isidentifier()
 
 
 @cli.command()
@@ -837,9 +852,15 @@ def _write_array(path: str, array: NDArray[Any]) -> None:
 
     try:
         with open(path, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+            try:
+                np.save(file, array, allow_pickle=False)
+            except BaseException:
+                if Path(path).is_file():
+                    Path(path).unlink()  # half of an array is none
+                raise
     except OSError as error:
-        raise CallError(f"cannot write {path}: {error.strerror}; name a file in a directory that is yours") from error
+        reason = error.strerror or error  # of a full disk NumPy says how much was written
+        raise CallError(f"cannot write {path}: {reason}; name a file in a directory that is yours") from error
 
 
 def _require_place(path: str) -> None:
@@ -848,6 +869,8 @@ def _require_place(path: str) -> None:
         raise CallError(f"cannot write {path}: it is a folder; name a file")
     if not Path(path).parent.is_dir():
         raise CallError(f"cannot write {path}: there is no such folder; name a file in one that exists and is yours")
+    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise CallError(f"cannot write {path}: that is not permitted; name a file in a folder that is yours")
 
 
 def _store(place: Path, report: Report) -> None:
@@ -988,6 +1011,7 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
         if b.report:
             asked = {row.against for row in b.report.rows}
             # an engine that answered other questions is no news here; the report tells
+            asked |= {"opcompile"} if b.reason else set()
             words += [f"not asked: {n.what}: {n.reason}" for n in b.report.not_asked if n.what.split()[0] not in asked]
         for word in words:
             said.setdefault(word, []).append(b.name)
@@ -1003,7 +1027,8 @@ def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
         table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
         for name, report in reports.items():
             worst = max((row.check.worst for row in report.rows), default=None)
-            verdict = "[green]verified[/]" if report.passed else "[red]wrong[/]"
+            status = "verified" if report.passed else "wrong" if report.failures else "not verified"
+            verdict = f"[{_COLOURS[status]}]{status}[/]"
             table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
         yield table
 

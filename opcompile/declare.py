@@ -477,8 +477,13 @@ def _const(z: Any, value: float) -> Any:
     return tirx.const(value, z.ty.dtype)
 
 
+def _at_least(z: Any, low: float) -> Any:
+    # in this order: LLVM takes the first of two where it is the larger, otherwise, and for NaN, the second
+    return tirx.max(_const(z, low), z)
+
+
 def _clip(z: Any, low: float, high: float) -> Any:
-    return tirx.min(tirx.max(z, _const(z, low)), _const(z, high))
+    return tirx.min(_const(z, high), _at_least(z, low))
 
 
 def _sigmoid(z: Any) -> Any:
@@ -491,7 +496,7 @@ def _hard_sigmoid(z: Any, alpha: Any, beta: Any) -> Any:
 
 
 def _elu(z: Any, alpha: Any) -> Any:
-    return tirx.Select(z >= _const(z, 0), z, alpha * (tirx.exp(tirx.min(z, _const(z, 0))) - _const(z, 1)))
+    return tirx.Select(z < _const(z, 0), alpha * (tirx.exp(tirx.min(z, _const(z, 0))) - _const(z, 1)), z)
 
 
 def _tanh(z: Any) -> Any:
@@ -560,12 +565,12 @@ def _squareplus(z: Any) -> Any:
 def _sparse_plus(z: Any) -> Any:
     # 0, then a parabola between -1 and 1, then z
     inner = _clip(z, -1, 1) + _const(z, 1)
-    return _const(z, 0.25) * inner * inner + tirx.max(z - _const(z, 1), _const(z, 0))
+    return tirx.Select(z < _const(z, 1), _const(z, 0.25) * inner * inner, z)
 
 
 _FORMULAS: dict[str, Callable[..., Any]] = {
     "none": lambda z: z,
-    "relu": lambda z: tirx.max(z, _const(z, 0)),
+    "relu": lambda z: _at_least(z, 0),
     "relu6": lambda z: _clip(z, 0, 6),
     "leaky_relu": lambda z, alpha: tirx.Select(z >= _const(z, 0), z, alpha * z),
     "elu": _elu,
@@ -583,7 +588,7 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "exponential": tirx.exp,
     "hard_tanh": lambda z: _clip(z, -1, 1),
     "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
-    "hard_shrink": lambda z: tirx.Select(tirx.abs(z) > _const(z, 0.5), z, _const(z, 0)),
+    "hard_shrink": lambda z: tirx.Select(tirx.abs(z) <= _const(z, 0.5), _const(z, 0), z),
     "tanh_shrink": lambda z: z - _tanh(z),
     "log_sigmoid": lambda z: -_softplus(-z),
     "squareplus": _squareplus,

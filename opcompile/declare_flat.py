@@ -36,6 +36,9 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 from opcompile.declare import Grain, Scope, activate, round_up, sum_type
 from opcompile.spec import Axis, ConvTranspose3d
 
+# Activations that end in a `max` or `min`, which on a GPU makes a number of NaN.
+_CLIPS = ("relu", "relu6", "hard_sigmoid", "hard_tanh")
+
 
 @dataclass(frozen=True, slots=True)
 class FlatGrain:
@@ -173,7 +176,8 @@ class _Flat:
             z = picked(n, g, m, q, f)
             if spec.bias:  # a channel that was rounded up has none, and borrows one
                 z = z + sum_type(spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m))
-            return activate(spec.activation, z).astype(spec.dtype)
+            y = activate(spec.activation, z)
+            return (tirx.Select(tirx.isnan(z), z, y) if spec.activation.name in _CLIPS else y).astype(spec.dtype)
 
         result = te.compute(scope.batched(*self._result_sizes()), finished, name="result")
         func = te.create_prim_func([x, w, b, result] if spec.bias else [x, w, result])

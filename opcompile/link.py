@@ -7,7 +7,6 @@ compiler and the C libraries of the others, and stands in for ``cc`` where there
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opcompile.errors import EngineError
+from opcompile.machine import command_in
 from opcompile.runtime import EXPORTS, HEADER, KERNEL, host
 from opcompile.target import Target
 
@@ -70,8 +70,8 @@ def link_library(sources: Mapping[str, str], objects: Sequence[bytes], exports: 
 def _linker(target: Target) -> list[str]:
     """Return the command that compiles C and links for ``target``, without its arguments."""
     if (target.architecture, target.system) == host():
-        if os.environ.get("CC", "").strip():
-            return shlex.split(os.environ["CC"])
+        if command := command_in("CC"):
+            return command
         for name in ("cc", "gcc", "clang"):
             if shutil.which(name):
                 return [name]

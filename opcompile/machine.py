@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
+
+from opcompile.errors import EngineError
 
 Result = TypeVar("Result")
 
@@ -29,6 +32,18 @@ def processor() -> str:
         if told:
             return told
     return platform.processor() or platform.machine()
+
+
+def command_in(variable: str) -> list[str]:
+    """Return the words of the command that an environment variable holds, none where it is empty.
+
+    Raises `EngineError` for what a shell could not read.
+    """
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise EngineError(f"{variable} is {text!r}, which is no command: {error}; quote it as in a shell") from None
 
 
 def system() -> str:

@@ -102,7 +102,7 @@ _FORMULAS: dict[str, Callable[..., Array]] = {
     "exponential": np.exp,
     "hard_tanh": lambda z: np.clip(z, -1, 1),
     "soft_shrink": lambda z: np.sign(z) * np.maximum(np.abs(z) - 0.5, 0),
-    "hard_shrink": lambda z: np.where(np.abs(z) > 0.5, z, 0),
+    "hard_shrink": lambda z: np.where(np.abs(z) <= 0.5, 0, z),
     "tanh_shrink": lambda z: z - np.tanh(z),
     "log_sigmoid": lambda z: -np.logaddexp(0, -z),
     # (z + sqrt(z^2 + 4)) / 2, without the cancellation

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, TargetError
 from opcompile.gpus import is_gpu
 from opcompile.gradients.gradient import WRT, Wrt
+from opcompile.index import INDEX
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import processor_flags
@@ -172,7 +173,10 @@ class Slot:
                 return
         elif given == self.shape:
             return
-        raise CallError(f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}")
+        least = ", N at least 1" if self.shape and self.shape[0] is None else ""
+        raise CallError(
+            f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}{least}"
+        )
 
     def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
         if to_write:
@@ -649,6 +653,8 @@ def read_manifest(directory: Path) -> bytes:
             time.sleep(0.005)
         except OSError as error:
             raise ArtifactError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
+    if (directory / INDEX).is_file():
+        raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them, like {directory}/<node>")
     what = "has no manifest.json, so it is not an artifact" if directory.exists() else "does not exist"
     raise ArtifactError(f"{directory} {what}; name a directory that `opcompile compile` wrote")
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, own_weights, read_golden
+from opcompile.runtime import Golden, own_weights, read_golden, sizes_text
 from opcompile.spec import ConvTranspose3d
 
 _ALIGNMENT = 16
@@ -67,9 +67,14 @@ class OnGpu:
             raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
         tensor = self._from_dlpack(value)
         given = tuple(tensor.shape)
-        fits = len(given) == len(shape) and all(n in (None, size) for n, size in zip(shape, given, strict=True))
+        fits = len(given) == len(shape) and all(
+            size == n if n is not None else size >= 1 for n, size in zip(shape, given, strict=True)
+        )
         if not fits or str(tensor.dtype) != self._dtype:
-            raise CallError(f"{name} is {tensor.dtype} {given}, but this kernel needs {self._dtype} {shape}")
+            least = ", N at least 1" if None in shape else ""
+            raise CallError(
+                f"{name} is {tensor.dtype} {given}, but this kernel needs {self._dtype} {sizes_text(shape)}{least}"
+            )
         if not tensor.is_contiguous():
             raise CallError(f"{name} is not contiguous in memory; pass {name}.contiguous()")
         if tensor.data_ptr() % _ALIGNMENT:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
+from opcompile.machine import command_in
 from opcompile.packing import Packing
 from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest
 from opcompile.spec import ConvTranspose3d
@@ -114,8 +115,8 @@ class Simulator:
 
 
 def _compiler() -> list[str]:
-    if os.environ.get("CXX", "").strip():
-        return shlex.split(os.environ["CXX"])
+    if command := command_in("CXX"):
+        return command
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]

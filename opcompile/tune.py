@@ -46,7 +46,7 @@ from opcompile._journal import Journal
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
-from opcompile.record import Record, own_folder, write_record
+from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import Target, cores
 from opcompile.target import target as named
@@ -495,14 +495,17 @@ def _require_extra(*, remote: bool) -> None:
 _BUILDS = "opcompile-build-"
 
 
+_ELSEWHERE = f"give another directory, or set {FOLDER_VARIABLE} to one"
+
+
 def _writable(folder: Path) -> Path:
     """Make ``folder``, so that a long run does not end without a place for its record. Raises `RecordError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecordError(f"into {folder} cannot be made: {error.strerror}; give another directory") from error
+        raise RecordError(f"into {folder} cannot be made: {error.strerror}; {_ELSEWHERE}") from error
     if not os.access(folder, os.W_OK):
-        raise RecordError(f"into {folder} cannot be written; give another directory")
+        raise RecordError(f"into {folder} cannot be written; {_ELSEWHERE}")
     return folder
 
 

@@ -106,7 +106,14 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether the artifact answered, and no comparison failed."""
-        return not self.failures and any(row.answer.startswith("opcompile") for row in self.rows)
+        return not self.failures and self.unanswered is None
+
+    @property
+    def unanswered(self) -> str | None:
+        """Why the artifact gave no answer at all; None where it gave one."""
+        if any(row.answer.startswith("opcompile") for row in self.rows):
+            return None
+        return "; ".join(n.reason for n in self.not_asked if n.what == "opcompile")
 
     def require(self) -> Report:
         """Return self. Raises `VerificationError`, with the first comparison that failed, unless all passed."""

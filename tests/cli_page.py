@@ -41,6 +41,8 @@ progress go to stderr.
 | `OPCOMPILE_RECORDS` | where your own tuned records are ([tuning](tuning.md#records)) |
 | `OPCOMPILE_DEBUG` | show the traceback of a mistake of ours |
 | `CC` | the C compiler that links for this machine |
+| `CXX` | the C++ compiler that compiles GPU code for its simulation |
+| `NVCC` | the compiler for CUDA ([where it is looked for](gpus.md#cuda)) |
 | `COLUMNS`, `NO_COLOR` | width and colour of tables; into a file or a pipe they are 160 columns wide |
 """
 
@@ -66,8 +68,8 @@ def _section(name: str) -> Iterator[str]:
 
 def _row(option: click.Option) -> str:
     """Return one line of the table; put together here, for the wording of click's own differs between versions."""
-    choices = "\\|".join(option.type.choices) if isinstance(option.type, click.Choice) else ""
-    words = " ".join([", ".join(option.opts), *filter(None, [option.metavar or choices])])
+    choices = "|".join(option.type.choices) if isinstance(option.type, click.Choice) else ""
+    words = " ".join([", ".join(option.opts), *filter(None, [option.metavar or choices])]).replace("|", "\\|")
     notes = ["required"] if option.required else []
     if option.show_default and option.default is not None:
         notes.append(f"default: {option.default}")

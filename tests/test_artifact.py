@@ -545,6 +545,12 @@ def test_reports_from_many_threads(copy: Path) -> None:
     assert siblings(copy) == ["copy"]
 
 
+def test_a_model_s_directory_is_no_artifact_and_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"holds the artifacts of a model; name one of them, like .*/<node>"):
+        load(tmp_path)
+
+
 # --- linking ---
 
 
@@ -559,6 +565,9 @@ def test_the_compiler_of_the_environment_is_used(
 ) -> None:
     monkeypatch.setenv("CC", "/nowhere/cc --special")
     with pytest.raises(EngineError, match=r"/nowhere/cc.*set CC"):
+        write(lowered[ONE], tmp_path / "it")
+    monkeypatch.setenv("CC", "'cc")
+    with pytest.raises(EngineError, match=r"CC is \"'cc\", which is no command: No closing quotation"):
         write(lowered[ONE], tmp_path / "it")
     monkeypatch.setenv("CC", "cc -g0")
     assert holds(load(write(lowered[ONE], tmp_path / "it")))

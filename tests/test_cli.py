@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from test_bench import report_of as bench_report
 
 import opcompile
 from opcompile.cases import tagged
-from opcompile.cli import _progress, cli
+from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import EngineError, OpcompileError, VerificationError
+from opcompile.errors import CallError, EngineError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -179,6 +180,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
     "replace": [
         (["{tmp}/none.onnx", "-o", "{tmp}/out"], 2, ["none.onnx", "name an ONNX file"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "x"], 2, ["--shape", "NAME=NxCxDxHxW"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", f"x=1x{'9' * 5000}"], 2, ["NAME=NxCxDxHxW"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--node", "nothing"], 2, ["nothing", "it has: node_convolution"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "y=1x1x8x8x8"], 2, ["no input 'y'; it has: x\n"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--seconds", "nan"], 2, ["--seconds", "finite"]),
@@ -356,6 +358,13 @@ def test_a_closed_pipe_is_no_traceback(form: list[str]) -> None:
         assert process.wait() == 141
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("word", ["no-such-command", "inspect no-such-case"])
+def test_the_exit_code_tells_what_stderr_cannot(word: str) -> None:
+    command = f"exec {sys.executable} -m opcompile {word} 2>/dev/full"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 2
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed_are_no_mistake(tmp_path: Path, closed: str) -> None:
     command = f"exec {sys.executable} -m opcompile compile '{LAYER}' -o {tmp_path / 'a'} {closed}"
@@ -517,6 +526,17 @@ def test_wrong_outputs_exit_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "FAIL" in result.stdout
 
 
+def test_what_cannot_be_asked_is_not_verified_and_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    result = invoke("compile", LAYER, "-o", tmp_path / "a", "--target", "metal:apple-m1")
+    assert result.exit_code == 3
+    assert "layer: not verified: the compiler '/nowhere/c++' cannot be started" in result.stdout
+    assert "wrong" not in result.stdout
+    result = invoke("verify", tmp_path / "a", "--simulate")
+    assert result.exit_code == 3
+    assert "the compiler '/nowhere/c++' cannot be started" in " ".join(result.stdout.split())
+
+
 def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.artifact.link", lambda *_: b"a library")
     away = "llvm:cortex-a72" if os.uname().machine == "x86_64" else "llvm:x86-64-v3"
@@ -546,6 +566,17 @@ def test_a_report_that_cannot_be_stored_is_said(folder: Path, monkeypatch: pytes
     assert result.exit_code == 0
     assert "the report was not stored" in result.stderr
     assert "/there" in result.stderr
+
+
+def test_run_leaves_no_half_of_an_array(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CallError, match=r"cannot write .*y\.npy: .* written; name a file"):
+            _write_array(str(tmp_path / "y.npy"), np.ones(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_is_the_artifact_called(folder: Path, tmp_path: Path) -> None:
@@ -701,6 +732,17 @@ def test_a_long_benchmark_that_ends_early_leaves_what_it_has(monkeypatch: pytest
     assert list(json.loads((tmp_path / "f.json").read_text())["layers"]) == ["plain"]
 
 
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+def test_a_file_that_may_not_be_written_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: pytest.fail("it was timed"))
+    result = invoke("bench", LAYER, option, tmp_path / "f.svg")
+    assert result.exit_code == 2
+    assert f"cannot write {tmp_path / 'f.svg'}: that is not permitted" in result.stderr
+
+
 @pytest.mark.parametrize(("ratio", "asked", "code"), [(1.9, 1.5, 0), (1.9, 2.5, 1), (1.9, None, 0)])
 def test_slower_than_asked_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, ratio: float, asked: float | None, code: int
@@ -708,6 +750,14 @@ def test_slower_than_asked_exits_with_1(
     report = bench_report({"opcompile": [1.0] * 20, "onnxruntime": [ratio] * 20})
     monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: report)
     assert invoke("bench", LAYER, *(["--at-least", asked] if asked else [])).exit_code == code
+
+
+def test_as_fast_as_asked_is_nothing_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: bench_report({"opcompile": [1.0] * 20}))
+    result = invoke("bench", LAYER, "--at-least", "2")
+    assert result.exit_code == 3
+    assert "no engine was timed beside layer" in result.stderr
+    assert invoke("bench", LAYER).exit_code == 0
 
 
 def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

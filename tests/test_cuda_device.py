@@ -130,7 +130,7 @@ def test_the_driver_tells_what_it_has(gpu: pytest.MonkeyPatch) -> None:
 CASES = {
     "dtype": ({"x": lambda: tensor(X.astype(np.float16))[0]}, r"x is float16 \(1, 1, 8, 8, 8\), but .* needs float32"),
     "shape": ({"x": lambda: tensor(X[..., :7])[0]}, r"x is float32 \(1, 1, 8, 8, 7\), but .*\(1, 1, 8, 8, 8\)"),
-    "rank": ({"b": lambda: tensor(B[None])[0]}, r"b is float32 \(1, 1\), but this kernel needs float32 \(1,\)"),
+    "rank": ({"b": lambda: tensor(B[None])[0]}, r"b is float32 \(1, 1\), but this kernel needs float32 \(1\)"),
     "alignment of x": ({"x": lambda: tensor(X, offset=8)[0]}, "x is not at a multiple of 16 bytes; pass a copy"),
     "alignment of out": ({"out": lambda: tensor(X, offset=4)[0]}, "out is not at a multiple of 16 bytes"),
     "another GPU": ({"b": lambda: tensor(B, ordinal=1)[0]}, "b is on another GPU than x; copy it there"),
@@ -151,6 +151,13 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_starts(layer: CudaA
     with pytest.raises(CallError, match=words):
         layer(**{**given, **{name: make() for name, make in changed.items()}})
     assert not y.any()
+
+
+def test_an_open_batch_is_at_least_1(layer: CudaArtifact) -> None:
+    x, open_batch = tensor(X)[0], (None, 1, 8, 8, 8)
+    assert layer.checked("x", x, open_batch)[0] == 1
+    with pytest.raises(CallError, match=r"x is float32 \(0, 1, 8, 8, 8\), but .* \(N, 1, 8, 8, 8\), N at least 1"):
+        layer.checked("x", tensor(X[:0])[0], open_batch)
 
 
 def test_weights_packed_for_another_layer_are_refused(layer: CudaArtifact) -> None:

@@ -40,8 +40,26 @@ def fenced(text: str, language: str) -> list[str]:
 # --- the command line ---
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_the_rows_of_a_table_have_one_number_of_columns(page: Path) -> None:
+    """A bar ends a column unless it is escaped, in code, too."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
 def test_the_page_of_the_command_line_is_in_step() -> None:
     assert page() == PAGE.read_text(), "run: python tests/cli_page.py"
+
+
+def test_the_page_names_every_variable_that_chooses_a_program() -> None:
+    sources = [path.read_text() for path in (ROOT / "opcompile").rglob("*.py")]
+    used = {
+        name for text in sources for name in re.findall(r"(?:environ\[|environ\.get\(|command_in\()\"(\w+)\"", text)
+    }
+    assert {"CC", "CXX", "NVCC"} <= used
+    missing = {name for name in used if f"`{name}`" not in PAGE.read_text()}
+    assert missing <= {"CUDA_HOME", "CUDA_PATH", "KERAS_HOME", "TVM_NUM_THREADS", "XDG_CACHE_HOME", "XDG_DATA_HOME"}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from gpu_kernels import CUDA, METAL, cut, lowered, simulated
 from kernels import integers, reals
@@ -14,6 +15,7 @@ from opcompile.bounds import compare
 from opcompile.cases import CASES, Case
 from opcompile.gpus import GpuTarget, gpu_target
 from opcompile.lower_gpu import LoweredGpu, choose
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from schedules.gpu import longest_first
 
@@ -123,3 +125,17 @@ def test_an_axis_whose_phases_have_one_tap_or_none(target: GpuTarget) -> None:
     spec = ConvTranspose3d.parse("in=1x32x2x6x1 co=7 k=2x4x2 s=3x2x1")
     x, w, b = integers(spec)
     compare(spec, simulated(lowered(spec, target))(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "activation", ["relu", "relu6", "elu", "hard_sigmoid", "hard_tanh", "hard_shrink", "sparse_plus"]
+)
+def test_no_activation_makes_a_number_of_nan(activation: str, target: GpuTarget) -> None:
+    """Where the `max` of a device would."""
+    spec = ConvTranspose3d.parse(f"in=1x3x2x3x5 co=5 k=2 s=2 act={activation}")
+    x, w, b = reals(spec)
+    x.ravel()[::7] = np.nan
+    np.testing.assert_array_equal(
+        np.isnan(simulated(lowered(spec, target))(x, w, b)), np.isnan(reference(spec, x, w, b))
+    )

@@ -118,6 +118,12 @@ def test_verification_asks_and_notices(place: Path, monkeypatch: pytest.MonkeyPa
         oc.verify(artifact).require()
 
 
+def test_where_y_is_beyond_the_type_its_largest_number_is_asked(tmp_path: Path) -> None:
+    spec = oc.ConvTranspose3d.parse("in=1x2x2x3x4 co=3 k=2 s=2 act=elu:1e20 dtype=float16")
+    for wrt in ("x", "w", "b"):
+        oc.verify(oc.compile(spec, derivative=wrt, into=tmp_path / wrt)).require()  # type: ignore[call-overload]
+
+
 def test_it_is_described(place: Path) -> None:
     held = contents(place / "x")
     assert held.whole

@@ -80,6 +80,19 @@ def test_every_corner_case_is_exact_on_integers_and_within_the_bound_on_reals(ex
         require_right(gradient, optimised=True)
 
 
+@pytest.mark.parametrize(
+    "more", ["", "act=relu", "act=elu layout=NDHWC", "act=relu6 dtype=float16", "act=tanh dtype=bfloat16"]
+)
+def test_nan_in_dy_and_y_reaches_what_it_reaches_in_the_oracle(more: str) -> None:
+    for gradient in gradients_of(ConvTranspose3d.parse(f"in=1x4x3x4x19 co=5 k=3 s=2 p=1 op=1 {more}")):
+        run = kernel(gradient)
+        for name in {"dy", "y"} & gradient.operands.keys():
+            operands = draw(gradient)
+            operands[name].ravel()[operands[name].size // 2] = np.nan
+            found, right = run(operands).astype(np.float64), reference(gradient, operands)
+            np.testing.assert_array_equal(np.isnan(found), np.isnan(right))
+
+
 @given(spec=specs())
 @settings(max_examples=8)
 def test_any_legal_layer_has_derivatives_that_equal_the_oracle(spec: ConvTranspose3d) -> None:

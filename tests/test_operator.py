@@ -21,8 +21,8 @@ from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
 from opcompile.declare import MOST_PHASE_BLOCKS, Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
-from opcompile.reference import reference
-from opcompile.spec import ConvTranspose3d
+from opcompile.reference import linear, reference
+from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
 from schedules.tiles import MOST_PHASES, candidates, weights_by_taps
@@ -55,6 +55,41 @@ def test_nan_in_x_reaches_the_sums_that_it_reaches_in_the_oracle(name: str) -> N
     found, right = (np.isnan(y.astype(np.float64)) for y in (kernel(spec)(x, w, b), reference(spec, x, w, b)))
     assert found[right].all()
     assert np.array_equal(found, right) != phases_as_axes(spec)
+
+
+# which compare with a number, and the rest, which compute
+SELECTIONS = ("relu", "relu6", "elu", "selu", "hard_sigmoid", "hard_tanh", "hard_shrink", "sparse_plus")
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "machine"),
+    [
+        pytest.param(name, dtype, machine, marks=[pytest.mark.heavy] * (rare or name not in SELECTIONS))
+        for name in ACTIVATIONS
+        for dtype, machine, rare in [
+            ("float32", "llvm", False),
+            ("float64", "llvm", True),
+            ("float16", "llvm", True),
+            ("bfloat16", "llvm", True),
+            ("float32", "llvm:x86-64-v3", True),
+        ]
+    ],
+)
+@pytest.mark.parametrize("text", ["in=1x3x2x3x19 co=5 k=3 s=2 p=1 op=1", "in=1x3x2x2x3 co=19 k=2 s=2 layout=NDHWC"])
+def test_no_activation_makes_a_number_of_nan(activation: str, dtype: str, machine: str, text: str) -> None:
+    """In vectors, and in the scalars beside them."""
+    on = target(machine)
+    if not on.native:
+        pytest.skip(f"this machine does not run {machine}")
+    spec = ConvTranspose3d.parse(f"{text} act={activation} dtype={dtype}")
+    x, w, b = reals(spec)
+    x.ravel()[::7] = np.nan
+    found = np.isnan(kernel(spec, on=on)(x, w, b).astype(np.float64))
+    assert 0 < found.sum() < found.size
+    with np.errstate(invalid="ignore"):  # logaddexp warns of NaN
+        right = reference(spec, x, w, b)
+    np.testing.assert_array_equal(found, np.isnan(right))
+    np.testing.assert_array_equal(found, np.isnan(linear(spec, x, w)))
 
 
 @given(spec=specs())

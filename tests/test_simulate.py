@@ -63,6 +63,12 @@ def test_threads_exchange_values_through_shared_memory() -> None:
     np.testing.assert_array_equal(y, np.arange(THREADS)[::-1])
 
 
+@pytest.mark.parametrize("language", ["cuda", "metal"])
+def test_of_a_number_and_nan_a_device_takes_the_number(language: str) -> None:
+    for body in ("max(X_ptr[i] / X_ptr[i], 2.0f)", "min(2.0f, X_ptr[i] / X_ptr[i])"):
+        assert run(f"output_ptr[i] = {body};", language)[0] == 2
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

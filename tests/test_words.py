@@ -520,6 +520,13 @@ def test_npz_files_are_read(tmp_path: Path) -> None:
         files.layer_arrays(tmp_path / "w.npz", "down")
 
 
+def test_arrays_that_are_no_layer_s_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", kernel=np.ones((1, 2, 2, 2, 1)), offset=np.ones(1))
+    for name in ("", "kernel"):
+        with pytest.raises(ModelError, match=r"weights are: none; its arrays are: kernel, offset; .*read_arrays"):
+            files.layer_arrays(tmp_path / "w.npz", name)
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\.safetensors"):
         files.read_arrays(tmp_path / "w.bin")

@@ -191,6 +191,26 @@ def test_a_state_dict(name: str, tmp_path: Path) -> None:
     assert files.layer_arrays(tmp_path / name, "3")[1] is None
 
 
+def test_a_state_dict_inside_of_a_checkpoint(tmp_path: Path) -> None:
+    real, model = pytest.importorskip("torch"), decoder()
+    real.save({"epoch": 3, "nets": {"up": model.state_dict()}, "state_dict": {}}, tmp_path / "w.pt")
+    assert np.array_equal(files.layer_arrays(tmp_path / "w.pt", "nets.up.0")[0], model[0].weight.detach().numpy())
+    with pytest.raises(ModelError, match=r"layers with 5-D weights are: nets\.up\.0, nets\.up\.1, nets\.up\.3"):
+        files.layer_arrays(tmp_path / "w.pt", "0")
+    real.save([model.state_dict()], tmp_path / "list.pt")
+    with pytest.raises(ModelError, match=r"list\.pt holds a list, not a state dict; save .*state_dict\(\)"):
+        files.layer_arrays(tmp_path / "list.pt", "0")
+
+
+def test_a_tensor_that_has_no_plain_values_is_refused() -> None:
+    real = pytest.importorskip("torch")
+    layer, w = torch.ConvTranspose3d(2, 3, 2, bias=False, input=(1, 2, 2, 2, 2)), real.ones(2, 3, 2, 2, 2)
+    quantised = real.quantize_per_tensor(w, 0.1, 0, real.qint8)
+    for tensor in (w.to_sparse(), quantised, w.to("meta")):
+        with pytest.raises(WordsError, match=r"no array.*to_dense\(\).*dequantize\(\)"):
+            layer.with_weights(tensor)
+
+
 def test_bfloat16_in_a_file_that_is_read_first_of_all(tmp_path: Path) -> None:
     real, numpy = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     path = tmp_path / "w.safetensors"

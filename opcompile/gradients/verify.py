@@ -42,10 +42,11 @@ def _shapes(gradient: Gradient, batch: int) -> dict[str, tuple[int, ...]]:
 
 
 def _with_output(gradient: Gradient, drawn: Operands) -> Operands:
-    """Let Y be what the activation gives, where it is an operand."""
+    """Let Y be what the activation gives, where it is an operand; what is beyond the type is its largest number."""
     if "y" not in drawn:
         return drawn
-    return {**drawn, "y": activate(gradient.layer.activation, drawn["y"].astype(np.float64))}
+    most = np.nextafter(FORMATS[gradient.layer.dtype].limit, 0)
+    return {**drawn, "y": np.clip(activate(gradient.layer.activation, drawn["y"].astype(np.float64)), -most, most)}
 
 
 def _integers(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -55,7 +56,10 @@ def layer_arrays(path: str | os.PathLike[str], name: str = "") -> tuple[Tensor, 
     for weight, bias in ((f"{name}{dot}weight", f"{name}{dot}bias"), (f"{name}/vars/0", f"{name}/vars/1")):
         if weight in arrays:
             return arrays[weight], arrays.get(bias)
-    known = ", ".join(sorted(_layers(arrays))) or "none"
+    known = ", ".join(sorted(_layers(arrays)))
+    if not known:
+        listed = ", ".join(sorted(arrays)) or "none"
+        known = f"none; its arrays are: {listed}; read_arrays gives each by its name"
     raise ModelError(f"{os.fspath(path)} has no layer {name!r}; layers with 5-D weights are: {known}")
 
 
@@ -65,8 +69,9 @@ def _with_type(a: Tensor) -> Tensor:
 
 
 def _layers(arrays: Mapping[str, Tensor]) -> set[str]:
-    found = [name for name, a in arrays.items() if a.ndim == 5]
-    return {name.removesuffix(".weight").removesuffix("/vars/0") for name in found}
+    """The layers that `layer_arrays` finds by their names."""
+    found = [re.fullmatch(r"(?:(.*)\.)?weight|(.*)/vars/0", name) for name, a in arrays.items() if a.ndim == 5]
+    return {match[1] or match[2] or "''" for match in found if match}
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
@@ -82,12 +87,22 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, or a checkpoint that holds one as ``state_dict`` or ``model``."""
+    """Read a state dict, or a checkpoint that holds one: as ``state_dict`` or ``model``, or with its key in names."""
     torch = _package("torch", "torch")
     content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not a state dict; save the module's state_dict()")
     for key in ("state_dict", "model"):
-        content = content.get(key, content) if isinstance(content.get(key), Mapping) else content
-    return {name: array(value) for name, value in content.items() if hasattr(value, "shape")}
+        content = content[key] if isinstance(content.get(key), Mapping) and content[key] else content
+    return dict(_tensors(content))
+
+
+def _tensors(content: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _tensors(value, f"{before}{name}.")
+        elif hasattr(value, "shape"):
+            yield f"{before}{name}", array(value)
 
 
 def _h5(source: Path | io.BytesIO) -> dict[str, Tensor]:

@@ -344,8 +344,7 @@ def array(value: Any) -> Tensor:
     is_bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))
     kind = type(value).__module__.split(".")[0]
     if kind == "torch":
-        value = value.detach().cpu()
-        value = value.float() if is_bfloat16 else value
+        return _of_torch(value.detach(), is_bfloat16)
     elif kind == "mlx" and is_bfloat16:
         import mlx.core
 
@@ -353,6 +352,17 @@ def array(value: Any) -> Tensor:
     elif kind in ("keras", "lucid"):
         value = value.numpy()
     found = np.asarray(value)
+    return found.astype(bfloat16()) if is_bfloat16 else found
+
+
+def _of_torch(tensor: Any, is_bfloat16: bool) -> Tensor:
+    try:
+        found = np.asarray(tensor.cpu().float() if is_bfloat16 else tensor.cpu())
+    except (TypeError, RuntimeError) as error:
+        raise WordsError(
+            f"a torch tensor ({tensor.dtype}, {tensor.layout}, {tensor.device}) gives no array: "
+            f"{str(error).splitlines()[0]}; pass a plain one that holds values, by to_dense() or dequantize()"
+        ) from error
     return found.astype(bfloat16()) if is_bfloat16 else found
 
 

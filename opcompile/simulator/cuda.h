@@ -71,5 +71,6 @@ template <class T> static T __shfl_down_sync(unsigned, T value, unsigned by, int
 }
 static inline unsigned __activemask() { return 0xFFFFFFFFu; }
 
-template <class T> static T max(T a, T b) { return a > b ? a : b; }
-template <class T> static T min(T a, T b) { return a < b ? a : b; }
+/* of a number and NaN both give the number, as on a device */
+template <class T> static T max(T a, T b) { return a > b || b != b ? a : b; }
+template <class T> static T min(T a, T b) { return a < b || b != b ? a : b; }

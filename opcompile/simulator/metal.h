@@ -36,8 +36,9 @@ template <class T> static T simd_shuffle_down(T value, uint by) {
 template <class T> static T simd_shuffle_xor(T value, uint mask) {
   return simulator::shuffle(value, simulator::lane() ^ mask);
 }
-template <class T> static T max(T a, T b) { return a > b ? a : b; }
-template <class T> static T min(T a, T b) { return a < b ? a : b; }
+/* of a number and NaN both give the number, as on a device */
+template <class T> static T max(T a, T b) { return a > b || b != b ? a : b; }
+template <class T> static T min(T a, T b) { return a < b || b != b ? a : b; }
 static inline float copysign(float value, float sign) { return copysignf(value, sign); }
 static inline float exp(float value) { return expf(value); }
 static inline float fabs(float value) { return fabsf(value); }
