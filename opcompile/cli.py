@@ -521,6 +521,7 @@ def bench(
     """
     from opcompile import summary
     from opcompile.plot import plot, require
+    from opcompile.record import write_atomically
 
     if markdown and as_json:
         raise click.UsageError("--markdown and --json are two forms of one result; choose one")
@@ -538,7 +539,7 @@ def bench(
             reports[name] = time_one(spec)
             content["layers"][name] = reports[name].to_json()
             if save:  # each time: a long run that ends early leaves what it has
-                Path(save).write_text(json.dumps(content, indent=1) + "\n")
+                write_atomically(Path(save), json.dumps(content, indent=1) + "\n")
         show(len(layers), len(layers), None)
     if picture:
         plot(reports, picture)

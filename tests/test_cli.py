@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -741,6 +742,20 @@ def test_a_file_that_may_not_be_written_is_refused_before_the_work(
     result = invoke("bench", LAYER, option, tmp_path / "f.svg")
     assert result.exit_code == 2
     assert f"cannot write {tmp_path / 'f.svg'}: that is not permitted" in result.stderr
+
+
+def test_a_disk_that_fills_takes_no_earlier_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("opcompile.bench.bench", lambda *_, **__: bench_report({"opcompile": [1.0] * 20}))
+    kept = tmp_path / "bench.json"
+    kept.write_text("before")
+    monkeypatch.setattr("os.fsync", full)
+    result = invoke("bench", LAYER, "--save", kept)
+    assert result.exit_code == 2
+    assert f"{kept} cannot be written: No space left on device" in result.stderr
+    assert [kept.read_text(), list(tmp_path.iterdir())] == ["before", [kept]]
 
 
 @pytest.mark.parametrize(("ratio", "asked", "code"), [(1.9, 1.5, 0), (1.9, 2.5, 1), (1.9, None, 0)])
