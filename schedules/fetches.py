@@ -36,7 +36,7 @@ Loops = tuple[tirx.For, ...]
 def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
     """Let the loops over channels, and the sums that leave their registers, ask for what comes later."""
     x, *_, y = function.params
-    if t.copy == "task":
+    if t.copy == "task" and spec.layout == "NCDHW":  # where channels come last, all rows of a plane are side by side
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
@@ -72,21 +72,19 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
     alone = isinstance(task.extent, tirx.IntImm) and int(task.extent) == 1
     if task.kind != tirx.ForKind.PARALLEL or alone:
         return task
-    by_channel, several = spec.layout == "NCDHW", t.chunk // t.products >= _SEVERAL
-    loops = [_told_apart(loop, around, several, by_channel) for loop, around in _sums(task.body, several, ())]
+    several = t.chunk // t.products >= _SEVERAL
+    loops = [_told_apart(loop, around, several) for loop, around in _sums(task.body, several, ())]
     if not loops:  # no tap meets Y
         return task
     n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
     stretch, planes = _lines(spec, t)
-    channels = 1 if several or not by_channel else spec.channels_in // spec.groups
+    channels = 1 if several else spec.channels_in // spec.groups
     lines = stretch * planes * channels
 
     def line(channel: Any, number: Any) -> tirx.Stmt:
         rest, at = _parted(number, stretch, planes * channels)
         more, plane = _parted(rest, planes, channels)
-        at = at * (CACHE_LINE // spec.itemsize)
-        place = (n, first_channel + channel + more, d + plane) if by_channel else (n, d + plane, h)
-        return fetch(x, (*place, h, at) if by_channel else (*place, 0, at))
+        return fetch(x, (n, first_channel + channel + more, d + plane, h, at * (CACHE_LINE // spec.itemsize)))
 
     turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
     of_turn = -(-lines // sum(turns))
@@ -98,7 +96,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         for loop in around:
             turn = turn * loop.extent + loop.loop_var
         share = (turn + before) * lines
-        first, pair = tirx.floordiv(share, sum(turns)), range(t.products if several and by_channel else 1)
+        first, pair = tirx.floordiv(share, sum(turns)), range(t.products if several else 1)
         asked = [line(channel + j, first + i) for i in range(of_turn) for j in pair]
         if sum(turns) > lines:  # once for each: where channels lie a power of two apart, asking again evicts others
             asked = [tirx.IfThenElse(tirx.floormod(share, sum(turns)) < lines, in_turn(asked), None)]
@@ -117,7 +115,7 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
         -(-axis_h.positions // rows),
         -(-axis_d.positions // planes),
         -(-(spec.channels_out // spec.groups) // channels),
-        spec.groups if spec.layout == "NCDHW" else 1,
+        spec.groups,
     ):
         digits.append(tirx.floormod(task, count))
         task = tirx.floordiv(task, count)
@@ -130,7 +128,7 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
 
 
 def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
-    """What a task reads of X, of a channel where they come first: cache lines side by side, and how many such planes.
+    """What a task reads of a channel of X: cache lines side by side, and how many such planes.
 
     Where a task reads all rows, its planes are side by side, and count as one.
     """
@@ -139,9 +137,8 @@ def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
         min(several + reach(axis) - axis.positions, axis.size)
         for several, axis in ((t.depth * t.bands_d, axis_d), (t.height * t.bands_h, axis_h))
     )
-    a_row = axis_w.size * (1 if spec.layout == "NCDHW" else spec.channels_in) * spec.itemsize
     stretch, apart = (planes * rows, 1) if rows == axis_h.size else (rows, planes)
-    return -(-stretch * a_row // CACHE_LINE), apart
+    return -(-stretch * axis_w.size * spec.itemsize // CACHE_LINE), apart
 
 
 def _parted(number: Any, low: int, high: int) -> tuple[Any, Any]:
@@ -152,14 +149,14 @@ def _parted(number: Any, low: int, high: int) -> tuple[Any, Any]:
 
 
 def _asks(loop: tirx.For, several: bool) -> bool:
-    """Whether turns of the loop ask for X: one over several channels, else the outermost of those that only add."""
+    """Whether the loop asks for X: one over several channels, else the outermost of those that only add."""
     if several:
         return over_channels(loop, ADDING_ANY) is not None
     return all(ADDING_ANY.fullmatch(block.name_hint) for block in every(s_tir.SBlock, loop))
 
 
 def _sums(statement: tirx.Stmt, several: bool, around: Loops) -> Iterator[tuple[tirx.For, Loops]]:
-    """The loops of a statement whose turns ask for X, in their order, each with those around it."""
+    """The loops of a statement that ask for X, in their order, each with those around it."""
     if isinstance(statement, tirx.SeqStmt):
         for each in statement.seq:
             yield from _sums(each, several, around)
@@ -172,10 +169,10 @@ def _sums(statement: tirx.Stmt, several: bool, around: Loops) -> Iterator[tuple[
             yield from _sums(statement.body, several, (*around, statement))
 
 
-def _told_apart(loop: tirx.For, around: Loops, several: bool, by_channel: bool) -> tuple[Any, Loops]:
+def _told_apart(loop: tirx.For, around: Loops, several: bool) -> tuple[Any, Loops]:
     """The channel of a turn of the loop, and the loops that tell apart turns of the same channel; 0 and all, else."""
-    if not several or not by_channel:
-        return tirx.const(0, loop.loop_var.ty.dtype), (*around, loop)
+    if not several:
+        return tirx.const(0, loop.loop_var.ty.dtype), around
     adding, tile = over_channels(loop, ADDING_ANY)  # type: ignore[misc]
     channel = replaced(adding.iter_values[-1], begin(tile))
     of_channel = every(tirx.Var, channel)
@@ -183,7 +180,7 @@ def _told_apart(loop: tirx.For, around: Loops, several: bool, by_channel: bool) 
 
 
 def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[tirx.Stmt]]) -> tirx.Stmt:
-    """The statement, in which the turns of each loop that asks for X begin with the next of ``fetches``."""
+    """The statement, with ``fetches`` in turn: in each turn of a loop over several channels, else before a loop."""
     if isinstance(statement, tirx.SeqStmt):
         return in_turn([_with_fetches(each, several, fetches) for each in statement.seq])
     if isinstance(statement, tirx.IfThenElse):
@@ -191,7 +188,7 @@ def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[ti
     if not isinstance(statement, tirx.For):
         return statement
     if _asks(statement, several):
-        return _beginning(statement, next(fetches))
+        return _beginning(statement, next(fetches)) if several else in_turn([*next(fetches), statement])
     body, kept = _with_fetches(statement.body, several, fetches), statement.annotations
     return tirx.For(statement.loop_var, statement.min, statement.extent, statement.kind, body, annotations=kept)
 

@@ -146,7 +146,6 @@ class Estimate:
             f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every {summed} are computed, then written"
             + (f"; a task does so {several}" if bands else ": a task"),
             "each task copies, and pads, the rows of X that it reads"
-            "; while it multiplies, it asks for those of the next task"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",
             *(["Y is written past the caches, where it begins at a cache line"] if t.store == "streamed" else []),
@@ -564,7 +563,9 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # the rows of each channel and plane are in pages of their own
     pages = layer.c * layer.planes(t) if layer.channels_first else 0
     # what the task before asked for is near, as far as the second cache holds both
-    a_byte = min(0.22, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
+    a_byte = 0.22
+    if layer.channels_first:
+        a_byte = min(a_byte, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
     return layer.tasks(t) * (layer.window(t) * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 
