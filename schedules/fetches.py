@@ -109,7 +109,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
 def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, Any]:
     """Where of X a task begins: image, channel, plane and row."""
     axis_d, axis_h, _ = spec.axes
-    planes, rows, channels = t.depth * t.bands_d, t.height * t.bands_h, t.task * t.bands_m
+    channels, planes, rows = t.of_task
     digits = []
     for count in (
         -(-axis_h.positions // rows),
@@ -133,9 +133,10 @@ def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
     Where a task reads all rows, its planes are side by side, and count as one.
     """
     axis_d, axis_h, axis_w = spec.axes
+    _, *covered = t.of_task
     planes, rows = (
         min(several + reach(axis) - axis.positions, axis.size)
-        for several, axis in ((t.depth * t.bands_d, axis_d), (t.height * t.bands_h, axis_h))
+        for several, axis in zip(covered, (axis_d, axis_h), strict=True)
     )
     stretch, apart = (planes * rows, 1) if rows == axis_h.size else (rows, planes)
     return -(-stretch * axis_w.size * spec.itemsize // CACHE_LINE), apart

@@ -103,6 +103,11 @@ class Tiles:
         return self.height if self.vector in ("line", "taps") else 0
 
     @property
+    def of_task(self) -> tuple[int, int, int]:
+        """Channels, planes of qD and rows of qH that a task covers, with all its bands."""
+        return self.task * self.bands_m, self.depth * self.bands_d, self.height * self.bands_h
+
+    @property
     def positions(self) -> tuple[int, int, int]:
         """Multiples to which qD, qH, qW are rounded up; the last is the line's where rows form lines."""
         return (self.depth, self.height, self.columns)
@@ -293,7 +298,8 @@ class _Layer:
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
-        return self.spans(t.depth * t.bands_d, t.height * t.bands_h) * _over(self.m, t.task * t.bands_m)
+        channels, planes, rows = t.of_task
+        return self.spans(planes, rows) * _over(self.m, channels)
 
     def whole_groups(self, t: Tiles) -> bool:
         """Whether a task must cover all channels of a group: no tile may straddle two, nor lie beside another group."""
@@ -311,7 +317,8 @@ class _Layer:
 
     def planes(self, t: Tiles) -> int:
         """Planes of X that a task reads."""
-        return t.depth * t.bands_d + self.reach[0] - self.depth
+        _, planes, _ = t.of_task
+        return planes + self.reach[0] - self.depth
 
     @property
     def flat(self) -> bool:
