@@ -61,8 +61,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 # --- the door: every way out has its code, and no mistake of the user shows a traceback ---
 
 
+class _Command(click.Command):
+    """A command whose first sentence stands whole in the list of commands: the list wraps, click would cut it."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002 (click's own word)
+        """Return the first sentence, however long."""
+        return super().get_short_help_str(sys.maxsize)
+
+
 class _Door(click.Group):
     """A group that turns exceptions into exit codes; commands return theirs, None for 0."""
+
+    command_class = _Command
 
     def main(
         self,
@@ -176,7 +186,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 class _Number(click.FloatRange):
-    """A finite number: click takes nan for one that lies in any range."""
+    """A finite number in a range: click takes nan for one that lies in any."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -485,7 +495,7 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @click.option("--seconds", type=_Number(0.01), default=2.0, show_default=True, metavar="S", help="For each engine.")
 @click.option(
     "--at-least",
-    type=_Number(),
+    type=_Number(0),
     metavar="R",
     help="Exit code 1 if less than R times as fast as the fastest; 3 if no engine was timed beside a layer.",
 )

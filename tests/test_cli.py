@@ -86,6 +86,23 @@ def test_help_says_what_the_command_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_no_limit_that_is_none(name: str) -> None:
+    assert "None" not in invoke(name, "--help").output
+
+
+def test_the_list_of_commands_says_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = " ".join(invoke("--help").output.split())
+    for name in COMMANDS:
+        assert f" {name} {sentence(cli.commands[name])}" in said
+
+
+def sentence(command: click.Command) -> str:
+    """The first one of a command's help."""
+    return " ".join((command.help or "").split("\n\n")[0].split()).partition(". ")[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_json(name: str) -> None:
     flags = [p for p in cli.commands[name].params if "--json" in p.opts]
     assert len(flags) == 1
