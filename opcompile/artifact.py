@@ -427,7 +427,7 @@ def _elements(
 
 # --- the C header ---
 
-C_TYPES = {
+_C_TYPES = {
     "float32": ("float", 2, 32),
     "float16": ("uint16_t /* the bits of an IEEE binary16 */", 2, 16),
     "bfloat16": ("uint16_t /* the bits of a bfloat16 */", 4, 16),
@@ -437,8 +437,7 @@ C_TYPES = {
 
 def header(spec: ConvTranspose3d, packing: Packing) -> str:
     """Return the C header of a layer: what ``runtime.c`` is compiled with, and what a C host includes."""
-    c_type, code, bits = C_TYPES[spec.dtype]
-    return _HEADER.format(
+    about = _ABOUT.format(
         spec=spec,
         x=c_shape(spec.x_shape, comment=True),
         y=c_shape(spec.y_shape, comment=True),
@@ -450,16 +449,6 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         layout=spec.layout,
         b=f"({spec.channels_out},)" if spec.bias else "NULL: this layer has no bias",
         batch="any, at least 1" if spec.batch is None else f"always {spec.batch}",
-        c_type=c_type,
-        code=code,
-        bits=bits,
-        x_shape=c_shape(spec.x_shape),
-        w_shape=c_shape(packing.shape),
-        b_shape=c_shape((spec.channels_out,)),
-        y_shape=c_shape(spec.y_shape),
-        has_bias=int(spec.bias),
-        kernel=KERNEL,
-        useful_threads=useful_threads(spec),
         x_salt=X_SALT,
         w_salt=W_SALT,
         b_salt=B_SALT,
@@ -467,6 +456,37 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         w_amplitude=w_amplitude(spec),
         b_amplitude=B_AMPLITUDE,
     )
+    shapes = (spec.x_shape, packing.shape, (spec.channels_out,), spec.y_shape)
+    nulls = "x, w and y must not be null, and b must be null exactly when the layer has no bias"
+    return about + c_code(spec.dtype, shapes, (True, spec.bias), nulls, KERNEL, useful_threads(spec))
+
+
+def c_code(
+    dtype: str,
+    shapes: Sequence[Sequence[int | None]],
+    given: tuple[bool, bool],
+    nulls: str,
+    kernel: str,
+    threads: int,
+) -> str:
+    """Return the part of a C header that a compiler reads.
+
+    ``shapes`` are those of the four pointers of a call; ``given`` says whether the second and the third are, and
+    ``nulls`` says it in words. Headers of several layers go together: what all have in common is said once, and
+    each one's own words replace those before.
+    """
+    c_type, code, bits = _C_TYPES[dtype]
+    macros = {
+        "opcompile_element": c_type,
+        "OPCOMPILE_DTYPE_CODE": code,
+        "OPCOMPILE_DTYPE_BITS": bits,
+        **{f"OPCOMPILE_{name}_SHAPE": c_shape(shape) for name, shape in zip("XWBY", shapes, strict=True)},
+        **{f"OPCOMPILE_HAS_{name}": int(is_given) for name, is_given in zip(("W", "BIAS"), given, strict=True)},
+        "OPCOMPILE_NULLS": f'"{nulls}"',
+        "OPCOMPILE_KERNEL": kernel,
+        "OPCOMPILE_USEFUL_THREADS": threads,
+    }
+    return _COMMON + "".join(f"#undef {name}\n#define {name} {value}\n" for name, value in macros.items())
 
 
 def c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
@@ -485,7 +505,7 @@ def useful_threads(work: ConvTranspose3d | Gradient) -> int:
     return max(1, min(MOST_THREADS, int(work_us / 25)))
 
 
-_HEADER = """\
+_ABOUT = """\
 /* A transposed 3-D convolution, compiled:
  *   {spec}
  *
@@ -511,34 +531,22 @@ _HEADER = """\
  * OPCOMPILE_NUM_THREADS (read when the library is loaded), and without that every CPU the process may
  * run on. Calls may come from several threads at once; a child process may call after a fork.
  * The result is 0, or something else, and then opcompile_error() says why, for the calling thread.
+ *
+ * The inputs of golden.npz: element i of x is opcompile_golden(i, {x_salt}, {x_amplitude}) / 64.0, of the canonical w
+ * opcompile_golden(i, {w_salt}, {w_amplitude}) / 64.0, of b opcompile_golden(i, {b_salt}, {b_amplitude}) / 64.0; where
+ * weights.npz holds w or b, those are used instead.
  */
-#ifndef OPCOMPILE_CONV_TRANSPOSE3D_H
-#define OPCOMPILE_CONV_TRANSPOSE3D_H
+"""
+
+_COMMON = """\
+#ifndef OPCOMPILE_H /* what the headers of all layers have in common */
+#define OPCOMPILE_H
 
 #include <stdint.h>
 
 #ifdef __cplusplus
-extern "C" {{
+extern "C" {
 #endif
-
-typedef {c_type} opcompile_element;
-
-/* DLPack's description of the element type */
-#define OPCOMPILE_DTYPE_CODE {code}
-#define OPCOMPILE_DTYPE_BITS {bits}
-
-/* a 0 is a batch that the call gives */
-#define OPCOMPILE_X_SHAPE {x_shape}
-#define OPCOMPILE_W_SHAPE {w_shape}
-#define OPCOMPILE_B_SHAPE {b_shape}
-#define OPCOMPILE_Y_SHAPE {y_shape}
-#define OPCOMPILE_HAS_BIAS {has_bias}
-#define OPCOMPILE_HAS_W 1
-#define OPCOMPILE_NULLS "x, w and y must not be null, and b must be null exactly when the layer has no bias"
-#define OPCOMPILE_KERNEL {kernel}
-
-/* More threads than this, for each batch element where N is open, would cost more than they bring. */
-#define OPCOMPILE_USEFUL_THREADS {useful_threads}
 
 #define OPCOMPILE_API __attribute__((visibility("default")))
 OPCOMPILE_API int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y);
@@ -546,10 +554,7 @@ OPCOMPILE_API const char *opcompile_error(void);
 typedef int (*opcompile_run_fn)(int, int64_t, const void *, const void *, const void *, void *);
 typedef const char *(*opcompile_error_fn)(void);
 
-/* The inputs of golden.npz: element i of x is opcompile_golden(i, {x_salt}, {x_amplitude}) / 64.0, of the canonical w
- * opcompile_golden(i, {w_salt}, {w_amplitude}) / 64.0, of b opcompile_golden(i, {b_salt}, {b_amplitude}) / 64.0; where
- * weights.npz holds w or b, those are used instead. */
-static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t amplitude) {{
+static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t amplitude) {
   uint32_t h = i + salt * 0x9E3779B9u;
   h ^= h >> 16;
   h *= 0x7FEB352Du;
@@ -557,10 +562,16 @@ static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t ampli
   h *= 0x846CA68Bu;
   h ^= h >> 16;
   return (int32_t)(h % (2 * amplitude + 1)) - (int32_t)amplitude;
-}}
+}
 
 #ifdef __cplusplus
-}}
+}
 #endif
 #endif
+
+/* What follows is of this layer. Where a file includes the headers of several, it is of the last one.
+ *
+ * element: of every array. DTYPE: DLPack's description of it. SHAPE: of the four pointers of a call, in its order;
+ * a 0 is a batch that the call gives. USEFUL_THREADS: more of them, for each batch element where N is open, would
+ * cost more than they bring. */
 """

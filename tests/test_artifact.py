@@ -27,6 +27,8 @@ from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
 from opcompile.cases import tagged
 from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, TargetError
+from opcompile.gradients.artifact import header as header_of_derivative
+from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
 from opcompile.lower import Lowered, lower
 from opcompile.packing import Packing
@@ -221,6 +223,44 @@ def test_a_c_program_needs_the_header_and_the_library_alone(
     y = layer(golden.x, golden.w, golden.b)
     assert np.array_equal(np.array(values, np.float32), y.ravel())
     assert "b must be null exactly when" in message
+
+
+# Each includes the headers of three layers, and asks which one its words mean.
+SEVERAL = r"""
+#include "one/conv_transpose3d.h"
+static const int64_t one[] = OPCOMPILE_X_SHAPE;
+static const opcompile_element of_one = 0;
+#include "wide/conv_transpose3d.h"
+static const int64_t wide[] = OPCOMPILE_X_SHAPE;
+static const opcompile_element of_wide = 0;
+#include "slope/conv_transpose3d_dx.h"
+static const int64_t slope[] = OPCOMPILE_X_SHAPE;
+int main(void) {
+  opcompile_run_fn run = 0;
+  return !(one[1] == 3 && wide[1] == 5 && slope[1] == 4 && !run && opcompile_golden(0, 1, 64) < 65 &&
+           sizeof of_one == 4 && sizeof of_wide == 8);
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["cc -std=c99", "c++ -x c++ -std=c++11"])
+def test_headers_of_several_layers_in_one_file(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, compiler: str
+) -> None:
+    wide = ConvTranspose3d.parse("in=1x5x2x3x4 co=4 k=2 s=2 dtype=float64")
+    packing = lowered[ONE].packing
+    texts = {
+        "one/conv_transpose3d.h": artifact.header(ONE, packing),
+        "wide/conv_transpose3d.h": artifact.header(wide, packing),
+        "slope/conv_transpose3d_dx.h": header_of_derivative(Gradient(ONE, "x")),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    (tmp_path / "host.c").write_text(SEVERAL)
+    flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    subprocess.run([*compiler.split(), *flags, "host.c", "-o", "host"], cwd=tmp_path, check=True)
+    subprocess.run([tmp_path / "host"], check=True)
 
 
 # --- what is refused ---

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile.artifact import (
-    C_TYPES,
     archive,
+    c_code,
     c_shape,
     publish,
     require_replaceable,
@@ -90,7 +90,6 @@ def _manifest(lowered: LoweredGradient | LoweredGpuGradient, library: str) -> di
 def header(gradient: Gradient) -> str:
     """Return the C header of a derivative: what ``runtime.c`` is compiled with, and what a C host includes."""
     layer, operands = gradient.layer, gradient.operands
-    c_type, code, bits = C_TYPES[layer.dtype]
     factor = next((name for name in operands if name in ("w", "x")), None)
     second, third = (name if name in operands else None for name in (factor, "y"))
     described = [f" *   {name:3} {c_shape(shape, comment=True)}" for name, shape in operands.items()]
@@ -98,29 +97,29 @@ def header(gradient: Gradient) -> str:
         f"element i of {name} is opcompile_golden(i, {SALTS[name]}, {amplitude(gradient, name)}) / 64.0"
         for name in operands
     ]
-    return _HEADER.format(
+    call = ", ".join(("dy", second or "NULL", third or "NULL", gradient.name))
+    about = _ABOUT.format(
         gradient=gradient,
-        guard=gradient.name.upper(),
         name=gradient.name,
         layout=layer.layout,
-        arguments=", ".join(("dy", second or "NULL", third or "NULL", gradient.name)),
+        arguments=call,
         described="\n".join([*described, f" *   {gradient.name:3} {c_shape(gradient.shape, comment=True)}"]),
         batch="any, at least 1" if layer.batch is None else f"always {layer.batch}",
-        c_type=c_type,
-        code=code,
-        bits=bits,
-        first_shape=c_shape(operands["dy"]),
-        second_shape=c_shape(operands[second] if second else (1,)),
-        third_shape=c_shape(operands[third] if third else (1,)),
-        result_shape=c_shape(gradient.shape),
-        has_second=int(second is not None),
-        has_third=int(third is not None),
-        useful_threads=useful_threads(gradient),
         values=",\n * ".join(values),
     )
+    shapes = (
+        operands["dy"],
+        operands[second] if second else (1,),
+        operands[third] if third else (1,),
+        gradient.shape,
+    )
+    nulls = f"the pointers must be {call}, and null exactly where it says so"
+    given = (second is not None, third is not None)
+    kernel = f"__tvm_ffi_{gradient.kernel}"
+    return about + c_code(layer.dtype, shapes, given, nulls, kernel, useful_threads(gradient))
 
 
-_HEADER = """\
+_ABOUT = """\
 /* A derivative of a transposed 3-D convolution, compiled:
  *   {gradient}
  *
@@ -141,56 +140,8 @@ _HEADER = """\
  * OPCOMPILE_NUM_THREADS (read when the library is loaded), and without that every CPU the process may
  * run on. Calls may come from several threads at once; a child process may call after a fork.
  * The result is 0, or something else, and then opcompile_error() says why, for the calling thread.
+ *
+ * The operands of golden.npz:
+ * {values}.
  */
-#ifndef OPCOMPILE_CONV_TRANSPOSE3D_{guard}_H
-#define OPCOMPILE_CONV_TRANSPOSE3D_{guard}_H
-
-#include <stdint.h>
-
-#ifdef __cplusplus
-extern "C" {{
-#endif
-
-typedef {c_type} opcompile_element;
-
-/* DLPack's description of the element type */
-#define OPCOMPILE_DTYPE_CODE {code}
-#define OPCOMPILE_DTYPE_BITS {bits}
-
-/* of the four pointers, in the order of a call; a 0 is a batch that the call gives */
-#define OPCOMPILE_X_SHAPE {first_shape}
-#define OPCOMPILE_W_SHAPE {second_shape}
-#define OPCOMPILE_B_SHAPE {third_shape}
-#define OPCOMPILE_Y_SHAPE {result_shape}
-#define OPCOMPILE_HAS_W {has_second}
-#define OPCOMPILE_HAS_BIAS {has_third}
-#define OPCOMPILE_NULLS "the pointers must be {arguments}, and null exactly where it says so"
-#define OPCOMPILE_KERNEL __tvm_ffi_conv_transpose3d_{name}
-
-/* More threads than this, for each batch element where N is open, would cost more than they bring. */
-#define OPCOMPILE_USEFUL_THREADS {useful_threads}
-
-#define OPCOMPILE_API __attribute__((visibility("default")))
-OPCOMPILE_API int opcompile_run(int threads, int64_t batch, const void *first, const void *second, const void *third,
-                                void *result);
-OPCOMPILE_API const char *opcompile_error(void);
-typedef int (*opcompile_run_fn)(int, int64_t, const void *, const void *, const void *, void *);
-typedef const char *(*opcompile_error_fn)(void);
-
-/* The operands of golden.npz:
- * {values}. */
-static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t amplitude) {{
-  uint32_t h = i + salt * 0x9E3779B9u;
-  h ^= h >> 16;
-  h *= 0x7FEB352Du;
-  h ^= h >> 15;
-  h *= 0x846CA68Bu;
-  h ^= h >> 16;
-  return (int32_t)(h % (2 * amplitude + 1)) - (int32_t)amplitude;
-}}
-
-#ifdef __cplusplus
-}}
-#endif
-#endif
 """
