@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,6 +352,44 @@ def test_a_node_that_cannot_be_compiled_does_not_stop_the_others() -> None:
     assert "dynamic spatial sizes (D=d)" in first.reason
     assert "fix them" in first.reason
     assert second.spec == ConvTranspose3d.parse("in=1x1x2x2x2 co=1 k=2 bias=0")
+
+
+def test_the_way_out_of_dynamic_sizes(tmp_path: Path) -> None:
+    """The program that the reason names does what it says."""
+    model = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 20]>
+        g (float[N,1,d,h,2] X) => (float[N,C,D,H,E] Z)
+        <float[1,1,2,2,2] W = {1,2,3,4,5,6,7,8}>
+        {
+            Y = Relu(X)
+            Z = ConvTranspose(Y, W)
+        }"""
+    )
+    (program,) = re.findall(r"python -m (\S+)", reason_of(model))
+    onnx.save(model, tmp_path / "open.onnx")
+    words = ["--input_name", "X", "--input_shape", "1,1,3,4,2", "open.onnx", "fixed.onnx"]
+    subprocess.run([sys.executable, "-m", program, *words], cwd=tmp_path, check=True)
+    assert spec_of(tmp_path / "fixed.onnx") == ConvTranspose3d.parse("in=1x1x3x4x2 co=1 k=2 bias=0")
+
+
+def computing_its_shape(opset: int) -> onnx.ModelProto:
+    """A model that folds X for a while, as exporters write a GroupNorm."""
+    return parser.parse_model(
+        f"""<ir_version: 7, opset_import: ["": {opset}]>
+        g (float[1,2,2,2,2] X) => (float[N,C,D,H,E] Z)
+        <float[2,1,1,1,1] W = {{1,2}}, int64[3] folded = {{0,2,-1}}>
+        {{
+            flat = Reshape(X, folded)
+            shape = Shape(X)
+            Y = Reshape(flat, shape)
+            Z = ConvTranspose(Y, W)
+        }}"""
+    )
+
+
+def test_shapes_that_a_model_computes() -> None:
+    assert "from opset 14 on" in reason_of(computing_its_shape(13))
+    assert spec_of(computing_its_shape(14)).x_shape == (1, 2, 2, 2, 2)
 
 
 def test_both_branches_of_an_if() -> None:

@@ -413,7 +413,8 @@ def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
         raise ModelError(
             f"the shape of X ({x.name}) cannot be inferred; give the model's inputs, or the outputs of "
-            "operators that ONNX does not define, their shapes"
+            "operators that ONNX does not define, their shapes; those that the model computes are followed from "
+            "opset 14 on, or once python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )
     if len(x.shape) != 5:
         raise ModelError(f"X ({x.name}) has {len(x.shape)} axes, but W has 5; they must agree")
@@ -421,8 +422,8 @@ def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if unknown:
         sizes = ", ".join(f"{name}={size}" for name, size in unknown.items())
         raise ModelError(
-            f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; fix them, "
-            "with onnx.tools.update_model_dims for example"
+            f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; fix them: "
+            "python -m onnxruntime.tools.make_dynamic_shape_fixed gives the model's inputs their sizes"
         )
     batch, channels, *spatial = x.shape
     return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
