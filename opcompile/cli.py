@@ -676,7 +676,7 @@ def replace(
 
     Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
     whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower,
-    three times in a row and not for other work on the machine.
+    three times in a row and not for other work on the machine; 2: no node could be compiled.
     """
     from opcompile.replace import replace as replace_nodes
 
@@ -696,7 +696,9 @@ def replace(
             progress=show,
         )
     _emit(as_json, report.to_json(), report.renderables)
-    return int(not report.passed or report.slower)
+    if not report.passed or report.slower:
+        return 1
+    return 2 if all(node.status == "refused" for node in report.nodes) else 0
 
 
 def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]]]:

@@ -637,6 +637,13 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
     assert "not asked: verification: it was not asked for" in told.stdout
 
 
+def test_nothing_compiled_is_bad_input(tmp_path: Path) -> None:
+    told = command(saved(upsampling(dtype=TensorProto.FLOAT16), tmp_path), "-o", tmp_path / "out")
+    assert told.return_value == 2
+    assert "0 of 1 nodes replaced" in told.stdout
+    assert "Times are" not in told.stdout
+
+
 @pytest.mark.parametrize("shape", ["x", "x=", "x=0x1", "x=1x-2", "=1x2", "x=1xx2"])
 def test_a_shape_that_is_none(shape: str, tmp_path: Path) -> None:
     told = command(saved(upsampling(), tmp_path), "-o", tmp_path / "out", "--shape", shape)

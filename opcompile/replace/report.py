@@ -247,7 +247,8 @@ class Report:
         yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
         made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
         yield f"{self.replaced} of {len(self.nodes)} nodes replaced, mode {self.mode}, for {self.target}; {made}"
-        yield "Times are those of one node alone inside ONNX Runtime. Errors are shares of the derived bound."
+        if self.kernels:
+            yield "Times are those of one node alone inside ONNX Runtime. Errors are shares of the derived bound."
 
 
 _COLOURS = {"replaced": "green", "kept": "yellow", "refused": "yellow"}
