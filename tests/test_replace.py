@@ -107,6 +107,46 @@ def test_what_follows_is_fused(bias: bool, tmp_path: Path) -> None:
     assert 0 < max(check.bound for check in report.checks) < 1e-3
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_normalization_goes_into_the_weights(bias: bool, groups: int, tmp_path: Path) -> None:
+    """As exporters leave it that fold it into a Conv alone; the mean and the shift nearly cancel."""
+    rng = np.random.default_rng(0)
+    statistics = {name: rng.uniform(0.5, 2, 6).astype(np.float32) for name in ("scale", "shift", "mean", "variance")}
+    statistics["shift"] = (100 * statistics["scale"]).astype(np.float32)
+    statistics["mean"] = (100 * np.sqrt(statistics["variance"])).astype(np.float32)
+    statistics["scale"][1] = 0
+    after = [
+        helper.make_node("BatchNormalization", ["up", *statistics], ["n"], name="norm"),
+        helper.make_node("LeakyRelu", ["n"], ["y"]),
+    ]
+    model = upsampling(bias=bias, channels=6, after=after, constants=statistics)
+    if groups == 2:
+        w = next(t for t in model.graph.initializer if t.name == "w")
+        w.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(w)[:, :3].copy(), "w"))
+        model.graph.node[1].attribute.append(helper.make_attribute("group", 2))
+    report, out = replaced(model, tmp_path, verify=True)
+    assert report.nodes[0].fused == ("BatchNormalization", "LeakyRelu")
+    assert operators(out / "model.onnx") == ["Neg", OURS]
+    assert {t.name for t in onnx.load(out / "model.onnx").graph.initializer} == {"w_packed", "up_bias"}
+    assert report.passed
+    assert max(check.error for check in report.checks) > 0
+    assert max(check.bound for check in report.checks) < 1e-2
+
+
+def test_a_scale_that_is_forgotten_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.replace.affine import Affine
+
+    whole = Affine.folded
+    monkeypatch.setattr(
+        Affine, "folded", lambda self, w, b, g: whole(changed(self, scale=self.scale * 1.0001), w, b, g)
+    )
+    after = [helper.make_node("Mul", ["up", "p"], ["y"])]
+    model = upsampling(after=after, constants={"p": np.full((1, 6, 1, 1, 1), 3, np.float32)})
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert not report.passed
+
+
 def test_a_wrong_whole_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse another activation than the model has: each kernel is right by itself, and the model is not."""
     module = __import__("opcompile.replace.fusion", fromlist=["fusion"])
@@ -190,9 +230,7 @@ def test_a_whole_model_is_verified_at_every_opset(opset: int, tmp_path: Path) ->
 
 
 def test_external_data_stay_external(tmp_path: Path) -> None:
-    model = upsampling(
-        after=[helper.make_node("Mul", ["up", "more"], ["y"])], constants={"more": integers((6, 1, 1, 1))}
-    )
+    model = upsampling(after=[helper.make_node("Mul", ["up", "more"], ["y"])], constants={"more": integers((10,))})
     how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
     path = saved(model, tmp_path, "big.onnx", **how)
     report, out = replaced(path, tmp_path, verify=True)

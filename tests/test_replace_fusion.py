@@ -11,8 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from opcompile.reference import reference
+from opcompile.replace.affine import Affine
 from opcompile.replace.fusion import Fusion, fuse
 from opcompile.replace.model import Model
+from opcompile.spec import ConvTranspose3d
 from tests.onnx_engine import integers
 from tests.replaced import upsampling
 
@@ -113,8 +116,99 @@ def test_additions_to_each_channel(shape: tuple[int, ...]) -> None:
     after = [node("Add", "up", "p", "s"), node("Add", "q", "s", "t"), node("Relu", "t", "y")]
     fusion = found(after, {"p": first, "q": second})
     expected = np.broadcast_to(first.reshape(-1), CHANNELS) + second.reshape(-1)
-    assert np.array_equal(fusion.bias, expected)
+    assert fusion.affine is not None
+    assert np.array_equal(fusion.affine.shift, expected)
+    assert np.array_equal(fusion.affine.scale, np.ones(CHANNELS))
     assert [n.op_type for n in fusion.nodes] == ["Add", "Add", "Relu"]
+
+
+STATISTICS = {
+    "scale": integers((CHANNELS,), 5),
+    "shift": integers((CHANNELS,), 6),
+    "mean": integers((CHANNELS,), 7),
+    "variance": np.arange(1, CHANNELS + 1, dtype=np.float32),
+}
+
+
+def normalized(*outputs: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node("BatchNormalization", ["up", *STATISTICS], outputs, **attributes)
+
+
+def test_what_multiplies_and_adds_is_one() -> None:
+    rows = {name: integers((1, CHANNELS, 1, 1, 1), seed) for name, seed in (("p", 1), ("q", 2), ("r", 3))}
+    rows["r"][rows["r"] == 0] = 2
+    after = [
+        node("Sub", "up", "p", "s"),
+        node("Mul", "q", "s", "t"),
+        node("Div", "t", "r", "u"),
+        node("Tanh", "u", "y"),
+    ]
+    fusion = found(after, rows)
+    p, q, r = (row.reshape(-1).astype(float) for row in rows.values())
+    assert fusion.affine is not None
+    np.testing.assert_allclose(fusion.affine.scale, q / r)
+    np.testing.assert_allclose(fusion.affine.shift, -p * q / r)
+    np.testing.assert_allclose(fusion.affine.reach, np.abs(p * q / r))
+    assert fusion.affine.roundings == 3
+    assert (fusion.activation.name, len(fusion.nodes)) == ("tanh", 4)
+
+
+def test_a_batch_normalization() -> None:
+    fusion = found([normalized("n", epsilon=0.5), node("Relu", "n", "y")], STATISTICS)
+    scale, shift, mean, variance = (array.astype(float) for array in STATISTICS.values())
+    factor = scale / np.sqrt(variance + 0.5)
+    assert fusion.affine is not None
+    np.testing.assert_allclose(fusion.affine.scale, factor)
+    np.testing.assert_allclose(fusion.affine.shift, shift - mean * factor)
+    assert [n.op_type for n in fusion.nodes] == ["BatchNormalization", "Relu"]
+
+
+@pytest.mark.parametrize(
+    ("after", "constants"),
+    [
+        ([normalized("y", "m", "v", training_mode=1)], STATISTICS),
+        ([normalized("y")], {**STATISTICS, "variance": np.full(CHANNELS, -1, np.float32)}),
+        ([normalized("y")], {name: array for name, array in STATISTICS.items() if name != "mean"}),
+        ([node("Sub", "p", "up", "y")], {"p": scalar(1)}),
+        ([node("Div", "p", "up", "y")], {"p": scalar(1)}),
+        ([node("Div", "up", "p", "y")], {"p": scalar(0)}),
+        ([node("Mul", "up", "up", "y")], {}),
+    ],
+    ids=["trains", "no root", "a mean of the caller", "taken from", "divides", "by zero", "a square"],
+)
+def test_what_looks_alike_stays(after: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> None:
+    assert not found(after, constants).nodes
+
+
+def test_a_pattern_that_begins_with_a_product_is_that_pattern() -> None:
+    after = [
+        node("Mul", "up", "half", "h"),
+        node("Tanh", "h", "t"),
+        node("Mul", "t", "half", "u"),
+        node("Add", "u", "half", "y"),
+    ]
+    fusion = found(after, CONSTANTS)
+    assert (fusion.affine, fusion.activation.name, len(fusion.nodes)) == (None, "sigmoid", 4)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weights_that_multiply_too(groups: int) -> None:
+    scale, shift = np.array([2.0, 3, 0, -1, 1, 4]), np.arange(6.0)
+    w, b = integers((3, 6 // groups, 1, 2, 2), 1), integers((6,), 2)
+    folded = Affine(scale, shift, shift, 1).folded(w, b, groups)
+    assert folded is not None
+    spec = ConvTranspose3d.parse(f"in=2x3x2x2x2 co=6 k=1x2x2 g={groups}")
+    x = integers(spec.x_shape, 3)
+    by_channel = (1, 6, 1, 1, 1)
+    expected = reference(spec, x, w, b) * scale.reshape(by_channel) + shift.reshape(by_channel)
+    assert np.array_equal(reference(spec, x, *folded), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e38])
+def test_weights_that_would_lose_what_they_are_stay(scale: float) -> None:
+    one = Affine(np.full(1, scale), np.zeros(1), np.zeros(1), 1)
+    assert one.folded(np.full((1, 1, 1, 1, 1), 0.5 if scale < 1 else 5, np.float32), None, 1) is None
+    assert one.folded(np.zeros((1, 1, 1, 1, 1), np.float32), None, 1) is not None
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 1, 1, 1, 2), (2, 1, 1, 1, 1), (CHANNELS, 1, 1)])

@@ -1,6 +1,6 @@
 """An ONNX model -> the same model running our kernels inside ONNX Runtime, without TVM.
 
-Two modes. *rewrite*: the 5-D ConvTranspose nodes, with the additions and the activation behind them, become
+Two modes. *rewrite*: the 5-D ConvTranspose nodes, with what multiplies or adds behind them and the activation, become
 nodes of our own operators; weights are packed in the new file. *override*: the model file stays as it is, and
 the library takes ONNX's own operator over; where no kernel was compiled for a shape it calls ONNX Runtime's.
 
@@ -8,6 +8,7 @@ the library takes ONNX's own operator over; where no kernel was compiled for a s
 `model`        the graphs of a model: who reads what, which values are constants
 `survey`       which nodes there are, and what could be compiled for each
 `fusion`       what follows a node and is computed with it
+`affine`       what of that goes into weights and bias
 `library`      kernels -> one shared library: ``ops.c``, ``ort.h`` and a table
 `rewrite`      edits of a model
 `sessions`     ONNX Runtime, with and without the library

@@ -1,4 +1,4 @@
-"""What follows a ConvTranspose and can be computed with it: additions per channel, then one activation.
+"""What follows a ConvTranspose and can be computed with it: constants for each channel, then one activation.
 
 An activation may be one operator or several (``x * Sigmoid(x)``, the five nodes of a Gelu). Several are
 recognised by their *values*: a region of elementwise operators with scalar constants, into which only the
@@ -20,6 +20,7 @@ from onnx import helper
 
 from opcompile.errors import SpecError
 from opcompile.reference import activate
+from opcompile.replace.affine import Affine, affine
 from opcompile.replace.model import Graph, Model
 from opcompile.spec import ACTIVATIONS, Activation
 
@@ -39,42 +40,29 @@ _NONE = Activation()
 class Fusion:
     """Nodes after a layer that go away with it: ``result`` is the value that the last of them writes.
 
-    ``bias`` is what they add to each output channel, in float64; None where they add nothing.
+    ``affine`` is what they multiply and add to each output channel, None where they do not; ``affine_nodes`` are
+    those that do, the first of ``nodes``.
     """
 
     result: str
-    bias: Array | None = None
+    affine: Affine | None = None
     activation: Activation = _NONE
     nodes: tuple[onnx.NodeProto, ...] = ()
+    affine_nodes: tuple[onnx.NodeProto, ...] = ()
 
 
 def fuse(model: Model, graph: Graph, output: str, channels: int) -> Fusion:
     """Return what can be computed with the ConvTranspose that writes ``output`` to ``channels`` channels."""
-    bias, nodes = None, []
-    while (found := _addition(model, graph, output, channels)) is not None:
-        node, added = found
-        bias = added if bias is None else bias + added
+    whole, nodes = None, []
+    region, activation = _activation(model, graph, output)
+    while not region and (found := affine(model, graph, output, channels)) is not None:
+        node, one = found
+        whole = one if whole is None else one.after(whole)
         nodes.append(node)
         output = node.output[0]
-    region, activation = _activation(model, graph, output)
-    return Fusion(region[-1].output[0] if region else output, bias, activation, (*nodes, *region))
-
-
-def _addition(model: Model, graph: Graph, value: str, channels: int) -> tuple[onnx.NodeProto, Array] | None:
-    """Return the only reader of ``value`` where it adds a constant to each channel, and that constant."""
-    readers = graph.readers(value)
-    if len(readers) != 1 or graph.leaves(value):
-        return None
-    node = readers[0]
-    if node.op_type != "Add" or node.domain not in _DOMAINS or list(node.input).count(value) != 1:
-        return None
-    other = model.constant(next(name for name in node.input if name != value), graph)
-    if other is None or other.dtype != np.float32 or other.ndim > 5:
-        return None
-    whole = other.reshape((1,) * (5 - other.ndim) + other.shape)
-    if whole.shape not in ((1, channels, 1, 1, 1), (1, 1, 1, 1, 1)):
-        return None
-    return node, np.broadcast_to(whole.reshape(-1), (channels,)).astype(np.float64)
+        region, activation = _activation(model, graph, output)
+    result = region[-1].output[0] if region else output
+    return Fusion(result, whole, activation, (*nodes, *region), tuple(nodes))
 
 
 def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeProto], Activation]:

@@ -39,6 +39,7 @@ def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | Non
             inputs.pop()
         if packed is not None:
             unread |= {name for name in inputs[1:] if name}
+            unread |= {name for fused in node.fusion.nodes for name in fused.input if name}
             name = _new_name(f"{inputs[1]}_packed", taken)
             tensor = numpy_helper.from_array(packed, name)
             if model.is_external(inputs[1]):
@@ -187,23 +188,28 @@ def perturbed(model: Model, nodes: Sequence[Node]) -> None:
 
 
 def _perturb_sum(node: Node, site: Site, opset: int, number: int, behind: dict[str, list[onnx.NodeProto]]) -> None:
-    made = _Made(site.graph.proto, node.output, opset)
+    """Let the sum err, with what multiplies and adds to it where that is fused."""
+    last = next(reversed(node.fusion.affine_nodes), site.node)
+    made = _Made(site.graph.proto, last.output[0], opset)
     magnitude = made.node("ConvTranspose", *(made.node("Abs", name) if name else "" for name in site.node.input))
     made.nodes[-1].attribute.extend(site.node.attribute)
-    if node.fusion.bias is not None:
-        magnitude = made.node("Add", magnitude, made.constant(np.abs(node.fusion.bias).reshape(1, -1, 1, 1, 1)))
     terms = max(spec.terms for spec in node.specs) + 2
+    if (affine := node.fusion.affine) is not None:
+        magnitude = made.node("Mul", magnitude, made.for_each_channel(np.abs(affine.scale)))
+        magnitude = made.node("Add", magnitude, made.for_each_channel(affine.reach))
+        terms += affine.roundings
     spread = made.node("Mul", magnitude, made.constant(2 * terms * _UNIT))
-    behind[made.vary(site.node, spread, 2 * number)] = made.nodes
+    behind[made.vary(last, spread, 2 * number)] = made.nodes
 
 
 def _perturb_activation(
     node: Node, graph: Graph, opset: int, number: int, behind: dict[str, list[onnx.NodeProto]]
 ) -> None:
     last, result = node.fusion.nodes[-1], node.fusion.result
+    summed = node.fusion.affine_nodes[-1].output[0] if node.fusion.affine_nodes else node.output
     made = _Made(graph.proto, result, opset)
     # the node itself writes under another name from now on
-    size = made.node("Add", made.node("Abs", f"{result}_exact"), made.node("Abs", node.output))
+    size = made.node("Add", made.node("Abs", f"{result}_exact"), made.node("Abs", summed))
     size = made.node("Add", size, made.constant(1))
     factor = _OF_ACTIVATION * max(1.0, *(abs(p) for p in node.fusion.activation.parameters), 0.0)
     spread = made.node("Mul", size, made.constant(2 * factor * _UNIT))
@@ -228,6 +234,10 @@ class _Made:
         name = f"{self.value}_perturbed_constant_{len(self.graph.initializer)}"
         self.graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
+
+    def for_each_channel(self, values: NDArray[Any]) -> str:
+        """Add an initializer with one element for each channel, and return its name."""
+        return self.constant(values.reshape(1, -1, 1, 1, 1))
 
     def vary(self, node: onnx.NodeProto, spread: str, seed: int) -> str:
         """Add plus or minus ``spread`` to what ``node`` writes, which is renamed; return the new name."""

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import ModelError
@@ -15,6 +14,8 @@ from opcompile.importers.onnx import Found, Shapes, find
 from opcompile.replace.fusion import Fusion, fuse
 from opcompile.replace.model import Graph, Model, Site
 from opcompile.spec import ConvTranspose3d
+
+Array = NDArray[Any]
 
 _UNFUSED = Fusion("")
 _NAMELESS = "the model has not exactly one node that writes its output; give that a name of its own"
@@ -25,7 +26,7 @@ class Node:
     """One node: ``specs`` are what to compile, one for each shape of X, or the ``reason`` why there are none.
 
     With ``packed`` there is one, ``weight`` (canonical) and, where the spec has a bias that is known, ``bias``
-    are constants, and ``fusion`` goes into the kernel. Otherwise the node calls ONNX Runtime's own kernel for
+    are constants, and ``fusion`` goes into these and the kernel. Otherwise the node calls ONNX Runtime's own kernel for
     every other shape, and nothing is fused, so that its result is the same in both.
     ``site`` is None for a node that cannot be edited, and then there is a reason.
     """
@@ -35,8 +36,8 @@ class Node:
     site: Site | None
     specs: tuple[ConvTranspose3d, ...] = ()
     packed: bool = False
-    weight: NDArray[Any] | None = None
-    bias: NDArray[Any] | None = None
+    weight: Array | None = None
+    bias: Array | None = None
     fusion: Fusion = _UNFUSED
     reason: str | None = None
 
@@ -82,15 +83,20 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
         return Node(found.name, found.output, site, specs, fusion=Fusion(found.output))
     spec, fusion = found.spec, Fusion(found.output)
     if fused:
-        fusion = _fusion(model, site.graph, spec, bias, found.output)
-    if fusion.bias is not None:
-        own = 0.0 if bias is None else bias.astype(np.float64)
-        bias = (own + fusion.bias).astype(np.float32)
+        fusion, weight, bias = _fused(model, site.graph, spec, weight, bias, found.output)
     spec = replace(spec, bias=spec.bias or bias is not None, activation=fusion.activation)
     return Node(found.name, found.output, site, (spec,), True, weight, bias, fusion)
 
 
-def _fusion(model: Model, graph: Graph, spec: ConvTranspose3d, bias: NDArray[Any] | None, output: str) -> Fusion:
-    """Return what is fused: nothing that adds to a bias which arrives at run time only."""
+def _fused(
+    model: Model, graph: Graph, spec: ConvTranspose3d, weight: Array, bias: Array | None, output: str
+) -> tuple[Fusion, Array, Array | None]:
+    """Return what is fused, and the weights and the bias with it.
+
+    Nothing is that meets a bias which arrives at run time only, or that these cannot hold.
+    """
     fusion = fuse(model, graph, output, spec.channels_out)
-    return Fusion(output) if fusion.bias is not None and spec.bias and bias is None else fusion
+    if fusion.affine is None:
+        return fusion, weight, bias
+    folded = None if spec.bias and bias is None else fusion.affine.folded(weight, bias, spec.groups)
+    return (Fusion(output), weight, bias) if folded is None else (fusion, *folded)
