@@ -558,7 +558,10 @@ def bench(
         if markdown:
             yield _plain(summary.markdown(reports))
             return
-        yield from (report.table() for report in reports.values())
+        for name, report in reports.items():
+            if len(reports) > 1:
+                yield _title(name)
+            yield report.table()
         if len(reports) > 1:
             yield summary.table(reports)
 

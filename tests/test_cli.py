@@ -735,6 +735,7 @@ def test_bench_takes_several_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert names[:3] == [brief(ConvTranspose3d.parse(LAYER)), other, "plain"]
     assert len(names) == len(timed) == 5 + len(tagged("depthwise"))
     assert f"geometric mean of {len(names)}; faster {len(names)}" in result.stdout
+    assert all(f"{name} ─" in result.stdout for name in names)
     assert invoke("bench", LAYER, "plain", "--markdown").stdout.startswith("| layer | time |")
 
 
