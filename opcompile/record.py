@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -308,54 +308,85 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
     """
     if isinstance(target, GpuTarget):
         return _illegal_on_gpu(tiles, spec, target)
+    return _no_tiles(tiles) or next(_broken(Tiles(**tiles), spec, target), None)
+
+
+def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
+    """Say why the fields, or their values, are none that tiles have."""
     names = [f.name for f in fields(Tiles) if f.name not in LATER or f.name in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
-    if tiles["vector"] not in ("channels", "row", "line", "taps"):
-        return f"vector is {tiles['vector']!r}, but must be 'channels', 'row', 'line' or 'taps'"
-    if tiles["copy"] not in ("task", "whole"):
-        return f"copy is {tiles['copy']!r}, but must be 'task' or 'whole'"
-    if tiles.get("store", "cached") not in ("cached", "streamed"):
-        return f"store is {tiles['store']!r}, but must be 'cached' or 'streamed'"
+    words = {"vector": ("channels", "row", "line", "taps"), "copy": ("task", "whole"), "store": ("cached", "streamed")}
     for name in names:
-        if name not in ("vector", "copy", "store") and (type(tiles[name]) is not int or tiles[name] < 1):
-            return f"{name} is {tiles[name]!r}, but must be a whole number of at least 1"
-    t = Tiles(**tiles)
+        value = tiles[name]
+        if name in words and value not in words[name]:
+            *others, last = map(repr, words[name])
+            return f"{name} is {value!r}, but must be {', '.join(others)} or {last}"
+        if name not in words and (type(value) is not int or value < 1):
+            return f"{name} is {value!r}, but must be a whole number of at least 1"
+    return None
+
+
+def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
+    """Yield the rules that tiles break; each holds where those before it do."""
+    yield from _broken_by_registers(t, spec, target)
+    yield from _broken_by_channels(t, spec)
+    if t.vector == "taps":
+        yield from _broken_by_taps(t, spec)
+    yield from _broken_by_bands(t, spec)
+    if t.store == "streamed" and not streams(spec, t.vector, target.machine):
+        yield f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
+    if t.products > 1:
+        yield from _broken_by_pairs(t, spec, target)
+
+
+def _broken_by_registers(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     machine = target.machine
     half = halved(spec, machine) if t.vector == "channels" and t.products == 1 else None
     lanes = sums_of_a_vector(spec, machine)
     if t.lanes not in (lanes, lanes if half is None else sums_of_a_vector(spec, half)):
-        return f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, {lanes} sums"
+        yield f"lanes is {t.lanes}, but a vector of {target.name} has {machine.vector_bytes} bytes, {lanes} sums"
     sums = t.vectors * t.scalars * t.rows
     if sums >= machine.registers:
-        return f"the {sums} sums of the register tile fill all registers, but {target.name} has {machine.registers}"
-    if t.task % t.channels:
-        return f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
+        yield f"the {sums} sums of the register tile fill all registers, but {target.name} has {machine.registers}"
+
+
+def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
     m = spec.channels_out // spec.groups
     whole = -(-m // t.channels) * t.channels
+    if t.task % t.channels:
+        yield f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
     if t.task > whole:
-        return f"task is {t.task}, but a group has {m} channels, {whole} with its last tile"
+        yield f"task is {t.task}, but a group has {m} channels, {whole} with its last tile"
     if spec.groups > 1 and t.task != whole and m % t.task:
-        return f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
+        yield f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
     if spec.groups > 1 and spec.layout == "NDHWC" and t.task != whole:
-        return f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
-    if t.vector == "taps":
-        weights = weights_by_taps(spec)
-        if not weights:
-            return "vector is 'taps', but for sums by taps the layer has too many output channels, or channels last"
-        if t.scalars not in weights:
-            return f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
-        if t.task != m:
-            return f"task is {t.task}, but must be the {m} channels of a group for sums by taps"
-        if t.chunk != spec.channels_in // spec.groups:
-            return f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps"
+        yield f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
+    if (spec.channels_in // spec.groups) % t.chunk:
+        yield f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+
+
+def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
+    m, weights = spec.channels_out // spec.groups, weights_by_taps(spec)
+    if not weights:
+        yield "vector is 'taps', but for sums by taps the layer has too many output channels, or channels last"
+    if t.scalars not in weights:
+        yield f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
+    if t.task != m:
+        yield f"task is {t.task}, but must be the {m} channels of a group for sums by taps"
+    if t.chunk != spec.channels_in // spec.groups:
+        yield f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps"
+
+
+def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
+    m = spec.channels_out // spec.groups
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
-        return f"depth is {t.depth}, but the layer has {planes} planes of positions"
+        yield f"depth is {t.depth}, but the layer has {planes} planes of positions"
     if t.line and t.rows > 1:
-        return f"rows is {t.rows}, but the rows of a task form one line: it must be 1"
+        yield f"rows is {t.rows}, but the rows of a task form one line: it must be 1"
     if t.height % t.rows or t.height >= rows + t.rows:
-        return (
+        yield (
             f"height is {t.height}, but must be a multiple of the register tile's {t.rows} rows, "
             f"and cover {rows} at most"
         )
@@ -365,25 +396,21 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
         ("bands_m", t.bands_m, -(-m // t.task), f"{m} channels of a group"),
     ):
         if bands % several:
-            return f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
-    if (spec.channels_in // spec.groups) % t.chunk:
-        return f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
-    if t.store == "streamed" and not streams(spec, t.vector, machine):
-        return f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
-    if t.products == 1:
-        return None
+            yield f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
+
+
+def _broken_by_pairs(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     if t.vector == "taps":
-        return f"products is {t.products}, but must be 1 for sums by taps"
+        yield f"products is {t.products}, but must be 1 for sums by taps"
     if t.products > 2:
-        return f"products is {t.products}, but must be 1, or 2 for pairs of bfloat16"
-    if not takes_pairs(spec, machine):
-        return (
+        yield f"products is {t.products}, but must be 1, or 2 for pairs of bfloat16"
+    if not takes_pairs(spec, target.machine):
+        yield (
             f"products is 2, but {target.name} multiplies no pairs of channels here: that needs its flag +{BF16}, "
             "bfloat16 and an even number of channels in a group"
         )
     if t.chunk % 2:
-        return f"chunk is {t.chunk}, but must be even for pairs of channels"
-    return None
+        yield f"chunk is {t.chunk}, but must be even for pairs of channels"
 
 
 def _illegal_on_gpu(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: GpuTarget) -> str | None:
