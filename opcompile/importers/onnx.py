@@ -58,6 +58,7 @@ class Found:
     ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
     An initializer that is also listed as a graph input counts as known: its value is the file's.
     ``output`` is the tensor that the node writes: its name in the model, unless a function holds the node.
+    ``is_open`` says that X has sizes which nobody knows, so that `find` with ``shapes`` may find a spec.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Found:
     bias: NDArray[Any] | None
     reason: str | None
     output: str
+    is_open: bool = False
 
 
 Shapes = Mapping[str, Sequence[int | str]]
@@ -256,7 +258,7 @@ def _infer(outline: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 # --- walking: names in scope, nodes in order ---
@@ -361,7 +363,9 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        return Found(name, None, None, None, str(error), node.output[0])
+        shape = scope.value(node.input[0]).shape
+        is_open = shape is None or any(isinstance(size, str) for size in shape[2:])
+        return Found(name, None, None, None, str(error), node.output[0], is_open)
     return Found(name, spec, weight, bias, None, node.output[0])
 
 

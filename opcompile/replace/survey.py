@@ -71,8 +71,9 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
         return Node(found.name, found.output, None, reason=found.reason or _NAMELESS)
     specs = tuple(dict.fromkeys(f.spec for f in (found, *others) if f.spec is not None))
     if not specs:
-        reasons = [f.reason for f in (*others, found) if f.reason]
-        return Node(found.name, found.output, site, reason=f"{reasons[0]}; or name shapes to compile for by --shape")
+        first = next(iter(others), found)
+        way_out = "; or name shapes to compile for by --shape" if first.is_open else ""
+        return Node(found.name, found.output, site, reason=f"{first.reason}{way_out}")
     if specs[0].dtype != "float32":
         reason = f"it computes in {specs[0].dtype}, and only float32 is replaced"
         return Node(found.name, found.output, site, reason=reason)
