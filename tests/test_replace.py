@@ -594,6 +594,28 @@ def test_chosen_nodes(tmp_path: Path) -> None:
         replaced(model, tmp_path, nodes=["third"])
 
 
+@pytest.mark.parametrize("batch", [1, "n"])
+@pytest.mark.parametrize("inferred", [True, False])
+def test_what_reads_a_replaced_node_still_has_a_shape(batch: int | str, inferred: bool, tmp_path: Path) -> None:
+    """Other tools do not know our operators; this package is one of them."""
+    after = [
+        helper.make_node("Relu", ["up"], ["r"]),
+        helper.make_node("ConvTranspose", ["r", "v"], ["y"], name="second", strides=[2, 2, 2]),
+    ]
+    model = upsampling((batch, 4, 3, 4, 5), after=after, constants={"v": integers((6, 2, 2, 2, 2))})
+    if inferred:
+        model = onnx.shape_inference.infer_shapes(model)
+    (_, second) = opcompile.find(model)
+    _, out = replaced(model, tmp_path, nodes=["up"])
+    (left,) = opcompile.find(out / "model.onnx")
+    assert left.spec is not None, left.reason
+    assert left.spec == second.spec
+    values = [value.name for value in onnx.load(out / "model.onnx").graph.value_info]
+    assert values.count("r") == 1
+    replaced(model, tmp_path, nodes=["second"])
+    assert "y" not in [value.name for value in onnx.load(out / "model.onnx").graph.value_info]
+
+
 def test_the_directory(tmp_path: Path) -> None:
     report, out = replaced(upsampling(), tmp_path)
     stored = json.loads((out / "report.json").read_text())

@@ -77,6 +77,10 @@ def _replace(node: Node, operator: str, domain: str, inputs: Sequence[str]) -> N
     for index in reversed(range(len(graph.value_info))):
         if graph.value_info[index].name in vanished:
             del graph.value_info[index]
+    if node.packed and all(value.name != node.fusion.result for value in (*graph.value_info, *graph.output)):
+        # nobody else can infer what our operator writes; an open batch has no name here: any may be taken
+        shape = list(node.specs[0].y_shape)
+        graph.value_info.append(helper.make_tensor_value_info(node.fusion.result, onnx.TensorProto.FLOAT, shape))
 
 
 def _geometry(spec: ConvTranspose3d) -> list[onnx.AttributeProto]:
