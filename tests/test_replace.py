@@ -301,6 +301,21 @@ def test_weights_that_two_nodes_share(tmp_path: Path) -> None:
     assert "w" not in {t.name for t in onnx.load(out / "model.onnx").graph.initializer}
 
 
+def test_nothing_stays_that_nobody_reads(tmp_path: Path) -> None:
+    """Exporters keep equal tensors once, and let Identity copy them."""
+    names = ["scale", "shift", "mean", "variance"]
+    after = [
+        *(helper.make_node("Identity", ["one"], [name]) for name in names),
+        helper.make_node("Identity", ["mean"], ["mean_too"]),
+        helper.make_node("BatchNormalization", ["up", "scale", "shift", "mean_too", "variance"], ["n"]),
+        helper.make_node("Clip", ["n", "low", "high"], ["y"]),
+    ]
+    limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    _, out = replaced(upsampling(after=after, constants={"one": np.ones(6, np.float32), **limits}), tmp_path)
+    assert operators(out / "model.onnx") == ["Neg", OURS]
+    assert [t.name for t in onnx.load(out / "model.onnx").graph.initializer] == ["w_packed", "up_bias"]
+
+
 def test_a_bias_that_is_left_out_by_an_empty_name(tmp_path: Path) -> None:
     model = upsampling(bias=False)
     model.graph.node[1].input.append("")

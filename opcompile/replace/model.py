@@ -133,14 +133,18 @@ class Model:
         return taken
 
     def drop_unread(self, names: set[str]) -> None:
-        """Remove those constants of ``names`` that nothing reads any more, wherever they are defined."""
-        read = {value for graph in self.graphs() for node in graph.proto.node for value in node.input}
-        read |= {output.name for graph in self.graphs() for output in graph.proto.output}
-        gone = names - read
-        for graph in self.graphs():
-            for values in (graph.proto.initializer, graph.proto.input, graph.proto.value_info):
-                _remove(values, lambda value: value.name in gone)
-            _remove(graph.proto.node, lambda n: n.op_type == "Constant" and set(n.output) <= gone)
+        """Remove those constants of ``names`` that nothing reads any more, wherever they are defined or copied from."""
+        while names:
+            read = {value for graph in self.graphs() for node in graph.proto.node for value in node.input}
+            read |= {output.name for graph in self.graphs() for output in graph.proto.output}
+            gone, names = names - read, set()
+            for graph in self.graphs():
+                for values in (graph.proto.initializer, graph.proto.input, graph.proto.value_info):
+                    _remove(values, lambda value, gone=gone: value.name in gone)
+                idle = [n for n in graph.proto.node if n.op_type in ("Constant", "Identity") and set(n.output) <= gone]
+                for node in idle:
+                    names |= set(node.input)
+                    graph.proto.node.remove(node)
 
 
 def _graphs(graph: onnx.GraphProto, outer: tuple[onnx.GraphProto, ...]) -> Iterator[Graph]:
