@@ -18,7 +18,7 @@ from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_lat
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
 from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, over_channels, replaced
-from schedules.tiles import CACHE_LINE, joined, weaves
+from schedules.tiles import CACHE_LINE, joined, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -298,7 +298,8 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     """Write a row of Y as vectors, each woven from one vector of every phase, unless an activation is for scalars.
 
     What whole vectors leave of the row is a narrower one that ends where the row does, and may write again what the
-    one before it wrote: LLVM would write the last 2 to 31 elements one by one.
+    one before it wrote: LLVM would write the last 2 to 31 elements one by one. A row of less than two vectors is woven
+    from vectors twice as wide, and written as two.
     """
     stride, row = spec.axes[2].stride, spec.axes[2].out
     block = loop.body.body if isinstance(loop.body, tirx.For) else None
@@ -308,6 +309,10 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
         return loop
     lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
     whole, left = divmod(row, lanes * stride)
+    short = whole == 1 and left > 0 and lanes < t.lanes and stride > 1
+    if short and 2 * lanes <= _columns_of_rows(block.block, spec, t):
+        at_once = _weave(loop, block, stride, 0, 1, 2 * lanes, (0, left))
+        return loop if at_once is None else at_once
     parts = [_weave(loop, block, stride, 0, whole, lanes)]
     if left:
         lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
@@ -316,10 +321,26 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     return in_turn(woven) if len(woven) == len(parts) else loop
 
 
+def _columns_of_rows(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many columns may be read from the begin of each row of the phases, what lies behind the row included."""
+    phases = [load for load in every(TensorLoad, writing.body.value) if load.source.name.startswith("phase")]
+    rows_before = t.height * joined(spec, t) - 1 if t.line else 0
+    return min((int(load.source.shape[-1]) for load in phases), default=0) - rows_before * reach(spec.axes[2])
+
+
 def _weave(
-    loop: tirx.For, realize: s_tir.SBlockRealize, stride: int, first: int, count: int, lanes: int
+    loop: tirx.For,
+    realize: s_tir.SBlockRealize,
+    stride: int,
+    first: int,
+    count: int,
+    lanes: int,
+    begins: Sequence[int] = (0,),
 ) -> tirx.For | None:
-    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on; None where that needs a loop."""
+    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on; None where that needs a loop.
+
+    They are written as a vector from each of ``begins`` on, each of its part of the elements.
+    """
     kind, block = loop.loop_var.ty.dtype, realize.block
     y, column = block.body.buffer, block.iter_vars[-1].var
     *row, _ = block.body.indices
@@ -334,11 +355,14 @@ def _weave(
     vectors = [_vector_of(value, lane, lanes) for value in of_phases]
     if any(each is None for each in vectors):
         return None
-    itemsize = tvm.DataType(y.dtype).bits // 8
-    later = range(BYTES_AHEAD // itemsize, BYTES_AHEAD // itemsize + size, CACHE_LINE // itemsize)
+    itemsize, part = tvm.DataType(y.dtype).bits // 8, size // len(begins)
+    end = begins[-1] + part
+    later = range(BYTES_AHEAD // itemsize, BYTES_AHEAD // itemsize + end, CACHE_LINE // itemsize)
     body = [fetch(y, [*row, column + i]) for i in later]
-    body.append(tirx.BufferStore(y, _interlaced(vectors, lanes), [*row, tirx.Ramp(column, tirx.const(1, kind), size)]))
-    written = [*block.writes[0].region[:-1], Range.from_min_extent(column, size)]
+    for begin_at in begins:
+        at = [*row, tirx.Ramp(column + begin_at, tirx.const(1, kind), part)]
+        body.append(tirx.BufferStore(y, _interlaced(vectors, lanes, begin_at, part), at))
+    written = [*block.writes[0].region[:-1], Range.from_min_extent(column, end)]
     weaving = s_tir.SBlock(
         block.iter_vars,
         block.reads,
@@ -354,10 +378,11 @@ def _weave(
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
 
 
-def _interlaced(vectors: Sequence[Any], lanes: int) -> Any:
-    """One vector of the first lanes of all ``vectors``, then the second, and so on."""
+def _interlaced(vectors: Sequence[Any], lanes: int, first: int = 0, size: int | None = None) -> Any:
+    """One vector of the first lanes of all ``vectors``, then the second, and so on: all, or ``size`` from ``first``."""
     count = len(vectors)
-    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(lanes * count)]
+    elements = range(first, first + (lanes * count if size is None else size))
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in elements]
     return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)
 
 

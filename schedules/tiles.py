@@ -30,6 +30,8 @@ MOST_WOVEN = 4
 _SMALL = 10
 # So many bytes of Y, and the layer that reads it finds little of it in any cache.
 _FAR = 32 << 20
+# Cycles until what a band summed last can be read, as vectors that begin elsewhere: the stores before it come first.
+_A_BAND = 250
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -506,12 +508,14 @@ _PAIR_LATENCY = 1.5
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
-    positions = _over(layer.depth, t.depth) * _over(layer.height, t.height) * layer.band(t)
+    bands = _over(layer.depth, t.depth) * _over(layer.height, t.height)
+    positions = bands * layer.band(t)
     channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
     summing = _summing_by_tap if t.vector == "taps" else _summing_by_phase
     computing = summing(layer, machine, t, sums, layer.images * positions) + _copying(layer, machine, t)
     computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
     storing = layer.outputs * _weaving(layer, machine, t)
+    storing += layer.images * bands * _over(layer.m, t.task) * _A_BAND
     used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
@@ -540,7 +544,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
-    weaving = 4.4 if transposed else 1.55 + 0.5 * in_first + 0.4 * in_second
+    weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.vector == "taps":  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
@@ -613,7 +617,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.22 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+        waiting += 0.35 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))

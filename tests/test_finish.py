@@ -225,12 +225,14 @@ def test_a_row_of_y_is_written_by_vectors_that_end_where_it_ends(width: int, str
     for at, loops in statements(scheduled(spec, tiles_of(spec, "row"))[KERNEL].body):
         if not isinstance(at, s_tir.SBlockRealize) or at.block.name_hint != "row":
             continue
-        size = int(simplify(at.block.writes[0].region[-1].extent))
-        assert size == stride * 2 ** (size // stride).bit_length() // 2
-        vectors = loops[-1]
+        column, vectors = at.block.iter_vars[-1].var, loops[-1]
+        stores = [store.indices[-1] for store, _ in statements(at.block.body) if isinstance(store, tirx.BufferStore)]
         for i in range(int(vectors.extent)):
-            first = int(simplify(_known(at.iter_values[-1], {vectors.loop_var: tirx.const(i, "int32")})))
-            written.append(range(first, first + size))
+            first = _known(at.iter_values[-1], {vectors.loop_var: tirx.const(i, "int32")})
+            for ramp in stores:
+                begin = int(simplify(_known(ramp.base, {column: first})))
+                written.append(range(begin, begin + int(ramp.lanes)))
+    assert all(len(part) == stride * 2 ** (len(part) // stride).bit_length() // 2 for part in written)
     assert {i for part in written for i in part} == set(range(row))
     assert sum(map(len, written)) < row + max(map(len, written))
 
