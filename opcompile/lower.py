@@ -28,6 +28,7 @@ from opcompile.record import Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
 from schedules import llvm
+from schedules.statements import in_turn
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
@@ -124,7 +125,7 @@ def _workspaces_of_threads(function: tirx.PrimFunc, _module: tvm.IRModule, _cont
             (of_thread if is_workspace else of_task).append(each)
         if not of_thread:
             return loop
-        tasks = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, tirx.SeqStmt(of_task))
+        tasks = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, in_turn(of_task))
         return tirx.AttrStmt(zero, "pragma_parallel_launch_point", zero, tirx.SeqStmt([*of_thread, tasks]))
 
     return function.with_body(structural_map(function.body, (tirx.For, hoisted)))
