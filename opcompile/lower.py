@@ -28,7 +28,6 @@ from opcompile.record import Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
 from schedules import llvm
-from schedules.statements import in_turn
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
@@ -86,11 +85,10 @@ def object_code(module: tvm.IRModule, target: Target) -> bytes:
 
 
 def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
-    """Compile a module for a CPU: sums on the stack, workspaces once for each thread, indices as wide as declared.
+    """Compile a module for a CPU, with the sums of its register tiles on the stack and indices as wide as declared.
 
-    TVM would take the sums of register tiles from the heap, where LLVM may keep them in registers only as long as
-    nothing else in the loop may touch memory. It would allocate the workspaces anew for each task, and narrow the
-    indices to 32 bits.
+    TVM would take the sums from the heap, where LLVM may keep them in registers only as long as nothing else in the
+    loop may touch memory. It would narrow the indices to 32 bits.
     """
     config = tvm.transform.PassContext.current().config
     as_declared = tvm.transform.PassContext(config=config, disabled_pass=["tirx.NarrowDataType"])
@@ -111,30 +109,10 @@ def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
     return function.with_body(structural_map(function.body, (tirx.AllocBuffer, placed)))
 
 
-def _workspaces_of_threads(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    """Let a thread allocate before its first task what each of its tasks would allocate."""
-    zero = tirx.const(0, "int32")
-
-    def hoisted(loop: tirx.For) -> tirx.Stmt:
-        if loop.kind != tirx.ForKind.PARALLEL or not isinstance(loop.body, tirx.SeqStmt):
-            return loop
-        of_thread: list[tirx.Stmt] = []
-        of_task: list[tirx.Stmt] = []
-        for each in loop.body.seq:
-            is_workspace = isinstance(each, tirx.AllocBuffer) and each.buffer.scope() == "global"
-            (of_thread if is_workspace else of_task).append(each)
-        if not of_thread:
-            return loop
-        tasks = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, in_turn(of_task))
-        return tirx.AttrStmt(zero, "pragma_parallel_launch_point", zero, tirx.SeqStmt([*of_thread, tasks]))
-
-    return function.with_body(structural_map(function.body, (tirx.For, hoisted)))
-
-
 def _pipeline() -> tuple[Any, Any, Any]:
     passes, of_host, of_device = get_tir_pipeline("s_tir")
-    ours = [tirx.transform.prim_func_pass(each, opt_level=0) for each in (_sums_on_stack, _workspaces_of_threads)]
-    return tvm.transform.Sequential([passes, *ours]), of_host, of_device
+    on_stack = tirx.transform.prim_func_pass(_sums_on_stack, opt_level=0)
+    return tvm.transform.Sequential([passes, on_stack]), of_host, of_device
 
 
 # All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.

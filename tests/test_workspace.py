@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tvm
-from tvm import tirx
-from tvm.tirx.compilation_pipeline import get_tir_pipeline
 
 import opcompile
 from opcompile.cases import Case, case, tagged
-from opcompile.lower import KERNEL, choose, scheduled, workspace_bytes
+from opcompile.lower import choose, scheduled, workspace_bytes
 from opcompile.spec import Axis, ConvTranspose3d
 from opcompile.target import target
-from schedules.statements import every
 
 
 def reach(axis: Axis) -> int:
@@ -47,22 +42,3 @@ def test_the_manifest_says_what_is_used(tmp_path: Path) -> None:
     spec = case("L29-v2v-up1").spec
     artifact = opcompile.compile(spec, plan="baseline", into=tmp_path / "it")
     assert 0 < artifact.manifest["workspace_bytes"] <= allowed(spec, copies=False)
-
-
-def test_threads_allocate_before_their_first_task_and_not_in_each() -> None:
-    spec = case("L34-mednext-up0").spec
-    tiles, _ = choose(spec, target("llvm:x86-64-v4"), "baseline")
-    cpu = tvm.target.Target(target("llvm:x86-64-v4").tvm())
-    kernel = scheduled(spec, tiles)[KERNEL].with_attr("target", cpu.with_host(cpu))
-    passes, _, _ = get_tir_pipeline("opcompile")
-    (function,) = passes(tvm.IRModule({KERNEL: kernel})).functions.values()
-    tasks = [loop for loop in every(tirx.For, function.body) if loop.kind == tirx.ForKind.PARALLEL]
-    launches = [at for at in every(tirx.AttrStmt, function.body) if at.attr_key == "pragma_parallel_launch_point"]
-
-    def workspaces(of: Sequence[tirx.Stmt]) -> int:
-        return sum(a.buffer.scope() == "global" for each in of for a in every(tirx.AllocBuffer, each))
-
-    assert tasks
-    assert workspaces(tasks) == 0
-    # the copy of X, and eight phases
-    assert workspaces(launches) == 1 + 8
