@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir import transform
 from tvm.s_tir.analysis import calculate_allocated_bytes
-from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
-from tvm_ffi import structural_map
 
+from opcompile.compiled import object_code
 from opcompile.declare import Grain, declare, packed_from
 from opcompile.errors import RecordError, SpecError
 from opcompile.gpus import GpuTarget
@@ -73,52 +69,6 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
     named = tvm.IRModule({symbol: module[KERNEL].with_attr("global_symbol", symbol)})
     code = object_code(named, target)
     return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
-
-
-def object_code(module: tvm.IRModule, target: Target) -> bytes:
-    """One relocatable object for ``target`` from a module that is ready to compile."""
-    executable = compiled(module, target.tvm())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
-        executable.mod.write_to_file(str(path), "o")
-        return path.read_bytes()
-
-
-def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
-    """Compile a module for a CPU, with the sums of its register tiles on the stack and indices as wide as declared.
-
-    TVM would take the sums from the heap, where LLVM may keep them in registers only as long as nothing else in the
-    loop may touch memory. It would narrow the indices to 32 bits.
-    """
-    config = tvm.transform.PassContext.current().config
-    as_declared = tvm.transform.PassContext(config=config, disabled_pass=["tirx.NarrowDataType"])
-    with as_declared, tvm.target.Target(target) as tvm_target:
-        return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
-
-
-def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    def placed(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
-        buffer = allocation.buffer
-        if buffer.scope() != "local":
-            return allocation
-        if math.prod(int(n) for n in buffer.shape) * tvm.DataType(buffer.dtype).itemsize > _MOST_ON_STACK:
-            return allocation
-        on_stack = {**allocation.annotations, "disable_lower_builtin": tirx.const(1, "int32")}
-        return tirx.AllocBuffer(allocation.buffer, on_stack)
-
-    return function.with_body(structural_map(function.body, (tirx.AllocBuffer, placed)))
-
-
-def _pipeline() -> tuple[Any, Any, Any]:
-    passes, of_host, of_device = get_tir_pipeline("s_tir")
-    on_stack = tirx.transform.prim_func_pass(_sums_on_stack, opt_level=0)
-    return tvm.transform.Sequential([passes, on_stack]), of_host, of_device
-
-
-# All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
-_MOST_ON_STACK = 4096
-_PIPELINE = "opcompile"
-register_tir_pipeline(_PIPELINE, _pipeline)
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:

@@ -334,7 +334,7 @@ def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, modu
     """Compile in a process of the pool; return the path of a shared library, or of objects for the server to link."""
     from tvm.support.tar import tar
 
-    from opcompile.lower import compiled
+    from opcompile.compiled import compiled
 
     executable = compiled(module, target)
     own = Path(tempfile.mkdtemp(dir=folder))

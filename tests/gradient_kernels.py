@@ -9,10 +9,10 @@ import numpy as np
 from kernels import HERE, _tensor, dtype_of
 from numpy.typing import NDArray
 
+from opcompile.compiled import compiled
 from opcompile.gradients import lower
 from opcompile.gradients.declare import depth
 from opcompile.gradients.gradient import Gradient
-from opcompile.lower import compiled
 from opcompile.reference import activate
 from opcompile.spec import ConvTranspose3d
 from schedules.gradients import GradientTiles

@@ -11,6 +11,7 @@ import tvm
 from numpy.typing import NDArray
 
 from opcompile import lower
+from opcompile.compiled import compiled
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, target
 from schedules.llvm import Tiles
@@ -30,7 +31,7 @@ def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool
     """
     tiles = tiles or lower.choose(spec, on, "baseline")[0]
     target = {**on.tvm(), "opt-level": 3 if optimised else 0}
-    function = lower.compiled(lower.scheduled(spec, tiles), target)[lower.KERNEL]
+    function = compiled(lower.scheduled(spec, tiles), target)[lower.KERNEL]
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)
 

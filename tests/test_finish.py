@@ -17,7 +17,8 @@ from tvm import DataType, s_tir, tirx
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from opcompile.lower import KERNEL, compiled, scheduled
+from opcompile.compiled import compiled
+from opcompile.lower import KERNEL, scheduled
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, candidates

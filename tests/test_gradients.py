@@ -15,12 +15,12 @@ from strategies import specs
 
 from opcompile.bounds import EXACT_ACTIVATIONS
 from opcompile.cases import Case, case, tagged
+from opcompile.compiled import compiled
 from opcompile.errors import CallError, RecordError, SpecError
 from opcompile.gradients import lower
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.reference import reference, slope
-from opcompile.lower import compiled
 from opcompile.reference import activate
 from opcompile.reference import reference as forward
 from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d

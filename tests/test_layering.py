@@ -34,6 +34,7 @@ BELOW = {
     "opcompile.trials": set(),
     "opcompile.farm": {"opcompile.errors", "opcompile.trials"},
     "opcompile.job": {"opcompile.errors", "opcompile.record"},
+    "opcompile.compiled": {"opcompile.target", "schedules.imported", "schedules.statements"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
     "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},

@@ -19,6 +19,7 @@ import opcompile
 from opcompile import lower
 from opcompile.bounds import PAIRS, bounds, compare
 from opcompile.cases import CASES, case
+from opcompile.compiled import compiled
 from opcompile.describe import describe
 from opcompile.errors import TargetError, UnknownTargetError
 from opcompile.gradients import lower as gradients
@@ -154,7 +155,7 @@ def test_what_is_below_the_normal_range_is_lost_and_the_bound_knows(x: float, w:
 def assembly(spec: ConvTranspose3d, name: str, tiles: Tiles | None = None) -> str:
     machine = target(name)
     tiles = tiles or lower.choose(spec, machine, "baseline")[0]
-    return str(lower.compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
+    return str(compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
 
 
 def inner_loops(text: str) -> list[list[str]]:

@@ -19,6 +19,7 @@ from strategies import specs
 from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
+from opcompile.compiled import compiled
 from opcompile.declare import MOST_PHASE_BLOCKS, Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.reference import linear, reference
@@ -337,7 +338,7 @@ def test_products_of_a_register_tile_compute_no_addresses(text: str) -> None:
     spec, machine = ConvTranspose3d.parse(text), target("llvm:znver4")
     estimates = llvm.candidates(spec, machine.machine)
     tiles = next(e.tiles for e in estimates if e.tiles.trims(spec.axes[2].positions, 3))
-    assembly = str(lower.compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
+    assembly = str(compiled(lower.scheduled(spec, tiles), machine.tvm()).mod.inspect_source("asm"))
     loops = [re.findall(r"^\t(\w+)", block, re.M) for block in re.split(r"^\.LBB", assembly, flags=re.M)]
     products = [loop for loop in loops if sum(op.startswith("vfmadd") for op in loop) >= tiles.scalars - 1]
     assert products
@@ -350,7 +351,7 @@ def test_an_element_beyond_2_31_is_read() -> None:
     assert spec.y_shape == (1, 1, 1, 1, 1)
     assert 1291 * 1300 * 1300 > 2**31
     tiles = lower.choose(spec, HERE, "baseline")[0]
-    function = lower.compiled(lower.scheduled(spec, tiles), HERE.tvm())[lower.KERNEL]
+    function = compiled(lower.scheduled(spec, tiles), HERE.tvm())[lower.KERNEL]
     x = np.frombuffer(mmap.mmap(-1, 2 * 1291 * 1300 * 1300), np.float16).reshape(1, 1, 1291, 1300, 1300)
     x[0, 0, -1, -1, -1] = 3
     w = lower.packing(spec, tiles)(np.full(spec.w_shape, 2, np.float16))

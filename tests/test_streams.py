@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import opcompile as oc
 from opcompile import lower
+from opcompile.compiled import compiled
 from opcompile.record import illegal
 from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
@@ -58,7 +59,7 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
 def test_what_is_streamed_is_right_at_any_address(vector: str, text: str, on: Target) -> None:
     spec = ConvTranspose3d.parse(text)
     tiles = streaming(spec, vector, on)
-    function = lower.compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
+    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
     x, w, b = integers(spec)
     given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
     for offset in (0, 16, 8):
@@ -73,7 +74,7 @@ def test_whole_lines_are_streamed_and_waited_for(on: Target) -> None:
     spec = ConvTranspose3d.parse("in=1x8x4x6x32 co=16 k=2 s=2")
     tiles = streaming(spec, "row", on)
     streamed, cached = (
-        str(lower.compiled(lower.scheduled(spec, t), on.tvm()).mod.inspect_source("asm"))
+        str(compiled(lower.scheduled(spec, t), on.tvm()).mod.inspect_source("asm"))
         for t in (tiles, replace(tiles, store="cached"))
     )
     for instruction in ("vmovntps", "sfence"):

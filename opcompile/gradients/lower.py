@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 import tvm
 from tvm import s_tir
 
+from opcompile.compiled import object_code
 from opcompile.errors import RecordError
 from opcompile.gradients.declare import Depth, Grain, declare, depth
 from opcompile.gradients.gradient import Gradient
-from opcompile.lower import Plan, PlanName, allocated_bytes, object_code, require_plan
+from opcompile.lower import Plan, PlanName, allocated_bytes, require_plan
 from opcompile.target import Target
 from schedules import gradients
 from schedules.gradients import BiasTiles, GradientTiles, InputTiles

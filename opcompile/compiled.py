@@ -1,0 +1,121 @@
+"""From a scheduled module to machine code of a CPU: TVM's own passes, and three that memory asks for.
+
+TVM would take the sums of register tiles from the heap, where LLVM may keep them in registers only as long as nothing
+else in the loop may touch memory; it would allocate a thread's workspaces anew for each task; and what LLVM puts on the
+stack would begin anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+from tvm_ffi import structural_map
+
+from opcompile.target import Target
+from schedules.imported import importing
+from schedules.statements import in_turn
+
+# All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
+_MOST_ON_STACK = 4096
+_PIPELINE = "opcompile"
+# Where it is called, LLVM lays the whole frame at a cache line.
+_ALIGNED_STACK = """
+define void @opcompile_aligned_stack() alwaysinline {
+  %line = alloca [64 x i8], align 64
+  call void asm sideeffect "", "r"(ptr %line)
+  ret void
+}
+"""
+
+
+def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
+    """Compile a module that is ready to be; its indices stay as wide as declared, where TVM would narrow them."""
+    config = tvm.transform.PassContext.current().config
+    as_declared = tvm.transform.PassContext(config=config, disabled_pass=["tirx.NarrowDataType"])
+    with as_declared, tvm.target.Target(target) as tvm_target:
+        return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
+
+
+def object_code(module: tvm.IRModule, target: Target) -> bytes:
+    """One relocatable object for ``target``."""
+    executable = compiled(module, target.tvm())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        executable.mod.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    def placed(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
+        buffer = allocation.buffer
+        if buffer.scope() != "local":
+            return allocation
+        if math.prod(int(n) for n in buffer.shape) * tvm.DataType(buffer.dtype).itemsize > _MOST_ON_STACK:
+            return allocation
+        on_stack = {**allocation.annotations, "disable_lower_builtin": tirx.const(1, "int32")}
+        return tirx.AllocBuffer(allocation.buffer, on_stack)
+
+    return function.with_body(structural_map(function.body, (tirx.AllocBuffer, placed)))
+
+
+def _workspaces_of_threads(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    """Let a thread allocate before its first task what each of its tasks would allocate, but for one workspace.
+
+    Where nothing is called between tasks, LLVM keeps the indices of shuffles in registers throughout, and sums of the
+    register tile on the stack.
+    """
+    zero = tirx.const(0, "int32")
+
+    def hoisted(loop: tirx.For) -> tirx.Stmt:
+        if loop.kind != tirx.ForKind.PARALLEL or not isinstance(loop.body, tirx.SeqStmt):
+            return loop
+        workspaces = [i for i, each in enumerate(loop.body.seq) if _is_workspace(each)][1:]
+        if not workspaces:
+            return loop
+        of_task = [each for i, each in enumerate(loop.body.seq) if i not in workspaces]
+        tasks = _with_body(loop, in_turn(of_task))
+        of_thread = in_turn([*(loop.body.seq[i] for i in workspaces), tasks])
+        return tirx.AttrStmt(zero, "pragma_parallel_launch_point", zero, of_thread)
+
+    return function.with_body(structural_map(function.body, (tirx.For, hoisted)))
+
+
+def _aligned_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    """Lay what a thread has on the stack at a cache line.
+
+    The stack of a thread begins at any multiple of 16 bytes, and LLVM finds too late that it keeps vectors there: three
+    of four processes would have each of them in two cache lines.
+    """
+
+    def aligned(loop: tirx.For) -> tirx.For:
+        if loop.kind != tirx.ForKind.PARALLEL:
+            return loop
+        call = tirx.Evaluate(tirx.call_extern("void", "opcompile_aligned_stack"))
+        return _with_body(loop, tirx.SeqStmt([call, loop.body]))
+
+    return function.with_body(importing(structural_map(function.body, (tirx.For, aligned)), _ALIGNED_STACK))
+
+
+def _is_workspace(statement: tirx.Stmt) -> bool:
+    return isinstance(statement, tirx.AllocBuffer) and statement.buffer.scope() == "global"
+
+
+def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body)
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    passes, of_host, of_device = get_tir_pipeline("s_tir")
+    ours = (_sums_on_stack, _workspaces_of_threads, _aligned_stack)
+    after = [tirx.transform.prim_func_pass(each, opt_level=0) for each in ours]
+    return tvm.transform.Sequential([passes, *after]), of_host, of_device
+
+
+register_tir_pipeline(_PIPELINE, _pipeline)
