@@ -44,6 +44,8 @@ from opcompile.verify import verify as check
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from opcompile.importers.onnx import Shapes
+
 AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 
 # Above this a simulation takes minutes.
@@ -239,6 +241,7 @@ def compile_all(
     *,
     derivative: Wrt | None = None,
     nodes: Sequence[str] = (),
+    shapes: Shapes | None = None,
     verify: bool = True,
     progress: Callable[[Step], None] | None = None,
 ) -> list[Built]:
@@ -246,11 +249,12 @@ def compile_all(
 
     A model's nodes go into subdirectories of ``into``, one each, with an ``index.json`` beside them, even
     where there is only one; weights that the file holds are packed into the artifacts. A node that
-    cannot be compiled comes back with its reason and the others go on. ``nodes`` chooses some by name.
+    cannot be compiled comes back with its reason and the others go on. ``nodes`` chooses some by name, and
+    ``shapes`` gives inputs of an ONNX model the sizes that it leaves open, by their names.
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
-    given, machine, place = read(source, nodes), any_target(target), Path(into)
+    given, machine, place = read(source, nodes, shapes), any_target(target), Path(into)
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
     if not alone:
@@ -274,7 +278,9 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
-        write_index(place, {**_origin(given, machine, plan), "derivative": derivative}, [b.to_json() for b in built])
+        fields = {**_origin(given, machine, plan), "derivative": derivative}
+        fields["shapes"] = {name: list(shape) for name, shape in (shapes or {}).items()}
+        write_index(place, fields, [b.to_json() for b in built])
     return built
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from opcompile.bench import BenchReport
     from opcompile.build import Built
     from opcompile.cases import Case
+    from opcompile.importers.onnx import Shapes
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d
@@ -217,6 +218,14 @@ _derivative = click.option(
     help="The derivative with respect to the input, the weight or the bias, instead of the layer.",
 )
 _nodes = click.option("--node", "nodes", multiple=True, metavar="NAME", help="Only this node of a model (repeatable).")
+_shapes = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=NxCxDxHxW",
+    callback=lambda _ctx, _param, texts: _shapes_of(texts),
+    help="Shape of an ONNX model's input with open sizes (repeatable, once an input).",
+)
 _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
 
 
@@ -241,6 +250,7 @@ def cli() -> None:
 @_plan
 @_derivative
 @_nodes
+@_shapes
 @click.option("--no-verify", is_flag=True, help="Write the artifacts unchecked.")
 @_json
 def compile_(
@@ -250,6 +260,7 @@ def compile_(
     plan: Any,
     derivative: Any,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     no_verify: bool,
     as_json: bool,
 ) -> int:
@@ -269,6 +280,7 @@ def compile_(
             plan,
             derivative=derivative,
             nodes=nodes,
+            shapes=shapes,
             verify=not no_verify,
             progress=lambda s: show(s.done, s.total, f"{s.step} {s.name}" if s.step != "done" else None),
         )
@@ -369,6 +381,7 @@ def run(
 @click.option("--key", metavar="K", help="The key that those servers have at the tracker.")
 @click.option("--work-dir", metavar="D", help="Where to keep journals, one directory a layer, to resume from.")
 @_nodes
+@_shapes
 @_json
 def tune(
     source: str | None,
@@ -381,6 +394,7 @@ def tune(
     key: str | None,
     work_dir: str | None,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     as_json: bool,
 ) -> None:
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
@@ -400,7 +414,7 @@ def tune(
         return
     from opcompile.source import read
 
-    given = read(str(source), nodes)
+    given = read(str(source), nodes, shapes)
     specs = list(dict.fromkeys(spec for _, spec in given.compilable))
     _mention(given)
     if emit:
@@ -506,6 +520,7 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @_target
 @_plan
 @_nodes
+@_shapes
 @_json
 def bench(
     sources: tuple[str, ...],
@@ -521,6 +536,7 @@ def bench(
     target: str,
     plan: Any,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     as_json: bool,
 ) -> int:
     """Time each SOURCE side by side with other engines, in one process, taking turns.
@@ -539,7 +555,7 @@ def bench(
         _require_place(path)
     if picture:
         require(picture)
-    layers = _layers(sources, tags, nodes)
+    layers = _layers(sources, tags, nodes, shapes)
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
@@ -600,14 +616,16 @@ def _engines(against: str, peers: Sequence[str]) -> list[str]:
     return list(peers) if against == "all" else [name.strip() for name in against.split(",") if name.strip()]
 
 
-def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -> dict[str, ConvTranspose3d]:
+def _layers(
+    sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str], shapes: Shapes
+) -> dict[str, ConvTranspose3d]:
     """Name every layer of ``sources``, and the cases with all ``tags``; where a name is taken, tell where from."""
     from opcompile.source import brief, read
 
     if not sources and not tags:
         raise click.UsageError("name a SOURCE, or cases by --tag")
     named: dict[str, ConvTranspose3d] = {}
-    for given in [read(source, nodes) for source in sources]:
+    for given in [read(source, nodes, shapes) for source in sources]:
         _mention(given)
         for layer, spec in given.compilable:
             several = given.kind == "text" and len(sources) + len(tags) > 1
@@ -623,14 +641,15 @@ def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -
     "--opset", type=int, metavar="N", help="ONNX opset of the file; by default one that ONNX Runtime reads widely."
 )
 @_nodes
+@_shapes
 @_json
-def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as_json: bool) -> None:
+def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> None:
     """Write one layer as an ONNX model that ONNX Runtime runs, with its weights where they are known."""
     from opcompile.graph import DEFAULT_OPSET, export_onnx
     from opcompile.source import read
 
     opset = DEFAULT_OPSET if opset is None else opset
-    layer, spec = read(source, nodes).only()
+    layer, spec = read(source, nodes, shapes).only()
     written = export_onnx(spec, path, opset=opset, weight=layer.weight, bias=layer.bias)
     content = {"output": str(written), "spec": str(spec), "opset": opset}
     _emit(as_json, content, lambda: [f"{written}: {spec}"])
@@ -707,12 +726,8 @@ def replace(
 def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]]]:
     """Read ``name=1x2x8x8x8``: of several for one name each is an alternative; one for a name holds for all."""
     named: dict[str, list[tuple[int | str, ...]]] = {}
-    for text in shapes:
-        name, equals, sizes = text.rpartition("=")
-        parts = sizes.split("x")
-        if not equals or not name or not all(_is_size(p) for p in parts):
-            raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
-        named.setdefault(name, []).append(tuple(int(p) if p.isdecimal() else p for p in parts))
+    for name, shape in map(_named_shape, shapes):
+        named.setdefault(name, []).append(shape)
     count = max(map(len, named.values()), default=0)
     uneven = [name for name, given in named.items() if len(given) not in (1, count)]
     if uneven:
@@ -720,6 +735,24 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
             f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count} times"
         )
     return [{name: given[i % len(given)] for name, given in named.items()} for i in range(count)]
+
+
+def _shapes_of(texts: Sequence[str]) -> Shapes:
+    """Read ``name=1x2x8x8x8``, once for each input."""
+    named: dict[str, tuple[int | str, ...]] = {}
+    for name, shape in map(_named_shape, texts):
+        if name in named:
+            raise click.UsageError(f"--shape is given twice for {name}, and a layer has one shape; choose one")
+        named[name] = shape
+    return named
+
+
+def _named_shape(text: str) -> tuple[str, tuple[int | str, ...]]:
+    name, equals, sizes = text.rpartition("=")
+    parts = sizes.split("x")
+    if not equals or not name or not all(_is_size(p) for p in parts):
+        raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
+    return name, tuple(int(p) if p.isdecimal() else p for p in parts)
 
 
 def _is_size(text: str) -> bool:
@@ -733,8 +766,9 @@ def _is_size(text: str) -> bool:
 @_target
 @_plan
 @_nodes
+@_shapes
 @_json
-def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json: bool) -> int:
+def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> int:
     """Show what a layer is and how it would be compiled, or what an artifact holds.
 
     Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
@@ -752,7 +786,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
             lambda: [r for c in held.values() for r in c.renderables()],
         )
         return 0 if all(c.whole for c in held.values()) else 2
-    given = read(source, nodes)
+    given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
     _mention(given)
     content: dict[str, Any] = {name: d.to_json() for name, d in described.items()}
@@ -772,8 +806,9 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
 @_source
 @click.option("--no-measure", is_flag=True, help="Ask no system; say only what each call means.")
 @_nodes
+@_shapes
 @_json
-def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) -> None:
+def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> None:
     """Show one layer as every system would say it, and whether shape and values are the same.
 
     PyTorch, MLX, Rmlx, Lucid, Keras, R keras3, TensorFlow, JAX, ONNX, ONNX Runtime, OpenVINO: the call to
@@ -783,7 +818,7 @@ def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) 
     from opcompile.diff import diff
     from opcompile.source import read
 
-    _, spec = read(source, nodes).only()
+    _, spec = read(source, nodes, shapes).only()
     with _progress("comparing") as show:
         show(0, 1, "ask every system that is installed")
         found = diff(spec, measure=not no_measure)

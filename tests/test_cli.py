@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 from onnx_engine import model_of, value
+from replaced import saved, upsampling
 from test_bench import report_of as bench_report
 
 import opcompile
@@ -47,6 +48,10 @@ def run_process(*args: object, **options: Any) -> subprocess.CompletedProcess[st
     command = [sys.executable, "-m", "opcompile", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False, **options)
+
+
+def takes(name: str, option: str) -> bool:
+    return any(option in p.opts for p in cli.commands[name].params)
 
 
 def of_json(result: Result) -> Any:
@@ -125,6 +130,15 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "-o", "{tmp}"], 2, ["empty it"]),
         ([LAYER, "-o", "/proc/nowhere/a"], 2, ["/proc/nowhere/a"]),
         ([LAYER, "-o", "{tmp}/a", "--node", "n"], 2, ["not a model file"]),
+        ([LAYER, "-o", "{tmp}/a", "--shape", "x=1x4x3x4x5"], 2, ["a shape was given", "not a model file"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "x=1x1x8x8x8"], 2, ["fixed sizes", "only open sizes"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "y=1x1x8x8x8"], 2, ["no input 'y'; it has: x\n"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "8x8x8"], 2, ["--shape '8x8x8'", "NAME=NxCxDxHxW"]),
+        (
+            ["{models}/unet.onnx", "-o", "{tmp}/a", *("--shape", "x=1x1x8x8x8") * 2],
+            2,
+            ["--shape is given twice for x"],
+        ),
         (
             ["{models}/unet.onnx", "-o", "{tmp}/a", "--node", "n"],
             2,
@@ -434,6 +448,28 @@ def test_compile_a_real_model(folder: Path) -> None:
         assert {row["against"] for row in report["rows"]} == {"reference", "onnxruntime"}
         held = [tensor.name for tensor in onnx.load(place / "model.onnx").graph.initializer]
         assert held == ["W", "B"][: 1 + loaded.spec.bias]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if takes(name, "--node")])
+def test_open_sizes_can_be_given_wherever_a_model_can(name: str) -> None:
+    assert takes(name, "--shape")
+
+
+def test_a_model_with_open_sizes(tmp_path: Path) -> None:
+    path = saved(upsampling(("n", 4, "d", "h", "w")), tmp_path)
+    result = invoke("compile", path, "-o", tmp_path / "out")
+    assert (result.exit_code, "--shape NAME=NxCxDxHxW" in result.stdout) == (2, True)
+    sizes = ["--shape", "x=Nx4x3x4x5"]
+    (built,) = of_json(invoke("compile", path, "-o", tmp_path / "out", *sizes, "--json"))["layers"]
+    assert (built["status"], built["spec"]) == ("verified", str(ConvTranspose3d.parse(LAYER.replace("in=1", "in=N"))))
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["shapes"] == {"x": ["N", 4, 3, 4, 5]}
+    sizes[1] = "x=1x4x3x4x5"
+    described = of_json(invoke("inspect", path, *sizes, "--json"))["layers"]["up"]
+    exported = of_json(invoke("export", path, "-o", tmp_path / "up.onnx", *sizes, "--json"))
+    assert {described["spec"], exported["spec"]} == {str(ConvTranspose3d.parse(LAYER))}
+    assert invoke("diff", path, *sizes, "--no-measure").exit_code == 0
+    timed = of_json(invoke("bench", path, *sizes, "--seconds", "0.01", "--no-memory", "--json"))
+    assert list(timed["layers"]) == ["up"]
 
 
 def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_attributes(attributes: dict[str, Any], tmp_path: Path) -> None:
     ("model", "words"),
     [
         (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced$"),
-        (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.* name shapes to compile for by --shape$"),
+        (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.*give the model's inputs sizes, by --shape"),
         (upsampling((1, 4, 3, 4, 5), output_shape=[90] * 3), "use output_padding for more$"),
     ],
 )

@@ -58,7 +58,6 @@ class Found:
     ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
     An initializer that is also listed as a graph input counts as known: its value is the file's.
     ``output`` is the tensor that the node writes: its name in the model, unless a function holds the node.
-    ``is_open`` says that X has sizes which nobody knows, so that `find` with ``shapes`` may find a spec.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Found:
     bias: NDArray[Any] | None
     reason: str | None
     output: str
-    is_open: bool = False
 
 
 Shapes = Mapping[str, Sequence[int | str]]
@@ -363,9 +361,7 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        shape = scope.value(node.input[0]).shape
-        is_open = shape is None or any(isinstance(size, str) for size in shape[2:])
-        return Found(name, None, None, None, str(error), node.output[0], is_open)
+        return Found(name, None, None, None, str(error), node.output[0])
     return Found(name, spec, weight, bias, None, node.output[0])
 
 
@@ -413,22 +409,22 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
+_WAY_OUT = "give the model's inputs sizes, by --shape NAME=NxCxDxHxW, in Python by shapes="
+
+
 def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
         raise ModelError(
-            f"the shape of X ({x.name}) cannot be inferred; give the model's inputs, or the outputs of "
-            "operators that ONNX does not define, their shapes; those that the model computes are followed from "
-            "opset 14 on, or once python -m onnxruntime.tools.symbolic_shape_infer has written them down"
+            f"the shape of X ({x.name}) cannot be inferred; {_WAY_OUT}, and the outputs of operators that "
+            "ONNX does not define their shapes; those that the model computes are followed from opset 14 on, or once "
+            "python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )
     if len(x.shape) != 5:
         raise ModelError(f"X ({x.name}) has {len(x.shape)} axes, but W has 5; they must agree")
     unknown = {name: size for name, size in zip(AXIS_NAMES, x.shape[2:], strict=True) if isinstance(size, str)}
     if unknown:
         sizes = ", ".join(f"{name}={size}" for name, size in unknown.items())
-        raise ModelError(
-            f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; fix them: "
-            "python -m onnxruntime.tools.make_dynamic_shape_fixed gives the model's inputs their sizes"
-        )
+        raise ModelError(f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; {_WAY_OUT}")
     batch, channels, *spatial = x.shape
     return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
 
