@@ -151,10 +151,12 @@ WEIGHT = integers((2, 3, 2, 2, 2))
 BIAS = integers((3,))
 
 
-def layer(*more: onnx.NodeProto, w: str = "W", b: str = "B", initializers: Any = ()) -> onnx.ModelProto:
+def layer(
+    *more: onnx.NodeProto, w: str = "W", b: str = "B", initializers: Any = (), opset: int = 22
+) -> onnx.ModelProto:
     node = helper.make_node("ConvTranspose", ["X", w, b], ["Y"], name="up")
     x, y = value("X", (1, 2, 3, 3, 3)), value("Y", None)
-    return model_of([*more, node], [x], [y], initializers=list(initializers))
+    return model_of([*more, node], [x], [y], initializers=list(initializers), opset=opset)
 
 
 def tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:
@@ -180,6 +182,56 @@ def test_weights_behind_identity_nodes() -> None:
         )
     )
     np.testing.assert_array_equal(found.weight, WEIGHT)
+
+
+_EIGHTHS = (8 * WEIGHT).astype(np.int8)
+_COMPUTED: dict[str, tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]] = {
+    "a cast": ([helper.make_node("Cast", ["a"], ["W"], to=TensorProto.FLOAT)], {"a": (WEIGHT / 3).astype(np.float16)}),
+    "a transposition": (
+        [helper.make_node("Transpose", ["a"], ["W"], perm=[1, 0, 2, 3, 4])],
+        {"a": np.ascontiguousarray(WEIGHT.swapaxes(0, 1))},
+    ),
+    "a scale": (
+        [helper.make_node("DequantizeLinear", ["a", "s"], ["W"])],
+        {"a": _EIGHTHS, "s": np.array(0.1, np.float32)},
+    ),
+    "a scale for each channel": (
+        [helper.make_node("DequantizeLinear", ["a", "s", "z"], ["W"], axis=0)],
+        {"a": _EIGHTHS, "s": np.array([0.1, 0.3], np.float32), "z": np.array([3, -4], np.int8)},
+    ),
+    "a chain": (
+        [
+            helper.make_node("Constant", [], ["shape"], value_ints=WEIGHT.shape),
+            helper.make_node("Identity", ["a"], ["copied"]),
+            helper.make_node("Reshape", ["copied", "shape"], ["shaped"]),
+            helper.make_node("Cast", ["shaped"], ["W"], to=TensorProto.FLOAT),
+        ],
+        {"a": WEIGHT.reshape(-1).astype(np.float64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("opset", [13, 22])
+@pytest.mark.parametrize("name", _COMPUTED)
+def test_weights_computed_from_constants_are_what_onnxruntime_makes_of_them(name: str, opset: int) -> None:
+    nodes, held = _COMPUTED[name]
+    constants = [tensor(n, array) for n, array in held.items()]
+    alone = model_of(nodes, [], [value("W", WEIGHT.shape)], initializers=constants, opset=opset)
+    model = layer(*nodes, initializers=[*constants, tensor("B", BIAS)], opset=opset)
+    (right,) = run_onnxruntime(alone, {})
+    found = only(model)
+    assert found.weight is not None
+    assert found.weight.dtype == right.dtype
+    assert found.weight.tobytes() == right.tobytes()
+    assert spec_of(model) == spec_of(layer(initializers=[tensor("W", right), tensor("B", BIAS)]))
+
+
+def test_weights_that_cannot_be_computed_are_a_reason() -> None:
+    """Four zero points for three channels; ONNX's checker does not see it."""
+    node = helper.make_node("DequantizeLinear", ["a", "s", "z"], ["W"])
+    held = {"a": _EIGHTHS, "s": np.array(0.1, np.float32), "z": np.array([1, 2, 3, 4], np.int8)}
+    model = layer(node, initializers=[*(tensor(n, a) for n, a in held.items()), tensor("B", BIAS)])
+    assert "W, what DequantizeLinear makes of constants, cannot be computed" in reason_of(model)
 
 
 def test_weights_computed_by_other_nodes_are_runtime_inputs() -> None:

@@ -316,6 +316,32 @@ def test_nothing_stays_that_nobody_reads(tmp_path: Path) -> None:
     assert [t.name for t in onnx.load(out / "model.onnx").graph.initializer] == ["w_packed", "up_bias"]
 
 
+def of_half_precision() -> onnx.ModelProto:
+    """Weights kept in float16, as converters leave them, and a quantized bias: ``w`` and ``b`` are computed."""
+    model = upsampling()
+    kept, quantized = integers((4, 6, 2, 2, 2), 1).astype(np.float16), np.arange(6, dtype=np.int8)
+    held = {"half": kept, "eighth": quantized, "scale": np.array(0.5, np.float32)}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in held.items())
+    model.graph.node.insert(0, helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["eighth", "scale"], ["b"]))
+    return model
+
+
+def test_weights_that_are_computed_from_constants(tmp_path: Path) -> None:
+    _, out = replaced(of_half_precision(), tmp_path)
+    assert operators(out / "model.onnx") == ["Neg", OURS, "Neg"]
+    assert [t.name for t in onnx.load(out / "model.onnx").graph.initializer] == ["w_packed", "up_bias"]
+    agree(tmp_path)
+
+
+def test_weights_that_are_computed_from_a_file_of_their_own(tmp_path: Path) -> None:
+    path = saved(of_half_precision(), tmp_path, save_as_external_data=True, size_threshold=64)
+    _, out = replaced(path, tmp_path)
+    assert {p.name for p in out.iterdir()} == {"model.onnx", "opcompile.data", "opcompile_ops.so", "report.json"}
+    agree(tmp_path)
+
+
 def test_a_bias_that_is_left_out_by_an_empty_name(tmp_path: Path) -> None:
     model = upsampling(bias=False)
     model.graph.node[1].input.append("")

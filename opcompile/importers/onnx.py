@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import ModelError, OpcompileError, SpecError
+from opcompile.importers.folding import fold, folds, stored
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
 
 _DTYPES = {
@@ -90,7 +91,10 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             outline = _refine(outline, step)
         while _settle(outline.graph, tensors):
             outline = _refine(outline, _infer)
-        found = [_found(node, scope, folder) for node, scope in _nodes(outline.graph, _Scope.of(tensors))]
+        found = [
+            _found(node, scope, folder)
+            for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
+        ]
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
@@ -264,55 +268,63 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown)."""
+    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown).
+
+    A constant that the model computes from others has the node that does, and what that reads.
+    """
 
     name: str
     tensor: onnx.TensorProto | None
     element_type: int
     shape: tuple[int | str, ...] | None
+    computed: _Computed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    node: onnx.NodeProto
+    inputs: tuple[_Value, ...]
+    opset: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
 
-    constants: ChainMap[str, onnx.TensorProto]
+    opset: int
+    constants: ChainMap[str, onnx.TensorProto | _Computed]
     types: ChainMap[str, onnx.TypeProto.Tensor]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, onnx.TensorProto]) -> _Scope:
-        return cls(ChainMap(dict(tensors)), ChainMap())
+    def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
+        opset = next((int(i.version) for i in imports if i.domain in _ONNX_DOMAINS), 1)
+        return cls(opset, ChainMap(dict(tensors)), ChainMap())
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
         """Return the scope of a graph's nodes before the first of them has run."""
         values = (*graph.input, *graph.value_info, *graph.output)
         types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
         constants = {t.name: t for t in graph.initializer}
-        return _Scope(self.constants.new_child(constants), self.types.new_child(types))
+        return _Scope(self.opset, self.constants.new_child(constants), self.types.new_child(types))
 
     def learn(self, node: onnx.NodeProto) -> None:
         """Remember the output of a node that is a constant."""
-        if node.domain not in _ONNX_DOMAINS or len(node.output) != 1:
-            return
-        if node.op_type == "Identity" and node.input[0] in self.constants:
-            self.constants[node.output[0]] = self.constants[node.input[0]]
-        if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    self.constants[node.output[0]] = attribute.t
-                if attribute.name == "value_floats":
-                    self.constants[node.output[0]] = numpy_helper.from_array(np.array(attribute.floats, np.float32))
+        if (tensor := stored(node)) is not None:
+            self.constants[node.output[0]] = tensor
+        elif folds(node) and all(name in self.constants for name in node.input if name):
+            inputs = tuple(self.value(name) for name in node.input if name)
+            self.constants[node.output[0]] = _Computed(node, inputs, self.opset)
 
     def value(self, name: str) -> _Value:
-        tensor = self.constants.get(name)
-        if tensor is not None:
-            return _Value(name, tensor, tensor.data_type, tuple(tensor.dims))
+        constant = self.constants.get(name)
+        if isinstance(constant, onnx.TensorProto):
+            return _Value(name, constant, constant.data_type, tuple(constant.dims))
         found = self.types.get(name)
         if found is None:
-            return _Value(name, None, onnx.TensorProto.UNDEFINED, None)
+            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant)
         if not found.HasField("shape"):
-            return _Value(name, None, found.elem_type, None)
-        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim))
+            return _Value(name, None, found.elem_type, None, constant)
+        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
 
 
 def _dimension(d: onnx.TensorShapeProto.Dimension) -> int | str:
@@ -562,7 +574,12 @@ def _forget_shapes(graph: onnx.GraphProto) -> None:
 
 def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
     """Return the data of a constant, None for what is known at run time only."""
-    if value is None or value.tensor is None:
+    if value is None:
+        return None
+    if value.computed is not None:
+        inputs = [array for array in (_array(v, folder) for v in value.computed.inputs) if array is not None]
+        return fold(value.computed.node, inputs, value.computed.opset)
+    if value.tensor is None:
         return None
     tensor = _loaded(value.tensor, folder)
     try:
@@ -595,7 +612,7 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
 
 def _in_functions(outline: onnx.ModelProto) -> list[Found]:
     """List what could not be inlined: functions written for another opset than the model's."""
-    nowhere = _Scope(ChainMap(), ChainMap())
+    nowhere = _Scope.of({})
     return [
         Found(
             node.name or node.output[0],
