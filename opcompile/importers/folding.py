@@ -1,7 +1,7 @@
 """Constants that a model computes from others: weights behind a Cast from float16, or behind a DequantizeLinear.
 
 Only operators that cannot err are folded: those that move or convert elements, and the one product of a
-DequantizeLinear, which every engine rounds alike. None makes many elements out of few.
+DequantizeLinear, which every engine rounds alike, as it does conversions. None makes many elements out of few.
 """
 
 from __future__ import annotations
@@ -57,4 +57,4 @@ def fold(node: onnx.NodeProto, inputs: Sequence[NDArray[Any]], opset: int) -> ND
             f"{node.output[0]}, what {node.op_type} makes of constants, cannot be computed: {error}; "
             "store it as a constant, or export the model again"
         ) from error
-    return np.ascontiguousarray(value)
+    return np.asarray(value, order="C")
