@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from opcompile.bench import BenchReport
     from opcompile.build import Built
     from opcompile.cases import Case
+    from opcompile.describe import Contents
     from opcompile.importers.onnx import Shapes
     from opcompile.record import Record
     from opcompile.source import Source
@@ -300,7 +301,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
     The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong;
-    3: an artifact could not be asked.
+    2: an artifact is missing or was changed; 3: one could not be asked.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -309,16 +310,24 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
     places = artifacts(directory)
     reports: dict[str, Report] = {}
+    unread: dict[str, str] = {}
     with _progress("verifying") as show:
         for number, (name, place) in enumerate(places.items()):
             show(number, len(places), f"verify {name}")
-            reports[name] = check(simulated(place) if simulate else load_any(place))
-            _store(place, reports[name])
+            try:
+                reports[name] = check(simulated(place) if simulate else load_any(place))
+                _store(place, reports[name])
+            except ArtifactError as error:
+                if len(places) == 1:
+                    raise
+                unread[name] = str(error)
         show(len(places), len(places), None)
-    passed = all(report.passed for report in reports.values())
-    content = {"passed": passed, "artifacts": {name: report.to_json() for name, report in reports.items()}}
-    _emit(as_json, content, lambda: _report_tables(reports))
-    return 0 if passed else 1 if any(report.failures for report in reports.values()) else 3
+    passed = not unread and all(report.passed for report in reports.values())
+    listed = {n: reports[n].to_json() if n in reports else {"passed": False, "reason": unread[n]} for n in places}
+    _emit(as_json, {"passed": passed, "artifacts": listed}, lambda: _report_tables(reports, unread))
+    if any(report.failures for report in reports.values()):
+        return 1
+    return 2 if unread else 0 if passed else 3
 
 
 @cli.command()
@@ -772,20 +781,15 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     """Show what a layer is and how it would be compiled, or what an artifact holds.
 
     Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
-    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file was changed.
+    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file is
+    missing or was changed.
     """
-    from opcompile.describe import contents, describe
+    from opcompile.describe import describe
     from opcompile.index import artifacts
     from opcompile.source import read
 
     if os.path.isdir(source):
-        held = {name: contents(place) for name, place in artifacts(source).items()}
-        _emit(
-            as_json,
-            {n: c.to_json() for n, c in held.items()},
-            lambda: [r for c in held.values() for r in c.renderables()],
-        )
-        return 0 if all(c.whole for c in held.values()) else 2
+        return _inspect_artifacts(artifacts(source), as_json)
     given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
     _mention(given)
@@ -800,6 +804,29 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
 
     _emit(as_json, {"layers": content}, shown)
     return 0
+
+
+def _inspect_artifacts(places: dict[str, Path], as_json: bool) -> int:
+    from opcompile.describe import contents
+
+    held: dict[str, Contents] = {}
+    unread: dict[str, str] = {}
+    for name, place in places.items():
+        try:
+            held[name] = contents(place)
+        except ArtifactError as error:
+            if len(places) == 1:
+                raise
+            unread[name] = str(error)
+
+    def shown() -> Iterator[RenderableType]:
+        for each in held.values():
+            yield from each.renderables()
+        yield from (_plain(f"{name}: {reason}") for name, reason in unread.items())
+
+    listed = {n: held[n].to_json() if n in held else {"reason": unread[n]} for n in places}
+    _emit(as_json, listed, shown)
+    return 0 if not unread and all(each.whole for each in held.values()) else 2
 
 
 @cli.command("diff")
@@ -1069,19 +1096,23 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
     return said
 
 
-def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
+def _report_tables(reports: dict[str, Report], unread: dict[str, str]) -> Iterator[RenderableType]:
     """Show every comparison of one artifact; of several, one line each and the tables of those that failed."""
+    several = len(reports) + len(unread) > 1
     for report in reports.values():
-        if len(reports) == 1 or not report.passed:
+        if not several or not report.passed:
             yield report.table()
-    if len(reports) > 1:
+    if several:
         table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
         for name, report in reports.items():
             worst = max((row.check.worst for row in report.rows), default=None)
             status = "verified" if report.passed else "wrong" if report.failures else "not verified"
             verdict = f"[{_COLOURS[status]}]{status}[/]"
             table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
+        for name in unread:
+            table.add_row(_plain(name), "-", "-", f"[{_COLOURS['not verified']}]not verified[/]")
         yield table
+    yield from (_plain(f"{name}: not verified: {reason}") for name, reason in unread.items())
 
 
 def _records_table(records: Sequence[Record]) -> Iterator[RenderableType]:

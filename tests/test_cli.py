@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -602,6 +603,33 @@ def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, m
 
 
 # --- the other commands ---
+
+
+def test_verify_names_every_artifact_that_is_gone_and_asks_the_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(folder / "model", out)
+    gone, changed, whole = artifacts(out)
+    shutil.rmtree(out / gone)
+    (out / changed / "golden.npz").write_bytes(b"")
+    result = invoke("verify", out, "--json")
+    assert result.exit_code == 2
+    listed = json.loads(result.stdout)["artifacts"]
+    assert [listed[name]["passed"] for name in (gone, changed, whole)] == [False, False, True]
+    result = invoke("verify", out)
+    assert result.exit_code == 2
+    assert f"{gone}: not verified: {out / gone} does not exist" in result.stdout
+    assert f"{changed}: not verified: {out / changed / 'golden.npz'}" in result.stdout
+
+
+def test_inspect_names_every_artifact_that_is_gone_and_shows_the_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(folder / "model", out)
+    gone, *others = artifacts(out)
+    shutil.rmtree(out / gone)
+    result = invoke("inspect", out, "--json")
+    assert result.exit_code == 2
+    assert {name for name, held in json.loads(result.stdout).items() if "reason" not in held} == set(others)
+    assert f"{gone}: {out / gone} is not there" in invoke("inspect", out).stdout
 
 
 def test_verify_stores_its_report_where_it_can(folder: Path) -> None:
