@@ -709,6 +709,19 @@ def test_bad_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["/proc/nowhere/out", "file/out"])
+def test_a_place_that_cannot_be_written_is_found_first(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(job, "survey", work)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot write .*; name a directory of yours"):
+        opcompile.replace(saved(upsampling(), tmp_path), tmp_path / place)
+
+
 def test_the_job_holds_what_was_asked() -> None:
     """Every argument of `replace` is a field of the job."""
     import inspect
