@@ -33,6 +33,7 @@ from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
+from opcompile.paths import checked_path
 from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
@@ -104,7 +105,7 @@ def compile(
     """
     require_layer(spec)
     _require_runs_here(any_target(target))
-    place = into if into is not None else _scratch()
+    place = checked_path(into, "into") if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
     loaded = load_any(written)
     if verify:
@@ -143,7 +144,7 @@ def write(
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
     if derivative is not None and not (weight is None and bias is None):
         raise CallError("a derivative has no weight or bias compiled in; leave them out, and give w in each call")
-    return _written(_lowered(spec, any_target(target), plan, derivative), Path(into), weight, bias)
+    return _written(_lowered(spec, any_target(target), plan, derivative), checked_path(into, "into"), weight, bias)
 
 
 def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName, derivative: Wrt | None) -> AnyLowered:
@@ -254,7 +255,7 @@ def compile_all(
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
-    given, machine, place = read(source, nodes, shapes), any_target(target), Path(into)
+    given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
     if not alone:

@@ -36,6 +36,7 @@ from opcompile.gpus import is_gpu
 from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.index import INDEX
 from opcompile.packing import Packing
+from opcompile.paths import checked_path
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import processor_flags
 
@@ -552,7 +553,7 @@ def load(
     are not used here: the model, the header and the report (SHA-256 takes one to three milliseconds a
     MiB, which only a model with large weights makes felt). Raises `ArtifactError` for a directory that
     does not match its manifest or holds another derivative, `TargetError` for another kind of machine,
-    `CallError` for a wrong number of threads.
+    `CallError` for what is no path, and a wrong number of threads.
     """
     loaded = load_any(path, threads=threads, check=check)
     held = loaded.manifest["derivative"]
@@ -567,7 +568,7 @@ def load_any(
     path: str | os.PathLike[str], *, threads: int | None = None, check: bool = True
 ) -> Artifact | GradientArtifact:
     """Load the artifact in ``path``, whatever it computes. Raises as `load` does."""
-    directory, most = Path(path).absolute(), _default_threads(threads)
+    directory, most = checked_path(path, "path").absolute(), _default_threads(threads)
     for attempt in range(_ATTEMPTS):
         found, text = identity(directory), read_manifest(directory)
         try:
@@ -620,7 +621,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
     Raises `ArtifactError`.
     """
-    directory = Path(path).absolute()
+    directory = checked_path(path, "path").absolute()
     manifest = parse_manifest(read_manifest(directory), directory)
     _check_files(directory, manifest, set(manifest["files"]))
     return directory, manifest

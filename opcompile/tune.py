@@ -46,6 +46,7 @@ from opcompile._journal import Journal
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
+from opcompile.paths import checked_path
 from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import Target, cores
@@ -140,7 +141,9 @@ def tune(
 
     choices = [estimate.tiles for estimate in llvm.candidates(spec, machine.machine)]
     header = _header(spec, machine, site, seed, choices)
-    with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
+    with _locked(
+        checked_path(work_dir, "work_dir") if work_dir is not None else _default_work_dir(machine, header)
+    ) as home:
         journal = Journal.open(
             home / "journal.jsonl", header, {rank: tiles.fields() for rank, tiles in enumerate(choices)}
         )

@@ -502,6 +502,8 @@ def verify(
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
     if isinstance(artifact, (str, os.PathLike)):
         raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
+    if not hasattr(artifact, "manifest"):
+        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 

@@ -22,6 +22,7 @@ import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from opcompile.errors import ModelError, OpcompileError, SpecError
+from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
 from opcompile.importers.folding import fold, folds, stored
+from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
 
 _DTYPES = {
@@ -79,11 +81,13 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     Nodes in the subgraphs of If, Loop and Scan are included, and model-local functions where they are
     called. A node whose rank cannot be inferred is listed with that reason. External data are looked up
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
-    valid ONNX model.
+    valid ONNX model, `CallError` for a source of another type, and shapes that are none.
     """
     try:
         model, folder = _read(source)
         outline, tensors = _outline(model)
+        if shapes is not None and not isinstance(shapes, Mapping):
+            raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
         if shapes:
             _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
@@ -131,11 +135,11 @@ def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onn
         return source, None
     if isinstance(source, bytes):
         return _parse(source, "these bytes"), None
-    path = Path(source)
+    path = checked_path(source, "the model")
     try:
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', error)}; name an ONNX file") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
     return _parse(data, str(path)), path.parent
 
 
@@ -180,7 +184,8 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
     """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
     inputs = {value.name: value for value in graph.input if value.name not in weights}
     _forget_shapes(graph)
-    for name, shape in shapes.items():
+    for name, sizes in shapes.items():
+        shape = _sizes(name, sizes)
         if name not in inputs:
             raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
         dimensions = inputs[name].type.tensor_type.shape.dim
@@ -190,10 +195,24 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
             if dimension.HasField("dim_value") and dimension.dim_value != given:
                 raise ModelError(
                     f"input {name} has the fixed sizes {[d.dim_value or d.dim_param for d in dimensions]}, "
-                    f"and {list(shape)} is another shape; only open sizes can be given"
+                    f"and {shape} is another shape; only open sizes can be given"
                 )
         element_type = inputs[name].type.tensor_type.elem_type
-        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, list(shape)))
+        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, shape))
+
+
+def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:
+    """Return the sizes that a caller gives an input. Raises `CallError`."""
+    try:
+        sizes = [size if isinstance(size, str) else index(size) for size in given]
+    except TypeError:
+        sizes = []
+    if isinstance(given, str) or not sizes or any(not isinstance(size, str) and size < 1 for size in sizes):
+        raise CallError(
+            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, or the "
+            "name of an open one, like (1, 4, 32, 32, 32)"
+        )
+    return sizes
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:

@@ -65,7 +65,10 @@ class Job:
 
     def run(self) -> Report:
         """Take all steps."""
+        from opcompile.lower import require_plan  # on use: it brings the compiler
+
         machine = named(self.target)
+        require_plan(self.plan)
         require_place(self.into)
         threads = self._threads()
         not_asked = self._not_asked(machine)
