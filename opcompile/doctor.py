@@ -18,6 +18,7 @@ from opcompile.errors import EngineError, OpcompileError, TargetError
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores, flagged, target
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,7 +106,9 @@ def _machine() -> Iterator[Finding]:
     except OpcompileError as error:
         yield Finding("target llvm", "missing", str(error), "name the machine to compile for with --target")
     asked = os.environ.get("OPCOMPILE_NUM_THREADS")
-    yield Finding("threads", "ok", f"{cores()} CPUs usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else ""))
+    yield Finding(
+        "threads", "ok", f"{counted(cores(), 'CPU')} usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else "")
+    )
 
 
 def _flags(here: Target) -> str:

@@ -69,6 +69,7 @@ from opcompile.trials import (
     walk,
     winner,
 )
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -483,7 +484,7 @@ def _this_device() -> str:
         told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         processor = told.stdout.strip()
     processor = processor or platform.processor() or platform.machine()
-    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {cores()} cores"
+    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {counted(cores(), 'core')}"
 
 
 _EXTRA = ("psutil", "cloudpickle")
