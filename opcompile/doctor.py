@@ -100,7 +100,7 @@ def _machine() -> Iterator[Finding]:
             "target llvm",
             "ok",
             f"{here.name}: {', '.join(here.features) or 'no flags listed'}; {8 * m.vector_bytes}-bit vectors, "
-            f"{m.registers} registers, {m.fma_units} multiply-adds a cycle, "
+            f"{m.registers} registers, {counted(m.fma_units, 'multiply-add')} a cycle, "
             f"L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB" + _flags(here),
         )
     except OpcompileError as error:

@@ -31,7 +31,8 @@ def test_why_tiles_were_chosen(case: Case) -> None:
 def test_a_machine_with_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert cores() == 1
-    (threads,) = [found.found for found in doctor.doctor(build=False) if found.what == "threads"]
-    assert threads.startswith("1 CPU usable")
+    found = {each.what: each.found for each in doctor.doctor(build=False)}
+    assert found["threads"].startswith("1 CPU usable")
+    assert "1 multiply-adds" not in found["target llvm"]
     assert "1 CPU, Python" in here()
     assert _this_device().endswith(", 1 core")
