@@ -144,7 +144,10 @@ def write(
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
     if derivative is not None and not (weight is None and bias is None):
         raise CallError("a derivative has no weight or bias compiled in; leave them out, and give w in each call")
-    return _written(_lowered(spec, any_target(target), plan, derivative), checked_path(into, "into"), weight, bias)
+    machine, place = any_target(target), checked_path(into, "into")
+    artifact.require_replaceable(place)
+    _require_writable(place)
+    return _written(_lowered(spec, machine, plan, derivative), place, weight, bias)
 
 
 def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName, derivative: Wrt | None) -> AnyLowered:
@@ -162,9 +165,20 @@ def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias:
             return gradient_artifact.write(lowered, into)
         return artifact.write(lowered, into, weight=weight, bias=bias)
     except OSError as error:
-        raise ArtifactError(
-            f"cannot write {into}: {error.strerror or error}; name a directory that is yours, on a disk with space"
-        ) from error
+        raise _unwritable(into, error) from error
+
+
+def _require_writable(place: Path) -> None:
+    """Raise `ArtifactError` where no directory can be made: before the work, not after it."""
+    try:
+        artifact.new_beside(place.resolve()).rmdir()
+    except OSError as error:
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> ArtifactError:
+    reason = error.strerror or error
+    return ArtifactError(f"cannot write {place}: {reason}; name a directory that is yours, on a disk with space")
 
 
 def _scratch() -> Path:
@@ -258,8 +272,11 @@ def compile_all(
     given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
-    if not alone:
+    if alone:
+        artifact.require_replaceable(place)
+    else:
         require_place(place, names)
+    _require_writable(place)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}
     built: list[Built] = []
     for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):

@@ -30,7 +30,7 @@ import opcompile
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import CallError, EngineError, OpcompileError, VerificationError
+from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -129,6 +129,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "-o", "{tmp}/a", "--plan", "fast"], 2, ["--plan"]),
         ([LAYER, "-o", "{tmp}/text.onnx"], 2, ["is a file"]),
         ([LAYER, "-o", "{tmp}"], 2, ["empty it"]),
+        ([LAYER, "-o", "{model}"], 2, ["holds the artifacts of a model", "name another"]),
         ([LAYER, "-o", "/proc/nowhere/a"], 2, ["/proc/nowhere/a"]),
         ([LAYER, "-o", "{tmp}/a", "--node", "n"], 2, ["not a model file"]),
         ([LAYER, "-o", "{tmp}/a", "--shape", "x=1x4x3x4x5"], 2, ["a shape was given", "not a model file"]),
@@ -542,6 +543,28 @@ def test_weights_that_are_not_finite_are_compiled_and_not_verified(tmp_path: Pat
     report = json.loads(result.stdout)["artifacts"]["good"]
     assert {row["weights"] for row in report["rows"]} == {"caller"}
     assert "the weights compiled in" in {each["what"] for each in report["not_asked"]}
+
+
+@pytest.mark.parametrize("source", [LAYER, "{models}/unet.onnx"])
+@pytest.mark.parametrize("place", ["/proc/nowhere/a", "{tmp}/file/a", "{tmp}/full"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    source: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opcompile import build
+
+    def work(*_: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(build, "lower", work)
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "of mine").touch()
+    place = place.format(tmp=tmp_path)
+    result = invoke("compile", source.format(models=MODELS), "-o", place)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert place in result.stderr
+    with pytest.raises(ArtifactError):
+        build.write(ConvTranspose3d.parse(LAYER), "llvm", "baseline", place)
 
 
 def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
