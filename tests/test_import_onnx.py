@@ -506,6 +506,36 @@ def test_functions_of_another_opset_are_listed() -> None:
     assert "function local.up, whose opset" in reason_of(parser.parse_model(_FUNCTION.replace("OPSET", "18")))
 
 
+# --- order ---
+
+
+def out_of_order() -> onnx.ModelProto:
+    """The last node first, one of whose inputs only a graph inside of a node reads."""
+    inner = helper.make_graph([helper.make_node("Relu", ["b"], ["c"])], "then", [], [value("c", None)])
+    nodes = [
+        helper.make_node("ConvTranspose", ["X", "W"], ["Y"], name="up"),
+        helper.make_node("If", ["flag"], ["X"], then_branch=inner, else_branch=inner),
+        helper.make_node("Neg", ["x"], ["b"]),
+    ]
+    inputs = [value("x", (1, 2, 3, 3, 3)), value("flag", (), TensorProto.BOOL)]
+    return model_of(nodes, inputs, [value("Y", None)], initializers=[tensor("W", WEIGHT)])
+
+
+def test_nodes_in_any_order_as_onnxruntime_takes_them() -> None:
+    model = out_of_order()
+    x = integers((1, 2, 3, 3, 3))
+    (y,) = run_onnxruntime(model, {"x": x, "flag": np.array(True)})
+    assert spec_of(model).y_shape == y.shape
+    assert [node.op_type for node in model.graph.node] == ["ConvTranspose", "If", "Neg"]
+
+
+def test_nodes_that_read_from_each_other() -> None:
+    nodes = [helper.make_node("Relu", ["b"], ["a"]), helper.make_node("ConvTranspose", ["a", "W"], ["b"])]
+    model = model_of(nodes, [], [value("b", None)], initializers=[tensor("W", WEIGHT)])
+    with pytest.raises(ModelError, match="topologically sorted"):
+        find(model)
+
+
 # --- shapes ---
 
 

@@ -335,6 +335,18 @@ def test_weights_that_are_computed_from_constants(tmp_path: Path) -> None:
     agree(tmp_path)
 
 
+def test_nodes_in_any_order(tmp_path: Path) -> None:
+    """ONNX Runtime takes them, and its converter to float16 appends Casts that others read."""
+    model = of_half_precision()
+    backwards = list(reversed([onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]))
+    del model.graph.node[:]
+    model.graph.node.extend(backwards)
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.passed
+    assert report.replaced == 1
+    agree(tmp_path)
+
+
 def test_weights_that_are_computed_from_a_file_of_their_own(tmp_path: Path) -> None:
     path = saved(of_half_precision(), tmp_path, save_as_external_data=True, size_threshold=64)
     _, out = replaced(path, tmp_path)

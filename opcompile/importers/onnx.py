@@ -35,6 +35,7 @@ from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
 from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
 
@@ -86,6 +87,7 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     try:
         model, folder = _read(source)
         outline, tensors = _outline(model)
+        order(outline.graph)
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
         if shapes:
@@ -112,6 +114,7 @@ def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
     """
     specs = {found.output: found.spec for found in find(source) if found.spec is not None}
     model, folder = _read(source)
+    order(model.graph)
     if folder is not None:
         onnx.load_external_data_for_model(model, str(folder))
 

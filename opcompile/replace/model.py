@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from opcompile.errors import ModelError
 from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.order import reads
 
 # Before this version every initializer is an input of the graph as well, and still a constant.
 _IR_WITH_OVERRIDABLE = 4
@@ -31,7 +32,7 @@ class Graph:
 
     def readers(self, value: str) -> list[onnx.NodeProto]:
         """Return the nodes of this graph that read ``value``, those with it inside of a subgraph included."""
-        return [node for node in self.proto.node if value in _reads(node)]
+        return [node for node in self.proto.node if value in reads(node)]
 
     def leaves(self, value: str) -> bool:
         """Whether ``value`` is an output of the graph."""
@@ -160,18 +161,6 @@ def _graphs(graph: onnx.GraphProto, outer: tuple[onnx.GraphProto, ...]) -> Itera
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
                     yield from _graphs(inner, (*outer, graph))
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Return what a node reads, and what the graphs inside of it read and do not define."""
-    read = set(node.input)
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            of_inner = {name for n in inner.node for name in _reads(n)} | {o.name for o in inner.output}
-            defined = {name for n in inner.node for name in n.output}
-            defined |= {v.name for v in (*inner.input, *inner.initializer)}
-            read |= of_inner - defined
-    return read
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
