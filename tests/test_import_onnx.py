@@ -529,6 +529,14 @@ def test_nodes_in_any_order_as_onnxruntime_takes_them() -> None:
     assert [node.op_type for node in model.graph.node] == ["ConvTranspose", "If", "Neg"]
 
 
+def test_what_a_file_notes_of_an_initializer_is_its_own_to_say() -> None:
+    """ONNX Runtime's converter to float16 notes that type of weights that it leaves in float32."""
+    model = layer(initializers=[tensor("W", WEIGHT), tensor("B", BIAS)])
+    model.graph.value_info.append(value("W", WEIGHT.shape, TensorProto.FLOAT16))
+    run_onnxruntime(model, {"X": integers((1, 2, 3, 3, 3))})
+    assert spec_of(model).dtype == "float32"
+
+
 def test_nodes_that_read_from_each_other() -> None:
     nodes = [helper.make_node("Relu", ["b"], ["a"]), helper.make_node("ConvTranspose", ["a", "W"], ["b"])]
     model = model_of(nodes, [], [value("b", None)], initializers=[tensor("W", WEIGHT)])

@@ -160,11 +160,13 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
     """Return what shape inference needs to see of a model, and its large tensors by name.
 
     Each of these is a graph input in the outline. So a model of any size stays below the 2 GiB that ONNX's
-    C++ side can be handed, and a missing file of weights hides no shape.
+    C++ side can be handed, and a missing file of weights hides no shape. What the file notes of an initializer
+    is left out: that says it itself.
     """
     graph = model.graph
     tensors = {t.name: t for t in graph.initializer if _is_large(t)}
     inputs = {value.name for value in graph.input}
+    held = {t.name for t in graph.initializer}
     outline = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     outline.graph.CopyFrom(
         onnx.GraphProto(
@@ -174,7 +176,7 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
             sparse_initializer=graph.sparse_initializer,
             input=graph.input,
             output=graph.output,
-            value_info=graph.value_info,
+            value_info=[value for value in graph.value_info if value.name not in held],
         )
     )
     outline.graph.input.extend(
