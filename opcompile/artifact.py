@@ -43,7 +43,7 @@ import opcompile
 from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.errors import ArtifactError, CallError
 from opcompile.gpus import GpuTarget
-from opcompile.index import LEFT_BY_BROWSERS
+from opcompile.index import INDEX, LEFT_BY_BROWSERS
 from opcompile.link import link
 from opcompile.packing import Packing
 from opcompile.reference import reference
@@ -208,6 +208,8 @@ def _objection(place: Path) -> str | None:
     present -= LEFT_BY_BROWSERS
     if not present:
         return None
+    if INDEX in present:
+        return "holds the artifacts of a model"
     try:
         manifest = json.loads((place / MANIFEST).read_bytes())
         listed = set(manifest["files"]) if manifest["format"] == FORMAT else set()

@@ -40,6 +40,7 @@ from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import cores
 from opcompile.units import binary, duration, scaled
 from opcompile.verify import stored
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -161,7 +162,7 @@ class BenchReport:
     @property
     def ran_on(self) -> str:
         """What of the machine it ran on: the GPU, or so many threads."""
-        return "on the GPU" if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return "on the GPU" if self.threads is None else counted(self.threads, "thread")
 
     @property
     def where(self) -> str:

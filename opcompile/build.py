@@ -33,6 +33,7 @@ from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
+from opcompile.paths import checked_path
 from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
@@ -43,6 +44,8 @@ from opcompile.verify import verify as check
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from opcompile.importers.onnx import Shapes
 
 AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 
@@ -102,7 +105,7 @@ def compile(
     """
     require_layer(spec)
     _require_runs_here(any_target(target))
-    place = into if into is not None else _scratch()
+    place = checked_path(into, "into") if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
     loaded = load_any(written)
     if verify:
@@ -141,7 +144,10 @@ def write(
     """Compile ``spec`` and write its artifact, for a machine that need not be at hand. Raises as `compile` does."""
     if derivative is not None and not (weight is None and bias is None):
         raise CallError("a derivative has no weight or bias compiled in; leave them out, and give w in each call")
-    return _written(_lowered(spec, any_target(target), plan, derivative), Path(into), weight, bias)
+    machine, place = any_target(target), checked_path(into, "into")
+    artifact.require_replaceable(place)
+    _require_writable(place)
+    return _written(_lowered(spec, machine, plan, derivative), place, weight, bias)
 
 
 def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName, derivative: Wrt | None) -> AnyLowered:
@@ -159,9 +165,20 @@ def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias:
             return gradient_artifact.write(lowered, into)
         return artifact.write(lowered, into, weight=weight, bias=bias)
     except OSError as error:
-        raise ArtifactError(
-            f"cannot write {into}: {error.strerror or error}; name a directory that is yours, on a disk with space"
-        ) from error
+        raise _unwritable(into, error) from error
+
+
+def _require_writable(place: Path) -> None:
+    """Raise `ArtifactError` where no directory can be made: before the work, not after it."""
+    try:
+        artifact.new_beside(place.resolve()).rmdir()
+    except OSError as error:
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> ArtifactError:
+    reason = error.strerror or error
+    return ArtifactError(f"cannot write {place}: {reason}; name a directory that is yours, on a disk with space")
 
 
 def _scratch() -> Path:
@@ -239,6 +256,7 @@ def compile_all(
     *,
     derivative: Wrt | None = None,
     nodes: Sequence[str] = (),
+    shapes: Shapes | None = None,
     verify: bool = True,
     progress: Callable[[Step], None] | None = None,
 ) -> list[Built]:
@@ -246,15 +264,19 @@ def compile_all(
 
     A model's nodes go into subdirectories of ``into``, one each, with an ``index.json`` beside them, even
     where there is only one; weights that the file holds are packed into the artifacts. A node that
-    cannot be compiled comes back with its reason and the others go on. ``nodes`` chooses some by name.
+    cannot be compiled comes back with its reason and the others go on. ``nodes`` chooses some by name, and
+    ``shapes`` gives inputs of an ONNX model the sizes that it leaves open, by their names.
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
-    given, machine, place = read(source, nodes), any_target(target), Path(into)
+    given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
-    if not alone:
+    if alone:
+        artifact.require_replaceable(place)
+    else:
         require_place(place, names)
+    _require_writable(place)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}
     built: list[Built] = []
     for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):
@@ -274,7 +296,9 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
-        write_index(place, {**_origin(given, machine, plan), "derivative": derivative}, [b.to_json() for b in built])
+        fields = {**_origin(given, machine, plan), "derivative": derivative}
+        fields["shapes"] = {name: list(shape) for name, shape in (shapes or {}).items()}
+        write_index(place, fields, [b.to_json() for b in built])
     return built
 
 

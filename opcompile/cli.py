@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from opcompile.bench import BenchReport
     from opcompile.build import Built
     from opcompile.cases import Case
+    from opcompile.describe import Contents
+    from opcompile.importers.onnx import Shapes
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d
@@ -217,6 +219,14 @@ _derivative = click.option(
     help="The derivative with respect to the input, the weight or the bias, instead of the layer.",
 )
 _nodes = click.option("--node", "nodes", multiple=True, metavar="NAME", help="Only this node of a model (repeatable).")
+_shapes = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=NxCxDxHxW",
+    callback=lambda _ctx, _param, texts: _shapes_of(texts),
+    help="Shape of an ONNX model's input with open sizes (repeatable, once an input).",
+)
 _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
 
 
@@ -241,6 +251,7 @@ def cli() -> None:
 @_plan
 @_derivative
 @_nodes
+@_shapes
 @click.option("--no-verify", is_flag=True, help="Write the artifacts unchecked.")
 @_json
 def compile_(
@@ -250,6 +261,7 @@ def compile_(
     plan: Any,
     derivative: Any,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     no_verify: bool,
     as_json: bool,
 ) -> int:
@@ -269,6 +281,7 @@ def compile_(
             plan,
             derivative=derivative,
             nodes=nodes,
+            shapes=shapes,
             verify=not no_verify,
             progress=lambda s: show(s.done, s.total, f"{s.step} {s.name}" if s.step != "done" else None),
         )
@@ -288,7 +301,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
     The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong;
-    3: an artifact could not be asked.
+    2: an artifact is missing or was changed; 3: one could not be asked.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -297,16 +310,24 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
     places = artifacts(directory)
     reports: dict[str, Report] = {}
+    unread: dict[str, str] = {}
     with _progress("verifying") as show:
         for number, (name, place) in enumerate(places.items()):
             show(number, len(places), f"verify {name}")
-            reports[name] = check(simulated(place) if simulate else load_any(place))
-            _store(place, reports[name])
+            try:
+                reports[name] = check(simulated(place) if simulate else load_any(place))
+                _store(place, reports[name])
+            except ArtifactError as error:
+                if len(places) == 1:
+                    raise
+                unread[name] = str(error)
         show(len(places), len(places), None)
-    passed = all(report.passed for report in reports.values())
-    content = {"passed": passed, "artifacts": {name: report.to_json() for name, report in reports.items()}}
-    _emit(as_json, content, lambda: _report_tables(reports))
-    return 0 if passed else 1 if any(report.failures for report in reports.values()) else 3
+    passed = not unread and all(report.passed for report in reports.values())
+    listed = {n: reports[n].to_json() if n in reports else {"passed": False, "reason": unread[n]} for n in places}
+    _emit(as_json, {"passed": passed, "artifacts": listed}, lambda: _report_tables(reports, unread))
+    if any(report.failures for report in reports.values()):
+        return 1
+    return 2 if unread else 0 if passed else 3
 
 
 @cli.command()
@@ -369,6 +390,7 @@ def run(
 @click.option("--key", metavar="K", help="The key that those servers have at the tracker.")
 @click.option("--work-dir", metavar="D", help="Where to keep journals, one directory a layer, to resume from.")
 @_nodes
+@_shapes
 @_json
 def tune(
     source: str | None,
@@ -381,6 +403,7 @@ def tune(
     key: str | None,
     work_dir: str | None,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     as_json: bool,
 ) -> None:
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
@@ -400,7 +423,7 @@ def tune(
         return
     from opcompile.source import read
 
-    given = read(str(source), nodes)
+    given = read(str(source), nodes, shapes)
     specs = list(dict.fromkeys(spec for _, spec in given.compilable))
     _mention(given)
     if emit:
@@ -506,6 +529,7 @@ def measure(directory: str, output: str, as_json: bool) -> int:
 @_target
 @_plan
 @_nodes
+@_shapes
 @_json
 def bench(
     sources: tuple[str, ...],
@@ -521,6 +545,7 @@ def bench(
     target: str,
     plan: Any,
     nodes: tuple[str, ...],
+    shapes: Shapes,
     as_json: bool,
 ) -> int:
     """Time each SOURCE side by side with other engines, in one process, taking turns.
@@ -539,7 +564,7 @@ def bench(
         _require_place(path)
     if picture:
         require(picture)
-    layers = _layers(sources, tags, nodes)
+    layers = _layers(sources, tags, nodes, shapes)
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
@@ -600,14 +625,16 @@ def _engines(against: str, peers: Sequence[str]) -> list[str]:
     return list(peers) if against == "all" else [name.strip() for name in against.split(",") if name.strip()]
 
 
-def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -> dict[str, ConvTranspose3d]:
+def _layers(
+    sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str], shapes: Shapes
+) -> dict[str, ConvTranspose3d]:
     """Name every layer of ``sources``, and the cases with all ``tags``; where a name is taken, tell where from."""
     from opcompile.source import brief, read
 
     if not sources and not tags:
         raise click.UsageError("name a SOURCE, or cases by --tag")
     named: dict[str, ConvTranspose3d] = {}
-    for given in [read(source, nodes) for source in sources]:
+    for given in [read(source, nodes, shapes) for source in sources]:
         _mention(given)
         for layer, spec in given.compilable:
             several = given.kind == "text" and len(sources) + len(tags) > 1
@@ -623,14 +650,15 @@ def _layers(sources: Sequence[str], tags: Sequence[str], nodes: Sequence[str]) -
     "--opset", type=int, metavar="N", help="ONNX opset of the file; by default one that ONNX Runtime reads widely."
 )
 @_nodes
+@_shapes
 @_json
-def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], as_json: bool) -> None:
+def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> None:
     """Write one layer as an ONNX model that ONNX Runtime runs, with its weights where they are known."""
     from opcompile.graph import DEFAULT_OPSET, export_onnx
     from opcompile.source import read
 
     opset = DEFAULT_OPSET if opset is None else opset
-    layer, spec = read(source, nodes).only()
+    layer, spec = read(source, nodes, shapes).only()
     written = export_onnx(spec, path, opset=opset, weight=layer.weight, bias=layer.bias)
     content = {"output": str(written), "spec": str(spec), "opset": opset}
     _emit(as_json, content, lambda: [f"{written}: {spec}"])
@@ -707,12 +735,8 @@ def replace(
 def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]]]:
     """Read ``name=1x2x8x8x8``: of several for one name each is an alternative; one for a name holds for all."""
     named: dict[str, list[tuple[int | str, ...]]] = {}
-    for text in shapes:
-        name, equals, sizes = text.rpartition("=")
-        parts = sizes.split("x")
-        if not equals or not name or not all(_is_size(p) for p in parts):
-            raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
-        named.setdefault(name, []).append(tuple(int(p) if p.isdecimal() else p for p in parts))
+    for name, shape in map(_named_shape, shapes):
+        named.setdefault(name, []).append(shape)
     count = max(map(len, named.values()), default=0)
     uneven = [name for name, given in named.items() if len(given) not in (1, count)]
     if uneven:
@@ -720,6 +744,24 @@ def _alternatives(shapes: Sequence[str]) -> list[dict[str, tuple[int | str, ...]
             f"--shape is given {len(named[uneven[0]])} times for {uneven[0]}; give it once, or {count} times"
         )
     return [{name: given[i % len(given)] for name, given in named.items()} for i in range(count)]
+
+
+def _shapes_of(texts: Sequence[str]) -> Shapes:
+    """Read ``name=1x2x8x8x8``, once for each input."""
+    named: dict[str, tuple[int | str, ...]] = {}
+    for name, shape in map(_named_shape, texts):
+        if name in named:
+            raise click.UsageError(f"--shape is given twice for {name}, and a layer has one shape; choose one")
+        named[name] = shape
+    return named
+
+
+def _named_shape(text: str) -> tuple[str, tuple[int | str, ...]]:
+    name, equals, sizes = text.rpartition("=")
+    parts = sizes.split("x")
+    if not equals or not name or not all(_is_size(p) for p in parts):
+        raise click.UsageError(f"--shape {text!r} is not of the form NAME=NxCxDxHxW, like x=1x4x32x32x32")
+    return name, tuple(int(p) if p.isdecimal() else p for p in parts)
 
 
 def _is_size(text: str) -> bool:
@@ -733,26 +775,22 @@ def _is_size(text: str) -> bool:
 @_target
 @_plan
 @_nodes
+@_shapes
 @_json
-def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json: bool) -> int:
+def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> int:
     """Show what a layer is and how it would be compiled, or what an artifact holds.
 
     Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
-    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file was changed.
+    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file is
+    missing or was changed.
     """
-    from opcompile.describe import contents, describe
+    from opcompile.describe import describe
     from opcompile.index import artifacts
     from opcompile.source import read
 
     if os.path.isdir(source):
-        held = {name: contents(place) for name, place in artifacts(source).items()}
-        _emit(
-            as_json,
-            {n: c.to_json() for n, c in held.items()},
-            lambda: [r for c in held.values() for r in c.renderables()],
-        )
-        return 0 if all(c.whole for c in held.values()) else 2
-    given = read(source, nodes)
+        return _inspect_artifacts(artifacts(source), as_json)
+    given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
     _mention(given)
     content: dict[str, Any] = {name: d.to_json() for name, d in described.items()}
@@ -768,12 +806,36 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], as_json
     return 0
 
 
+def _inspect_artifacts(places: dict[str, Path], as_json: bool) -> int:
+    from opcompile.describe import contents
+
+    held: dict[str, Contents] = {}
+    unread: dict[str, str] = {}
+    for name, place in places.items():
+        try:
+            held[name] = contents(place)
+        except ArtifactError as error:
+            if len(places) == 1:
+                raise
+            unread[name] = str(error)
+
+    def shown() -> Iterator[RenderableType]:
+        for each in held.values():
+            yield from each.renderables()
+        yield from (_plain(f"{name}: {reason}") for name, reason in unread.items())
+
+    listed = {n: held[n].to_json() if n in held else {"reason": unread[n]} for n in places}
+    _emit(as_json, listed, shown)
+    return 0 if not unread and all(each.whole for each in held.values()) else 2
+
+
 @cli.command("diff")
 @_source
 @click.option("--no-measure", is_flag=True, help="Ask no system; say only what each call means.")
 @_nodes
+@_shapes
 @_json
-def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) -> None:
+def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> None:
     """Show one layer as every system would say it, and whether shape and values are the same.
 
     PyTorch, MLX, Rmlx, Lucid, Keras, R keras3, TensorFlow, JAX, ONNX, ONNX Runtime, OpenVINO: the call to
@@ -783,7 +845,7 @@ def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], as_json: bool) 
     from opcompile.diff import diff
     from opcompile.source import read
 
-    _, spec = read(source, nodes).only()
+    _, spec = read(source, nodes, shapes).only()
     with _progress("comparing") as show:
         show(0, 1, "ask every system that is installed")
         found = diff(spec, measure=not no_measure)
@@ -1034,19 +1096,23 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
     return said
 
 
-def _report_tables(reports: dict[str, Report]) -> Iterator[RenderableType]:
+def _report_tables(reports: dict[str, Report], unread: dict[str, str]) -> Iterator[RenderableType]:
     """Show every comparison of one artifact; of several, one line each and the tables of those that failed."""
+    several = len(reports) + len(unread) > 1
     for report in reports.values():
-        if len(reports) == 1 or not report.passed:
+        if not several or not report.passed:
             yield report.table()
-    if len(reports) > 1:
+    if several:
         table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
         for name, report in reports.items():
             worst = max((row.check.worst for row in report.rows), default=None)
             status = "verified" if report.passed else "wrong" if report.failures else "not verified"
             verdict = f"[{_COLOURS[status]}]{status}[/]"
             table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
+        for name in unread:
+            table.add_row(_plain(name), "-", "-", f"[{_COLOURS['not verified']}]not verified[/]")
         yield table
+    yield from (_plain(f"{name}: not verified: {reason}") for name, reason in unread.items())
 
 
 def _records_table(records: Sequence[Record]) -> Iterator[RenderableType]:

@@ -18,6 +18,7 @@ from opcompile.errors import EngineError, OpcompileError, TargetError
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores, flagged, target
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,13 +100,15 @@ def _machine() -> Iterator[Finding]:
             "target llvm",
             "ok",
             f"{here.name}: {', '.join(here.features) or 'no flags listed'}; {8 * m.vector_bytes}-bit vectors, "
-            f"{m.registers} registers, {m.fma_units} multiply-adds a cycle, "
+            f"{m.registers} registers, {counted(m.fma_units, 'multiply-add')} a cycle, "
             f"L1 {m.l1_bytes >> 10} KiB, L2 {m.l2_bytes >> 10} KiB" + _flags(here),
         )
     except OpcompileError as error:
         yield Finding("target llvm", "missing", str(error), "name the machine to compile for with --target")
     asked = os.environ.get("OPCOMPILE_NUM_THREADS")
-    yield Finding("threads", "ok", f"{cores()} CPUs usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else ""))
+    yield Finding(
+        "threads", "ok", f"{counted(cores(), 'CPU')} usable" + (f", OPCOMPILE_NUM_THREADS={asked}" if asked else "")
+    )
 
 
 def _flags(here: Target) -> str:

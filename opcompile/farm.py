@@ -118,7 +118,7 @@ class Farm:
 
 def address(tracker: str) -> tuple[str, int]:
     """Read ``HOST:PORT``. Raises `UnknownTargetError`."""
-    host, colon, port = tracker.rpartition(":")
+    host, colon, port = str(tracker).rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UnknownTargetError(f"tracker {tracker!r} is not of the form HOST:PORT, like 192.168.1.2:9190")
     return host.strip("[]"), int(port)

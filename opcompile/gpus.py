@@ -196,7 +196,7 @@ def gpu_examples() -> dict[str, str]:
 
 def is_gpu(name: str) -> bool:
     """Whether ``name`` is meant for a GPU, known or not."""
-    return name.partition(":")[0] in ("cuda", "metal")
+    return str(name).partition(":")[0] in ("cuda", "metal")
 
 
 def gpu_target(name: str) -> GpuTarget:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, SpecError
+from opcompile.paths import checked_path
 from opcompile.spec import Activation, Axis, ConvTranspose3d, require_layer
 
 DEFAULT_OPSET = 20
@@ -107,7 +108,7 @@ def export_onnx(
     What is no file, like a pipe or ``/dev/null``, is written to as it is. Raises what `graph` raises, and `ModelError`
     where the file cannot be written.
     """
-    model, path = graph(spec, opset=opset, weight=weight, bias=bias), Path(path)
+    model, path = graph(spec, opset=opset, weight=weight, bias=bias), checked_path(path, "path")
     special = path.exists() and not path.is_file()
     place = Path(os.path.realpath(path))
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")

@@ -36,6 +36,7 @@ from opcompile.gpus import is_gpu
 from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.index import INDEX
 from opcompile.packing import Packing
+from opcompile.paths import checked_path
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import processor_flags
 
@@ -297,6 +298,14 @@ class Packed:
         data.flags.writeable = False
         return cls(w_shape, dtype, packing, data, int(data.ctypes.data))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy, or pickle, what has a new address then."""
+        return _packed_again, (self.w_shape, self.dtype, self.packing, self.data)
+
+
+def _packed_again(w_shape: tuple[int, ...], dtype: str, packing: Packing, data: NDArray[Any]) -> Packed:
+    return Packed.of(w_shape, dtype, packing, _moved(data))
+
 
 # --- the test vector ---
 
@@ -343,7 +352,10 @@ class Golden:
 
 
 class Artifact:
-    """A loaded layer: call it as ``y = artifact(x, w, b)``. Safe to call from several threads at once."""
+    """A loaded layer: call it as ``y = artifact(x, w, b)``. Safe to call from several threads at once.
+
+    Pickled, for another process, it is its directory, which must hold the same artifact when it is loaded there.
+    """
 
     __slots__ = (
         "_error",
@@ -380,6 +392,10 @@ class Artifact:
     def __repr__(self) -> str:
         """Name the layer, the target and the place."""
         return f"<Artifact {self.spec} for {self.manifest['target']['name']} in {self.directory}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the directory, and what it holds: a library has its place in one process alone."""
+        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
 
     def __call__(self, x: Any, w: Any = None, b: Any = None, *, out: Any = None, threads: int | None = None) -> Any:
         """Return Y for ``x``, as the kind of tensor that ``x`` is (or ``out``, filled, where that is given).
@@ -552,7 +568,7 @@ def load(
     are not used here: the model, the header and the report (SHA-256 takes one to three milliseconds a
     MiB, which only a model with large weights makes felt). Raises `ArtifactError` for a directory that
     does not match its manifest or holds another derivative, `TargetError` for another kind of machine,
-    `CallError` for a wrong number of threads.
+    `CallError` for what is no path, and a wrong number of threads.
     """
     loaded = load_any(path, threads=threads, check=check)
     held = loaded.manifest["derivative"]
@@ -567,7 +583,7 @@ def load_any(
     path: str | os.PathLike[str], *, threads: int | None = None, check: bool = True
 ) -> Artifact | GradientArtifact:
     """Load the artifact in ``path``, whatever it computes. Raises as `load` does."""
-    directory, most = Path(path).absolute(), _default_threads(threads)
+    directory, most = checked_path(path, "path").absolute(), _default_threads(threads)
     for attempt in range(_ATTEMPTS):
         found, text = identity(directory), read_manifest(directory)
         try:
@@ -577,6 +593,19 @@ def load_any(
             if attempt == _ATTEMPTS - 1 or (identity(directory), read_manifest(directory)) == (found, text):
                 raise
     raise AssertionError("unreachable")
+
+
+def content(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the hash of each file of an artifact, but the report's, which verifying it writes anew."""
+    return {name: str(entry["sha256"]) for name, entry in manifest["files"].items() if name != REPORT}
+
+
+def load_again(path: str, held: dict[str, str], threads: int | None = None) -> Artifact | GradientArtifact:
+    """Load what was pickled. Raises `ArtifactError` where its directory is gone or holds another artifact by now."""
+    loaded = load_any(path, threads=threads)
+    if content(loaded.manifest) != held:
+        raise ArtifactError(f"{path} holds another artifact than the one that was pickled; load it and pickle that")
+    return loaded
 
 
 def _load_gpu(directory: Path, manifest: dict[str, Any]) -> Artifact | GradientArtifact:
@@ -620,7 +649,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
     Raises `ArtifactError`.
     """
-    directory = Path(path).absolute()
+    directory = checked_path(path, "path").absolute()
     manifest = parse_manifest(read_manifest(directory), directory)
     _check_files(directory, manifest, set(manifest["files"]))
     return directory, manifest

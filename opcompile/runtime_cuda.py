@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, own_weights, read_golden, sizes_text
+from opcompile.runtime import Golden, content, load_again, own_weights, read_golden, sizes_text
 from opcompile.spec import ConvTranspose3d
 
 _ALIGNMENT = 16
@@ -52,6 +52,10 @@ class OnGpu:
             raise EngineError(f"calling a layer needs the package apache-tvm-ffi: {error}") from error
         except (OSError, RuntimeError, AttributeError) as error:
             raise ArtifactError(f"{directory / manifest['library']} cannot be loaded: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the directory, and what it holds, as `opcompile.runtime.Artifact` does."""
+        return load_again, (str(self.directory), content(self.manifest))
 
     def checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
         """Return the first size and the device of a tensor.

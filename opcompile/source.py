@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from opcompile.cases import CASES, case
 from opcompile.errors import ModelError, SpecError
 from opcompile.spec import ConvTranspose3d
+
+if TYPE_CHECKING:
+    from opcompile.importers.onnx import Shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,16 +66,18 @@ class Source:
         return self.compilable[0]
 
 
-def read(source: str | os.PathLike[str], nodes: Sequence[str] = ()) -> Source:
+def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shapes | None = None) -> Source:
     """Return the layers that ``source`` stands for; of a model, those of ``nodes`` where any are named.
 
+    ``shapes`` gives inputs of an ONNX model, by name, the sizes that the file leaves open (see `opcompile.find`).
     Raises `ModelError` for a file that is not a model with such nodes, `SpecError` for other words.
     """
     text = os.fspath(source)
     if os.path.isfile(text):
-        return Source(text, "model", _of_model(text, nodes))
-    if nodes:
-        raise ModelError(f"a node was chosen, but {text!r} is not a model file; leave it out, or name an ONNX file")
+        return Source(text, "model", _of_model(text, nodes, shapes))
+    for given, said in ((nodes, "a node was chosen"), (shapes, "a shape was given")):
+        if given:
+            raise ModelError(f"{said}, but {text!r} is not a model file; leave it out, or name an ONNX file")
     if os.path.isdir(text) and text not in {c.name for c in CASES}:
         raise ModelError(f"{text} is a directory; name an ONNX file, a layer's text form or a case")
     if text.endswith((".onnx", ".pt2", ".keras")) or (os.sep in text and "=" not in text):
@@ -88,8 +93,8 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = ()) -> Source:
 _EXAMPLE = "like in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"
 
 
-def _of_model(path: str, nodes: Sequence[str]) -> tuple[Layer, ...]:
-    found = _found(path)
+def _of_model(path: str, nodes: Sequence[str], shapes: Shapes | None) -> tuple[Layer, ...]:
+    found = _found(path, shapes)
     if not found:
         raise ModelError(f"{path} has no 3-D transposed convolution; there is nothing to compile in it")
     unknown = sorted(set(nodes) - {layer.name for layer in found})
@@ -99,9 +104,11 @@ def _of_model(path: str, nodes: Sequence[str]) -> tuple[Layer, ...]:
     return tuple(layer for layer in found if not nodes or layer.name in nodes)
 
 
-def _found(path: str) -> list[Layer]:
+def _found(path: str, shapes: Shapes | None) -> list[Layer]:
     # on use: each brings its system
     if path.endswith((".pt2", ".keras")):
+        if shapes:
+            raise ModelError(f"a shape was given, but {path} is no ONNX model; save it with the sizes that it is for")
         from opcompile.importers import keras, torch
 
         inside = (torch if path.endswith(".pt2") else keras).find(path)
@@ -109,7 +116,7 @@ def _found(path: str) -> list[Layer]:
         return [Layer(n, x.spec, x.weight, x.bias) if x else Layer(n, None, reason=why) for n, x, why in layers]
     from opcompile.importers.onnx import find
 
-    return [Layer(f.name, f.spec, f.weight, f.bias, f.reason) for f in find(path)]
+    return [Layer(f.name, f.spec, f.weight, f.bias, f.reason) for f in find(path, shapes=shapes)]
 
 
 def brief(spec: ConvTranspose3d) -> str:

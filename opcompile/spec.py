@@ -236,7 +236,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Fill in default parameters; raise `SpecError` for an unknown name or a wrong count."""
-        if self.name not in ACTIVATIONS:
+        if not isinstance(self.name, str) or self.name not in ACTIVATIONS:
             # what stands after = or ( are parameters
             hint = meant(re.split(r"[=(]", str(self.name))[0], ACTIVATIONS, _OTHER_ACTIVATIONS)
             raise SpecError(
@@ -244,7 +244,8 @@ class Activation:
                 "after colons, like leaky_relu:0.2"
             )
         expected = ACTIVATIONS[self.name]
-        if not all(isinstance(p, int | float) for p in self.parameters):
+        listed = isinstance(self.parameters, tuple | list)
+        if not listed or not all(isinstance(p, int | float) for p in self.parameters):
             raise SpecError(f"activation {self.name} has parameters {self.parameters!r}, but they must be numbers")
         given = tuple(float(p) for p in self.parameters)
         if len(given) > len(expected):
@@ -272,7 +273,7 @@ class Activation:
     @classmethod
     def parse(cls, text: str) -> Activation:
         """Read ``name`` or ``name:p1:p2``. Raises `SpecError`."""
-        name, *parameters = text.split(":")
+        name, *parameters = _text("an activation", text, "leaky_relu:0.2").split(":")
         return cls(name, tuple(_number(f"act={text}", p) for p in parameters))
 
 
@@ -421,7 +422,7 @@ class ConvTranspose3d:
         ``begin:end``. Raises `SpecError`.
         """
         fields: dict[str, str] = {}
-        for word in text.split():
+        for word in _text("a layer", text, "in=1x64x12x16x32 co=64 k=3").split():
             key, equals, value = word.partition("=")
             if "," in word:
                 raise SpecError(f"{word!r} has a comma; put blanks between fields, and x between sizes")
@@ -527,6 +528,12 @@ def require_layer(spec: object) -> None:
     """Raise `CallError` for what is no layer, like its text."""
     if not isinstance(spec, ConvTranspose3d):
         raise CallError(f"the layer is a {type(spec).__name__}; read a text by ConvTranspose3d.parse first")
+
+
+def _text(what: str, given: object, example: str) -> str:
+    if not isinstance(given, str):
+        raise SpecError(f"{what} is read from a str like {example!r}, and this is of type {type(given).__name__}")
+    return given
 
 
 def _integer(key: str, text: str) -> int:

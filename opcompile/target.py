@@ -185,6 +185,8 @@ def target(name: str) -> Target:
 
     ``llvm+bf16`` raises `TargetError` on a processor without the instruction.
     """
+    if not isinstance(name, str):
+        raise UnknownTargetError(f"target is of type {type(name).__name__}, but must be a str, like 'llvm'")
     base, *flags = name.split("+")
     if flags and set(flags) == {BF16} and (base in names()):
         return _with_bf16(name, target(base), here=base == "llvm")

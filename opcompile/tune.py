@@ -46,6 +46,7 @@ from opcompile._journal import Journal
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
+from opcompile.paths import checked_path
 from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import Target, cores
@@ -68,6 +69,7 @@ from opcompile.trials import (
     walk,
     winner,
 )
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -140,7 +142,9 @@ def tune(
 
     choices = [estimate.tiles for estimate in llvm.candidates(spec, machine.machine)]
     header = _header(spec, machine, site, seed, choices)
-    with _locked(Path(work_dir) if work_dir is not None else _default_work_dir(machine, header)) as home:
+    with _locked(
+        checked_path(work_dir, "work_dir") if work_dir is not None else _default_work_dir(machine, header)
+    ) as home:
         journal = Journal.open(
             home / "journal.jsonl", header, {rank: tiles.fields() for rank, tiles in enumerate(choices)}
         )
@@ -480,7 +484,7 @@ def _this_device() -> str:
         told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         processor = told.stdout.strip()
     processor = processor or platform.processor() or platform.machine()
-    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {cores()} cores"
+    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {counted(cores(), 'core')}"
 
 
 _EXTRA = ("psutil", "cloudpickle")

@@ -30,6 +30,7 @@ from opcompile.runtime import own_weights
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -385,6 +386,11 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def here() -> str:
+    """Name this machine, for a report."""
+    return f"{platform.machine()} {platform.system()}, {counted(cpus(), 'CPU')}, Python {platform.python_version()}"
+
+
 def _ours(
     artifact: Artifact | CudaArtifact | Simulated,
     inputs: Inputs,
@@ -400,7 +406,7 @@ def _ours(
         yield "opcompile, on a GPU", artifact.on_host(inputs.x, w, b)
         return
     for count in threads:
-        call = "1 thread" if count == 1 else f"{count} threads"
+        call = counted(count, "thread")
         if w is None or count == 1:
             yield f"opcompile, {call}", artifact(inputs.x, w, b, threads=count)
         else:
@@ -502,6 +508,8 @@ def verify(
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
     if isinstance(artifact, (str, os.PathLike)):
         raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
+    if not hasattr(artifact, "manifest"):
+        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 
@@ -548,7 +556,7 @@ def verify(
         target=str(artifact.manifest["target"]["name"]),
         seed=seed,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=f"{platform.machine()} {platform.system()}, {cpus()} CPUs, Python {platform.python_version()}",
+        machine=here(),
         versions=versions,
         engines=tuple(engines),
         threads=threads,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from schedules.counted import counted
+
 if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
     from opcompile.target import Machine
@@ -121,9 +123,10 @@ class Estimate(Generic[T]):
 def _input_words(t: InputTiles) -> tuple[str, ...]:
     along = "input channels" if t.vector == "channels" else "columns of the row"
     return (
-        f"vectors of {t.lanes} {along}; a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
-        + (f" x {t.rows} rows" if t.rows > 1 else ""),
-        f"a task covers {t.channels} channels of {t.height} row(s) in {t.depth} plane(s), and "
+        f"vectors of {t.lanes} {along}; a register tile of {counted(t.vectors, 'vector')} x "
+        f"{counted(t.scalars, 'broadcast value')}" + (f" x {t.rows} rows" if t.rows > 1 else ""),
+        f"a task covers {counted(t.channels, 'channel')} of {counted(t.height, 'row')} in "
+        f"{counted(t.depth, 'plane')}, and "
         + ("copies the dY they meet" if t.ahead == "weights" else "transposes its weights; dY is copied ahead"),
     )
 
@@ -131,8 +134,9 @@ def _input_words(t: InputTiles) -> tuple[str, ...]:
 def _weight_words(t: WeightTiles) -> tuple[str, ...]:
     along = f"vectors of {t.lanes} input channels" if t.vector == "channels" else f"channels, {t.lanes} sums of each"
     return (
-        f"a register tile of {t.vectors} {along} x {t.scalars} output channels x {t.taps} tap(s)",
-        f"a task covers {t.task_c} x {t.task_m} channels, in blocks of {t.height} row(s) in {t.depth} plane(s)"
+        f"a register tile of {t.vectors} {along} x {counted(t.scalars, 'output channel')} x {counted(t.taps, 'tap')}",
+        f"a task covers {t.task_c} x {t.task_m} channels, in blocks of {counted(t.height, 'row')} in "
+        f"{counted(t.depth, 'plane')}"
         + (f"; {t.slices} slices of the planes are summed apart" if t.slices > 1 else ""),
     )
 

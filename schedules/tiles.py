@@ -9,6 +9,8 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
+from schedules.counted import counted
+
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
     from opcompile.target import Machine
@@ -146,12 +148,12 @@ class Estimate:
         several = f"{' x '.join(str(n) for n, _ in bands)} times, along {' and '.join(axis for _, axis in bands)}"
         return (
             f"vectors of {t.lanes} {vectors[t.vector]}; "
-            f"a register tile of {t.vectors} vectors x {t.scalars} broadcast values"
+            f"a register tile of {counted(t.vectors, 'vector')} x {counted(t.scalars, 'broadcast value')}"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
-            f"{self.accumulators} sums stay in registers; {self.used:.0%} of what the tiles compute is output",
-            f"{t.task} channels of {t.height} row(s) in {t.depth} plane(s) of every {summed} are computed, then written"
-            + (f"; a task does so {several}" if bands else ": a task"),
+            f"registers hold {counted(self.accumulators, 'sum')}; {self.used:.0%} of what the tiles compute is output",
+            f"a task computes, then writes, {counted(t.task, 'channel')} of {counted(t.height, 'row')} in "
+            f"{counted(t.depth, 'plane')} of every {summed}" + (f", {several}" if bands else ""),
             "each task copies, and pads, the rows of X that it reads"
             if t.copy == "task"
             else "X is copied, and padded, before the first task",

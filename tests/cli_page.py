@@ -20,7 +20,8 @@ progress go to stderr.
 
 `SOURCE` is one of
 
-- an ONNX file: all its 5-D ConvTranspose nodes, or those that `--node` names;
+- an ONNX file: all its 5-D ConvTranspose nodes, or those that `--node` names; `--shape` gives the sizes that the file
+  leaves open;
 - a `torch.export` program (`.pt2`) or a Keras model (`.keras`), likewise, where PyTorch or Keras is installed;
 - a layer as text, like `"in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"` ([the fields](index.md#a-layer));
 - the name of a case, of `opcompile cases`.

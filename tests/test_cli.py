@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +23,14 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 from onnx_engine import model_of, value
+from replaced import saved, upsampling
 from test_bench import report_of as bench_report
 
 import opcompile
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import CallError, EngineError, OpcompileError, VerificationError
+from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -47,6 +49,10 @@ def run_process(*args: object, **options: Any) -> subprocess.CompletedProcess[st
     command = [sys.executable, "-m", "opcompile", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False, **options)
+
+
+def takes(name: str, option: str) -> bool:
+    return any(option in p.opts for p in cli.commands[name].params)
 
 
 def of_json(result: Result) -> Any:
@@ -123,8 +129,18 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "-o", "{tmp}/a", "--plan", "fast"], 2, ["--plan"]),
         ([LAYER, "-o", "{tmp}/text.onnx"], 2, ["is a file"]),
         ([LAYER, "-o", "{tmp}"], 2, ["empty it"]),
+        ([LAYER, "-o", "{model}"], 2, ["holds the artifacts of a model", "name another"]),
         ([LAYER, "-o", "/proc/nowhere/a"], 2, ["/proc/nowhere/a"]),
         ([LAYER, "-o", "{tmp}/a", "--node", "n"], 2, ["not a model file"]),
+        ([LAYER, "-o", "{tmp}/a", "--shape", "x=1x4x3x4x5"], 2, ["a shape was given", "not a model file"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "x=1x1x8x8x8"], 2, ["fixed sizes", "only open sizes"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "y=1x1x8x8x8"], 2, ["no input 'y'; it has: x\n"]),
+        (["{models}/unet.onnx", "-o", "{tmp}/a", "--shape", "8x8x8"], 2, ["--shape '8x8x8'", "NAME=NxCxDxHxW"]),
+        (
+            ["{models}/unet.onnx", "-o", "{tmp}/a", *("--shape", "x=1x1x8x8x8") * 2],
+            2,
+            ["--shape is given twice for x"],
+        ),
         (
             ["{models}/unet.onnx", "-o", "{tmp}/a", "--node", "n"],
             2,
@@ -436,6 +452,28 @@ def test_compile_a_real_model(folder: Path) -> None:
         assert held == ["W", "B"][: 1 + loaded.spec.bias]
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if takes(name, "--node")])
+def test_open_sizes_can_be_given_wherever_a_model_can(name: str) -> None:
+    assert takes(name, "--shape")
+
+
+def test_a_model_with_open_sizes(tmp_path: Path) -> None:
+    path = saved(upsampling(("n", 4, "d", "h", "w")), tmp_path)
+    result = invoke("compile", path, "-o", tmp_path / "out")
+    assert (result.exit_code, "--shape NAME=NxCxDxHxW" in result.stdout) == (2, True)
+    sizes = ["--shape", "x=Nx4x3x4x5"]
+    (built,) = of_json(invoke("compile", path, "-o", tmp_path / "out", *sizes, "--json"))["layers"]
+    assert (built["status"], built["spec"]) == ("verified", str(ConvTranspose3d.parse(LAYER.replace("in=1", "in=N"))))
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["shapes"] == {"x": ["N", 4, 3, 4, 5]}
+    sizes[1] = "x=1x4x3x4x5"
+    described = of_json(invoke("inspect", path, *sizes, "--json"))["layers"]["up"]
+    exported = of_json(invoke("export", path, "-o", tmp_path / "up.onnx", *sizes, "--json"))
+    assert {described["spec"], exported["spec"]} == {str(ConvTranspose3d.parse(LAYER))}
+    assert invoke("diff", path, *sizes, "--no-measure").exit_code == 0
+    timed = of_json(invoke("bench", path, *sizes, "--seconds", "0.01", "--no-memory", "--json"))
+    assert list(timed["layers"]) == ["up"]
+
+
 def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) -> None:
     result = invoke("compile", mixed_model(tmp_path), "-o", tmp_path / "out", "--plan", "baseline", "--json")
     layers = of_json(result)["layers"]
@@ -507,6 +545,28 @@ def test_weights_that_are_not_finite_are_compiled_and_not_verified(tmp_path: Pat
     assert "the weights compiled in" in {each["what"] for each in report["not_asked"]}
 
 
+@pytest.mark.parametrize("source", [LAYER, "{models}/unet.onnx"])
+@pytest.mark.parametrize("place", ["/proc/nowhere/a", "{tmp}/file/a", "{tmp}/full"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    source: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opcompile import build
+
+    def work(*_: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(build, "lower", work)
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "of mine").touch()
+    place = place.format(tmp=tmp_path)
+    result = invoke("compile", source.format(models=MODELS), "-o", place)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert place in result.stderr
+    with pytest.raises(ArtifactError):
+        build.write(ConvTranspose3d.parse(LAYER), "llvm", "baseline", place)
+
+
 def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.artifact.link", raising(EngineError("no C compiler")))
     result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")
@@ -566,6 +626,33 @@ def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, m
 
 
 # --- the other commands ---
+
+
+def test_verify_names_every_artifact_that_is_gone_and_asks_the_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(folder / "model", out)
+    gone, changed, whole = artifacts(out)
+    shutil.rmtree(out / gone)
+    (out / changed / "golden.npz").write_bytes(b"")
+    result = invoke("verify", out, "--json")
+    assert result.exit_code == 2
+    listed = json.loads(result.stdout)["artifacts"]
+    assert [listed[name]["passed"] for name in (gone, changed, whole)] == [False, False, True]
+    result = invoke("verify", out)
+    assert result.exit_code == 2
+    assert f"{gone}: not verified: {out / gone} does not exist" in result.stdout
+    assert f"{changed}: not verified: {out / changed / 'golden.npz'}" in result.stdout
+
+
+def test_inspect_names_every_artifact_that_is_gone_and_shows_the_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(folder / "model", out)
+    gone, *others = artifacts(out)
+    shutil.rmtree(out / gone)
+    result = invoke("inspect", out, "--json")
+    assert result.exit_code == 2
+    assert {name for name, held in json.loads(result.stdout).items() if "reason" not in held} == set(others)
+    assert f"{gone}: {out / gone} is not there" in invoke("inspect", out).stdout
 
 
 def test_verify_stores_its_report_where_it_can(folder: Path) -> None:

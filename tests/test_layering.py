@@ -21,6 +21,7 @@ MODULES = {
 BELOW = {
     "opcompile.errors": set(),
     "opcompile.meant": set(),
+    "opcompile.paths": {"opcompile.errors"},
     "opcompile.spec": {"opcompile.errors", "opcompile.meant"},
     "opcompile.cases": {"opcompile.errors", "opcompile.spec"},
     "opcompile.reference": {"opcompile.spec"},
@@ -36,7 +37,7 @@ BELOW = {
     "opcompile.job": {"opcompile.errors", "opcompile.record"},
     "opcompile.compiled": {"opcompile.target", "schedules.imported", "schedules.statements"},
     "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
-    "opcompile.graph": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.graph": {"opcompile.errors", "opcompile.paths", "opcompile.spec"},
     "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
     "opcompile.importers.imported": {"opcompile.errors", "opcompile.spec"},

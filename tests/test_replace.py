@@ -316,6 +316,44 @@ def test_nothing_stays_that_nobody_reads(tmp_path: Path) -> None:
     assert [t.name for t in onnx.load(out / "model.onnx").graph.initializer] == ["w_packed", "up_bias"]
 
 
+def of_half_precision() -> onnx.ModelProto:
+    """Weights kept in float16, as converters leave them, and a quantized bias: ``w`` and ``b`` are computed."""
+    model = upsampling()
+    kept, quantized = integers((4, 6, 2, 2, 2), 1).astype(np.float16), np.arange(6, dtype=np.int8)
+    held = {"half": kept, "eighth": quantized, "scale": np.array(0.5, np.float32)}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in held.items())
+    model.graph.node.insert(0, helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["eighth", "scale"], ["b"]))
+    return model
+
+
+def test_weights_that_are_computed_from_constants(tmp_path: Path) -> None:
+    _, out = replaced(of_half_precision(), tmp_path)
+    assert operators(out / "model.onnx") == ["Neg", OURS, "Neg"]
+    assert [t.name for t in onnx.load(out / "model.onnx").graph.initializer] == ["w_packed", "up_bias"]
+    agree(tmp_path)
+
+
+def test_nodes_in_any_order(tmp_path: Path) -> None:
+    """ONNX Runtime takes them, and its converter to float16 appends Casts that others read."""
+    model = of_half_precision()
+    backwards = list(reversed([onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]))
+    del model.graph.node[:]
+    model.graph.node.extend(backwards)
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert report.passed
+    assert report.replaced == 1
+    agree(tmp_path)
+
+
+def test_weights_that_are_computed_from_a_file_of_their_own(tmp_path: Path) -> None:
+    path = saved(of_half_precision(), tmp_path, save_as_external_data=True, size_threshold=64)
+    _, out = replaced(path, tmp_path)
+    assert {p.name for p in out.iterdir()} == {"model.onnx", "opcompile.data", "opcompile_ops.so", "report.json"}
+    agree(tmp_path)
+
+
 def test_a_bias_that_is_left_out_by_an_empty_name(tmp_path: Path) -> None:
     model = upsampling(bias=False)
     model.graph.node[1].input.append("")
@@ -383,7 +421,7 @@ def test_attributes(attributes: dict[str, Any], tmp_path: Path) -> None:
     ("model", "words"),
     [
         (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced$"),
-        (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.* name shapes to compile for by --shape$"),
+        (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.*give the model's inputs sizes, by --shape"),
         (upsampling((1, 4, 3, 4, 5), output_shape=[90] * 3), "use output_padding for more$"),
     ],
 )
@@ -681,6 +719,19 @@ def test_bad_words(tmp_path: Path) -> None:
     with pytest.raises(CallError, match="no library that replace has written"):
         calls(path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/out", "file/out"])
+def test_a_place_that_cannot_be_written_is_found_first(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(job, "survey", work)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot write .*; name a directory of yours"):
+        opcompile.replace(saved(upsampling(), tmp_path), tmp_path / place)
 
 
 def test_the_job_holds_what_was_asked() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from opcompile.errors import ArtifactError, CallError
 from opcompile.link import link
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import Artifact, load
+from opcompile.runtime import Artifact, Packed, load
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 
@@ -721,3 +725,48 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load(tmp_path / "file" / "nowhere")
     with pytest.raises(ArtifactError, match="cannot be read"):
         load(tmp_path / ("long" * 100))
+
+
+# --- pickled ---
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+def test_another_process_takes_a_layer_and_its_weights(layers: dict[str, Artifact]) -> None:
+    layer = layers["float32"]
+    x, w, b = whole_numbers(layer.spec)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        y = pool.submit(layer, x, layer.pack(w), b, threads=1).result()
+    assert np.array_equal(y, right(layer.spec, x, w, b))
+
+
+def test_what_was_pickled_is_what_is_loaded(tmp_path: Path) -> None:
+    one, other = (ConvTranspose3d.parse(LAYERS[name]) for name in ("float32", "float16"))
+    layer = opcompile.compile(one, into=tmp_path / "it", plan="baseline", verify=True)
+    held = pickle.dumps(layer)
+    again = pickle.loads(held)  # noqa: S301
+    assert (again.spec, again.directory, again.threads) == (layer.spec, layer.directory, layer.threads)
+    opcompile.compile(other, into=tmp_path / "it", plan="baseline")
+    with pytest.raises(ArtifactError, match="it holds another artifact than the one that was pickled"):
+        pickle.loads(held)  # noqa: S301
+
+
+def test_a_derivative_is_pickled_too(tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=2 bias=0")
+    layer = opcompile.compile(spec, into=tmp_path / "it", plan="baseline", derivative="x")
+    assert pickled(layer).gradient == layer.gradient
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_packed_weights_that_are_copied_have_memory_of_their_own(
+    layers: dict[str, Artifact], copied: Callable[[Packed], Packed]
+) -> None:
+    layer = layers["bfloat16"]
+    x, w, b = whole_numbers(layer.spec)
+    packed = copied(layer.pack(w))
+    assert packed.address == packed.data.ctypes.data
+    assert packed.address % runtime.ALIGNMENT == 0
+    assert not packed.data.flags.writeable
+    assert np.array_equal(layer(x, packed, b), right(layer.spec, x, w, b))

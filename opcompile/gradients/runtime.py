@@ -20,7 +20,9 @@ from opcompile.runtime import (
     aligned,
     as_kind_of,
     checked_threads,
+    content,
     framework_of,
+    load_again,
     read_arrays,
     require_apart,
 )
@@ -100,6 +102,10 @@ class GradientArtifact(Derivative):
         self._run, self._error = library.opcompile_run, library.opcompile_error
         self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the directory, and what it holds, as `Artifact` does."""
+        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
 
     def __call__(
         self,

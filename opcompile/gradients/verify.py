@@ -6,7 +6,6 @@ Neither TVM nor ONNX is imported: the oracle and the kernel share nothing but th
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from opcompile.gradients.runtime import Derivative, GradientArtifact
 from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
-from opcompile.verify import SIMULATED, NotAsked, Report, Row, cpus, distinct, stored
+from opcompile.verify import SIMULATED, NotAsked, Report, Row, cpus, distinct, here, stored
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
@@ -198,7 +197,7 @@ def verify(artifact: Derivative, *, seed: int = 0) -> Report:
         target=str(artifact.manifest["target"]["name"]),
         seed=seed,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=f"{platform.machine()} {platform.system()}, {cpus()} CPUs, Python {platform.python_version()}",
+        machine=here(),
         versions={**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__},
         engines=("reference",),
         threads=threads,

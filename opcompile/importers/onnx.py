@@ -22,6 +22,7 @@ import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from opcompile.errors import ModelError, OpcompileError, SpecError
+from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
+from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.order import order
+from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
 
 _DTYPES = {
@@ -58,7 +62,6 @@ class Found:
     ``bias (M,)`` are None where they arrive at run time only; ``spec.bias`` says whether there is a bias.
     An initializer that is also listed as a graph input counts as known: its value is the file's.
     ``output`` is the tensor that the node writes: its name in the model, unless a function holds the node.
-    ``is_open`` says that X has sizes which nobody knows, so that `find` with ``shapes`` may find a spec.
     """
 
     name: str
@@ -67,7 +70,6 @@ class Found:
     bias: NDArray[Any] | None
     reason: str | None
     output: str
-    is_open: bool = False
 
 
 Shapes = Mapping[str, Sequence[int | str]]
@@ -80,11 +82,14 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     Nodes in the subgraphs of If, Loop and Scan are included, and model-local functions where they are
     called. A node whose rank cannot be inferred is listed with that reason. External data are looked up
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
-    valid ONNX model.
+    valid ONNX model, `CallError` for a source of another type, and shapes that are none.
     """
     try:
         model, folder = _read(source)
         outline, tensors = _outline(model)
+        order(outline.graph)
+        if shapes is not None and not isinstance(shapes, Mapping):
+            raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
         if shapes:
             _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
@@ -92,7 +97,10 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             outline = _refine(outline, step)
         while _settle(outline.graph, tensors):
             outline = _refine(outline, _infer)
-        found = [_found(node, scope, folder) for node, scope in _nodes(outline.graph, _Scope.of(tensors))]
+        found = [
+            _found(node, scope, folder)
+            for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
+        ]
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
@@ -106,6 +114,7 @@ def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
     """
     specs = {found.output: found.spec for found in find(source) if found.spec is not None}
     model, folder = _read(source)
+    order(model.graph)
     if folder is not None:
         onnx.load_external_data_for_model(model, str(folder))
 
@@ -129,11 +138,11 @@ def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onn
         return source, None
     if isinstance(source, bytes):
         return _parse(source, "these bytes"), None
-    path = Path(source)
+    path = checked_path(source, "the model")
     try:
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', error)}; name an ONNX file") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
     return _parse(data, str(path)), path.parent
 
 
@@ -151,11 +160,13 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
     """Return what shape inference needs to see of a model, and its large tensors by name.
 
     Each of these is a graph input in the outline. So a model of any size stays below the 2 GiB that ONNX's
-    C++ side can be handed, and a missing file of weights hides no shape.
+    C++ side can be handed, and a missing file of weights hides no shape. What the file notes of an initializer
+    is left out: that says it itself.
     """
     graph = model.graph
     tensors = {t.name: t for t in graph.initializer if _is_large(t)}
     inputs = {value.name for value in graph.input}
+    held = {t.name for t in graph.initializer}
     outline = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     outline.graph.CopyFrom(
         onnx.GraphProto(
@@ -165,7 +176,7 @@ def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Te
             sparse_initializer=graph.sparse_initializer,
             input=graph.input,
             output=graph.output,
-            value_info=graph.value_info,
+            value_info=[value for value in graph.value_info if value.name not in held],
         )
     )
     outline.graph.input.extend(
@@ -178,7 +189,8 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
     """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
     inputs = {value.name: value for value in graph.input if value.name not in weights}
     _forget_shapes(graph)
-    for name, shape in shapes.items():
+    for name, sizes in shapes.items():
+        shape = _sizes(name, sizes)
         if name not in inputs:
             raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
         dimensions = inputs[name].type.tensor_type.shape.dim
@@ -188,10 +200,24 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
             if dimension.HasField("dim_value") and dimension.dim_value != given:
                 raise ModelError(
                     f"input {name} has the fixed sizes {[d.dim_value or d.dim_param for d in dimensions]}, "
-                    f"and {list(shape)} is another shape; only open sizes can be given"
+                    f"and {shape} is another shape; only open sizes can be given"
                 )
         element_type = inputs[name].type.tensor_type.elem_type
-        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, list(shape)))
+        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, shape))
+
+
+def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:
+    """Return the sizes that a caller gives an input. Raises `CallError`."""
+    try:
+        sizes = [size if isinstance(size, str) else index(size) for size in given]
+    except TypeError:
+        sizes = []
+    if isinstance(given, str) or not sizes or any(not isinstance(size, str) and size < 1 for size in sizes):
+        raise CallError(
+            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, or the "
+            "name of an open one, like (1, 4, 32, 32, 32)"
+        )
+    return sizes
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
@@ -266,55 +292,63 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown)."""
+    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown).
+
+    A constant that the model computes from others has the node that does, and what that reads.
+    """
 
     name: str
     tensor: onnx.TensorProto | None
     element_type: int
     shape: tuple[int | str, ...] | None
+    computed: _Computed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    node: onnx.NodeProto
+    inputs: tuple[_Value, ...]
+    opset: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
 
-    constants: ChainMap[str, onnx.TensorProto]
+    opset: int
+    constants: ChainMap[str, onnx.TensorProto | _Computed]
     types: ChainMap[str, onnx.TypeProto.Tensor]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, onnx.TensorProto]) -> _Scope:
-        return cls(ChainMap(dict(tensors)), ChainMap())
+    def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
+        opset = next((int(i.version) for i in imports if i.domain in _ONNX_DOMAINS), 1)
+        return cls(opset, ChainMap(dict(tensors)), ChainMap())
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
         """Return the scope of a graph's nodes before the first of them has run."""
         values = (*graph.input, *graph.value_info, *graph.output)
         types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
         constants = {t.name: t for t in graph.initializer}
-        return _Scope(self.constants.new_child(constants), self.types.new_child(types))
+        return _Scope(self.opset, self.constants.new_child(constants), self.types.new_child(types))
 
     def learn(self, node: onnx.NodeProto) -> None:
         """Remember the output of a node that is a constant."""
-        if node.domain not in _ONNX_DOMAINS or len(node.output) != 1:
-            return
-        if node.op_type == "Identity" and node.input[0] in self.constants:
-            self.constants[node.output[0]] = self.constants[node.input[0]]
-        if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    self.constants[node.output[0]] = attribute.t
-                if attribute.name == "value_floats":
-                    self.constants[node.output[0]] = numpy_helper.from_array(np.array(attribute.floats, np.float32))
+        if (tensor := stored(node)) is not None:
+            self.constants[node.output[0]] = tensor
+        elif folds(node) and all(name in self.constants for name in node.input if name):
+            inputs = tuple(self.value(name) for name in node.input if name)
+            self.constants[node.output[0]] = _Computed(node, inputs, self.opset)
 
     def value(self, name: str) -> _Value:
-        tensor = self.constants.get(name)
-        if tensor is not None:
-            return _Value(name, tensor, tensor.data_type, tuple(tensor.dims))
+        constant = self.constants.get(name)
+        if isinstance(constant, onnx.TensorProto):
+            return _Value(name, constant, constant.data_type, tuple(constant.dims))
         found = self.types.get(name)
         if found is None:
-            return _Value(name, None, onnx.TensorProto.UNDEFINED, None)
+            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant)
         if not found.HasField("shape"):
-            return _Value(name, None, found.elem_type, None)
-        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim))
+            return _Value(name, None, found.elem_type, None, constant)
+        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
 
 
 def _dimension(d: onnx.TensorShapeProto.Dimension) -> int | str:
@@ -363,9 +397,7 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        shape = scope.value(node.input[0]).shape
-        is_open = shape is None or any(isinstance(size, str) for size in shape[2:])
-        return Found(name, None, None, None, str(error), node.output[0], is_open)
+        return Found(name, None, None, None, str(error), node.output[0])
     return Found(name, spec, weight, bias, None, node.output[0])
 
 
@@ -413,22 +445,22 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
+_WAY_OUT = "give the model's inputs sizes, by --shape NAME=NxCxDxHxW, in Python by shapes="
+
+
 def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
         raise ModelError(
-            f"the shape of X ({x.name}) cannot be inferred; give the model's inputs, or the outputs of "
-            "operators that ONNX does not define, their shapes; those that the model computes are followed from "
-            "opset 14 on, or once python -m onnxruntime.tools.symbolic_shape_infer has written them down"
+            f"the shape of X ({x.name}) cannot be inferred; {_WAY_OUT}, and the outputs of operators that "
+            "ONNX does not define their shapes; those that the model computes are followed from opset 14 on, or once "
+            "python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )
     if len(x.shape) != 5:
         raise ModelError(f"X ({x.name}) has {len(x.shape)} axes, but W has 5; they must agree")
     unknown = {name: size for name, size in zip(AXIS_NAMES, x.shape[2:], strict=True) if isinstance(size, str)}
     if unknown:
         sizes = ", ".join(f"{name}={size}" for name, size in unknown.items())
-        raise ModelError(
-            f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; fix them: "
-            "python -m onnxruntime.tools.make_dynamic_shape_fixed gives the model's inputs their sizes"
-        )
+        raise ModelError(f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; {_WAY_OUT}")
     batch, channels, *spatial = x.shape
     return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
 
@@ -566,7 +598,12 @@ def _forget_shapes(graph: onnx.GraphProto) -> None:
 
 def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
     """Return the data of a constant, None for what is known at run time only."""
-    if value is None or value.tensor is None:
+    if value is None:
+        return None
+    if value.computed is not None:
+        inputs = [array for array in (_array(v, folder) for v in value.computed.inputs) if array is not None]
+        return fold(value.computed.node, inputs, value.computed.opset)
+    if value.tensor is None:
         return None
     tensor = _loaded(value.tensor, folder)
     try:
@@ -599,7 +636,7 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
 
 def _in_functions(outline: onnx.ModelProto) -> list[Found]:
     """List what could not be inlined: functions written for another opset than the model's."""
-    nowhere = _Scope(ChainMap(), ChainMap())
+    nowhere = _Scope.of({})
     return [
         Found(
             node.name or node.output[0],

@@ -22,12 +22,13 @@ the library takes ONNX's own operator over; where no kernel was compiled for a s
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from opcompile.errors import CallError
+from opcompile.paths import checked_path
 
 if TYPE_CHECKING:
     from opcompile.lower import PlanName
@@ -74,11 +75,16 @@ def replace(
 
     if mode not in ("rewrite", "override"):
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
-    if not all(isinstance(alternative, Mapping) for alternative in shapes):
+    for name, given in (("nodes", nodes), ("threads", threads)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise CallError(f"{name} is of type {type(given).__name__}, but must be a list; put it into one")
+    if not isinstance(shapes, Sequence) or not all(isinstance(alternative, Mapping) for alternative in shapes):
         raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise CallError(f"seconds is {seconds!r}, but must be a number of at least 0")
     job = Job(
-        model=Path(model),
-        into=Path(into),
+        model=checked_path(model, "model"),
+        into=checked_path(into, "into"),
         mode=mode,
         target=target,
         plan=plan,

@@ -18,7 +18,7 @@ from opcompile.machine import processor, system
 from opcompile.replace import sessions
 from opcompile.replace.library import Kernel, Operator, build, compiled, in_one_domain
 from opcompile.replace.model import Model
-from opcompile.replace.place import LIBRARY, REPORT, require_replaceable, written
+from opcompile.replace.place import LIBRARY, REPORT, require_place, written
 from opcompile.replace.prove import compare_models, prove, race, race_models
 from opcompile.replace.report import KernelReport, NodeReport, OutputCheck, Report, Speed
 from opcompile.replace.rewrite import perturbed, rewrite, save
@@ -65,8 +65,11 @@ class Job:
 
     def run(self) -> Report:
         """Take all steps."""
+        from opcompile.lower import require_plan  # on use: it brings the compiler
+
         machine = named(self.target)
-        require_replaceable(self.into)
+        require_plan(self.plan)
+        require_place(self.into)
         threads = self._threads()
         not_asked = self._not_asked(machine)
         found, kernels = self._best(machine, threads, not_asked)

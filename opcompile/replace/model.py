@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from opcompile.errors import ModelError
+from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.order import reads
 
 # Before this version every initializer is an input of the graph as well, and still a constant.
 _IR_WITH_OVERRIDABLE = 4
@@ -30,7 +32,7 @@ class Graph:
 
     def readers(self, value: str) -> list[onnx.NodeProto]:
         """Return the nodes of this graph that read ``value``, those with it inside of a subgraph included."""
-        return [node for node in self.proto.node if value in _reads(node)]
+        return [node for node in self.proto.node if value in reads(node)]
 
     def leaves(self, value: str) -> bool:
         """Whether ``value`` is an output of the graph."""
@@ -86,38 +88,43 @@ class Model:
 
     def constant(self, name: str, graph: Graph) -> NDArray[Any] | None:
         """Return the data of a value that no caller can change, None for any other. Raises `ModelError`."""
-        tensor = None if name in self.overridable else self._tensor(name, (*graph.outer, graph.proto))
-        if tensor is None:
+        return self._constant(name, (*graph.outer, graph.proto))
+
+    def _constant(self, name: str, graphs: Sequence[onnx.GraphProto]) -> NDArray[Any] | None:
+        if name in self.overridable:
             return None
+        for graph in reversed(graphs):
+            for tensor in graph.initializer:
+                if tensor.name == name:
+                    return self._array(name, tensor)
+            for node in graph.node:
+                if name in node.output:
+                    return self._of_node(node, graphs)
+        return None
+
+    def _of_node(self, node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> NDArray[Any] | None:
+        if folds(node):
+            inputs = [self._constant(name, graphs) for name in node.input if name]
+            known = [array for array in inputs if array is not None]
+            return fold(node, known, self.opset) if len(known) == len(inputs) else None
+        tensor = stored(node)
+        return None if tensor is None else self._array(node.output[0], tensor)
+
+    def _array(self, name: str, tensor: onnx.TensorProto) -> NDArray[Any]:
         try:
             return np.asarray(numpy_helper.to_array(tensor, str(self.folder)))
         except (ValueError, OSError, onnx.checker.ValidationError) as error:
             raise ModelError(f"{name} cannot be read: {error}; export the model again") from error
 
     def is_external(self, name: str) -> bool:
-        """Whether the data of an initializer lie in a file of their own."""
-        return any(_is_external(t) for graph in self.graphs() for t in graph.proto.initializer if t.name == name)
-
-    def _tensor(self, name: str, graphs: Sequence[onnx.GraphProto]) -> onnx.TensorProto | None:
-        for graph in reversed(graphs):
-            for tensor in graph.initializer:
-                if tensor.name == name:
-                    return tensor
-            for node in graph.node:
-                if name in node.output:
-                    return self._of_node(node, graphs)
-        return None
-
-    def _of_node(self, node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> onnx.TensorProto | None:
-        if node.op_type == "Identity" and node.domain in ("", "ai.onnx"):
-            return None if node.input[0] in self.overridable else self._tensor(node.input[0], graphs)
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.name == "value":
-                return attribute.t
-            if attribute.name in ("value_float", "value_floats"):
-                values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-                return numpy_helper.from_array(np.array(values, np.float32))
-        return None
+        """Whether the data of a constant, or of one that it is computed from, lie in a file of their own."""
+        for graph in self.graphs():
+            if any(_is_external(tensor) for tensor in graph.proto.initializer if tensor.name == name):
+                return True
+            for node in graph.proto.node:
+                if name in node.output and folds(node):
+                    return any(self.is_external(value) for value in node.input)
+        return False
 
     def external_files(self) -> set[str]:
         """Return the files beside the model that its tensors refer to, relative to it."""
@@ -133,7 +140,7 @@ class Model:
         return taken
 
     def drop_unread(self, names: set[str]) -> None:
-        """Remove those constants of ``names`` that nothing reads any more, wherever they are defined or copied from."""
+        """Remove those constants of ``names`` that nothing reads any more, and what they are computed from."""
         while names:
             read = {value for graph in self.graphs() for node in graph.proto.node for value in node.input}
             read |= {output.name for graph in self.graphs() for output in graph.proto.output}
@@ -141,7 +148,7 @@ class Model:
             for graph in self.graphs():
                 for values in (graph.proto.initializer, graph.proto.input, graph.proto.value_info):
                     _remove(values, lambda value, gone=gone: value.name in gone)
-                idle = [n for n in graph.proto.node if n.op_type in ("Constant", "Identity") and set(n.output) <= gone]
+                idle = [n for n in graph.proto.node if (n.op_type == "Constant" or folds(n)) and set(n.output) <= gone]
                 for node in idle:
                     names |= set(node.input)
                     graph.proto.node.remove(node)
@@ -154,18 +161,6 @@ def _graphs(graph: onnx.GraphProto, outer: tuple[onnx.GraphProto, ...]) -> Itera
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
                     yield from _graphs(inner, (*outer, graph))
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Return what a node reads, and what the graphs inside of it read and do not define."""
-    read = set(node.input)
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            of_inner = {name for n in inner.node for name in _reads(n)} | {o.name for o in inner.output}
-            defined = {name for n in inner.node for name in n.output}
-            defined |= {v.name for v in (*inner.input, *inner.initializer)}
-            read |= of_inner - defined
-    return read
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

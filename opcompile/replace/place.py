@@ -16,15 +16,24 @@ REPORT = "report.json"
 LIBRARY = "opcompile_ops.so"
 
 
+def require_place(place: Path) -> None:
+    """Raise `ArtifactError` where ``place`` cannot be written, or must not be: before long work, not after it."""
+    _beside(place.resolve()).rmdir()
+
+
+def _beside(place: Path) -> Path:
+    require_replaceable(place)
+    try:
+        return new_beside(place)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name a directory of yours") from error
+
+
 @contextmanager
 def written(place: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``place`` when the block ends well. Raises `ArtifactError`."""
     place = place.resolve()
-    require_replaceable(place)
-    try:
-        beside = new_beside(place)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name a directory of yours") from error
+    beside = _beside(place)
     try:
         yield beside
         put(beside, place, require_replaceable)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opcompile.bench import OWN_CPU, Ratio
 from opcompile.bounds import Check
 from opcompile.units import binary, duration
+from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -240,8 +241,9 @@ class Report:
             )
         for speed in self.speeds:
             r, busy = speed.ratio, f"; other work had {speed.others:.0%} of the processors" if speed.busy else ""
+            times = f"{duration(speed.before_us)} -> {duration(speed.after_us)}"
             yield (
-                f"whole model, {_threads(speed.threads)}: {duration(speed.before_us)} -> {duration(speed.after_us)}, "
+                f"whole model, {counted(speed.threads, 'thread')}: {times}, "
                 f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {speed.verdict}{busy}"
             )
         yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
@@ -254,10 +256,6 @@ class Report:
 _COLOURS = {"replaced": "green", "kept": "yellow", "refused": "yellow"}
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
 def _before(speed: Speed | None) -> str:
     return "-" if speed is None else duration(speed.before_us)
 
@@ -267,7 +265,7 @@ def _after(speed: Speed | None) -> str:
 
 
 def _ratio(speed: Speed | None) -> str:
-    return "-" if speed is None else f"{speed.ratio.ratio:.2f}x on {_threads(speed.threads)}"
+    return "-" if speed is None else f"{speed.ratio.ratio:.2f}x on {counted(speed.threads, 'thread')}"
 
 
 def _share(worst: float | None) -> str:

@@ -72,8 +72,7 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
     specs = tuple(dict.fromkeys(f.spec for f in (found, *others) if f.spec is not None))
     if not specs:
         first = next(iter(others), found)
-        way_out = "; or name shapes to compile for by --shape" if first.is_open else ""
-        return Node(found.name, found.output, site, reason=f"{first.reason}{way_out}")
+        return Node(found.name, found.output, site, reason=first.reason)
     if specs[0].dtype != "float32":
         reason = f"it computes in {specs[0].dtype}, and only float32 is replaced"
         return Node(found.name, found.output, site, reason=reason)

@@ -1,0 +1,18 @@
+"""A path that a caller gives: Python's own error would name neither the argument nor the way out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from opcompile.errors import CallError
+
+
+def checked_path(given: object, name: str) -> Path:
+    """Return the argument ``name`` as a path. Raises `CallError` for what is none."""
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(text, str):
+        raise CallError(f"{name} is of type {type(given).__name__}, but must be a path: a str or a pathlib.Path")
+    if "\0" in text:
+        raise CallError(f"{name} is {text!r}, but no path has a zero byte in it; leave it out")
+    return Path(text)
