@@ -506,6 +506,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # over the layers, 43 % at most.
 
 
+# Bytes that come from the second cache in a cycle.
+_FROM_SECOND = 17
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
 
@@ -600,12 +602,14 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     if t.vector == "channels":
         loads, loading = t.vectors + t.scalars * t.rows * a_broadcast, 0.0
         a_load = machine.loading
-        waiting = 0 if a_tile <= machine.l1_bytes // 2 else t.channels * a_weight
+        # what the first cache does not hold until it is read again: all taps of the weights, a tap with its X
+        weights = t.channels * layer.itemsize
+        x = t.rows * layer.itemsize * min(layer.reach[2], t.columns + 12)  # half a cache line at either end
+        passing = 0 if a_tile <= machine.l1_bytes // 2 else weights
+        waiting = passing / layer.itemsize * a_weight
+        passing += x if (weights + x) * layer.c > machine.l1_bytes else 0
         if layer.widened:  # as they are loaded, each time
             waiting += t.vectors
-        a_row = layer.itemsize * min(layer.reach[2], t.columns + 12)  # of X, half a cache line at either end
-        if t.rows * a_row * layer.c > machine.l1_bytes // 2:
-            waiting += t.rows * a_row / 100
     else:
         # where there is more than one tap, most vectors straddle two cache lines
         rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
@@ -613,7 +617,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / CACHE_LINE
         vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars * a_broadcast, vectors / machine.fma_units + t.scalars / 2
-        waiting = t.scalars * a_weight
+        passing, waiting = 0, t.scalars * a_weight
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
@@ -629,7 +633,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(sums, in_flight) / machine.fma_units
     beginning = (20 if layer.c > 1 else 2) / (chunk * (taps_h * taps_w if unrolled else 1))
-    return max(multiplying, loading) + a_load * loads + waiting + beginning
+    summing = max(multiplying, loading) + a_load * loads
+    return max(summing, passing / _FROM_SECOND) + waiting + beginning
 
 
 def _up(size: int, multiple: int) -> int:

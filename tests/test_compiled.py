@@ -60,6 +60,6 @@ def test_the_stack_of_a_derivative_too(wrt: str) -> None:
 def aligned(module: tvm.IRModule, machine: dict[str, object]) -> bool:
     """Every function that a thread runs lays its frame at a cache line."""
     text = str(compiled(module, machine).mod.inspect_source("asm"))
-    threads = re.findall(r"^__tvm_parallel_lambda[\w.]*:$(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
+    threads = re.findall(r"^\.L__tvm_parallel_lambda[\w.]*:$(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     assert threads
     return all("andq\t$-64, %rsp" in each for each in threads)
