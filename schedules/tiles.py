@@ -500,10 +500,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
 # constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), to 1100
 # of 60 layers on another (Zen 4), and there again, those of loads and weights, to 370 of 45 layers that
-# are not depthwise; that of a copy that was asked for, to 189 more of 21; those of bands, of weaving and
-# of what lies on the stack, to all of these and 249 of 27 that are small or depthwise. They are to rank,
-# not to predict: the first of the ranking was 3 % slower than the best of those 814, in the geometric mean
-# over the layers, 43 % at most.
+# are not depthwise; that of a copy that was asked for, to 189 more of 21; those of bands, of weaving, of
+# what lies on the stack and of what passes from the second cache, to 249 of 27 that are small or depthwise,
+# and 522 of 53 of all kinds. They are to rank, not to predict: the first of the ranking was 2 % slower than
+# the best of those 522, in the geometric mean over the layers, 14 % at most.
 
 
 # Bytes that come from the second cache in a cycle.
@@ -624,7 +624,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.35 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
