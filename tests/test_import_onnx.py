@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opcompile.errors import CallError, ModelError
 from opcompile.graph import export_onnx, graph
 from opcompile.importers.onnx import Found, find
 from opcompile.reference import reference
+from opcompile.replace.survey import survey
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.verify import compare
 
@@ -244,6 +246,63 @@ def test_weights_computed_by_other_nodes_are_runtime_inputs() -> None:
     assert found.weight is None
     assert found.spec is not None
     np.testing.assert_array_equal(found.bias, BIAS)
+
+
+def test_a_conversion_that_engines_make_in_their_own_ways_is_theirs() -> None:
+    """ONNX Runtime rounds to 4 bits, where ONNX's own evaluator cuts off."""
+    nodes = [
+        helper.make_node("Cast", ["a"], ["narrow"], to=TensorProto.INT4),
+        helper.make_node("Cast", ["narrow"], ["W"], to=TensorProto.FLOAT),
+    ]
+    found = only(layer(*nodes, initializers=[tensor("a", WEIGHT / 3), tensor("B", BIAS)]))
+    assert found.weight is None
+    assert found.spec is not None
+
+
+def doubling(steps: int) -> list[onnx.NodeProto]:
+    """Return nodes that compute W, each second one from two values that the one before computes."""
+    nodes = []
+    for i in range(steps):
+        nodes.append(helper.make_node("Cast", [f"s{i}"], [f"q{i}"], to=TensorProto.INT32))
+        nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}"], [f"s{i + 1}"]))
+    return [*nodes, helper.make_node("DequantizeLinear", ["a", f"s{steps}"], ["W"])]
+
+
+def copying(steps: int) -> list[onnx.NodeProto]:
+    names = ["copied", *(f"copy{i}" for i in range(steps - 1)), "W"]
+    return [helper.make_node("Identity", [a], [b]) for a, b in pairwise(names)]
+
+
+@pytest.mark.parametrize("nodes", [copying(3000), doubling(40)], ids=["a long way", "many ways"])
+def test_weights_a_long_way_from_constants_are_runtime_inputs(nodes: list[onnx.NodeProto], tmp_path: Path) -> None:
+    held = {"a": _EIGHTHS, "copied": WEIGHT, "s0": np.array(1, np.float32)}
+    model = layer(*nodes, initializers=[*(tensor(n, array) for n, array in held.items()), tensor("B", BIAS)])
+    found = only(model)
+    assert found.weight is None
+    assert found.spec is not None
+    onnx.save(model, tmp_path / "model.onnx")
+    _, (node,) = survey(tmp_path / "model.onnx")
+    assert (node.packed, node.weight) == (False, None)
+
+
+def test_an_input_of_a_body_is_not_the_constant_of_that_name(tmp_path: Path) -> None:
+    """ONNX Runtime takes what the Scan hands over."""
+    body = helper.make_graph(
+        [helper.make_node("ConvTranspose", ["X", "W"], ["Y"], name="up")],
+        "body",
+        [value("W", WEIGHT.shape)],
+        [value("Y", None)],
+    )
+    node = helper.make_node("Scan", ["all"], ["stacked"], body=body, num_scan_inputs=1)
+    held = [tensor("W", WEIGHT), tensor("all", np.stack([2 * WEIGHT, 3 * WEIGHT]))]
+    model = model_of([node], [value("X", (1, 2, 3, 3, 3))], [value("stacked", None)], initializers=held)
+    x = integers((1, 2, 3, 3, 3))
+    doubled, tripled = (reference(spec_of(model), x, factor * WEIGHT) for factor in (2, 3))
+    np.testing.assert_array_equal(run_onnxruntime(model, {"X": x})[0], np.stack([doubled, tripled]))
+    assert only(model).weight is None
+    onnx.save(model, tmp_path / "model.onnx")
+    _, (found,) = survey(tmp_path / "model.onnx")
+    assert found.weight is None
 
 
 def test_weights_that_arrive_at_run_time() -> None:

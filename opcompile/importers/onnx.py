@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
-from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.folding import MOST_FOLDED, fold, folds, stored
 from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
@@ -309,6 +309,7 @@ class _Computed:
     node: onnx.NodeProto
     inputs: tuple[_Value, ...]
     opset: int
+    nodes: int  # this one, and those that compute what it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +317,7 @@ class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
 
     opset: int
-    constants: ChainMap[str, onnx.TensorProto | _Computed]
+    constants: ChainMap[str, onnx.TensorProto | _Computed | None]
     types: ChainMap[str, onnx.TypeProto.Tensor]
 
     @classmethod
@@ -331,13 +332,20 @@ class _Scope:
         constants = {t.name: t for t in graph.initializer}
         return _Scope(self.opset, self.constants.new_child(constants), self.types.new_child(types))
 
+    def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
+        """Return this scope for a graph inside whose inputs may have names that constants around it have, too."""
+        hidden = self.constants.new_child({value.name: None for value in inputs})
+        return _Scope(self.opset, hidden, self.types)
+
     def learn(self, node: onnx.NodeProto) -> None:
         """Remember the output of a node that is a constant."""
         if (tensor := stored(node)) is not None:
             self.constants[node.output[0]] = tensor
-        elif folds(node) and all(name in self.constants for name in node.input if name):
+        elif folds(node) and all(self.constants.get(name) is not None for name in node.input if name):
             inputs = tuple(self.value(name) for name in node.input if name)
-            self.constants[node.output[0]] = _Computed(node, inputs, self.opset)
+            nodes = 1 + sum(v.computed.nodes for v in inputs if v.computed is not None)
+            if nodes <= MOST_FOLDED:
+                self.constants[node.output[0]] = _Computed(node, inputs, self.opset, nodes)
 
     def value(self, name: str) -> _Value:
         constant = self.constants.get(name)
@@ -363,7 +371,7 @@ def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodePro
             yield node, scope
         for attribute in node.attribute:
             for subgraph in _subgraphs(attribute):
-                yield from _nodes(subgraph, scope)
+                yield from _nodes(subgraph, scope.hiding(subgraph.input))
         scope.learn(node)
 
 
