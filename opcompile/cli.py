@@ -788,7 +788,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     from opcompile.index import artifacts
     from opcompile.source import read
 
-    if os.path.isdir(source):
+    if os.path.isdir(source) and not nodes and not shapes:
         return _inspect_artifacts(artifacts(source), as_json)
     given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}

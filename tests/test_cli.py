@@ -801,6 +801,12 @@ def test_inspect_a_layer_for_a_gpu(name: str) -> None:
     assert any("threads" in line for line in layer["plan"]["why"])
 
 
+@pytest.mark.parametrize("words", [["--node", "up"], ["--shape", "x=1x4x3x4x5"]])
+def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[str]) -> None:
+    result = invoke("inspect", folder, *words)
+    assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
+
+
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
     held = of_json(invoke("inspect", folder / "model", "--json"))
     assert list(held) == ["node_convolution", "node_convolution_1", "node_convolution_2"]

@@ -479,6 +479,13 @@ def test_the_way_out_of_dynamic_sizes() -> None:
     assert found.spec == ConvTranspose3d.parse("in=Nx1x3x4x2 co=1 k=2 bias=0")
 
 
+def test_an_input_that_is_no_tensor_has_no_shape() -> None:
+    model = one_node((1, 2, "D", "H", "W"), (2, 3, 2, 2, 2))
+    model.graph.input.append(helper.make_tensor_sequence_value_info("several", TensorProto.FLOAT, None))
+    with pytest.raises(ModelError, match="input several is no tensor"):
+        find(model, shapes={"several": (1, 2, 3, 3, 3)})
+
+
 def computing_its_shape(opset: int) -> onnx.ModelProto:
     """A model that folds X for a while, as exporters write a GroupNorm."""
     return parser.parse_model(

@@ -193,6 +193,8 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
         shape = _sizes(name, sizes)
         if name not in inputs:
             raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
+        if not inputs[name].type.HasField("tensor_type"):
+            raise ModelError(f"input {name} is no tensor, and has no shape; leave it out")
         dimensions = inputs[name].type.tensor_type.shape.dim
         if inputs[name].type.tensor_type.HasField("shape") and len(dimensions) != len(shape):
             raise ModelError(f"input {name} has {len(dimensions)} axes, but {len(shape)} sizes were given for it")
