@@ -479,6 +479,26 @@ def test_the_way_out_of_dynamic_sizes() -> None:
     assert found.spec == ConvTranspose3d.parse("in=Nx1x3x4x2 co=1 k=2 bias=0")
 
 
+def test_sizes_that_a_model_does_not_take_are_the_reason() -> None:
+    """5 rows are halved and doubled, and do not meet the 5 that were set aside."""
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,1,D,8,8] X) => (float[1,1,a,b,c] Y)
+        <float[1,1,2,2,2] W = {1,1,1,1,1,1,1,1}, float[2,1,2,2,2] V = {1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}> {
+            down = MaxPool <kernel_shape = [2,2,2], strides = [2,2,2]> (X)
+            up = ConvTranspose <strides = [2,2,2]> (down, W)
+            both = Concat <axis = 1> (X, up)
+            Y = ConvTranspose <strides = [2,2,2]> (both, V)
+        }"""
+    )
+    first, second = find(model, shapes={"X": (1, 1, 5, 8, 8)})
+    assert first.spec is not None
+    assert second.reason is not None
+    assert "does not take the shapes that were given" in second.reason
+    assert "Concat" in second.reason
+    assert all(found.spec is not None for found in find(model, shapes={"X": (1, 1, 6, 8, 8)}))
+
+
 def test_an_input_that_is_no_tensor_has_no_shape() -> None:
     model = one_node((1, 2, "D", "H", "W"), (2, 3, 2, 2, 2))
     model.graph.input.append(helper.make_tensor_sequence_value_info("several", TensorProto.FLOAT, None))

@@ -101,6 +101,9 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
         ]
+        if shapes and any(f.spec is None for f in found) and (said := _objection(outline)):
+            why = f"the model does not take the shapes that were given: {said}"
+            found = [f if f.spec is not None else replace(f, reason=f"{why}; {f.reason}") for f in found]
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
@@ -283,6 +286,15 @@ def _inline(outline: onnx.ModelProto) -> onnx.ModelProto:
 
 def _infer(outline: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(outline, data_prop=True)
+
+
+def _objection(outline: onnx.ModelProto) -> str | None:
+    """Return what inference finds wrong, where it is content to leave shapes unknown otherwise."""
+    try:
+        onnx.shape_inference.infer_shapes(outline, data_prop=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        return _first_line(error)
+    return None
 
 
 def _first_line(error: Exception) -> str:
