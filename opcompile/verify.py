@@ -491,6 +491,21 @@ def ask_golden(
     )
 
 
+def _require_arguments(artifact: object, seed: object, engines: object) -> None:
+    """Raise `CallError` for what is no question to `verify`."""
+    if isinstance(engines, str) or not isinstance(engines, Sequence):
+        raise CallError(f"engines is of type {type(engines).__name__}, but must be a list; put it into one")
+    unknown = sorted(str(engine) for engine in engines if engine not in ENGINES)
+    if unknown or not engines:
+        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    if isinstance(artifact, (str, os.PathLike)):
+        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
+    if not hasattr(artifact, "manifest"):
+        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
+    if not isinstance(seed, int) or seed < 0:
+        raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
+
+
 def verify(
     artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
 ) -> Report:
@@ -503,13 +518,7 @@ def verify(
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
     """
-    unknown = sorted(set(engines) - set(ENGINES))
-    if unknown or not engines:
-        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
-    if isinstance(artifact, (str, os.PathLike)):
-        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
-    if not hasattr(artifact, "manifest"):
-        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
+    _require_arguments(artifact, seed, engines)
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 

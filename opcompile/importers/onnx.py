@@ -217,10 +217,10 @@ def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:
         sizes = [size if isinstance(size, str) else index(size) for size in given]
     except TypeError:
         sizes = []
-    if isinstance(given, str) or not sizes or any(not isinstance(size, str) and size < 1 for size in sizes):
+    if isinstance(given, str) or not sizes or not all(isinstance(size, str) or 1 <= size < 2**63 for size in sizes):
         raise CallError(
-            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, or the "
-            "name of an open one, like (1, 4, 32, 32, 32)"
+            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, below "
+            "2**63, or the name of an open one, like (1, 4, 32, 32, 32)"
         )
     return sizes
 
