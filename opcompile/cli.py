@@ -591,8 +591,11 @@ def bench(
             yield summary.table(reports)
 
     _emit(as_json, content, shown)
-    if at_least is None:
-        return 0
+    return 0 if at_least is None else _judged(reports, at_least)
+
+
+def _judged(reports: dict[str, BenchReport], at_least: float) -> int:
+    """Return the exit code that --at-least asks for. Raises `EngineError` where it asks about nothing."""
     if any(report.slower_than(at_least) for report in reports.values()):
         return 1
     if alone := [name for name, report in reports.items() if report.best is None]:

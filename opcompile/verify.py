@@ -506,6 +506,14 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
         raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
 
 
+def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
+    """Yield what nobody is asked, for there is no right answer."""
+    if not finite:
+        yield NotAsked("the weights compiled in", "they hold infinities or NaN, for which there is no bound")
+    if not _largest_integer(spec):
+        yield NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32")
+
+
 def verify(
     artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
 ) -> Report:
@@ -534,9 +542,7 @@ def verify(
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
     threads = () if simulated or on_gpu else (1, max(2, cpus()))
     rows: list[Row] = []
-    not_asked: list[NotAsked] = []
-    if simulated:
-        not_asked.append(SIMULATED)
+    not_asked = [SIMULATED] if simulated else []
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:
@@ -545,12 +551,7 @@ def verify(
             versions["onnxruntime"] = runtime.version
         except EngineError as error:
             not_asked.append(NotAsked("onnxruntime", str(error)))
-    if not finite:
-        not_asked.append(
-            NotAsked("the weights compiled in", "they hold infinities or NaN, for which there is no bound")
-        )
-    if not _largest_integer(spec):
-        not_asked.append(NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32"))
+    not_asked += _unanswerable(spec, finite)
     try:
         for number, question in enumerate(questions):
             asked = _ask(artifact, question, own, runtime, np.random.default_rng([seed, number]), threads)
