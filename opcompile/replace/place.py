@@ -59,9 +59,16 @@ def require_replaceable(place: Path) -> None:
         ours = {REPORT, *report["files"]} if report["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    # one by one: it may be somebody's whole disk
-    present = (os.path.relpath(os.path.join(folder, n), place) for folder, _, names in os.walk(place) for n in names)
-    if foreign := sorted(islice((name for name in present if name not in ours), 3)):
+    if foreign := sorted(islice((name for name in _held(place) if name not in ours), 3)):
         raise ArtifactError(
             f"{place} holds {', '.join(foreign)}, which replace has not written; empty it, or name another place"
         )
+
+
+def _held(place: Path) -> Iterator[str]:
+    """Yield what is in ``place``, one by one: it may be somebody's whole disk. A folder counts where it is closed."""
+    closed: list[OSError] = []
+    for folder, inner, files in os.walk(place, onerror=closed.append):
+        links = [name for name in inner if os.path.islink(os.path.join(folder, name))]
+        yield from (os.path.relpath(os.path.join(folder, name), place) for name in (*files, *links))
+    yield from (os.path.relpath(error.filename, place) for error in closed)
