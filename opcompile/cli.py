@@ -899,9 +899,10 @@ def doctor(as_json: bool) -> int:
 def _one_artifact(directory: str) -> Path:
     from opcompile.index import INDEX, artifacts
 
+    places = artifacts(directory)
     if not (Path(directory) / INDEX).is_file():
         return Path(directory)
-    names = ", ".join(str(place) for place in artifacts(directory).values())
+    names = ", ".join(map(str, places.values()))
     raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them: {names}")
 
 

@@ -807,6 +807,18 @@ def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[st
     assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "run"])
+def test_what_replace_wrote_is_no_artifact(command: str, tmp_path: Path) -> None:
+    place = tmp_path / "replaced"
+    words = ["--no-verify", "--no-bench"]
+    assert invoke("replace", MODELS / "unet.onnx", "-o", place, *words).exit_code == 0
+    given = ["--x", "x.npy", "-o", "y.npy"] if command == "run" else []
+    result = invoke(command, place, *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "replace wrote" in result.stderr
+    assert "report.json" in result.stderr
+
+
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
     held = of_json(invoke("inspect", folder / "model", "--json"))
     assert list(held) == ["node_convolution", "node_convolution_1", "node_convolution_2"]
