@@ -499,6 +499,17 @@ def test_sizes_that_a_model_does_not_take_are_the_reason() -> None:
     assert all(found.spec is not None for found in find(model, shapes={"X": (1, 1, 6, 8, 8)}))
 
 
+def test_the_operator_that_hides_a_shape_is_named() -> None:
+    nodes = [
+        helper.make_node("QLinearLeakyRelu", ["X"], ["hidden"], domain="com.microsoft"),
+        helper.make_node("Relu", ["hidden"], ["behind"]),
+        helper.make_node("ConvTranspose", ["behind", "W"], ["Y"]),
+    ]
+    model = model_of(nodes, [value("X", (1, 2, 3, 3, 3))], [value("Y", None)], initializers=[tensor("W", WEIGHT)])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert "cannot be inferred, for nothing tells what com.microsoft.QLinearLeakyRelu writes" in reason_of(model)
+
+
 def test_an_input_that_is_no_tensor_has_no_shape() -> None:
     model = one_node((1, 2, "D", "H", "W"), (2, 3, 2, 2, 2))
     model.graph.input.append(helper.make_tensor_sequence_value_info("several", TensorProto.FLOAT, None))

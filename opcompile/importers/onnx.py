@@ -308,7 +308,8 @@ def _first_line(error: Exception) -> str:
 class _Value:
     """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown).
 
-    A constant that the model computes from others has the node that does, and what that reads.
+    A constant that the model computes from others has the node that does, and what that reads; a tensor without a shape
+    the operator where it was ``lost``.
     """
 
     name: str
@@ -316,6 +317,7 @@ class _Value:
     element_type: int
     shape: tuple[int | str, ...] | None
     computed: _Computed | None = None
+    lost: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,26 +335,35 @@ class _Scope:
     opset: int
     constants: ChainMap[str, onnx.TensorProto | _Computed | None]
     types: ChainMap[str, onnx.TypeProto.Tensor]
+    lost: ChainMap[str, str]
 
     @classmethod
     def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
         opset = next((int(i.version) for i in imports if i.domain in _ONNX_DOMAINS), 1)
-        return cls(opset, ChainMap(dict(tensors)), ChainMap())
+        return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap())
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
         """Return the scope of a graph's nodes before the first of them has run."""
         values = (*graph.input, *graph.value_info, *graph.output)
         types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
         constants = {t.name: t for t in graph.initializer}
-        return _Scope(self.opset, self.constants.new_child(constants), self.types.new_child(types))
+        return replace(
+            self,
+            constants=self.constants.new_child(constants),
+            types=self.types.new_child(types),
+            lost=self.lost.new_child(),
+        )
 
     def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
         """Return this scope for a graph inside whose inputs may have names that constants around it have, too."""
-        hidden = self.constants.new_child({value.name: None for value in inputs})
-        return _Scope(self.opset, hidden, self.types)
+        return replace(self, constants=self.constants.new_child({value.name: None for value in inputs}))
 
     def learn(self, node: onnx.NodeProto) -> None:
-        """Remember the output of a node that is a constant."""
+        """Remember the output of a node that is a constant, and the first operator whose outputs have no shape."""
+        for name in filter(None, node.output):
+            if self.value(name).shape is None:
+                first = next((self.lost[n] for n in node.input if n in self.lost), None)
+                self.lost[name] = first or f"{node.domain}.{node.op_type}".lstrip(".")
         if (tensor := stored(node)) is not None:
             self.constants[node.output[0]] = tensor
         elif folds(node) and all(self.constants.get(name) is not None for name in node.input if name):
@@ -367,9 +378,9 @@ class _Scope:
             return _Value(name, constant, constant.data_type, tuple(constant.dims))
         found = self.types.get(name)
         if found is None:
-            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant)
+            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant, self.lost.get(name))
         if not found.HasField("shape"):
-            return _Value(name, None, found.elem_type, None, constant)
+            return _Value(name, None, found.elem_type, None, constant, self.lost.get(name))
         return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
 
 
@@ -472,8 +483,9 @@ _WAY_OUT = "give the model's inputs sizes, by --shape NAME=NxCxDxHxW, in Python 
 
 def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
+        told = f", for nothing tells what {x.lost} writes" if x.lost else ""
         raise ModelError(
-            f"the shape of X ({x.name}) cannot be inferred; {_WAY_OUT}, and the outputs of operators that "
+            f"the shape of X ({x.name}) cannot be inferred{told}; {_WAY_OUT}, and the outputs of operators that "
             "ONNX does not define their shapes; those that the model computes are followed from opset 14 on, or once "
             "python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )
