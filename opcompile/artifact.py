@@ -187,6 +187,17 @@ def new_beside(place: Path) -> Path:
     return beside
 
 
+def require_room(place: Path) -> None:
+    """Raise `OSError` where no directory can be made beside ``place``, whose parents need not be there yet.
+
+    Nothing stays behind: not those parents either.
+    """
+    there = next((folder for folder in place.parents if folder.exists()), place)
+    probe = there / f".{place.name}.{uuid.uuid4().hex}"
+    probe.mkdir()
+    probe.rmdir()
+
+
 def require_replaceable(place: Path) -> None:
     """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
     before, objection = identity(place), _objection(place)

@@ -30,7 +30,7 @@ from opcompile.gradients.lower import lower as lower_gradient
 from opcompile.gradients.lower_gpu import LoweredGpuGradient
 from opcompile.gradients.lower_gpu import lower_gpu as lower_gpu_gradient
 from opcompile.gradients.runtime import GradientArtifact
-from opcompile.index import directory_names, require_place, write_index
+from opcompile.index import INDEX, directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.paths import checked_path
@@ -168,10 +168,10 @@ def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias:
         raise _unwritable(into, error) from error
 
 
-def _require_writable(place: Path) -> None:
-    """Raise `ArtifactError` where no directory can be made: before the work, not after it."""
+def _require_writable(place: Path, *, inside: bool = False) -> None:
+    """Raise `ArtifactError` where no directory can be made at ``place``, or in it: before the work, not after it."""
     try:
-        artifact.new_beside(place.resolve()).rmdir()
+        artifact.require_room(place.resolve() / INDEX if inside else place.resolve())
     except OSError as error:
         raise _unwritable(place, error) from error
 
@@ -276,7 +276,7 @@ def compile_all(
         artifact.require_replaceable(place)
     else:
         require_place(place, names)
-    _require_writable(place)
+    _require_writable(place, inside=not alone)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}
     built: list[Built] = []
     for number, (layer, name) in enumerate(zip(given.layers, names, strict=True)):

@@ -591,8 +591,11 @@ def bench(
             yield summary.table(reports)
 
     _emit(as_json, content, shown)
-    if at_least is None:
-        return 0
+    return 0 if at_least is None else _judged(reports, at_least)
+
+
+def _judged(reports: dict[str, BenchReport], at_least: float) -> int:
+    """Return the exit code that --at-least asks for. Raises `EngineError` where it asks about nothing."""
     if any(report.slower_than(at_least) for report in reports.values()):
         return 1
     if alone := [name for name, report in reports.items() if report.best is None]:
@@ -788,7 +791,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     from opcompile.index import artifacts
     from opcompile.source import read
 
-    if os.path.isdir(source):
+    if os.path.isdir(source) and not nodes and not shapes:
         return _inspect_artifacts(artifacts(source), as_json)
     given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
@@ -896,9 +899,10 @@ def doctor(as_json: bool) -> int:
 def _one_artifact(directory: str) -> Path:
     from opcompile.index import INDEX, artifacts
 
+    places = artifacts(directory)
     if not (Path(directory) / INDEX).is_file():
         return Path(directory)
-    names = ", ".join(str(place) for place in artifacts(directory).values())
+    names = ", ".join(map(str, places.values()))
     raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them: {names}")
 
 

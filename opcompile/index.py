@@ -18,6 +18,8 @@ from opcompile.errors import ArtifactError
 INDEX = "index.json"
 FORMAT = "opcompile-index"
 VERSION = 1
+# What the report of a directory says that `replace` wrote.
+REPLACED = "opcompile-replacement"
 # What a file browser leaves in a directory that was looked at: nobody's loss.
 LEFT_BY_BROWSERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _LONGEST = 80
@@ -80,11 +82,16 @@ def write_index(directory: Path, fields: dict[str, Any], layers: Sequence[dict[s
 def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Return the artifacts in ``directory`` by name: those its index lists, or else itself.
 
-    Whether they are artifacts is for `opcompile.load` to say. Raises `ArtifactError` for a corrupt index.
+    Whether they are artifacts is for `opcompile.load` to say. Raises `ArtifactError` for a corrupt index, and for what
+    `replace` wrote.
     """
     place = Path(directory)
     path = place / INDEX
     if not path.is_file():
+        if _is_replaced(place):
+            raise ArtifactError(
+                f"{place} holds a model that replace wrote, and no artifact; its report.json says how it was verified"
+            )
         return {place.name or str(place): place}
     try:
         content = json.loads(path.read_bytes())
@@ -103,3 +110,10 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
     if not listed:
         raise ArtifactError(f"{path} lists no artifact: no node of that model could be compiled")
     return {name: place / folder for name, folder in listed.items()}
+
+
+def _is_replaced(place: Path) -> bool:
+    try:
+        return bool(json.loads((place / "report.json").read_bytes())["format"] == REPLACED)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False

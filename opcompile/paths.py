@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,4 +16,10 @@ def checked_path(given: object, name: str) -> Path:
         raise CallError(f"{name} is of type {type(given).__name__}, but must be a path: a str or a pathlib.Path")
     if "\0" in text:
         raise CallError(f"{name} is {text!r}, but no path has a zero byte in it; leave it out")
-    return Path(text)
+    path = Path(text)
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CallError(f"{name} is {text!r}, links that lead back to themselves; name another path") from error
+    return path

@@ -421,22 +421,7 @@ class ConvTranspose3d:
         ``k`` are required. ``k s p op d`` take one value or three (``3x3x2``); a pad may be
         ``begin:end``. Raises `SpecError`.
         """
-        fields: dict[str, str] = {}
-        for word in _text("a layer", text, "in=1x64x12x16x32 co=64 k=3").split():
-            key, equals, value = word.partition("=")
-            if "," in word:
-                raise SpecError(f"{word!r} has a comma; put blanks between fields, and x between sizes")
-            if not equals or key not in _FIELDS:
-                hint = meant(key, _FIELDS, _OTHER_FIELDS, f"={value}") if equals else ""
-                raise SpecError(
-                    f"{word!r} is not a field of the form key=value; {hint}the keys are {' '.join(_FIELDS)}"
-                )
-            if key in fields:
-                raise SpecError(f"{key} is given twice; keep one of them")
-            fields[key] = value
-        for key in ("in", "co", "k"):
-            if key not in fields:
-                raise SpecError(f"{key}= is missing in {text!r}; write it like {_FIELDS[key]}")
+        fields = _fields_of(_text("a layer", text, "in=1x64x12x16x32 co=64 k=3"))
         sizes = fields["in"].split("x")
         if len(sizes) != 5:
             raise SpecError(f"in={fields['in']} has {len(sizes)} sizes, but must be NxCxDxHxW, like {_FIELDS['in']}")
@@ -528,6 +513,25 @@ def require_layer(spec: object) -> None:
     """Raise `CallError` for what is no layer, like its text."""
     if not isinstance(spec, ConvTranspose3d):
         raise CallError(f"the layer is a {type(spec).__name__}; read a text by ConvTranspose3d.parse first")
+
+
+def _fields_of(text: str) -> dict[str, str]:
+    """Return what the text form says of each key. Raises `SpecError`."""
+    fields: dict[str, str] = {}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        if "," in word:
+            raise SpecError(f"{word!r} has a comma; put blanks between fields, and x between sizes")
+        if not equals or key not in _FIELDS:
+            hint = meant(key, _FIELDS, _OTHER_FIELDS, f"={value}") if equals else ""
+            raise SpecError(f"{word!r} is not a field of the form key=value; {hint}the keys are {' '.join(_FIELDS)}")
+        if key in fields:
+            raise SpecError(f"{key} is given twice; keep one of them")
+        fields[key] = value
+    for key in ("in", "co", "k"):
+        if key not in fields:
+            raise SpecError(f"{key}= is missing in {text!r}; write it like {_FIELDS[key]}")
+    return fields
 
 
 def _text(what: str, given: object, example: str) -> str:

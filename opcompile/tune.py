@@ -136,7 +136,7 @@ def tune(
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
     _require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
-    folder = _writable(Path(into) if into is not None else own_folder())
+    folder = _writable(checked_path(into, "into") if into is not None else own_folder())
     from opcompile.lower import declaration_hash
     from schedules import llvm
 

@@ -21,6 +21,7 @@ from opcompile.farm import Farm
 from opcompile.gpus import GpuTarget, gpu_target, is_gpu
 from opcompile.job import JOB, Candidate, Job, LayerJob
 from opcompile.measure import FORMAT, Machine, measure
+from opcompile.paths import checked_path
 from opcompile.record import FORMAT as RECORD_FORMAT
 from opcompile.record import (
     Record,
@@ -101,7 +102,7 @@ def emit(
     Raises `SpecError` (a budget below one), `TargetError` (no CUDA target), `EngineError` (nvcc is missing, or
     compiles none of them), `ArtifactError` (``into`` holds something else, or cannot be written).
     """
-    machine, place = _cuda(target), Path(into).absolute()
+    machine, place = _cuda(target), checked_path(into, "into").absolute()
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
     made = _made(specs, machine, trials)
@@ -233,7 +234,7 @@ def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
     result, or that was measured on what this version declares in another way or does not schedule, and then none is
     written; `TargetError` where no candidate of a layer could be measured, when the other layers are recorded.
     """
-    path = Path(results).absolute()
+    path = checked_path(results, "results").absolute()
     content = read_object(path, "result", "give the file that `opcompile measure` wrote")
     if content.get("format") != FORMAT:
         raise RecordError(f"{path} is of format {content.get('format')!r}, and this version reads {FORMAT}; {_AGAIN}")
@@ -248,7 +249,7 @@ def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
     timed = [(spec, checked(path, c, spec, machine)) for spec, c in zip(specs, found, strict=True) if c["finals"]]
     for spec, record in timed:
         record.require_declaration(_declaration(spec, record))
-    folder = Path(into) if into is not None else own_folder()
+    folder = checked_path(into, "into") if into is not None else own_folder()
     records = [replace(record, path=write_record(record, folder, spec, machine)) for spec, record in timed]
     for layer, c in zip(job.layers, found, strict=True):
         if not c["finals"]:

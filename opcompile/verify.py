@@ -491,6 +491,29 @@ def ask_golden(
     )
 
 
+def _require_arguments(artifact: object, seed: object, engines: object) -> None:
+    """Raise `CallError` for what is no question to `verify`."""
+    if isinstance(engines, str) or not isinstance(engines, Sequence):
+        raise CallError(f"engines is of type {type(engines).__name__}, but must be a list; put it into one")
+    unknown = sorted(str(engine) for engine in engines if engine not in ENGINES)
+    if unknown or not engines:
+        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    if isinstance(artifact, (str, os.PathLike)):
+        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
+    if not hasattr(artifact, "manifest"):
+        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
+    if not isinstance(seed, int) or seed < 0:
+        raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
+
+
+def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
+    """Yield what nobody is asked, for there is no right answer."""
+    if not finite:
+        yield NotAsked("the weights compiled in", "they hold infinities or NaN, for which there is no bound")
+    if not _largest_integer(spec):
+        yield NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32")
+
+
 def verify(
     artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
 ) -> Report:
@@ -503,13 +526,7 @@ def verify(
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
     """
-    unknown = sorted(set(engines) - set(ENGINES))
-    if unknown or not engines:
-        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
-    if isinstance(artifact, (str, os.PathLike)):
-        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
-    if not hasattr(artifact, "manifest"):
-        raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
+    _require_arguments(artifact, seed, engines)
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 
@@ -525,9 +542,7 @@ def verify(
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
     threads = () if simulated or on_gpu else (1, max(2, cpus()))
     rows: list[Row] = []
-    not_asked: list[NotAsked] = []
-    if simulated:
-        not_asked.append(SIMULATED)
+    not_asked = [SIMULATED] if simulated else []
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:
@@ -536,12 +551,7 @@ def verify(
             versions["onnxruntime"] = runtime.version
         except EngineError as error:
             not_asked.append(NotAsked("onnxruntime", str(error)))
-    if not finite:
-        not_asked.append(
-            NotAsked("the weights compiled in", "they hold infinities or NaN, for which there is no bound")
-        )
-    if not _largest_integer(spec):
-        not_asked.append(NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32"))
+    not_asked += _unanswerable(spec, finite)
     try:
         for number, question in enumerate(questions):
             asked = _ask(artifact, question, own, runtime, np.random.default_rng([seed, number]), threads)

@@ -567,6 +567,45 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
         build.write(ConvTranspose3d.parse(LAYER), "llvm", "baseline", place)
 
 
+@pytest.mark.parametrize("command", ["compile", "replace"])
+def test_links_that_lead_back_are_no_place(command: str, tmp_path: Path) -> None:
+    (tmp_path / "there").symlink_to("back")
+    (tmp_path / "back").symlink_to("there")
+    result = invoke(command, MODELS / "unet.onnx", "-o", tmp_path / "there")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "links that lead back to themselves" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["replace", "{tmp}/none.onnx"], ["compile", LAYER, "--plan", "tuned"]])
+def test_what_fails_leaves_no_folder(words: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "new" / "place"
+    assert invoke(*(word.format(tmp=tmp_path) for word in words), "-o", place).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_ones_own_may_lie_in_one_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is compiled into it: nothing is written beside it."""
+    place = tmp_path / "mine"
+    place.mkdir()
+    make = Path.mkdir
+
+    def permitted(path: Path, *rest: Any, **words: Any) -> None:
+        if path.parent == tmp_path and path != place:
+            raise PermissionError(13, "Permission denied")
+        make(path, *rest, **words)
+
+    monkeypatch.setattr(Path, "mkdir", permitted)
+    assert invoke("compile", MODELS / "unet.onnx", "-o", place, "--no-verify").exit_code == 0
+    result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "theirs")
+    assert (result.exit_code, "Permission denied" in result.stderr) == (2, True)
+
+
+def test_a_whole_disk_is_not_walked_through() -> None:
+    result = invoke("replace", MODELS / "unet.onnx", "-o", "/")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "which replace has not written" in result.stderr
+
+
 def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcompile.artifact.link", raising(EngineError("no C compiler")))
     result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")
@@ -760,6 +799,24 @@ def test_inspect_a_layer_for_a_gpu(name: str) -> None:
     assert layer["target"] == name
     assert layer["workspace_bytes"] == 0
     assert any("threads" in line for line in layer["plan"]["why"])
+
+
+@pytest.mark.parametrize("words", [["--node", "up"], ["--shape", "x=1x4x3x4x5"]])
+def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[str]) -> None:
+    result = invoke("inspect", folder, *words)
+    assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "run"])
+def test_what_replace_wrote_is_no_artifact(command: str, tmp_path: Path) -> None:
+    place = tmp_path / "replaced"
+    words = ["--no-verify", "--no-bench"]
+    assert invoke("replace", MODELS / "unet.onnx", "-o", place, *words).exit_code == 0
+    given = ["--x", "x.npy", "-o", "y.npy"] if command == "run" else []
+    result = invoke(command, place, *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "replace wrote" in result.stderr
+    assert "report.json" in result.stderr
 
 
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:

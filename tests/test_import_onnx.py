@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opcompile.errors import CallError, ModelError
 from opcompile.graph import export_onnx, graph
 from opcompile.importers.onnx import Found, find
 from opcompile.reference import reference
+from opcompile.replace.survey import survey
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.verify import compare
 
@@ -246,6 +248,63 @@ def test_weights_computed_by_other_nodes_are_runtime_inputs() -> None:
     np.testing.assert_array_equal(found.bias, BIAS)
 
 
+def test_a_conversion_that_engines_make_in_their_own_ways_is_theirs() -> None:
+    """ONNX Runtime rounds to 4 bits, where ONNX's own evaluator cuts off."""
+    nodes = [
+        helper.make_node("Cast", ["a"], ["narrow"], to=TensorProto.INT4),
+        helper.make_node("Cast", ["narrow"], ["W"], to=TensorProto.FLOAT),
+    ]
+    found = only(layer(*nodes, initializers=[tensor("a", WEIGHT / 3), tensor("B", BIAS)]))
+    assert found.weight is None
+    assert found.spec is not None
+
+
+def doubling(steps: int) -> list[onnx.NodeProto]:
+    """Return nodes that compute W, each second one from two values that the one before computes."""
+    nodes = []
+    for i in range(steps):
+        nodes.append(helper.make_node("Cast", [f"s{i}"], [f"q{i}"], to=TensorProto.INT32))
+        nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}"], [f"s{i + 1}"]))
+    return [*nodes, helper.make_node("DequantizeLinear", ["a", f"s{steps}"], ["W"])]
+
+
+def copying(steps: int) -> list[onnx.NodeProto]:
+    names = ["copied", *(f"copy{i}" for i in range(steps - 1)), "W"]
+    return [helper.make_node("Identity", [a], [b]) for a, b in pairwise(names)]
+
+
+@pytest.mark.parametrize("nodes", [copying(3000), doubling(40)], ids=["a long way", "many ways"])
+def test_weights_a_long_way_from_constants_are_runtime_inputs(nodes: list[onnx.NodeProto], tmp_path: Path) -> None:
+    held = {"a": _EIGHTHS, "copied": WEIGHT, "s0": np.array(1, np.float32)}
+    model = layer(*nodes, initializers=[*(tensor(n, array) for n, array in held.items()), tensor("B", BIAS)])
+    found = only(model)
+    assert found.weight is None
+    assert found.spec is not None
+    onnx.save(model, tmp_path / "model.onnx")
+    _, (node,) = survey(tmp_path / "model.onnx")
+    assert (node.packed, node.weight) == (False, None)
+
+
+def test_an_input_of_a_body_is_not_the_constant_of_that_name(tmp_path: Path) -> None:
+    """ONNX Runtime takes what the Scan hands over."""
+    body = helper.make_graph(
+        [helper.make_node("ConvTranspose", ["X", "W"], ["Y"], name="up")],
+        "body",
+        [value("W", WEIGHT.shape)],
+        [value("Y", None)],
+    )
+    node = helper.make_node("Scan", ["all"], ["stacked"], body=body, num_scan_inputs=1)
+    held = [tensor("W", WEIGHT), tensor("all", np.stack([2 * WEIGHT, 3 * WEIGHT]))]
+    model = model_of([node], [value("X", (1, 2, 3, 3, 3))], [value("stacked", None)], initializers=held)
+    x = integers((1, 2, 3, 3, 3))
+    doubled, tripled = (reference(spec_of(model), x, factor * WEIGHT) for factor in (2, 3))
+    np.testing.assert_array_equal(run_onnxruntime(model, {"X": x})[0], np.stack([doubled, tripled]))
+    assert only(model).weight is None
+    onnx.save(model, tmp_path / "model.onnx")
+    _, (found,) = survey(tmp_path / "model.onnx")
+    assert found.weight is None
+
+
 def test_weights_that_arrive_at_run_time() -> None:
     found = only(one_node((1, 2, 3, 3, 3), (2, 3, 2, 2, 2), bias=3))
     assert found.spec == ConvTranspose3d.parse("in=1x2x3x3x3 co=3 k=2")
@@ -418,6 +477,44 @@ def test_the_way_out_of_dynamic_sizes() -> None:
     assert "in Python by shapes=" in reason_of(model)
     (found,) = find(model, shapes={"X": ("N", 1, 3, 4, 2)})
     assert found.spec == ConvTranspose3d.parse("in=Nx1x3x4x2 co=1 k=2 bias=0")
+
+
+def test_sizes_that_a_model_does_not_take_are_the_reason() -> None:
+    """5 rows are halved and doubled, and do not meet the 5 that were set aside."""
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,1,D,8,8] X) => (float[1,1,a,b,c] Y)
+        <float[1,1,2,2,2] W = {1,1,1,1,1,1,1,1}, float[2,1,2,2,2] V = {1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}> {
+            down = MaxPool <kernel_shape = [2,2,2], strides = [2,2,2]> (X)
+            up = ConvTranspose <strides = [2,2,2]> (down, W)
+            both = Concat <axis = 1> (X, up)
+            Y = ConvTranspose <strides = [2,2,2]> (both, V)
+        }"""
+    )
+    first, second = find(model, shapes={"X": (1, 1, 5, 8, 8)})
+    assert first.spec is not None
+    assert second.reason is not None
+    assert "does not take the shapes that were given" in second.reason
+    assert "Concat" in second.reason
+    assert all(found.spec is not None for found in find(model, shapes={"X": (1, 1, 6, 8, 8)}))
+
+
+def test_the_operator_that_hides_a_shape_is_named() -> None:
+    nodes = [
+        helper.make_node("QLinearLeakyRelu", ["X"], ["hidden"], domain="com.microsoft"),
+        helper.make_node("Relu", ["hidden"], ["behind"]),
+        helper.make_node("ConvTranspose", ["behind", "W"], ["Y"]),
+    ]
+    model = model_of(nodes, [value("X", (1, 2, 3, 3, 3))], [value("Y", None)], initializers=[tensor("W", WEIGHT)])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert "cannot be inferred, for nothing tells what com.microsoft.QLinearLeakyRelu writes" in reason_of(model)
+
+
+def test_an_input_that_is_no_tensor_has_no_shape() -> None:
+    model = one_node((1, 2, "D", "H", "W"), (2, 3, 2, 2, 2))
+    model.graph.input.append(helper.make_tensor_sequence_value_info("several", TensorProto.FLOAT, None))
+    with pytest.raises(ModelError, match="input several is no tensor"):
+        find(model, shapes={"several": (1, 2, 3, 3, 3)})
 
 
 def computing_its_shape(opset: int) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace as changed
 from pathlib import Path
@@ -18,6 +19,7 @@ from opcompile.cli import cli
 from opcompile.errors import ArtifactError, CallError, ModelError
 from opcompile.replace import calls, job, library
 from opcompile.replace.job import Job
+from opcompile.replace.place import require_replaceable
 from opcompile.replace.report import Report
 from opcompile.replace.sessions import Session
 from opcompile.target import cores, target
@@ -719,6 +721,28 @@ def test_bad_words(tmp_path: Path) -> None:
     with pytest.raises(CallError, match="no library that replace has written"):
         calls(path)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_looked_into_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "locked").mkdir(parents=True)
+    look = os.scandir
+
+    def permitted(path: str) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", permitted)
+    with pytest.raises(ArtifactError, match="holds locked, which replace has not written"):
+        require_replaceable(tmp_path / "out")
+
+
+def test_a_link_to_a_folder_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="holds link, which replace has not written"):
+        require_replaceable(tmp_path / "out")
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/out", "file/out"])

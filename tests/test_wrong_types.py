@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,8 @@ import opcompile
 from opcompile.errors import OpcompileError
 
 LAYER = opcompile.ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=2")
+# all that is looked at before the words beside it
+HERE = SimpleNamespace(manifest={})
 UNET = Path(__file__).parent / "models" / "unet.onnx"
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "parse": (lambda: opcompile.ConvTranspose3d.parse(None), "read from a str like 'in=1x64.* of type NoneType"),
@@ -25,6 +28,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "find": (lambda: opcompile.find(LAYER), "the model is of type ConvTranspose3d, but must be a path"),
     "shapes": (lambda: opcompile.find(UNET, shapes=[1]), r"shapes is \[1\], but must name each input"),
     "sizes": (lambda: opcompile.find(UNET, shapes={"x": (1, 1, 8.0, 8, 8)}), "whole number of at least 1 for each"),
+    "above": (lambda: opcompile.find(UNET, shapes={"x": (1, 1, 2**63, 8, 8)}), "whole number of at least 1 for each"),
     "text": (lambda: opcompile.find(UNET, shapes={"x": "1x1x8x8x8"}), "whole number of at least 1 for each"),
     "below": (lambda: opcompile.find(UNET, shapes={"x": (1, 1, 0, 8, 8)}), "whole number of at least 1 for each"),
     "replace": (lambda: opcompile.replace(None, "out"), "model is of type NoneType, but must be a path"),
@@ -33,6 +37,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "seconds": (lambda: opcompile.replace(UNET, "out", seconds="1"), "seconds is '1', but must be a number"),
     "plan": (lambda: opcompile.replace(UNET, "out", plan="fast"), "plan 'fast' is unknown; use best"),
     "verify": (lambda: opcompile.verify(LAYER), "a ConvTranspose3d cannot be verified; opcompile.compile and load"),
+    "engines": (lambda: opcompile.verify(HERE, engines=3), "engines is of type int, but must be a list"),
+    "engine": (lambda: opcompile.verify(HERE, engines="reference"), "engines is of type str, but must be a list"),
+    "seed": (lambda: opcompile.verify(HERE, seed="one"), "seed is 'one', but must be a whole number of at least 0"),
+    "below zero": (lambda: opcompile.replace(UNET, "out", seed=-1), "seed is -1, but must be a whole number"),
+    "tuned into": (lambda: opcompile.tune(LAYER, into=3), "into is of type int, but must be a path"),
     "tracker": (lambda: opcompile.tune(LAYER, tracker=3, key="k"), "tracker 3 is not of the form HOST:PORT"),
     "work_dir": (lambda: opcompile.tune(LAYER, work_dir=3), "work_dir is of type int, but must be a path"),
 }

@@ -1,7 +1,8 @@
 """Constants that a model computes from others: weights behind a Cast from float16, or behind a DequantizeLinear.
 
 Only operators that cannot err are folded: those that move or convert elements, and the one product of a
-DequantizeLinear, which every engine rounds alike, as it does conversions. None makes many elements out of few.
+DequantizeLinear, which every engine rounds alike, as it does conversions to wider integers and to floats. To narrow
+integers and to texts each converts in its own way. None makes many elements out of few.
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ _DOMAINS = ("", "ai.onnx")
 _EVALUATED_SINCE = {"DequantizeLinear": 19}
 _STORED = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 _FOLDED = frozenset({"Cast", "DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_CONVERTED_ALIKE = frozenset(
+    getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT32", "INT64")
+)
+
+# So many nodes make one constant at most: no exporter writes more, and what is read twice is computed twice.
+MOST_FOLDED = 64
 
 
 def folds(node: onnx.NodeProto) -> bool:
     """Whether what a node writes is a constant if all that it reads are."""
-    return node.op_type in _FOLDED and node.domain in _DOMAINS and len(node.output) == 1
+    if node.op_type not in _FOLDED or node.domain not in _DOMAINS or len(node.output) != 1:
+        return False
+    return node.op_type != "Cast" or any(a.name == "to" and a.i in _CONVERTED_ALIKE for a in node.attribute)
 
 
 def stored(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
-from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.folding import MOST_FOLDED, fold, folds, stored
 from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
@@ -101,6 +101,9 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
         ]
+        if shapes and any(f.spec is None for f in found) and (said := _objection(outline)):
+            why = f"the model does not take the shapes that were given: {said}"
+            found = [f if f.spec is not None else replace(f, reason=f"{why}; {f.reason}") for f in found]
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
@@ -193,6 +196,8 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
         shape = _sizes(name, sizes)
         if name not in inputs:
             raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
+        if not inputs[name].type.HasField("tensor_type"):
+            raise ModelError(f"input {name} is no tensor, and has no shape; leave it out")
         dimensions = inputs[name].type.tensor_type.shape.dim
         if inputs[name].type.tensor_type.HasField("shape") and len(dimensions) != len(shape):
             raise ModelError(f"input {name} has {len(dimensions)} axes, but {len(shape)} sizes were given for it")
@@ -212,10 +217,10 @@ def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:
         sizes = [size if isinstance(size, str) else index(size) for size in given]
     except TypeError:
         sizes = []
-    if isinstance(given, str) or not sizes or any(not isinstance(size, str) and size < 1 for size in sizes):
+    if isinstance(given, str) or not sizes or not all(isinstance(size, str) or 1 <= size < 2**63 for size in sizes):
         raise CallError(
-            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, or the "
-            "name of an open one, like (1, 4, 32, 32, 32)"
+            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, below "
+            "2**63, or the name of an open one, like (1, 4, 32, 32, 32)"
         )
     return sizes
 
@@ -283,6 +288,15 @@ def _infer(outline: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(outline, data_prop=True)
 
 
+def _objection(outline: onnx.ModelProto) -> str | None:
+    """Return what inference finds wrong, where it is content to leave shapes unknown otherwise."""
+    try:
+        onnx.shape_inference.infer_shapes(outline, data_prop=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        return _first_line(error)
+    return None
+
+
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
@@ -294,7 +308,8 @@ def _first_line(error: Exception) -> str:
 class _Value:
     """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown).
 
-    A constant that the model computes from others has the node that does, and what that reads.
+    A constant that the model computes from others has the node that does, and what that reads; a tensor without a shape
+    the operator where it was ``lost``.
     """
 
     name: str
@@ -302,6 +317,7 @@ class _Value:
     element_type: int
     shape: tuple[int | str, ...] | None
     computed: _Computed | None = None
+    lost: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +325,7 @@ class _Computed:
     node: onnx.NodeProto
     inputs: tuple[_Value, ...]
     opset: int
+    nodes: int  # this one, and those that compute what it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,28 +333,44 @@ class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
 
     opset: int
-    constants: ChainMap[str, onnx.TensorProto | _Computed]
+    constants: ChainMap[str, onnx.TensorProto | _Computed | None]
     types: ChainMap[str, onnx.TypeProto.Tensor]
+    lost: ChainMap[str, str]
 
     @classmethod
     def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
         opset = next((int(i.version) for i in imports if i.domain in _ONNX_DOMAINS), 1)
-        return cls(opset, ChainMap(dict(tensors)), ChainMap())
+        return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap())
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
         """Return the scope of a graph's nodes before the first of them has run."""
         values = (*graph.input, *graph.value_info, *graph.output)
         types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
         constants = {t.name: t for t in graph.initializer}
-        return _Scope(self.opset, self.constants.new_child(constants), self.types.new_child(types))
+        return replace(
+            self,
+            constants=self.constants.new_child(constants),
+            types=self.types.new_child(types),
+            lost=self.lost.new_child(),
+        )
+
+    def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
+        """Return this scope for a graph inside whose inputs may have names that constants around it have, too."""
+        return replace(self, constants=self.constants.new_child({value.name: None for value in inputs}))
 
     def learn(self, node: onnx.NodeProto) -> None:
-        """Remember the output of a node that is a constant."""
+        """Remember the output of a node that is a constant, and the first operator whose outputs have no shape."""
+        for name in filter(None, node.output):
+            if self.value(name).shape is None:
+                first = next((self.lost[n] for n in node.input if n in self.lost), None)
+                self.lost[name] = first or f"{node.domain}.{node.op_type}".lstrip(".")
         if (tensor := stored(node)) is not None:
             self.constants[node.output[0]] = tensor
-        elif folds(node) and all(name in self.constants for name in node.input if name):
+        elif folds(node) and all(self.constants.get(name) is not None for name in node.input if name):
             inputs = tuple(self.value(name) for name in node.input if name)
-            self.constants[node.output[0]] = _Computed(node, inputs, self.opset)
+            nodes = 1 + sum(v.computed.nodes for v in inputs if v.computed is not None)
+            if nodes <= MOST_FOLDED:
+                self.constants[node.output[0]] = _Computed(node, inputs, self.opset, nodes)
 
     def value(self, name: str) -> _Value:
         constant = self.constants.get(name)
@@ -345,9 +378,9 @@ class _Scope:
             return _Value(name, constant, constant.data_type, tuple(constant.dims))
         found = self.types.get(name)
         if found is None:
-            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant)
+            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant, self.lost.get(name))
         if not found.HasField("shape"):
-            return _Value(name, None, found.elem_type, None, constant)
+            return _Value(name, None, found.elem_type, None, constant, self.lost.get(name))
         return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
 
 
@@ -363,7 +396,7 @@ def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodePro
             yield node, scope
         for attribute in node.attribute:
             for subgraph in _subgraphs(attribute):
-                yield from _nodes(subgraph, scope)
+                yield from _nodes(subgraph, scope.hiding(subgraph.input))
         scope.learn(node)
 
 
@@ -450,8 +483,9 @@ _WAY_OUT = "give the model's inputs sizes, by --shape NAME=NxCxDxHxW, in Python 
 
 def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
+        told = f", for nothing tells what {x.lost} writes" if x.lost else ""
         raise ModelError(
-            f"the shape of X ({x.name}) cannot be inferred; {_WAY_OUT}, and the outputs of operators that "
+            f"the shape of X ({x.name}) cannot be inferred{told}; {_WAY_OUT}, and the outputs of operators that "
             "ONNX does not define their shapes; those that the model computes are followed from opset 14 on, or once "
             "python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )

@@ -82,6 +82,8 @@ def replace(
         raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
     if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         raise CallError(f"seconds is {seconds!r}, but must be a number of at least 0")
+    if not isinstance(seed, int) or seed < 0:
+        raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
     job = Job(
         model=checked_path(model, "model"),
         into=checked_path(into, "into"),

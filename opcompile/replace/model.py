@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from opcompile.errors import ModelError
-from opcompile.importers.folding import fold, folds, stored
+from opcompile.importers.folding import MOST_FOLDED, fold, folds, stored
 from opcompile.importers.order import reads
 
 # Before this version every initializer is an input of the graph as well, and still a constant.
@@ -88,23 +88,29 @@ class Model:
 
     def constant(self, name: str, graph: Graph) -> NDArray[Any] | None:
         """Return the data of a value that no caller can change, None for any other. Raises `ModelError`."""
-        return self._constant(name, (*graph.outer, graph.proto))
+        return self._constant(name, (*graph.outer, graph.proto), iter(range(MOST_FOLDED)))
 
-    def _constant(self, name: str, graphs: Sequence[onnx.GraphProto]) -> NDArray[Any] | None:
+    def _constant(self, name: str, graphs: Sequence[onnx.GraphProto], left: Iterator[int]) -> NDArray[Any] | None:
         if name in self.overridable:
             return None
         for graph in reversed(graphs):
             for tensor in graph.initializer:
                 if tensor.name == name:
                     return self._array(name, tensor)
+            if any(value.name == name for value in graph.input):
+                return None
             for node in graph.node:
                 if name in node.output:
-                    return self._of_node(node, graphs)
+                    return self._of_node(node, graphs, left)
         return None
 
-    def _of_node(self, node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> NDArray[Any] | None:
+    def _of_node(
+        self, node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto], left: Iterator[int]
+    ) -> NDArray[Any] | None:
         if folds(node):
-            inputs = [self._constant(name, graphs) for name in node.input if name]
+            if next(left, None) is None:
+                return None
+            inputs = [self._constant(name, graphs, left) for name in node.input if name]
             known = [array for array in inputs if array is not None]
             return fold(node, known, self.opset) if len(known) == len(inputs) else None
         tensor = stored(node)

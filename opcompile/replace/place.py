@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
-from opcompile.artifact import new_beside, put
+from opcompile.artifact import new_beside, put, require_room
 from opcompile.errors import ArtifactError
 from opcompile.replace.report import FORMAT
 
@@ -18,13 +20,16 @@ LIBRARY = "opcompile_ops.so"
 
 def require_place(place: Path) -> None:
     """Raise `ArtifactError` where ``place`` cannot be written, or must not be: before long work, not after it."""
-    _beside(place.resolve()).rmdir()
-
-
-def _beside(place: Path) -> Path:
+    place = place.resolve()
     require_replaceable(place)
+    with _said(place):
+        require_room(place)
+
+
+@contextmanager
+def _said(place: Path) -> Iterator[None]:
     try:
-        return new_beside(place)
+        yield
     except OSError as error:
         raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name a directory of yours") from error
 
@@ -33,7 +38,9 @@ def _beside(place: Path) -> Path:
 def written(place: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``place`` when the block ends well. Raises `ArtifactError`."""
     place = place.resolve()
-    beside = _beside(place)
+    require_replaceable(place)
+    with _said(place):
+        beside = new_beside(place)
     try:
         yield beside
         put(beside, place, require_replaceable)
@@ -47,16 +54,21 @@ def require_replaceable(place: Path) -> None:
         return
     if not place.is_dir():
         raise ArtifactError(f"{place} is a file, and a model is replaced into a directory; name another place")
-    present = {str(path.relative_to(place)) for path in place.rglob("*") if not path.is_dir()}
-    if not present:
-        return
     try:
         report = json.loads((place / REPORT).read_bytes())
         ours = {REPORT, *report["files"]} if report["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    foreign = sorted(present - ours)
-    if foreign:
+    if foreign := sorted(islice((name for name in _held(place) if name not in ours), 3)):
         raise ArtifactError(
-            f"{place} holds {', '.join(foreign[:3])}, which replace has not written; empty it, or name another place"
+            f"{place} holds {', '.join(foreign)}, which replace has not written; empty it, or name another place"
         )
+
+
+def _held(place: Path) -> Iterator[str]:
+    """Yield what is in ``place``, one by one: it may be somebody's whole disk. A folder counts where it is closed."""
+    closed: list[OSError] = []
+    for folder, inner, files in os.walk(place, onerror=closed.append):
+        links = [name for name in inner if os.path.islink(os.path.join(folder, name))]
+        yield from (os.path.relpath(os.path.join(folder, name), place) for name in (*files, *links))
+    yield from (os.path.relpath(error.filename, place) for error in closed)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile.bench import OWN_CPU, Ratio
 from opcompile.bounds import Check
+from opcompile.index import REPLACED
 from opcompile.units import binary, duration
 from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-FORMAT = "opcompile-replacement"
+FORMAT = REPLACED
 VERSION = 1
 
 
