@@ -66,17 +66,13 @@ def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
 
 
 def _workspaces_of_threads(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    """Let a thread allocate before its first task what each of its tasks would allocate, but for one workspace.
-
-    Where nothing is called between tasks, LLVM keeps the indices of shuffles in registers throughout, and sums of the
-    register tile on the stack.
-    """
+    """Let a thread allocate before its first task what each of its tasks would allocate."""
     zero = tirx.const(0, "int32")
 
     def hoisted(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.PARALLEL or not isinstance(loop.body, tirx.SeqStmt):
             return loop
-        workspaces = [i for i, each in enumerate(loop.body.seq) if _is_workspace(each)][1:]
+        workspaces = [i for i, each in enumerate(loop.body.seq) if _is_workspace(each)]
         if not workspaces:
             return loop
         of_task = [each for i, each in enumerate(loop.body.seq) if i not in workspaces]

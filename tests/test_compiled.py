@@ -33,7 +33,7 @@ def allocated(statements: Sequence[tirx.Stmt]) -> int:
     return sum(buffer.scope() == "global" for buffer in buffers)
 
 
-def test_threads_allocate_workspaces_once_and_tasks_one() -> None:
+def test_threads_allocate_workspaces_and_tasks_none() -> None:
     cpu = tvm.target.Target(MACHINE.tvm())
     function = kernel("L34-mednext-up0")[KERNEL].with_attr("target", cpu.with_host(cpu))
     passes, _, _ = get_tir_pipeline("opcompile")
@@ -42,7 +42,8 @@ def test_threads_allocate_workspaces_once_and_tasks_one() -> None:
     threads = [at for at in every(tirx.AttrStmt, function.body) if at.attr_key == "pragma_parallel_launch_point"]
     # the copy of X, and eight phases
     assert allocated(threads) == 1 + 8
-    assert allocated(tasks) == 1
+    assert tasks
+    assert allocated(tasks) == 0
 
 
 @pytest.mark.parametrize("layer", ["L14-swinunetr-dec1", "L34-mednext-up0", "L18-3dgan-layer1"])
