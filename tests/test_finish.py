@@ -382,7 +382,7 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     assert bool(of_w) == (not more)  # a task has widened its weights, and reads them where it put them
     for element in of_w:
         assert words(Analyzer().simplify(element.indices[8])).endswith("+ 64")
-        assert bool(weights_asked_for(spec, vector, copy="task")) == (not more), "beside X of the next task"
+    assert bool(weights_asked_for(spec, vector, copy="task")) == (not more), "beside X of the next task"
     small = ConvTranspose3d.parse("in=1x64x4x6x32 co=32 k=2 s=2")  # 64 KiB
     row = ConvTranspose3d.parse("in=1x512x1x1x20 co=256 k=2 s=2")
     for columns in (10, 20):  # each weight is read twice, and once
