@@ -20,7 +20,7 @@ from tvm_ffi import structural_map
 
 from opcompile.target import Target
 from schedules.imported import importing
-from schedules.statements import in_turn
+from schedules.statements import in_turn, with_turns
 
 # All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
 _MOST_ON_STACK = 4096
@@ -76,7 +76,7 @@ def _workspaces_of_threads(function: tirx.PrimFunc, _module: tvm.IRModule, _cont
         if not workspaces:
             return loop
         of_task = [each for i, each in enumerate(loop.body.seq) if i not in workspaces]
-        tasks = _with_body(loop, in_turn(of_task))
+        tasks = with_turns(loop, in_turn(of_task))
         of_thread = in_turn([*(loop.body.seq[i] for i in workspaces), tasks])
         return tirx.AttrStmt(zero, "pragma_parallel_launch_point", zero, of_thread)
 
@@ -94,17 +94,13 @@ def _aligned_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
         if loop.kind != tirx.ForKind.PARALLEL:
             return loop
         call = tirx.Evaluate(tirx.call_extern("void", "opcompile_aligned_stack"))
-        return _with_body(loop, tirx.SeqStmt([call, loop.body]))
+        return with_turns(loop, tirx.SeqStmt([call, loop.body]))
 
     return function.with_body(importing(structural_map(function.body, (tirx.For, aligned)), _ALIGNED_STACK))
 
 
 def _is_workspace(statement: tirx.Stmt) -> bool:
     return isinstance(statement, tirx.AllocBuffer) and statement.buffer.scope() == "global"
-
-
-def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body)
 
 
 def _pipeline() -> tuple[Any, Any, Any]:

@@ -30,6 +30,7 @@ from opcompile.runtime import own_weights
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
+from opcompile.target import cores
 from schedules.counted import counted
 
 if TYPE_CHECKING:
@@ -381,14 +382,9 @@ def first_line(error: BaseException) -> str:
 # --- the questions, one after the other ---
 
 
-def cpus() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def here() -> str:
     """Name this machine, for a report."""
-    return f"{platform.machine()} {platform.system()}, {counted(cpus(), 'CPU')}, Python {platform.python_version()}"
+    return f"{platform.machine()} {platform.system()}, {counted(cores(), 'CPU')}, Python {platform.python_version()}"
 
 
 def _ours(
@@ -540,7 +536,7 @@ def verify(
     finite = all(np.isfinite(mine).all() for mine in known)
     rule, questions = input_sets(spec, bool(known) and finite)
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
-    threads = () if simulated or on_gpu else (1, max(2, cpus()))
+    threads = () if simulated or on_gpu else (1, max(2, cores()))
     rows: list[Row] = []
     not_asked = [SIMULATED] if simulated else []
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}

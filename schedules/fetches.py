@@ -11,7 +11,7 @@ from tvm import s_tir, tirx
 from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
-from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced
+from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
 from schedules.tiles import CACHE_LINE, joined, reach
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
             asked = [tirx.IfThenElse(tirx.floormod(share, sum(turns)) < lines, in_turn(asked), None)]
         fetches.append(asked)
         before += own
-    body = _with_fetches(task.body, several, iter(fetches))
-    return tirx.For(task.loop_var, task.min, task.extent, task.kind, body)
+    return with_turns(task, _with_fetches(task.body, several, iter(fetches)))
 
 
 def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, Any]:
@@ -190,13 +189,12 @@ def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[ti
         return statement
     if _asks(statement, several):
         return _beginning(statement, next(fetches)) if several else in_turn([*next(fetches), statement])
-    body, kept = _with_fetches(statement.body, several, fetches), statement.annotations
-    return tirx.For(statement.loop_var, statement.min, statement.extent, statement.kind, body, annotations=kept)
+    return with_turns(statement, _with_fetches(statement.body, several, fetches))
 
 
 def _beginning(loop: tirx.For, fetches: list[tirx.Stmt]) -> tirx.For:
     """The loop, whose turns begin with ``fetches``."""
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, in_turn([*fetches, loop.body]))
+    return with_turns(loop, in_turn([*fetches, loop.body]))
 
 
 def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:

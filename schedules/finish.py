@@ -17,7 +17,7 @@ from schedules import pairs, streams
 from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
-from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, over_channels, replaced
+from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, over_channels, replaced, with_turns
 from schedules.tiles import CACHE_LINE, joined, reach, weaves
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
             block.name_hint in (_WRITING, _ROW) for block in every(s_tir.SBlock, loop.body)
         ):
             return loop
-        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, in_turn([loop.body, streams.arrived()]))
+        return with_turns(loop, in_turn([loop.body, streams.arrived()]))
 
     function = structural_map(function, (tirx.Evaluate, asked))  # before there are others that name Y
     return structural_map(structural_map(function, (tirx.BufferStore, streamed)), (tirx.For, arrived))

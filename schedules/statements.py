@@ -52,6 +52,11 @@ def in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
 
 
+def with_turns(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
+    """The loop, each of its turns ``body``."""
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations)
+
+
 def replaced(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:
     """``tree`` with variables replaced."""
     return structural_map(tree, (tirx.Var, lambda var: values.get(var, var)))

@@ -23,7 +23,8 @@ from opcompile.gradients.runtime import Derivative, GradientArtifact
 from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
-from opcompile.verify import SIMULATED, NotAsked, Report, Row, cpus, distinct, here, stored
+from opcompile.target import cores
+from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, here, stored
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
@@ -181,7 +182,7 @@ def verify(artifact: Derivative, *, seed: int = 0) -> Report:
         artifact.require_gpu()
     started, gradient = time.perf_counter(), artifact.gradient
     rule, questions = _questions(gradient)
-    threads = (1, max(2, cpus())) if isinstance(artifact, GradientArtifact) else ()
+    threads = (1, max(2, cores())) if isinstance(artifact, GradientArtifact) else ()
     rows: list[Row] = []
     not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle alone judges it")]
     if isinstance(artifact, SimulatedGradient):
