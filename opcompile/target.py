@@ -125,15 +125,17 @@ _WIDE = ("-prefer-256-bit", "+prefer-no-gather", "+prefer-no-scatter")
 _SLP = "-slp-threshold:int=15"
 
 
-def _x86(mcpu: str, features: tuple[str, ...], l1: int, l2: int, fma_units: int = 2) -> Callable[[str], Target]:
+def _x86(
+    mcpu: str, features: tuple[str, ...], l1: int, l2: int, *, fma_units: int = 2, loading: float = 0.16
+) -> Callable[[str], Target]:
     vector_bytes, registers, fma_in_flight = (16, 16, 4)
     if "fma" in features:
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
-    caches, loading = (l1 * _KIB, l2 * _KIB), 0.16 * fma_units
+    caches = (l1 * _KIB, l2 * _KIB)
     machine = Machine(
-        vector_bytes, registers, fma_in_flight, *caches, fma_units=fma_units, streams=True, loading=loading
+        vector_bytes, registers, fma_in_flight, *caches, fma_units=fma_units, streams=True, loading=loading * fma_units
     )
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
@@ -159,7 +161,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "cascadelake": _x86("cascadelake", (*_V4, "avx512_vnni"), 32, 1024),
     "icelake-server": _x86("icelake-server", _ICELAKE, 48, 1280),
     "sapphirerapids": _x86("sapphirerapids", _SAPPHIRE, 48, 2048),
-    "znver3": _x86("znver3", _V3, 32, 512),
+    "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
@@ -172,6 +174,9 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "apple-m4": _arm("apple-m4", (), 128, 4096, 16, apple=True),
 }
 
+
+# What a generic name is on AMD's family 25.
+_ZEN = {"x86-64-v3": "znver3", "x86-64-v4": "znver4"}
 
 # The flag, and what the processor must list for it: an instruction that multiplies bfloat16.
 BF16 = "bf16"
@@ -258,9 +263,8 @@ def _this_machine() -> Target:
     """The widest instruction set that this machine has, with the numbers of its own processor where they differ."""
     name = _here()
     here = _NAMED[name]("llvm:" + name)
-    if here.machine.vector_bytes == 64 and (_cpuinfo("vendor_id"), _cpuinfo("cpu family")) == ("AuthenticAMD", "25"):
-        return replace(here, machine=_NAMED["znver4"](here.name).machine)
-    return here
+    own = _ZEN.get(name) if (_cpuinfo("vendor_id"), _cpuinfo("cpu family")) == ("AuthenticAMD", "25") else None
+    return replace(here, machine=_NAMED[own](here.name).machine) if own else here
 
 
 def _here() -> str:

@@ -12,7 +12,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, joined, reach
+from schedules.tiles import CACHE_LINE, joined, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -24,12 +24,16 @@ _CHANNELS_AHEAD = 4
 # Weights of no more bytes stay in the second cache; for no more elements of X, memory sends them as fast as it can.
 _NEAR = 512 << 10
 _FEW = 16
+# Each register tile of a band asks for the same weights: for more of them the asking costs more than the waiting.
+_MOST_TILES = 8
 # A loop of so many channels asks for X of its own: less for each would cost more than the products beside it.
 _SEVERAL = 8
 # So many lines may be asked for at a time; a core cannot wait for many more.
 _AT_ONCE = 8
+# A turn of a loop over channels may have so many multiply-adds: code grows with them.
+_OF_TURN = 64
 
-Ahead = Callable[[s_tir.SBlockRealize, list[tirx.For], "Tiles"], list[tirx.Stmt]]
+Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
 
 
@@ -43,6 +47,18 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
     if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
+
+
+def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
+    """How many channels, or pairs, a turn of the loop over them takes: those whose weights are one line.
+
+    A line is then asked for once. ``taps`` is how many the register tile unrolls.
+    """
+    if not _asks_for_weights(spec, t):
+        return 1
+    a_line = CACHE_LINE // (t.block * t.products * spec.itemsize)
+    most = min(a_line, _OF_TURN // (t.vectors * t.scalars * t.rows * taps))
+    return max(n for n in range(1, max(1, most) + 1) if t.chunk // t.products % n == 0)
 
 
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -73,7 +89,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
     if task.kind != tirx.ForKind.PARALLEL or alone:
         return task
     several = t.chunk // t.products >= _SEVERAL
-    loops = [_told_apart(loop, around, several) for loop, around in _sums(task.body, several, ())]
+    loops = [_told_apart(loop, around, several, t) for loop, around in _sums(task.body, several, ())]
     if not loops:  # no tap meets Y
         return task
     n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
@@ -86,18 +102,18 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         more, plane = _parted(rest, planes, channels)
         return fetch(x, (n, first_channel + channel + more, d + plane, h, at * (CACHE_LINE // spec.itemsize)))
 
-    turns = [math.prod(int(loop.extent) for loop in around) for _, around in loops]
-    of_turn = -(-lines // sum(turns))
-    if of_turn > _AT_ONCE:
+    turns = [math.prod(int(loop.extent) for loop in around) for *_, around in loops]
+    at_once = -(-lines // sum(turns))
+    if at_once > _AT_ONCE:
         return task
     fetches, before = [], 0
-    for (channel, around), own in zip(loops, turns, strict=True):
+    for (channel, of_turn, around), own in zip(loops, turns, strict=True):
         turn: Any = tirx.const(0, task.loop_var.ty.dtype)
         for loop in around:
             turn = turn * loop.extent + loop.loop_var
         share = (turn + before) * lines
-        first, pair = tirx.floordiv(share, sum(turns)), range(t.products if several else 1)
-        asked = [line(channel + j, first + i) for i in range(of_turn) for j in pair]
+        first = tirx.floordiv(share, sum(turns))
+        asked = [line(channel + j, first + i) for i in range(at_once) for j in range(of_turn)]
         if sum(turns) > lines:  # once for each: where channels lie a power of two apart, asking again evicts others
             asked = [tirx.IfThenElse(tirx.floormod(share, sum(turns)) < lines, in_turn(asked), None)]
         fetches.append(asked)
@@ -169,14 +185,23 @@ def _sums(statement: tirx.Stmt, several: bool, around: Loops) -> Iterator[tuple[
             yield from _sums(statement.body, several, (*around, statement))
 
 
-def _told_apart(loop: tirx.For, around: Loops, several: bool) -> tuple[Any, Loops]:
-    """The channel of a turn of the loop, and the loops that tell apart turns of the same channel; 0 and all, else."""
+def _told_apart(loop: tirx.For, around: Loops, several: bool, t: Tiles) -> tuple[Any, int, Loops]:
+    """The first channel of a turn of the loop, how many it takes, and the loops that tell apart turns of the same ones.
+
+    Channel 0, one and all loops where the loop is not over several channels.
+    """
     if not several:
-        return tirx.const(0, loop.loop_var.ty.dtype), around
+        return tirx.const(0, loop.loop_var.ty.dtype), 1, around
     adding, tile = over_channels(loop, ADDING_ANY)  # type: ignore[misc]
     channel = replaced(adding.iter_values[-1], begin(tile))
     of_channel = every(tirx.Var, channel)
-    return channel, tuple(each for each in around if not any(each.loop_var.same_as(var) for var in of_channel))
+    apart = tuple(each for each in around if not any(each.loop_var.same_as(var) for var in of_channel))
+    return channel, _of_turn(loop, t), apart
+
+
+def _of_turn(loop: tirx.For, t: Tiles) -> int:
+    """How many channels a turn of a loop over a chunk of them takes."""
+    return t.chunk // int(loop.extent)
 
 
 def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[tirx.Stmt]]) -> tirx.Stmt:
@@ -203,54 +228,62 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     channels = spec.channels_in // spec.groups
     if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
         ahead.append(_of_next_chunk)
-    several = math.prod(axis.size for axis in spec.axes) > _FEW
-    if several and channels > 1 and math.prod(spec.w_shape) * spec.itemsize > _NEAR:
+    if _asks_for_weights(spec, t):
         ahead.append(_of_next_tap)
     return ahead
 
 
+def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether loops over channels ask for weights: where they are far, and several positions share each, but few tiles."""
+    near = math.prod(spec.w_shape) * spec.itemsize <= _NEAR
+    few = math.prod(axis.size for axis in spec.axes) <= _FEW
+    # a task has widened them, and has them near
+    widened = spec.dtype != spec.sum_dtype and t.vector != "channels" and t.products == 1
+    many = tiles_of_band(spec, t) > _MOST_TILES
+    return not (near or few or widened or many) and spec.channels_in > spec.groups
+
+
 def _asking(loop: tirx.For, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
     """Where a loop goes through channels, ask for what comes later."""
-    found = over_channels(loop)
-    fetches = [fetch for ask in ahead for fetch in ask(*found, t)] if found else []
+    fetches = [fetch for ask in ahead for fetch in ask(loop, t)] if over_channels(loop) else []
     return _beginning(loop, fetches) if fetches else loop
 
 
-def _of_next_chunk(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+def _of_next_chunk(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     """Where the taps of a row begin, what they will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
     """
-    x, values = _first(adding, tile, "pad")
-    *_, tap_w, channel = (v.var for v in adding.block.iter_vars)
-    values[channel] = values[channel] + t.chunk
-    *line, first = _at(x, values)
+    block, x, values = _first(loop, "pad")
+    *_, tap_w, channel = (v.var for v in block.iter_vars)
     a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
-    asked = [fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
+    asked = []
+    for next_chunk in range(t.chunk, t.chunk + _of_turn(loop, t), t.products):
+        *line, first = _at(x, {**values, channel: values[channel] + next_chunk})
+        asked += [fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
     return [tirx.IfThenElse(values[tap_w] == 0, in_turn(asked), None)]
 
 
-def _of_next_tap(adding: s_tir.SBlockRealize, tile: list[tirx.For], t: Tiles) -> list[tirx.Stmt]:
+def _of_next_tap(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     """The weights of these channels for the next tap, which follow in memory.
 
     The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
     """
-    if all(read.source.name != "W" for read in adding.block.reads):  # a task has widened them, and has them near
-        return []
-    w, values = _first(adding, tile, "W")
-    g, block, *taps, channel, first = _at(w, values)[:10]
+    block, w, values = _first(loop, "W")
+    g, of_weights, *taps, channel, first = _at(w, values)[:10]
     rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
     channels = int(w.source.shape[8])
     blocks = range(t.vectors if t.vector == "channels" else 1)
-    return [fetch(w.source, [g, block + i, *taps, channel + channels, first, *rest]) for i in blocks]
+    return [fetch(w.source, [g, of_weights + i, *taps, channel + channels, first, *rest]) for i in blocks]
 
 
-def _first(adding: s_tir.SBlockRealize, tile: list[tirx.For], name: str) -> tuple[Any, dict[tirx.Var, Any]]:
-    """What the block reads of a buffer, and the block's variables where its register tile begins."""
+def _first(loop: tirx.For, name: str) -> tuple[s_tir.SBlock, Any, dict[tirx.Var, Any]]:
+    """The block in a loop over channels, what it reads of a buffer, and its variables where its register tile begins."""
+    adding, tile = over_channels(loop)  # type: ignore[misc]
     block = adding.block
     values = {v.var: replaced(i, begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
     (load,) = (load for load in every(TensorLoad, block.body.value) if load.source.name == name)
-    return load, values
+    return block, load, values
 
 
 def _at(load: Any, values: Mapping[tirx.Var, Any]) -> list[Any]:
@@ -261,7 +294,7 @@ def _at(load: Any, values: Mapping[tirx.Var, Any]) -> list[Any]:
 def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     """Where a vector of sums leaves its registers, ask for one line of Y into the second cache.
 
-    The phases of a row fill as many lines as they have vectors, and each vector asks for another one.
+    The vectors of all phases of a row fill the row: where each is a line, each asks for another one.
     """
     block = loop.body.block if isinstance(loop.body, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.VECTORIZED or block is None or not LEAVING.fullmatch(block.name_hint):
@@ -271,6 +304,8 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     if t.vector == "channels":
         m = m * t.lanes
     else:
+        if phase[2] * t.lanes * spec.itemsize % CACHE_LINE:  # in the line that the vector of an earlier phase asks for
+            return loop
         w = w + phase[2] * t.lanes // spec.axes[2].stride
     if t.line:
         of_row = reach(spec.axes[2])

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
+from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
 from schedules.tiles import MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, joined, reach
 
@@ -120,7 +121,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         if tiles.vector == "taps":
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
-            _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
+            _tile(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
     if phases and tiles.copy == "task":
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
@@ -134,7 +135,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        depth = 6 if tiles.vector == "taps" else 9
+        depth = 6 if tiles.vector == "taps" else 10
         sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
@@ -265,11 +266,14 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
         sch.annotate(side_by_side, VECTORS, [low, high, t.lanes])
 
 
-def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
+def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    c, c_in, *pair = sch.split(c, [None, t.chunk] if t.products == 1 else [None, t.chunk // t.products, t.products])
+    unrolls = t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent))
+    of_turn = channels_of_turn(spec, t, int(sch.get(t_h).extent) * int(sch.get(t_w).extent) if unrolls else 1)
+    pair = [t.products] if t.products > 1 else []
+    c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.vector == "channels":
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
@@ -281,9 +285,10 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     # the smaller side of factors stays in registers while the other passes by
     weights, elements = factors(t.vector, t.vectors, t.scalars, t.rows)
     tile = [h_in, w_in, m_in] if weights <= elements else [m_in, h_in, w_in]
-    if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
+    tile = [turn, *tile]
+    if unrolls:
         # the taps of a channel share vectors of X
-        tile = [t_h, t_w, *tile]
+        tile = [turn, t_h, t_w, *tile[1:]]
         sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane, *pair)
     else:
         sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane, *pair)

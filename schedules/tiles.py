@@ -207,6 +207,11 @@ def joined(spec: ConvTranspose3d, t: Tiles) -> int:
     return _Layer.of(spec, t.products).joined(t)
 
 
+def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many register tiles of a band multiply the same weights."""
+    return _Layer.of(spec, t.products).band(t) // (t.columns * t.rows)
+
+
 def weaves(axis: Axis) -> bool:
     """Whether rows of Y along ``axis`` are written in vectors of one element of each phase in turn."""
     return axis.out >= 2 * axis.stride and axis.stride <= MOST_WOVEN

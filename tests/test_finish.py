@@ -22,6 +22,7 @@ from opcompile.lower import KERNEL, scheduled
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, candidates
+from schedules.tiles import tiles_of_band
 
 MACHINE = target("llvm:x86-64-v4").machine
 LANES = MACHINE.vector_bytes // 4
@@ -211,6 +212,14 @@ def test_every_line_of_y_is_asked_for(vector: str, spans: dict[str, int]) -> Non
     assert every <= lines
 
 
+def test_a_line_of_y_is_asked_for_once_by_vectors_of_half_a_line() -> None:
+    spec = ConvTranspose3d.parse("in=1x2x2x3x32 co=2 k=2 s=2")
+    tiles = Tiles("row", 8, 2, 2, 1, 2, 1, 1, chunk=2, copy="task")
+    asked = Counter((m, d, h, w // 16) for _, m, d, h, w in asked_for(scheduled(spec, tiles)[KERNEL].body))
+    assert set(asked.values()) == {1}
+    assert len(asked) == math.prod(spec.y_shape) // 16
+
+
 @pytest.mark.parametrize(("vector", "asks"), [("channels", True), ("row", False)])
 def test_with_channels_last_only_vectors_of_channels_are_lines(vector: str, asks: bool) -> None:
     spec = ConvTranspose3d.parse("in=1x2x2x3x32 co=16 k=2 s=2 layout=NDHWC")
@@ -378,11 +387,15 @@ def test_y_is_asked_for_a_page_before_it_is_written() -> None:
 @pytest.mark.parametrize(("vector", "more"), [("channels", ""), ("line", ""), ("line", " dtype=float16")])
 def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, more: str) -> None:
     spec = ConvTranspose3d.parse("in=1x64x8x12x48 co=64 k=4 s=2 p=1" + more)
-    of_w = weights_asked_for(spec, vector)
+    a_row = {"rows": 1, "depth": 1, "height": 1, "bands_d": 1, "bands_h": 1, "bands_m": 1}
+    of_w = weights_asked_for(spec, vector, **a_row)
     assert bool(of_w) == (not more)  # a task has widened its weights, and reads them where it put them
     for element in of_w:
         assert words(Analyzer().simplify(element.indices[8])).endswith("+ 64")
-    assert bool(weights_asked_for(spec, vector, copy="task")) == (not more), "beside X of the next task"
+    assert bool(weights_asked_for(spec, vector, **a_row, copy="task")) == (not more), "beside X of the next task"
+    planes = {**a_row, "depth": 8, "height": 12}
+    assert tiles_of_band(spec, replace(tiles_of(spec, vector), **planes)) > 8
+    assert not weights_asked_for(spec, vector, **planes), "each of many tiles would ask"
     small = ConvTranspose3d.parse("in=1x64x4x6x32 co=32 k=2 s=2")  # 64 KiB
     row = ConvTranspose3d.parse("in=1x512x1x1x20 co=256 k=2 s=2")
     for columns in (10, 20):  # each weight is read twice, and once
@@ -391,6 +404,32 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     depthwise = ConvTranspose3d.parse("in=1x64x4x6x32 co=64 k=7 s=2 g=64")
     for spec, vectors in ((small, "channels"), (few, "channels"), (depthwise, "row")):
         assert not weights_asked_for(spec, vectors)
+
+
+@pytest.mark.parametrize(
+    ("vector", "vectors", "scalars", "dtype", "of_turn"),
+    [
+        ("channels", 3, 4, "float32", 2),  # of 32 bytes a channel
+        ("line", 2, 4, "float32", 4),  # of 16
+        ("line", 2, 6, "float32", 2),  # of 24
+        ("channels", 2, 6, "float16", 4),
+        ("line", 6, 2, "float32", 4),  # a turn of 8 channels would be long
+    ],
+)
+def test_a_line_of_weights_is_asked_for_once(vector: str, vectors: int, scalars: int, dtype: str, of_turn: int) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x64x4x2x16 co=96 k=5 s=2 p=2 dtype={dtype}")
+    task = vectors * 8 if vector == "channels" else scalars
+    tiles = Tiles(vector, 8, vectors, scalars, 1, task, 1, 1, chunk=64, copy="whole")  # type: ignore[arg-type]
+    body = scheduled(spec, tiles)[KERNEL].body
+    asked = [(e, loops) for at, loops in statements(body) if (e := fetched(at)) is not None and e.source.name == "W"]
+    assert len(asked) == math.prod(len(axis.phases) for axis in spec.axes) * (vectors if vector == "channels" else 1)
+    for element, loops in asked:
+        of_channels = loops[-1]
+        assert int(of_channels.extent) == 64 // of_turn
+        turns = [{loop.loop_var: tirx.const(0, "int64") for loop in loops} for _ in range(2)]
+        turns[1][of_channels.loop_var] = tirx.const(1, "int64")
+        channels = [int(Analyzer().simplify(_known(element.indices[8], turn))) for turn in turns]
+        assert channels == [64, 64 + of_turn]
 
 
 def weights_asked_for(spec: ConvTranspose3d, vector: str, **changed: Any) -> list[Any]:

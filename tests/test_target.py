@@ -70,6 +70,15 @@ def test_this_machine_knows_that_zen_4_halves_wide_vectors(
     assert (here.name, here.machine.fma_units) == ("llvm:x86-64-v4", units)
 
 
+@pytest.mark.parametrize(("vendor", "own"), [("AuthenticAMD", "znver3"), ("GenuineIntel", "x86-64-v3")])
+def test_this_machine_has_the_numbers_of_zen_3(monkeypatch: pytest.MonkeyPatch, vendor: str, own: str) -> None:
+    said = {"vendor_id": vendor, "cpu family": "25"}
+    monkeypatch.setattr(module, "_here", lambda: "x86-64-v3")
+    monkeypatch.setattr(module, "_cpuinfo", lambda name: said.get(name, ""))
+    here = target("llvm")
+    assert (here.name, here.machine) == ("llvm:x86-64-v3", target(f"llvm:{own}").machine)
+
+
 def test_a_feature_that_is_missing_is_named() -> None:
     wanting = replace(target("llvm"), features=("warp_drive",))
     assert not wanting.native
