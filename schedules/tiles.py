@@ -320,14 +320,17 @@ class _Layer:
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
-        more_h = self.reach[1] - self.height
-        rows = (t.height + more_h) * t.bands_h if t.line else t.height * t.bands_h + more_h
-        return self.itemsize * self.together * self.c * self.planes(t) * rows * self.reach[2]
+        return self.read(t, t.bands_d, t.bands_h)
 
-    def planes(self, t: Tiles) -> int:
-        """Planes of X that a task reads."""
-        _, planes, _ = t.of_task
-        return planes + self.reach[0] - self.depth
+    def read(self, t: Tiles, bands_d: int, bands_h: int) -> int:
+        """Bytes of X that so many bands of ``t`` read together."""
+        more_h = self.reach[1] - self.height
+        rows = (t.height + more_h) * bands_h if t.line else t.height * bands_h + more_h
+        return self.itemsize * self.together * self.c * self.planes(t.depth * bands_d) * rows * self.reach[2]
+
+    def planes(self, depth: int) -> int:
+        """Planes of X that ``depth`` planes of positions read."""
+        return depth + self.reach[0] - self.depth
 
     @property
     def flat(self) -> bool:
@@ -401,11 +404,12 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
             continue
         chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
-            tiles = Tiles(vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)  # type: ignore[arg-type]
-            tiles = replace(tiles, products=layer.products)
+            tile = (vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)
+            tiles = Tiles(*tile, products=layer.products)  # type: ignore[arg-type]
             if vector == "line" and columns >= layer.joined(tiles) * height * layer.reach[2] + lanes:
                 continue
-            whole = replace(tiles, task=_task(layer, machine, tiles))
+            task = _task(layer, machine, tiles)
+            whole = replace(tiles, task=task) if task > channels else tiles
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
                 yield whole
             yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))
@@ -455,9 +459,9 @@ def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
-    workspace = layer.held(t) + layer.widening(t) + layer.copied(t)
-    small = workspace <= layer.tensors // _SMALL and layer.held(t) <= machine.l2_bytes
-    return small and layer.tasks(t) >= machine.cores
+    if layer.tasks(t) < machine.cores or (held := layer.held(t)) > machine.l2_bytes:
+        return False
+    return held + layer.widening(t) + layer.copied(t) <= layer.tensors // _SMALL
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
@@ -483,12 +487,12 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     tiles = _over(layer.m, t.channels)
     if layer.whole_groups(t):
         return t.channels * tiles
-    a_tile = layer.held(t) + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c
-    fits = machine.l2_bytes // 2 // a_tile
-    small = (layer.tensors // _SMALL - layer.copied(t)) // (layer.held(t) + layer.widening(t))
+    held = layer.held(t)
+    fits = machine.l2_bytes // 2 // (held + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c)
+    small = (layer.tensors // _SMALL - layer.copied(t)) // (held + layer.widening(t))
     spread = layer.spans(t.depth, t.height) * tiles // machine.cores
     most = max(1, min(fits, small, spread))
-    return t.channels * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
+    return t.channels * max(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)
 
 
 def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
@@ -497,7 +501,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
     if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
     fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + CACHE_LINE)))
-    return max(n for n in range(1, layer.c + 1) if layer.c % n == 0 and n <= fits)
+    return max(n for n in range(1, min(layer.c, fits) + 1) if layer.c % n == 0)
 
 
 # --- what they cost ---
@@ -563,7 +567,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
     rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
-    band = layer.window(replace(t, bands_d=1, bands_h=1)) * (2 if t.copy == "task" else 1) + layer.held(t)
+    band = layer.read(t, 1, 1) * (2 if t.copy == "task" else 1) + layer.held(t)
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * layer.window(t)))
     a_phase = layer.itemsize * rows * layer.c * layer.width
@@ -583,7 +587,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
     # the rows of each channel and plane are in pages of their own
-    pages = layer.c * layer.planes(t) if layer.channels_first else 0
+    pages = layer.c * layer.planes(t.depth * t.bands_d) if layer.channels_first else 0
     # what the task before asked for is near, as far as the second cache holds both
     a_byte = 0.22
     if layer.channels_first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,11 @@ def spec_of(layer: str) -> ConvTranspose3d:
     return ConvTranspose3d.parse(f"{LAYERS.get(layer, layer)} dtype=bfloat16")
 
 
+candidates = lru_cache(llvm.candidates)
+
+
 def in_pairs(spec: ConvTranspose3d) -> list[Tiles]:
-    return [e.tiles for e in llvm.candidates(spec, FLAGGED.machine) if e.tiles.products == 2]
+    return [e.tiles for e in candidates(spec, FLAGGED.machine) if e.tiles.products == 2]
 
 
 def of_each_kind(spec: ConvTranspose3d) -> list[Tiles]:
@@ -176,7 +180,7 @@ def inner_loops(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("vector", ["channels", "row", "line"])
 def test_the_inner_loop_multiplies_pairs_in_registers(name: str, vector: str) -> None:
     spec = spec_of("in=1x64x8x16x32 co=64 k=3 s=2 p=1 op=1")
-    found = llvm.candidates(spec, target(name).machine)
+    found = candidates(spec, target(name).machine)
     # of 24 sums LLVM keeps two on the stack where vectors are channels, in float32 as well
     few = [e.tiles for e in found if e.tiles.vectors * e.tiles.scalars * e.tiles.rows <= 16]
     tiles = next(t for t in few if t.products == 2 and t.vector == vector)

@@ -40,7 +40,7 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
     return memory[first : first + count].reshape(shape), memory
 
 
-@pytest.mark.parametrize("on", [HERE, V3], ids=lambda on: on.name)
+@pytest.mark.parametrize("on", dict.fromkeys([HERE, V3]), ids=lambda on: on.name)
 @pytest.mark.parametrize(
     ("vector", "text"),
     [

@@ -20,7 +20,7 @@ from opcompile.lower import KERNEL, choose, declaration_hash, declared, grain, s
 from opcompile.record import PROVENANCE, Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
-from opcompile.trials import Progress, walk
+from opcompile.trials import Progress, apart, walk
 from opcompile.tune import decided, tune
 from schedules import llvm
 from schedules.llvm import space
@@ -323,6 +323,15 @@ def test_objects_for_a_server_to_link_can_be_measured(tmp_path: Path) -> None:
     assert library.endswith(".tar")
     answer = tuning._run(job(Path(library), 60) | {"arguments": [tuning._arguments(SPEC, RANKED[0])]})
     assert len(answer["times_us"][0]) == 1
+
+
+def test_a_measuring_process_imports_no_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch is imported')\n")
+    (tmp_path / "measuring.py").write_text(
+        "import tvm_ffi\nfrom opcompile.trials import answer\n\ndef main():\n    answer(lambda job: {'took': job})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert apart({"limit_s": 60}, "measuring", "candidate", {}) == {"took": {"limit_s": 60}}
 
 
 def test_what_compiles_too_long_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
