@@ -234,7 +234,7 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
 
 
 def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
-    """Whether loops over channels ask for weights: where they are far, and several positions share each, but few tiles."""
+    """Whether loops over channels ask for weights: where they are far, and shared by some positions, but few tiles."""
     near = math.prod(spec.w_shape) * spec.itemsize <= _NEAR
     few = math.prod(axis.size for axis in spec.axes) <= _FEW
     # a task has widened them, and has them near
@@ -254,8 +254,8 @@ def _of_next_chunk(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
     """
-    block, x, values = _first(loop, "pad")
-    *_, tap_w, channel = (v.var for v in block.iter_vars)
+    x, values = _first(loop, "pad")
+    *_, tap_w, channel = values
     a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
     asked = []
     for next_chunk in range(t.chunk, t.chunk + _of_turn(loop, t), t.products):
@@ -269,7 +269,7 @@ def _of_next_tap(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
 
     The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
     """
-    block, w, values = _first(loop, "W")
+    w, values = _first(loop, "W")
     g, of_weights, *taps, channel, first = _at(w, values)[:10]
     rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
     channels = int(w.source.shape[8])
@@ -277,13 +277,13 @@ def _of_next_tap(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     return [fetch(w.source, [g, of_weights + i, *taps, channel + channels, first, *rest]) for i in blocks]
 
 
-def _first(loop: tirx.For, name: str) -> tuple[s_tir.SBlock, Any, dict[tirx.Var, Any]]:
-    """The block in a loop over channels, what it reads of a buffer, and its variables where its register tile begins."""
+def _first(loop: tirx.For, name: str) -> tuple[Any, dict[tirx.Var, Any]]:
+    """What the block in a loop over channels reads of a buffer, and its variables where its register tile begins."""
     adding, tile = over_channels(loop)  # type: ignore[misc]
     block = adding.block
     values = {v.var: replaced(i, begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
     (load,) = (load for load in every(TensorLoad, block.body.value) if load.source.name == name)
-    return block, load, values
+    return load, values
 
 
 def _at(load: Any, values: Mapping[tirx.Var, Any]) -> list[Any]:
