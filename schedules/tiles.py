@@ -547,8 +547,9 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, posi
 def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positions: int) -> float:
     """Vectors of X are loaded where they begin, once for all weights of a tile; what tiles sum is added up later."""
     tiles = positions // t.columns * layer.m * layer.kernel // t.scalars
-    multiplying = max(sums, machine.fma_in_flight) / machine.fma_units
-    step = multiplying + 0.08 * machine.fma_units * (t.vectors + t.scalars)
+    # no more sums than hide the latency of one leave nothing to hide a load that is late
+    multiplying = max(sums, 1.25 * machine.fma_in_flight) / machine.fma_units
+    step = multiplying + machine.loading / 2 * (t.vectors + t.scalars)
     if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
         step += t.columns * layer.itemsize / 100
     return tiles * (layer.c * step + 6 * sums + 40)
