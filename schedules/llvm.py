@@ -270,8 +270,8 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    unrolls = t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent))
-    of_turn = channels_of_turn(spec, t, int(sch.get(t_h).extent) * int(sch.get(t_w).extent) if unrolls else 1)
+    taps = int(sch.get(t_h).extent) * int(sch.get(t_w).extent)
+    of_turn = channels_of_turn(spec, t, taps if t.unrolls(taps) else 1)
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.vector == "channels":
@@ -285,13 +285,13 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     # the smaller side of factors stays in registers while the other passes by
     weights, elements = factors(t.vector, t.vectors, t.scalars, t.rows)
     tile = [h_in, w_in, m_in] if weights <= elements else [m_in, h_in, w_in]
-    tile = [turn, *tile]
-    if unrolls:
+    if t.unrolls(taps):
         # the taps of a channel share vectors of X
-        tile = [turn, t_h, t_w, *tile[1:]]
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, c_in, *tile, lane, *pair)
+        tile, of_taps = [t_h, t_w, *tile], [t_d]
     else:
-        sch.reorder(n, g, *of_phases, *tiles, c, t_d, t_h, t_w, c_in, *tile, lane, *pair)
+        of_taps = [t_d, t_h, t_w]
+    tile = [turn, *tile]
+    sch.reorder(n, g, *of_phases, *tiles, c, *of_taps, c_in, *tile, lane, *pair)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)
