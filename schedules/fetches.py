@@ -12,7 +12,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, joined, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, joined, largest_divisor, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -31,7 +31,7 @@ _SEVERAL = 8
 # So many lines may be asked for at a time; a core cannot wait for many more.
 _AT_ONCE = 8
 # A turn of a loop over channels may have so many multiply-adds: code grows with them.
-_OF_TURN = 64
+_MOST_OF_TURN = 64
 
 Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
@@ -57,8 +57,8 @@ def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
     if not _asks_for_weights(spec, t):
         return 1
     a_line = CACHE_LINE // (t.block * t.products * spec.itemsize)
-    most = min(a_line, _OF_TURN // (t.vectors * t.scalars * t.rows * taps))
-    return max(n for n in range(1, max(1, most) + 1) if t.chunk // t.products % n == 0)
+    most = min(a_line, _MOST_OF_TURN // (t.vectors * t.scalars * t.rows * taps))
+    return largest_divisor(t.chunk // t.products, most)
 
 
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:

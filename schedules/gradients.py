@@ -26,6 +26,7 @@ from schedules.gradient_tiles import (
     input_candidates,
     weight_candidates,
 )
+from schedules.tiles import largest_divisor
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -103,7 +104,7 @@ def _of_input(sch: Schedule, layer: ConvTranspose3d, t: InputTiles) -> None:
     # after `parallel`, which refuses a decomposed block: sums start at the loops over channels and taps
     sch.decompose_reduction(total, sch.get_loops(total)[-9])
     if first:
-        _, few = sch.split(w, [None, _divisor(layer.axes[2].size, t.lanes)])
+        _, few = sch.split(w, [None, largest_divisor(layer.axes[2].size, t.lanes)])
         sch.unroll(few)
     if not in_turn:
         n, g, d, *_ = sch.get_loops(pad)
@@ -224,7 +225,9 @@ def _of_weight(sch: Schedule, layer: ConvTranspose3d, t: WeightTiles) -> None:
     sch.decompose_reduction(part, sums_begin)
     sch.decompose_reduction(total, sch.get_loops(total)[1])
     c, m, *taps = sch.get_loops(output)
-    c, c_in_block = sch.split(c, [None, _divisor(layer.channels_in // layer.groups, lanes) if in_channels else 1])
+    c, c_in_block = sch.split(
+        c, [None, largest_divisor(layer.channels_in // layer.groups, lanes) if in_channels else 1]
+    )
     m, m_in_turn = sch.split(m, [None, t.turn])
     sch.reorder(c, m, c_in_block, m_in_turn, *taps)
     _unroll_taps(sch, layer, taps)
@@ -309,8 +312,3 @@ def _unroll_taps(sch: Schedule, layer: ConvTranspose3d, taps: list[Any]) -> None
         count *= axis.kernel
         if count <= _MOST_UNROLLED:
             sch.unroll(loop)
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor of ``size`` up to ``most``."""
-    return max(n for n in range(1, most + 1) if size % n == 0)

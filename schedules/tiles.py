@@ -212,6 +212,11 @@ def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
     return _Layer.of(spec, t.products).band(t) // (t.columns * t.rows)
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is no more than ``most``, or 1."""
+    return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
+
+
 def weaves(axis: Axis) -> bool:
     """Whether rows of Y along ``axis`` are written in vectors of one element of each phase in turn."""
     return axis.out >= 2 * axis.stride and axis.stride <= MOST_WOVEN
@@ -492,7 +497,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     small = (layer.tensors // _SMALL - layer.copied(t)) // (held + layer.widening(t))
     spread = layer.spans(t.depth, t.height) * tiles // machine.cores
     most = max(1, min(fits, small, spread))
-    return t.channels * max(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)
+    return t.channels * largest_divisor(tiles, most)
 
 
 def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int) -> int:
@@ -501,7 +506,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
     if vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
     fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + CACHE_LINE)))
-    return max(n for n in range(1, min(layer.c, fits) + 1) if layer.c % n == 0)
+    return largest_divisor(layer.c, fits)
 
 
 # --- what they cost ---
