@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,13 @@ from opcompile.compiled import compiled
 from opcompile.lower import KERNEL, scheduled
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
-from schedules.llvm import Tiles, candidates
+from schedules import llvm
+from schedules.llvm import Tiles
 from schedules.tiles import tiles_of_band
 
 MACHINE = target("llvm:x86-64-v4").machine
 LANES = MACHINE.vector_bytes // 4
+candidates = lru_cache(llvm.candidates)
 
 
 def tiles_of(spec: ConvTranspose3d, vector: str) -> Tiles:
@@ -368,9 +371,10 @@ def x_asked_for(body: Any) -> dict[int, list[int]]:
         flat = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(element.indices))
         of_line = 64 // (DataType(element.source.dtype).bits // 8)
         places = [compile(words(Analyzer().simplify(each)), "X", "eval") for each in (flat, *tests)]
+        names = [str(loop.loop_var) for loop in loops]
         for turn in itertools.product(*(range(int(loop.extent)) for loop in loops)):
-            names = {str(loop.loop_var): i for loop, i in zip(loops, turn, strict=True)}
-            at_element, *asks = (eval(place, {"T": SimpleNamespace(max=max)}, names) for place in places)  # noqa: S307
+            known = {"T": SimpleNamespace(max=max), **dict(zip(names, turn, strict=True))}
+            at_element, *asks = (eval(place, known) for place in places)  # noqa: S307
             if all(asks):
                 asked.setdefault(turn[0], []).append(at_element // of_line)
     return asked
