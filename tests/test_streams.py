@@ -40,7 +40,8 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
     return memory[first : first + count].reshape(shape), memory
 
 
-@pytest.mark.parametrize("on", dict.fromkeys([HERE, V3]), ids=lambda on: on.name)
+# of each width of vectors one
+@pytest.mark.parametrize("on", {on.machine.vector_bytes: on for on in (V3, HERE)}.values(), ids=lambda on: on.name)
 @pytest.mark.parametrize(
     ("vector", "text"),
     [
