@@ -26,6 +26,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -1163,8 +1164,19 @@ def _cases_table(found: Sequence[Case]) -> Table:
     return table
 
 
+class _WithoutTorch(MetaPathFinder):
+    """Hides PyTorch from TVM, which imports it wherever it is installed: seconds, and no command hands it a tensor."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Raise `ModuleNotFoundError` for PyTorch while TVM is being imported; find nothing."""
+        specs = (getattr(sys.modules.get(package), "__spec__", None) for package in ("tvm_ffi", "tvm"))
+        if name == "torch" and any(getattr(spec, "_initializing", False) for spec in specs):
+            raise ModuleNotFoundError("it is imported by what asks for it", name=name)
+
+
 def main() -> NoReturn:
     """Run the command line; the entry point of the package."""
+    sys.meta_path.insert(0, _WithoutTorch())
     cli.main(prog_name="opcompile")
     raise AssertionError("unreachable")
 

@@ -39,6 +39,8 @@ ROOT = Path(opcompile.__file__).parent.parent
 MODELS = Path(__file__).parent / "models"
 COMMANDS = sorted(cli.commands)
 LAYER = "in=1x4x3x4x5 co=6 k=2 s=2"
+# Where it is no matter what is compiled.
+SMALL = "in=1x1x1x1x1 co=1 k=1"
 
 
 def invoke(*args: object) -> Result:
@@ -375,6 +377,20 @@ def test_version_and_help_are_light() -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_pytorch_is_imported_by_what_asks_for_it_alone(tmp_path: Path) -> None:
+    """And not by TVM's runtime, which takes it wherever it is."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    program = (
+        "import sys\nfrom opcompile.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end\nimport tvm, torch"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-c", program, "inspect", LAYER, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert json.loads(done.stdout)["layers"]
+    assert (done.returncode, done.stderr) == (1, "PyTorch was imported\n")
+
+
 def test_the_version_is_the_packages() -> None:
     done = run_process("--version")
     assert (done.returncode, done.stdout) == (0, f"opcompile {opcompile.__version__}\n")
@@ -399,9 +415,11 @@ def test_the_exit_code_tells_what_stderr_cannot(word: str) -> None:
     assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 2
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&-", ">&- 2>&-", *(pytest.param(each, marks=pytest.mark.heavy) for each in (">&-", "2>&-"))]
+)
 def test_streams_that_are_closed_are_no_mistake(tmp_path: Path, closed: str) -> None:
-    command = f"exec {sys.executable} -m opcompile compile '{LAYER}' -o {tmp_path / 'a'} {closed}"
+    command = f"exec {sys.executable} -m opcompile compile '{SMALL}' -o {tmp_path / 'a'} {closed}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -807,16 +825,15 @@ def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[st
     assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "run"])
-def test_what_replace_wrote_is_no_artifact(command: str, tmp_path: Path) -> None:
+def test_what_replace_wrote_is_no_artifact(tmp_path: Path) -> None:
     place = tmp_path / "replaced"
     words = ["--no-verify", "--no-bench"]
     assert invoke("replace", MODELS / "unet.onnx", "-o", place, *words).exit_code == 0
-    given = ["--x", "x.npy", "-o", "y.npy"] if command == "run" else []
-    result = invoke(command, place, *given)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "replace wrote" in result.stderr
-    assert "report.json" in result.stderr
+    for command, given in (("inspect", []), ("verify", []), ("run", ["--x", "x.npy", "-o", "y.npy"])):
+        result = invoke(command, place, *given)
+        assert (result.exit_code, result.stdout) == (2, ""), command
+        assert "replace wrote" in result.stderr
+        assert "report.json" in result.stderr
 
 
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
