@@ -30,6 +30,9 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# where it is set, each process that a test starts would compile our sources anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-gpu test-on-gpu test-peers test-long test-onnxruntime test-tensorflow test-lucid conformance lint types bench clean
 
 demo: $(VENV)/.installed
