@@ -32,7 +32,6 @@ rows a line computes the few sums whose taps reach from one into the other; they
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import chebyshev
 from tvm import te, tirx
-from tvm_ffi.serialization import from_json_graph_str, to_json_graph_str
+from tvm_ffi import structural_map
 
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
@@ -449,20 +448,15 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
     """The same function for tensors at any address that is a multiple of ``alignment``, the bytes of an element.
 
     TVM assumes 64-byte aligned tensors and emits instructions that fault on others. A Buffer's
-    alignment can only be given when it is made, which `te` does, so it is changed in the
-    function's serialised form.
+    alignment can only be given when it is made, which `te` does, so others take their places.
     """
-    graph = json.loads(to_json_graph_str(func))
-    nodes = graph["nodes"]
-    tensors = {parameter.name for parameter in func.params}
-    for node in nodes:
-        if node["type"] != "ir.Var":
-            continue
-        data = node["data"]
-        kind = nodes[data["ty"]]
-        if kind["type"] == "tirx.BufferType" and nodes[data["name"]]["data"] in tensors:
-            kind["data"]["data_alignment"] = alignment
-    return from_json_graph_str(json.dumps(graph))
+
+    def own(tensor: tirx.Var) -> tirx.Var:
+        held = tensor.ty
+        return tirx.decl_buffer(held.shape, held.dtype, tensor.name, data_alignment=alignment, layout=held.layout)
+
+    tensors = {parameter: own(parameter) for parameter in func.params}
+    return structural_map(func, (tirx.Var, lambda var: tensors.get(var, var)))
 
 
 # --- activations, on the sum type ---
