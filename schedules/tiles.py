@@ -172,7 +172,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine)]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half) if tiles.vector == "channels"]
-    past = {t.vector: streams(spec, t.vector, machine) for _, _, t in choices}
+    past = {vector: streams(spec, vector, machine) for vector in {tiles.vector for _, _, tiles in choices}}
     estimates = [
         _estimate(layer, on, replace(t, store="streamed") if past[t.vector] else t) for layer, on, t in choices
     ]
@@ -344,7 +344,7 @@ class _Layer:
 
     def joined(self, t: Tiles) -> int:
         """How many planes a line goes through: all that a band has, where nothing is read between them."""
-        return t.depth if self.flat and t.vector == "line" and t.height >= self.height else 1
+        return t.depth if t.vector == "line" and t.height >= self.height and self.flat else 1
 
     def band(self, t: Tiles) -> int:
         """Positions that a band computes, those that it throws away included."""
@@ -564,7 +564,8 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
 def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
-    in_first, in_second = (min(1, layer.held(t) / cache) for cache in (machine.l1_bytes, machine.l2_bytes))
+    held = layer.held(t)
+    in_first, in_second = min(1, held / machine.l1_bytes), min(1, held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.vector == "taps":  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
