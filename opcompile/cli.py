@@ -1165,7 +1165,7 @@ def _cases_table(found: Sequence[Case]) -> Table:
 
 
 class _WithoutTorch(MetaPathFinder):
-    """Hides PyTorch from TVM, which imports it wherever it is installed: seconds, and no command hands it a tensor."""
+    """Hides PyTorch from TVM, which imports it wherever it is installed, for seconds, to be handed its tensors."""
 
     def find_spec(self, name: str, *_: object) -> None:
         """Raise `ModuleNotFoundError` for PyTorch while TVM is being imported; find nothing."""
@@ -1176,7 +1176,8 @@ class _WithoutTorch(MetaPathFinder):
 
 def main() -> NoReturn:
     """Run the command line; the entry point of the package."""
-    sys.meta_path.insert(0, _WithoutTorch())
+    if sys.argv[1:2] in (["compile"], ["inspect"]):  # which hand it none
+        sys.meta_path.insert(0, _WithoutTorch())
     cli.main(prog_name="opcompile")
     raise AssertionError("unreachable")
 
