@@ -30,7 +30,7 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import LATER, Tiles, halved, streams, sums_of_a_vector, takes_pairs, weights_by_taps
+from schedules.tiles import LATER, Tiles, copies_chunks, halved, streams, sums_of_a_vector, takes_pairs, weights_by_taps
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -316,7 +316,11 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
     names = [f.name for f in fields(Tiles) if f.name not in LATER or f.name in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
-    words = {"vector": ("channels", "row", "line", "taps"), "copy": ("task", "whole"), "store": ("cached", "streamed")}
+    words = {
+        "vector": ("channels", "row", "line", "taps"),
+        "copy": ("task", "chunk", "whole"),
+        "store": ("cached", "streamed"),
+    }
     for name in names:
         value = tiles[name]
         if name in words and value not in words[name]:
@@ -334,6 +338,8 @@ def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     if t.vector == "taps":
         yield from _broken_by_taps(t, spec)
     yield from _broken_by_bands(t, spec)
+    if t.copy == "chunk":
+        yield from _broken_by_chunks(t, spec)
     if t.store == "streamed" and not streams(spec, t.vector, target.machine):
         yield f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
     if t.products > 1:
@@ -364,6 +370,15 @@ def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
         yield f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
     if (spec.channels_in // spec.groups) % t.chunk:
         yield f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+
+
+def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
+    if t.vector not in ("row", "line"):
+        yield f"copy is 'chunk', but that is for vectors of a row or a line, and vector is {t.vector!r}"
+    if t.products > 1:
+        yield f"copy is 'chunk', but that is for one product at a time, and products is {t.products}"
+    if not copies_chunks(spec):
+        yield "copy is 'chunk', but that is for channels first, and phases that are few and have taps"
 
 
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:

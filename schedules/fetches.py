@@ -40,7 +40,7 @@ Loops = tuple[tirx.For, ...]
 def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
     """Let the loops over channels, and the sums that leave their registers, ask for what comes later."""
     x, *_, y = function.params
-    if t.copy == "task" and spec.layout == "NCDHW":  # where channels come last, all rows of a plane are side by side
+    if t.copy != "whole" and spec.layout == "NCDHW":  # where channels come last, all rows of a plane are side by side
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
@@ -81,18 +81,22 @@ def of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, a
 
 
 def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> tirx.Stmt:
-    """Let the sums of a task ask for what of X the next one will copy, spread evenly over them.
+    """Let the sums of a task ask for what of X will be copied after them, spread evenly over them.
 
-    A task copies its part of X before it multiplies, and would wait for memory meanwhile.
+    A task copies its part of X, or of a chunk of it, before it multiplies, and would wait for memory meanwhile.
     """
     alone = isinstance(task.extent, tirx.IntImm) and int(task.extent) == 1
-    if task.kind != tirx.ForKind.PARALLEL or alone:
-        return task
     several = t.chunk // t.products >= _SEVERAL
-    loops = [_told_apart(loop, around, several, t) for loop, around in _sums(task.body, several, ())]
+    small_chunks = t.copy == "chunk" and not several
+    if task.kind != tirx.ForKind.PARALLEL or alone or small_chunks:
+        return task
+    sums = list(_sums(task.body, several, ()))
+    loops = [_told_apart(loop, around, several, t) for loop, around in sums]
     if not loops:  # no tap meets Y
         return task
-    n, first_channel, d, h = _begins(spec, t, task.loop_var + 1)
+    next_task, next_channel = _next(task, sums[0][1], spec, t)
+    n, of_group, d, h = _begins(spec, t, next_task)
+    first_channel = of_group + next_channel
     stretch, planes = _lines(spec, t)
     channels = 1 if several else spec.channels_in // spec.groups
     lines = stretch * planes * channels
@@ -119,6 +123,15 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         fetches.append(asked)
         before += own
     return with_turns(task, _with_fetches(task.body, several, iter(fetches)))
+
+
+def _next(task: tirx.For, around: Loops, spec: ConvTranspose3d, t: Tiles) -> tuple[Any, Any]:
+    """Which task copies X next, and how many channels further on than the sums are: the last chunk is before a task."""
+    if t.copy != "chunk":
+        return task.loop_var + 1, 0
+    chunk = around[0].loop_var
+    last = tirx.floordiv(chunk + 1, around[0].extent)
+    return task.loop_var + last, t.chunk // t.products - last * (spec.channels_in // spec.groups // t.products)
 
 
 def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, Any]:
@@ -209,7 +222,8 @@ def _with_fetches(statement: tirx.Stmt, several: bool, fetches: Iterator[list[ti
     if isinstance(statement, tirx.SeqStmt):
         return in_turn([_with_fetches(each, several, fetches) for each in statement.seq])
     if isinstance(statement, tirx.IfThenElse):
-        return tirx.IfThenElse(statement.condition, _with_fetches(statement.then_case, several, fetches), None)
+        then = _with_fetches(statement.then_case, several, fetches)
+        return tirx.IfThenElse(statement.condition, then, statement.else_case)
     if not isinstance(statement, tirx.For):
         return statement
     if _asks(statement, several):

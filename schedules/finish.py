@@ -14,6 +14,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules import pairs, streams
+from schedules.chunks import by_chunks
 from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
@@ -43,6 +44,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     ((name, function),) = module.functions.items()
     y, in_llvm = function.params[-1], ""
     channels = spec.channels_in // spec.groups
+    if tiles.copy == "chunk":
+        function = structural_map(function, (tirx.For, lambda loop: by_chunks(loop, tiles)))
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
     ahead = channels_ahead(spec, tiles)

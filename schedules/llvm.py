@@ -122,7 +122,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
             _tile(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
-    if phases and tiles.copy == "task":
+    if phases and tiles.copy != "whole":
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
         sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)

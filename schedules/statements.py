@@ -60,3 +60,21 @@ def with_turns(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
 def replaced(tree: Any, values: Mapping[tirx.Var, Any]) -> Any:
     """``tree`` with variables replaced."""
     return structural_map(tree, (tirx.Var, lambda var: values.get(var, var)))
+
+
+def nest(statement: tirx.Stmt) -> tuple[list[tirx.For], tirx.Stmt]:
+    """The loops of a nest, from the outermost, and what is in the innermost."""
+    loops: list[tirx.For] = []
+    while isinstance(statement, tirx.For):
+        loops.append(statement)
+        statement = statement.body
+    return loops, statement
+
+
+def within(loops: Sequence[tirx.For], body: tirx.Stmt) -> tirx.Stmt:
+    """The nest of these loops around other statements, with variables of its own."""
+    own = {loop.loop_var: tirx.Var(loop.loop_var.name, loop.loop_var.ty.dtype) for loop in loops}
+    body = replaced(body, own)
+    for loop in reversed(loops):
+        body = tirx.For(own[loop.loop_var], loop.min, loop.extent, loop.kind, body, annotations=loop.annotations)
+    return body

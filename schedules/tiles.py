@@ -34,6 +34,8 @@ _SMALL = 10
 _FAR = 32 << 20
 # Cycles until what a band summed last can be read, as vectors that begin elsewhere: the stores before it come first.
 _A_BAND = 250
+# Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
+_LEAST_CHUNK = 8
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -47,7 +49,8 @@ class Tiles:
     covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
-    that it reads, or all tasks together before the first. ``products`` of neighbouring input channels are
+    that it reads, or those of a chunk at a time, which then goes through all its bands before the next; or
+    all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
     written: into the caches, or past them where it begins at a cache line.
     """
@@ -61,7 +64,7 @@ class Tiles:
     depth: int
     height: int
     chunk: int
-    copy: Literal["task", "whole"]
+    copy: Literal["task", "chunk", "whole"]
     bands_d: int = 1
     bands_h: int = 1
     bands_m: int = 1
@@ -154,9 +157,12 @@ class Estimate:
             f"registers hold {counted(self.accumulators, 'sum')}; {self.used:.0%} of what the tiles compute is output",
             f"a task computes, then writes, {counted(t.task, 'channel')} of {counted(t.height, 'row')} in "
             f"{counted(t.depth, 'plane')} of every {summed}" + (f", {several}" if bands else ""),
-            "each task copies, and pads, the rows of X that it reads"
-            if t.copy == "task"
-            else "X is copied, and padded, before the first task",
+            {
+                "task": "each task copies, and pads, the rows of X that it reads",
+                "chunk": f"each task copies, and pads, the rows of X that it reads, {counted(t.chunk, 'channel')} at a "
+                "time through all its sums",
+                "whole": "X is copied, and padded, before the first task",
+            }[t.copy],
             *(["Y is written past the caches, where it begins at a cache line"] if t.store == "streamed" else []),
             f"estimated cycles: {self.computing:.3g} computing, {self.storing:.3g} storing",
         )
@@ -222,6 +228,12 @@ def weaves(axis: Axis) -> bool:
     return axis.out >= 2 * axis.stride and axis.stride <= MOST_WOVEN
 
 
+def copies_chunks(spec: ConvTranspose3d) -> bool:
+    """Whether a task may copy X of ``spec`` by chunks of its channels: each phase has sums, and channels lie apart."""
+    phases = math.prod(len(axis.phases) for axis in spec.axes)
+    return spec.layout == "NCDHW" and spec.terms > 0 and phases <= MOST_PHASES
+
+
 def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     """Whether Y is written past the caches: a large one, in whole lines."""
     channels_first = spec.layout == "NCDHW"
@@ -250,7 +262,8 @@ class _Layer:
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
-    is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes.
+    is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
+    ``in_chunks`` whether it may copy X by chunks of channels.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -276,6 +289,7 @@ class _Layer:
     together: int
     widened: bool
     grouped: bool
+    in_chunks: bool
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
@@ -303,6 +317,7 @@ class _Layer:
             together=1 if spec.layout == "NCDHW" else spec.groups,
             widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
+            in_chunks=copies_chunks(spec),
         )
 
     @property
@@ -331,7 +346,8 @@ class _Layer:
         """Bytes of X that so many bands of ``t`` read together."""
         more_h = self.reach[1] - self.height
         rows = (t.height + more_h) * bands_h if t.line else t.height * bands_h + more_h
-        return self.itemsize * self.together * self.c * self.planes(t.depth * bands_d) * rows * self.reach[2]
+        channels = t.chunk // t.products if t.copy == "chunk" else self.c
+        return self.itemsize * self.together * channels * self.planes(t.depth * bands_d) * rows * self.reach[2]
 
     def planes(self, depth: int) -> int:
         """Planes of X that ``depth`` planes of positions read."""
@@ -365,13 +381,14 @@ class _Layer:
         return rows * planes * self.row * (1 if self.channels_first else self.together * self.m)
 
     def held(self, t: Tiles) -> int:
-        """Bytes of the phases of a band, or of the sums of its taps."""
+        """Bytes of the phases of a band, or the sums of its taps; of all bands, where each chunk goes through them."""
         each = self.kernel if t.vector == "taps" else self.phases
-        return self.together * self.itemsize * each * t.task * self.band(t)
+        bands = t.bands_d * t.bands_h * t.bands_m if t.copy == "chunk" else 1
+        return self.together * self.itemsize * each * t.task * self.band(t) * bands
 
     def copied(self, t: Tiles) -> int:
         """Bytes of X that a task copies."""
-        return self.window(t) if t.copy == "task" else 0
+        return 0 if t.copy == "whole" else self.window(t)
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
@@ -459,7 +476,18 @@ def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
     of_plane, planes = _over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     for bands_d, bands_h in product(planes, sorted({1, 2, 4, 8, of_plane})):
         if bands_d * bands_h * tiles > 1 and of_plane % bands_h == 0 and layer.depth % bands_d == 0:
-            yield replace(t, bands_d=bands_d, bands_h=bands_h, bands_m=tiles)
+            banded = replace(t, bands_d=bands_d, bands_h=bands_h, bands_m=tiles)
+            yield banded
+            yield from (replace(banded, copy="chunk", chunk=chunk) for chunk in _chunks(layer, t))
+
+
+def _chunks(layer: _Layer, t: Tiles) -> Iterator[int]:
+    """Channels that a task may copy at a time: a chunk, or half of one. With one weight products are few for each."""
+    if t.chunk == layer.c or t.scalars == 1 or layer.products > 1 or not layer.in_chunks:
+        return
+    for chunk in (t.chunk, largest_divisor(t.chunk, t.chunk // 2)):
+        if chunk >= _LEAST_CHUNK:
+            yield chunk
 
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
@@ -547,6 +575,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, posi
     trims = t.trims(layer.width, layer.most_taps[2])
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
     summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
+    if t.copy == "chunk":  # sums are put down and taken up
+        summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 20)
     return summing + _reading(layer, machine, t)
 
 
@@ -555,7 +585,8 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
     tiles = positions // t.columns * layer.m * layer.kernel // t.scalars
     # no more sums than hide the latency of one leave nothing to hide a load that is late
     multiplying = max(sums, 1.25 * machine.fma_in_flight) / machine.fma_units
-    step = multiplying + machine.loading / 2 * (t.vectors + t.scalars)
+    a_load = machine.loading / (2 if machine.vector_bytes == CACHE_LINE else 1)
+    step = multiplying + a_load * (t.vectors + t.scalars)
     if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
         step += t.columns * layer.itemsize / 100
     return tiles * (layer.c * step + 6 * sums + 40)
@@ -575,7 +606,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
 def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
     rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
-    band = layer.read(t, 1, 1) * (2 if t.copy == "task" else 1) + layer.held(t)
+    band = layer.read(t, 1, 1) * (1 if t.copy == "whole" else 2) + layer.held(t)
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * layer.window(t)))
     a_phase = layer.itemsize * rows * layer.c * layer.width
@@ -600,7 +631,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     a_byte = 0.22
     if layer.channels_first:
         a_byte = min(a_byte, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
-    return layer.tasks(t) * (layer.window(t) * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
+    window = layer.window(t) * (layer.c * t.products // t.chunk if t.copy == "chunk" else 1)
+    return layer.tasks(t) * (window * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:

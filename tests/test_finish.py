@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tvm import DataType, s_tir, tirx
+from tvm.s_tir import transform
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
@@ -24,6 +25,7 @@ from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
 from schedules.llvm import Tiles
+from schedules.statements import every
 from schedules.tiles import tiles_of_band
 
 MACHINE = target("llvm:x86-64-v4").machine
@@ -312,6 +314,9 @@ BF16 = target("llvm:sapphirerapids+bf16").machine
         ("in=1x4x4x6x16 co=4 k=7 s=2 p=3 op=1 g=4", "row", {"bands_d": 2}),
         ("in=1x4x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
         ("in=1x2x3x3x16 co=2 k=2 s=3x3x4", "row", {}),  # phases as axes
+        # chunk by chunk
+        ("in=2x24x2x6x32 co=2 k=3 s=2 p=1 op=1", "row", {"height": 2, "bands_h": 3, "copy": "chunk", "chunk": 8}),
+        ("in=1x32x4x6x32 co=6 k=3 s=2 p=1 op=1 g=2", "line", {"height": 2, "copy": "chunk", "chunk": 8}),
     ],
 )
 def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, changed: dict[str, int]) -> None:
@@ -334,15 +339,42 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
     asked = x_asked_for(scheduled(spec, tiles)[KERNEL].body)
     x = np.arange(math.prod(spec.x_shape)).reshape(spec.x_shape)
     elements = 64 // spec.itemsize
-    for number, (n, g, _, d, h) in enumerate(tasks[1:]):
+
+    def read(n: int, g: int, d: int, h: int, channels: slice) -> Any:
         of_d, of_h = (
             slice(max(0, q * count + axis.reads[0]), (q + 1) * count + axis.reads[1])
             for q, count, axis in ((d, planes, axis_d), (h, rows, axis_h))
         )
         c = spec.channels_in // spec.groups
-        read = x[n, g * c : (g + 1) * c, of_d, of_h]
-        assert set(read.ravel() // elements) <= set(asked[number])
+        return x[n, g * c : (g + 1) * c][channels, of_d, of_h].ravel() // elements
+
+    in_chunks = tiles.copy == "chunk"
+    for number, ((n, g, _, d, h), later) in enumerate(itertools.pairwise(tasks)):
+        own = read(n, g, d, h, slice(tiles.chunk, None)) if in_chunks else []
+        next_one = read(later[0], later[1], *later[3:], slice(0, tiles.chunk if in_chunks else None))
+        assert {*own, *next_one} <= set(asked[number])
         assert max(Counter(asked[number]).values()) <= 2, "each line once, or with what it shares with the next"
+
+
+@pytest.mark.parametrize("vector", ["row", "line"])
+def test_between_two_chunks_sums_lie_in_memory_and_within_one_in_registers(vector: Any) -> None:
+    spec = ConvTranspose3d.parse("in=1x32x4x6x32 co=6 k=3 s=2 p=1 op=1")
+    tiles = Tiles(vector, LANES, 1, 3, 1, 3, 1, 2, chunk=8, copy="chunk", bands_h=3, bands_m=2)
+    module = scheduled(spec, tiles)
+    for step in (
+        transform.PlanAndUpdateBufferAllocationLocation(),
+        transform.ConvertBlocksToOpaque(),
+        transform.CompactBufferAllocation(),
+    ):
+        module = step(module)
+    blocks = every(s_tir.SBlock, module[KERNEL].body)
+    held = {held.name: math.prod(map(int, held.shape)) for block in blocks for held in block.alloc_buffers}
+    sums = {name: size for name, size in held.items() if name.startswith("phase")}
+    assert len(sums) == 16
+    for name, size in sums.items():
+        assert size == 3 * LANES if name.endswith("local") else size >= 6 * 6 * 32, name
+    (copied,) = (size for name, size in held.items() if name.startswith("pad"))
+    assert copied < 2 * 8 * 2 * 7 * 33, "a chunk of two planes of seven rows"
 
 
 def test_x_is_not_asked_for_by_many_lines_at_once_nor_by_a_single_task() -> None:

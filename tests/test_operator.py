@@ -27,7 +27,7 @@ from opcompile.reference import linear, reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import MOST_PHASES, candidates, weights_by_taps
+from schedules.tiles import MOST_PHASES, candidates, copies_chunks, weights_by_taps
 
 # whose vectors hold 16 sums, as tiles here do; where they are narrower, LLVM splits them
 WIDE = target("llvm:x86-64-v4")
@@ -135,10 +135,30 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, half: int) 
     depth, height, _ = (axis.positions for axis in spec.axes)
     in_turn = replace(at_once, bands_d=-(-depth // 2), bands_h=-(-height // 4), bands_m=-(-m // task))
     x, w, b = integers(spec)
-    for (i, bands), (j, copy) in product(enumerate((at_once, in_turn)), enumerate(("task", "whole"))):
+    copies = ["task", "whole", *(["chunk"] if vector != "channels" and copies_chunks(spec) else [])]
+    for (i, bands), (j, copy) in product(enumerate((at_once, in_turn)), enumerate(copies)):
         if (VECTORS.index(vector) + i + j) % 2 == half:
             tiles = replace(bands, copy=copy)  # type: ignore[arg-type]
             compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=Nx24x3x4x20 co=3 k=4 s=2 p=3",
+        "in=1x24x3x5x19 co=5 k=3 s=2 p=1 op=1 dtype=float16 act=relu",
+        "in=1x24x3x5x19 co=4 k=3 s=1x2x1 p=1 g=2 dtype=bfloat16 bias=0",
+        "in=1x24x3x4x9 co=5 k=1x3x2 s=2 dtype=float64",
+    ],
+)
+@pytest.mark.parametrize("vector", ["row", "line"])
+def test_a_task_may_copy_x_by_chunks_of_its_channels(text: str, vector: Any) -> None:
+    spec = ConvTranspose3d.parse(text)
+    m = spec.channels_out // spec.groups
+    lanes = 8 if spec.dtype == "float64" else 16
+    tiles = llvm.Tiles(vector, lanes, 1, 2, 1, -(-m // 2) * 2, depth=1, height=2, chunk=4, copy="chunk", bands_h=2)
+    x, w, b = integers(spec, batch=2) if spec.batch is None else integers(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 @HALVES

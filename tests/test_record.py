@@ -271,7 +271,8 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"depth": 1, "bands_d": 2}, "bands_d is 2, but must divide the 3 bands that cover the 3 planes"),
         ({"height": 2, "bands_h": 3}, "bands_h is 3, but must divide the 2 bands that cover the 4 rows"),
         ({"bands_m": 2}, "bands_m is 2, but must divide the 1 bands that cover the 24 channels of a group"),
-        ({"copy": "twice"}, "copy is 'twice', but must be 'task' or 'whole'"),
+        ({"copy": "twice"}, "copy is 'twice', but must be 'task', 'chunk' or 'whole'"),
+        ({"copy": "chunk"}, "copy is 'chunk', but that is for vectors of a row or a line, and vector is 'channels'"),
         ({"colour": 1}, "their fields are bands_d, bands_h, bands_m, chunk, colour, copy, depth"),
     ],
 )
@@ -294,6 +295,23 @@ def test_tasks_that_straddle_groups_are_illegal() -> None:
     tiles |= {"bands_d": 1, "bands_h": 1, "bands_m": 1}
     assert "must divide the 6 channels of a group" in str(illegal(tiles, grouped, MACHINE))
     assert illegal(tiles | {"task": 2}, grouped, MACHINE) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=1x6x3x4x5 co=4 k=2 s=2 layout=NDHWC",
+        "in=1x6x3x4x5 co=4 k=4 s=4",  # 64 phases
+        "in=1x6x1x1x1 co=4 k=1 s=2 p=1:0 op=1",  # every tap beyond Y
+    ],
+)
+def test_chunks_are_for_phases_that_have_sums_and_channels_first(text: str) -> None:
+    spec = ConvTranspose3d.parse("in=1x6x3x4x5 co=4 k=2 s=2")
+    tiles = asdict(llvm.Tiles("row", 8, 1, 2, 1, 2, 1, 1, 2, "chunk"))
+    assert illegal(tiles, spec, MACHINE) is None
+    assert "that is for one product at a time" in str(illegal(tiles | {"products": 2}, spec, MACHINE))
+    complaint = illegal(tiles | {"task": 4}, ConvTranspose3d.parse(text), MACHINE)
+    assert "that is for channels first, and phases that are few" in str(complaint)
 
 
 @pytest.mark.parametrize("machine", ["llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:x86-64-v4", "llvm:apple-m1"])
