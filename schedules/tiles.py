@@ -478,12 +478,14 @@ def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
         if bands_d * bands_h * tiles > 1 and of_plane % bands_h == 0 and layer.depth % bands_d == 0:
             banded = replace(t, bands_d=bands_d, bands_h=bands_h, bands_m=tiles)
             yield banded
-            yield from (replace(banded, copy="chunk", chunk=chunk) for chunk in _chunks(layer, t))
+            yield from (replace(banded, copy="chunk", chunk=chunk) for chunk in _chunks(layer, machine, banded))
 
 
-def _chunks(layer: _Layer, t: Tiles) -> Iterator[int]:
-    """Channels that a task may copy at a time: a chunk, or half of one. With one weight products are few for each."""
-    if t.chunk == layer.c or t.scalars == 1 or layer.products > 1 or not layer.in_chunks:
+def _chunks(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[int]:
+    """Channels that a task may copy at a time, a chunk or half of one, where the second cache does not hold all."""
+    if t.chunk == layer.c or layer.products > 1 or not layer.in_chunks:
+        return
+    if t.scalars == 1 or 2 * layer.window(t) <= machine.l2_bytes:  # with a single weight a chunk has few products
         return
     for chunk in (t.chunk, largest_divisor(t.chunk, t.chunk // 2)):
         if chunk >= _LEAST_CHUNK:
@@ -539,14 +541,14 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 
 # --- what they cost ---
 #
-# Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The
-# constants were fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), to 1100
-# of 60 layers on another (Zen 4), and there again, those of loads and weights, to 370 of 45 layers that
-# are not depthwise; that of a copy that was asked for, to 189 more of 21; those of bands, of weaving, of
-# what lies on the stack and of what passes from the second cache, to 249 of 27 that are small or depthwise,
-# and 522 of 53 of all kinds; what a load takes with AVX2 (`Machine.loading`), to 798 of 42 on Zen 3. They are to
-# rank, not to predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean
-# over the layers, 14 % at most; on Zen 3, by times that vary by 5 %, 4 %, and 34 % at most (depthwise, a kernel of 7).
+# Cycles by counting multiply-adds, loads, and the bytes that each level of cache must deliver. The constants were
+# fitted to 1000 measured candidates of 24 layers on a core with AVX-512 (Intel), to 1100 of 60 layers on another (Zen
+# 4), and there again, those of loads and weights, to 370 of 45 layers that are not depthwise; that of a copy that was
+# asked for, to 189 more of 21; those of bands, of weaving, of what lies on the stack and of what passes from the
+# second cache, to 249 of 27 that are small or depthwise, and 522 of 53 of all kinds; what a load takes with AVX2
+# (`Machine.loading`), to 798 of 42 on Zen 3, and in sums by taps, beside chunks, to 1219 of 85. They are to rank, not
+# to predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean over the
+# layers, 14 % at most; on Zen 3, by times that vary by 5 %, 4 %, and 34 % at most (depthwise, a kernel of 7).
 
 
 # Bytes that come from the second cache in a cycle.
@@ -585,6 +587,7 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
     tiles = positions // t.columns * layer.m * layer.kernel // t.scalars
     # no more sums than hide the latency of one leave nothing to hide a load that is late
     multiplying = max(sums, 1.25 * machine.fma_in_flight) / machine.fma_units
+    # a vector that is a whole line is loaded while more is multiplied
     a_load = machine.loading / (2 if machine.vector_bytes == CACHE_LINE else 1)
     step = multiplying + a_load * (t.vectors + t.scalars)
     if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
