@@ -18,7 +18,7 @@ from schedules.chunks import by_chunks
 from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
-from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, over_channels, replaced, with_turns
+from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, nest, over_channels, replaced, with_turns
 from schedules.tiles import CACHE_LINE, joined, reach, weaves
 
 if TYPE_CHECKING:
@@ -239,16 +239,14 @@ def _interleaved(
 
 def _trimmed(loop: tirx.For, axis: Axis) -> tirx.Stmt:
     """Where a tile is a whole row, give each tap those columns that read X, and not the zeros beside it."""
-    inner, unrolled = loop.body, []
-    while isinstance(inner, tirx.For):
-        unrolled += [inner] if inner.kind == tirx.ForKind.UNROLLED else []
-        inner = inner.body
+    loops, inner = nest(loop.body)
     block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.SERIAL or block is None or not ADDING.fullmatch(block.name_hint):
         return loop
     w, tap = inner.iter_values[5], inner.iter_values[8]
     if not loop.loop_var.same_as(tap):
         return loop
+    unrolled = [each for each in loops if each.kind == tirx.ForKind.UNROLLED]
     (columns,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in every(tirx.Var, w))]
     phase = axis.phases[int(block.name_hint.split("_")[3])]
     read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
