@@ -23,12 +23,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import tvm
 from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
 from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
-from schedules.tiles import MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, joined, reach
+from schedules.tiles import CACHE_LINE, MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, joined, reach
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -213,8 +214,12 @@ def _beside(t: Tiles, c: Any, w: Any) -> tuple[Any, ...]:
 
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
-    one_offset = all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
-    return t.line > 0 and one_offset and length % t.columns == 0
+    return t.line > 0 and _one_offset(spec) and length % t.columns == 0
+
+
+def _one_offset(spec: ConvTranspose3d) -> bool:
+    """Whether all taps read the same rows and columns."""
+    return all(first == last for first, last in (axis.reads for axis in spec.axes[1:]))
 
 
 def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
@@ -231,8 +236,10 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
             sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
         return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
-    if t.line:  # each channel's line begins where a vector may
-        sch.storage_align(pad, 0, 4, t.lanes * t.products, 0)
+    if t.line:  # each channel's line begins where a vector may; where all vectors do, they lie in few cache lines so
+        itemsize = tvm.DataType(sch.get(pad).writes[0].source.dtype).bits // 8
+        aligned = CACHE_LINE // itemsize if _one_offset(spec) else t.lanes * t.products
+        sch.storage_align(pad, 0, 4, aligned, 0)
 
 
 def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
