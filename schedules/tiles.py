@@ -546,9 +546,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # 4), and there again, those of loads and weights, to 370 of 45 layers that are not depthwise; that of a copy that was
 # asked for, to 189 more of 21; those of bands, of weaving, of what lies on the stack and of what passes from the
 # second cache, to 249 of 27 that are small or depthwise, and 522 of 53 of all kinds; what a load takes with AVX2
-# (`Machine.loading`), to 798 of 42 on Zen 3, and in sums by taps, beside chunks, to 1219 of 85. They are to rank, not
-# to predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean over the
-# layers, 14 % at most; on Zen 3, by times that vary by 5 %, 4 %, and 34 % at most (depthwise, a kernel of 7).
+# (`Machine.loading`), to 798 of 42 on Zen 3, and in sums by taps, beside chunks, to 1219 of 85; what chunks cost, to
+# 192 more of 35. They are to rank, not to predict: the first of the ranking was 2 % slower than the best of those 522,
+# in the geometric mean over the layers, 14 % at most; on Zen 3, by times that vary by 5 %, 3 % over 113 that are not
+# depthwise, and 20 % at most; up to 34 % on depthwise ones.
 
 
 # Bytes that come from the second cache in a cycle.
@@ -578,7 +579,7 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, posi
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
     summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
     if t.copy == "chunk":  # sums are put down and taken up
-        summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 20)
+        summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
     return summing + _reading(layer, machine, t)
 
 
@@ -634,7 +635,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     a_byte = 0.22
     if layer.channels_first:
         a_byte = min(a_byte, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
-    window = layer.window(t) * (layer.c * t.products // t.chunk if t.copy == "chunk" else 1)
+    # a chunk is copied while it is near: the one before it has asked for it
+    window = layer.window(t) * (0.5 * layer.c * t.products / t.chunk if t.copy == "chunk" else 1)
     return layer.tasks(t) * (window * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 
@@ -647,7 +649,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
     again = 1 - t.columns * t.rows / layer.band(t)
     a_tile = t.channels * a_channel // layer.phases
-    lost = min(1, max(0, a_tile / machine.l2_bytes - 1.5))
+    lost = min(1, max(0, a_tile / machine.l2_bytes - 0.7))
     a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
     # beside a single vector a broadcast is folded into its multiply-add, where a unit may have one in each cycle
     a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
@@ -684,7 +686,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(sums, in_flight) / machine.fma_units
-    beginning = (20 if layer.c > 1 else 2) / (chunk * (taps_h * taps_w if unrolled else 1))
+    a_loop = 2 if layer.c == 1 else 5 if t.copy == "chunk" else 20
+    beginning = a_loop / (chunk * (taps_h * taps_w if unrolled else 1))
     summing = max(multiplying, loading) + a_load * loads
     return max(summing, passing / _FROM_SECOND) + waiting + beginning
 
