@@ -547,9 +547,9 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # asked for, to 189 more of 21; those of bands, of weaving, of what lies on the stack and of what passes from the
 # second cache, to 249 of 27 that are small or depthwise, and 522 of 53 of all kinds; what a load takes with AVX2
 # (`Machine.loading`), to 798 of 42 on Zen 3, and in sums by taps, beside chunks, to 1219 of 85; what chunks cost, to
-# 192 more of 35. They are to rank, not to predict: the first of the ranking was 2 % slower than the best of those 522,
-# in the geometric mean over the layers, 14 % at most; on Zen 3, by times that vary by 5 %, 3 % over 113 that are not
-# depthwise, and 20 % at most; up to 34 % on depthwise ones.
+# 338 more of 35. They are to rank, not to predict: the first of the ranking was 2 % slower than the best of those 522,
+# in the geometric mean over the layers, 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are
+# not depthwise, 28 % at most, and up to 34 % on depthwise ones.
 
 
 # Bytes that come from the second cache in a cycle.
@@ -591,8 +591,9 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
     # a vector that is a whole line is loaded while more is multiplied
     a_load = machine.loading / (2 if machine.vector_bytes == CACHE_LINE else 1)
     step = multiplying + a_load * (t.vectors + t.scalars)
-    if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
-        step += t.columns * layer.itemsize / 100
+    # what the first cache does not hold until the next weights comes again from the second
+    x = t.columns * layer.itemsize
+    step += x / 50 * min(1, max(0, x * layer.c / machine.l1_bytes - 0.25))
     return tiles * (layer.c * step + 6 * sums + 40)
 
 
@@ -677,8 +678,10 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
-        # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+        # LLVM loads what all taps read at once, and puts some of it on the stack; as measured with 32 registers and 16
+        a_spill, of_row = (0.6, 1.0) if machine.registers > 16 else (0.35, 0.4)
+        read = t.vectors * (t.rows + taps_h - 1) * taps_w * (of_row if t.rows == 1 else 1.0)
+        waiting += a_spill * max(0, sums + read - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
