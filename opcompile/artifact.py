@@ -449,7 +449,7 @@ _C_TYPES = {
 
 
 def header(spec: ConvTranspose3d, packing: Packing) -> str:
-    """Return the C header of a layer: what ``runtime.c`` is compiled with, and what a C host includes."""
+    """Return the C header of a layer: what ``layer.c`` is compiled with, and what a C host includes."""
     about = _ABOUT.format(
         spec=spec,
         x=c_shape(spec.x_shape, comment=True),

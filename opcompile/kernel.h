@@ -1,7 +1,7 @@
 /* What every host of a compiled kernel shares: how a kernel is called, and where its workspaces come from.
  *
- * Whoever includes this has HIDDEN, and a `static void fail(const char *kind, const char *text)`, which sets
- * the error; and defines `launch`, which runs a kernel's tasks.
+ * Whoever includes this has a `static void fail(const char *kind, const char *text)`, which sets the error; and
+ * defines `launch`, which runs a kernel's tasks.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "call.h"
+
 /* --- parallel loops, as a kernel asks for them --- */
 
 struct environment {
@@ -18,31 +20,6 @@ struct environment {
   int32_t num_task;
 };
 typedef int (*task_fn)(int task, struct environment *, void *closure);
-
-/* --- tensors: DLPack's DLTensor and TVM FFI's tagged value ---
- *
- * Both are stable ABIs, and repeating them here spares the host two third-party headers. */
-
-struct tensor {
-  void *data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t dtype_code, dtype_bits;
-  uint16_t dtype_lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct value {
-  int32_t type_index;
-  uint32_t unused;
-  union {
-    int64_t integer;
-    void *pointer;
-  } content;
-};
-enum { ON_CPU = 1, TENSOR_POINTER = 7, MOST_AXES = 16 };
-
-typedef int (*kernel_fn)(void *handle, const struct value *arguments, int32_t count, struct value *result);
 
 /* --- workspaces: freed ones are kept, because a fresh large one costs a page fault every 4 KiB ---
  *

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from opcompile.errors import EngineError
@@ -22,8 +23,10 @@ from opcompile.target import Target
 
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.
-_SHARED = "kernel.h"
-_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-shared")
+_SHARED = tuple(_HERE / name for name in ("call.h", "kernel.h"))
+_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-I.")
+# Names of files where a compiler works.
+_COMMON, _EXPORTS, _MADE = "common.o", "exports", "made"
 # The oldest C library that both architectures have: what zig links runs on every later one.
 _OLDEST_GLIBC = "2.17"
 
@@ -31,30 +34,46 @@ _OLDEST_GLIBC = "2.17"
 def link(object_code: bytes, header: str, target: Target, kernel: str = KERNEL) -> bytes:
     """Return the library for ``target``, made of a relocatable kernel and the run-time half.
 
-    ``header`` is the layer's C header, which ``runtime.c`` includes, ``kernel`` the kernel's symbol. Raises what
-    `link_library` raises.
+    ``header`` is the layer's C header, whose constants ``layer.c`` has for ``runtime.c``, ``kernel`` the kernel's
+    symbol. Raises what `link_library` raises.
     """
-    sources = {HEADER: header, "runtime.c": (_HERE / "runtime.c").read_text()}
-    return link_library(sources, [object_code], (kernel, *EXPORTS), target)
+    common = [_HERE / name for name in ("runtime.c", "layer.h")]
+    own = {HEADER: header, "layer.c": (_HERE / "layer.c").read_text()}
+    return link_library(common, own, [object_code], (kernel, *EXPORTS), target)
 
 
-def link_library(sources: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target) -> bytes:
+def link_library(
+    common: Sequence[Path], own: Mapping[str, str], objects: Sequence[bytes], exports: Sequence[str], target: Target
+) -> bytes:
     """Return the library for ``target`` of C files and relocatable ``objects``, which shows ``exports`` alone.
 
-    ``sources`` are texts by file name; ``kernel.h`` is put beside them, and ``.c`` files are compiled.
-    Raises `EngineError` when no linker is there for this target, or when it fails, with its own words.
+    ``common`` are a C file and its headers, the same in every library: it is compiled once in this process. ``own``
+    are the texts of this library, by file name, which may include those headers. Raises `EngineError` when no linker
+    is there for this target, or when it fails, with its own words.
     """
+    linker = tuple(_linker(target))
+    shared = {path.name: path.read_text() for path in (*common, *_SHARED)}
+    kernels = {f"kernel{number}.o": code for number, code in enumerate(objects)}
+    listed, flags = (_for_mach_o if target.system == "darwin" else _for_elf)(exports)
+    files: dict[str, str | bytes] = {**shared, **own, **kernels, _EXPORTS: listed}
+    files[_COMMON] = _compiled(linker, tuple(shared.items()), target)
+    linked = [*(name for name in own if name.endswith(".c")), _COMMON, *kernels]
+    return _made([*linker, *_COMPILE, "-shared", *linked, "-o", _MADE, *flags], files, target)
+
+
+@lru_cache(maxsize=16)
+def _compiled(linker: tuple[str, ...], sources: tuple[tuple[str, str], ...], target: Target) -> bytes:
+    """Return the object of the C files among ``sources``, which are names and texts."""
+    named = [name for name, _ in sources if name.endswith(".c")]
+    return _made([*linker, *_COMPILE, "-c", *named, "-o", _MADE], dict(sources), target)
+
+
+def _made(command: Sequence[str], files: Mapping[str, str | bytes], target: Target) -> bytes:
+    """Return what ``command`` makes of ``files``, by name: of texts, so that no path of this machine gets into it."""
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
         folder = Path(name)
-        # texts, so that no path of this machine gets into the library
-        for file, text in {_SHARED: (_HERE / _SHARED).read_text(), **sources}.items():
-            (folder / file).write_text(text)
-        linked = [file for file in sources if file.endswith(".c")]
-        for number, code in enumerate(objects):
-            linked.append(f"kernel{number}.o")
-            (folder / linked[-1]).write_bytes(code)
-        command = [*_linker(target), *_COMPILE, "-I.", *linked, "-o", "library"]
-        command += (_for_mach_o if target.system == "darwin" else _for_elf)(folder, exports)
+        for file, content in files.items():
+            (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -64,7 +83,7 @@ def link_library(sources: Mapping[str, str], objects: Sequence[bytes], exports: 
                 f"linking for {target.name} failed: {shlex.join(command)} ended with status {done.returncode}:\n"
                 f"{done.stderr.strip()}"
             )
-        return (folder / "library").read_bytes()
+        return (folder / _MADE).read_bytes()
 
 
 def _linker(target: Target) -> list[str]:
@@ -84,14 +103,13 @@ def _linker(target: Target) -> list[str]:
     return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.architecture}-{system}"]
 
 
-def _for_elf(folder: Path, exports: Sequence[str]) -> list[str]:
+def _for_elf(exports: Sequence[str]) -> tuple[str, list[str]]:
     """Export the entries alone, stay loaded (threads may be in the code), leave no symbol open."""
-    (folder / "exports").write_text(f"{{ global: {' '.join(f'{name};' for name in exports)} local: *; }};\n")
-    flags = ("--version-script=exports", "-z,nodelete", "-z,noexecstack", "-z,defs", "--build-id=none")
-    return [*(f"-Wl,{flag}" for flag in flags), "-lm", "-lpthread", "-ldl"]
+    listed = f"{{ global: {' '.join(f'{name};' for name in exports)} local: *; }};\n"
+    flags = (f"--version-script={_EXPORTS}", "-z,nodelete", "-z,noexecstack", "-z,defs", "--build-id=none")
+    return listed, [*(f"-Wl,{flag}" for flag in flags), "-lm", "-lpthread", "-ldl"]
 
 
-def _for_mach_o(folder: Path, exports: Sequence[str]) -> list[str]:
+def _for_mach_o(exports: Sequence[str]) -> tuple[str, list[str]]:
     """Do the same for macOS, whose C library holds all three, and where the code pins itself (``runtime.c``)."""
-    (folder / "exports").write_text("".join(f"_{name}\n" for name in exports))
-    return ["-Wl,-exported_symbols_list,exports"]
+    return "".join(f"_{name}\n" for name in exports), [f"-Wl,-exported_symbols_list,{_EXPORTS}"]

@@ -5,7 +5,7 @@
  * workspace functions and an error function. They are defined here with hidden visibility, so the
  * library works without TVM and cannot be re-wired when TVM is in the same process.
  *
- * Exported: opcompile_run and opcompile_error (below), and the kernel itself, OPCOMPILE_KERNEL.
+ * Exported: opcompile_run and opcompile_error (below), and the kernel itself.
  */
 #define _GNU_SOURCE /* sched_getaffinity, RTLD_DEFAULT, RTLD_NODELETE */
 #include <dlfcn.h>
@@ -16,9 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "conv_transpose3d.h" /* shapes and dtype of this layer, and the two exported functions */
+#include "layer.h"
 
-#define HIDDEN __attribute__((visibility("hidden")))
 #define MOST_THREADS 1024
 
 /* What this thread is doing. */
@@ -47,7 +46,7 @@ HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **par
 
 static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1); }
 
-const char *opcompile_error(void) { return self.text; }
+EXPORTED const char *opcompile_error(void) { return self.text; }
 
 #include "kernel.h" /* how a kernel is called, and what it calls */
 
@@ -211,54 +210,47 @@ __attribute__((constructor)) static void loaded(void) {
 
 /* --- the entry for everybody who holds four pointers --- */
 
-int OPCOMPILE_KERNEL(void *handle, const struct value *arguments, int32_t count, struct value *result);
-
-static const int64_t x_shape[] = OPCOMPILE_X_SHAPE, w_shape[] = OPCOMPILE_W_SHAPE, b_shape[] = OPCOMPILE_B_SHAPE,
-                     y_shape[] = OPCOMPILE_Y_SHAPE;
-_Static_assert(sizeof w_shape / sizeof *w_shape <= MOST_AXES, "packed weights have too many axes");
-
 /* A contiguous tensor of the layer's dtype; `sizes` holds room for MOST_AXES sizes and as many strides. */
-static struct tensor borrow(const void *data, const int64_t *shape, size_t bytes, int64_t batch, int64_t *sizes) {
-  int ndim = (int)(bytes / sizeof *shape);
+static struct tensor borrow(const void *data, struct shape shape, int64_t batch, int64_t *sizes) {
   int64_t *strides = sizes + MOST_AXES, stride = 1;
-  for (int axis = ndim - 1; axis >= 0; axis--) {
-    sizes[axis] = shape[axis] ? shape[axis] : batch; /* size 0 stands for a dynamic batch */
+  for (int axis = shape.axes - 1; axis >= 0; axis--) {
+    sizes[axis] = shape.sizes[axis] ? shape.sizes[axis] : batch; /* size 0 stands for a dynamic batch */
     strides[axis] = stride;
     if (axis) stride *= sizes[axis];
   }
   return (struct tensor){.data = (void *)data,
                          .device_type = ON_CPU,
-                         .ndim = ndim,
-                         .dtype_code = OPCOMPILE_DTYPE_CODE,
-                         .dtype_bits = OPCOMPILE_DTYPE_BITS,
+                         .ndim = shape.axes,
+                         .dtype_code = layer.dtype_code,
+                         .dtype_bits = layer.dtype_bits,
                          .dtype_lanes = 1,
                          .shape = sizes,
                          .strides = strides};
 }
 
-int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
+EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
   self.text[0] = '\0';
   self.in_run = 1;
   int status = -1;
   if (threads < 0 || threads > MOST_THREADS)
     fail("ValueError", "threads must be 0 (the default) or from 1 to 1024");
-  else if (batch < 1 || (x_shape[0] && batch != x_shape[0]))
+  else if (batch < 1 || (layer.x.sizes[0] && batch != layer.x.sizes[0]))
     fail("ValueError", "batch is not the one this layer was compiled for (at least 1 where that is dynamic)");
-  else if (!x || !w != !OPCOMPILE_HAS_W || !y || !b != !OPCOMPILE_HAS_BIAS)
-    fail("ValueError", OPCOMPILE_NULLS);
+  else if (!x || !w != !layer.has_w || !y || !b != !layer.has_bias)
+    fail("ValueError", layer.nulls);
   else if ((self.threads = threads ? threads : default_threads())) {
-    int64_t useful = batch < MOST_THREADS ? batch * OPCOMPILE_USEFUL_THREADS : MOST_THREADS;
+    int64_t useful = batch < MOST_THREADS ? batch * layer.useful_threads : MOST_THREADS;
     if (self.threads > useful) self.threads = (int)useful;
     int64_t sizes[4][2 * MOST_AXES];
     struct tensor tensors[4];
     int count = 0;
-    tensors[count] = borrow(x, x_shape, sizeof x_shape, batch, sizes[count]), count++;
-    if (OPCOMPILE_HAS_W) tensors[count] = borrow(w, w_shape, sizeof w_shape, batch, sizes[count]), count++;
-    if (OPCOMPILE_HAS_BIAS) tensors[count] = borrow(b, b_shape, sizeof b_shape, batch, sizes[count]), count++;
-    tensors[count] = borrow(y, y_shape, sizeof y_shape, batch, sizes[count]), count++;
+    tensors[count] = borrow(x, layer.x, batch, sizes[count]), count++;
+    if (layer.has_w) tensors[count] = borrow(w, layer.w, batch, sizes[count]), count++;
+    if (layer.has_bias) tensors[count] = borrow(b, layer.b, batch, sizes[count]), count++;
+    tensors[count] = borrow(y, layer.y, batch, sizes[count]), count++;
     struct value arguments[4], result = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
-    status = OPCOMPILE_KERNEL(NULL, arguments, count, &result);
+    status = layer.run(NULL, arguments, count, &result);
     if (status) release_until(NULL);
     if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");
   }

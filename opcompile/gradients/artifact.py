@@ -88,7 +88,7 @@ def _manifest(lowered: LoweredGradient | LoweredGpuGradient, library: str) -> di
 
 
 def header(gradient: Gradient) -> str:
-    """Return the C header of a derivative: what ``runtime.c`` is compiled with, and what a C host includes."""
+    """Return the C header of a derivative: what ``layer.c`` is compiled with, and what a C host includes."""
     layer, operands = gradient.layer, gradient.operands
     factor = next((name for name in operands if name in ("w", "x")), None)
     second, third = (name if name in operands else None for name in (factor, "y"))

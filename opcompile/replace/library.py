@@ -88,27 +88,26 @@ def compiled(spec: ConvTranspose3d, target: Target, plan: PlanName) -> Kernel:
 def build(operators: Sequence[Operator], target: Target) -> bytes:
     """Return the library that holds ``operators`` and their kernels. Raises `EngineError` where it cannot be linked."""
     # the kernels of an operator stand in a row; one that several operators call stands there for each
-    rows = [kernel for operator in operators for kernel in operator.kernels]
-    sources = {name: (_HERE / name).read_text() for name in ("ops.c", "ort.h")}
-    objects = {kernel.symbol: kernel.lowered.object_code for kernel in rows}
-    sources["table.h"] = table(operators, target)
-    return link_library(sources, list(objects.values()), EXPORTS, target)
+    objects = {kernel.symbol: kernel.lowered.object_code for operator in operators for kernel in operator.kernels}
+    host = [_HERE / name for name in ("ops.c", "ort.h", "table.h")]
+    return link_library(host, {"table.c": table(operators, target)}, list(objects.values()), EXPORTS, target)
 
 
 def table(operators: Sequence[Operator], target: Target) -> str:
-    """Return ``table.h``: every kernel and operator as C sees them."""
+    """Return ``table.c``: every kernel and operator as C sees them."""
     rows = [kernel for operator in operators for kernel in operator.kernels]
     lines = [
         "/* Generated: the kernels that are linked in, and the operators that call them. */",
-        f"#define TARGET {_quoted(target.name)}",
-        f"#define FEATURES {_quoted(' '.join(target.features))}",
-        f"enum {{ KERNELS = {len(rows)}, OPERATORS = {len(operators)} }};",
+        '#include "table.h"',
+        f"const char target_name[] = {_quoted(target.name)}, target_features[] = {_quoted(' '.join(target.features))};",
+        f"const int kernel_count = {len(rows)}, operator_count = {len(operators)};",
+        f"_Atomic uint64_t calls[{len(rows) + 1}];",
     ]
     for symbol in dict.fromkeys(kernel.symbol for kernel in rows):
         lines.append(f"int {symbol}(void *, const struct value *, int32_t, struct value *);")
-    lines.append("static const struct kernel kernels[KERNELS] = {")
+    lines.append("const struct kernel kernels[] = {")
     lines += [_kernel_row(kernel) for kernel in rows]
-    lines += ["};", "static const struct operator operators[OPERATORS] = {"]
+    lines += ["};", "const struct operator operators[] = {"]
     first = 0
     for operator in operators:
         inputs = 2 + operator.kernels[0].spec.bias if operator.packed else 3

@@ -1,6 +1,6 @@
 /* ONNX Runtime's side of compiled kernels: a custom-operator library that needs nothing but the C library.
  *
- * table.h, generated beside this file, lists the kernels and the operators that call them. An operator is
+ * table.c, generated beside this file, lists the kernels and the operators that call them. An operator is
  *   packed  one kernel; its weight arrives in the kernel's own layout, packed when the model was rewritten;
  *   open    several kernels, for one shape of X each; its weight arrives as ONNX has it and is packed once,
  *           when the session is created (in each call where it is no constant). For every other shape it
@@ -12,10 +12,10 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "call.h"
 #include "ort.h"
+#include "table.h"
 
-#define HIDDEN __attribute__((visibility("hidden")))
-#define EXPORTED __attribute__((visibility("default")))
 #define OR_RETURN(call)                     \
   do {                                      \
     OrtStatus *status_ = (call);            \
@@ -38,39 +38,6 @@ HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **par
 static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1); }
 
 #include "kernel.h" /* how a kernel is called, and what it calls */
-
-/* --- the table --- */
-
-enum { SPATIAL = 3, IMAGE_AXES = 5 };
-
-struct axis {
-  int64_t size, kernel, stride, dilation, begin, out;
-};
-/* How a weight is packed: filled up to `padded`, seen as `view`, its axes put into `order`. */
-struct packing {
-  int64_t padded[IMAGE_AXES], view[MOST_AXES];
-  int axes, order[MOST_AXES];
-};
-struct kernel {
-  const char *spec; /* its text form */
-  kernel_fn run;
-  int element_type; /* ONNX's number */
-  uint8_t dtype_code, dtype_bits;
-  int has_bias, useful_threads; /* useful_threads for each image */
-  int64_t batch;                /* 0: any */
-  int64_t channels_in, channels_out, groups;
-  struct axis axes[SPATIAL];
-  struct packing packing;
-};
-struct operator {
-  const char *domain, *name;
-  int is_packed, inputs; /* inputs: the most there may be */
-  int first, count;      /* of its kernels */
-};
-
-#include "table.h" /* TARGET, FEATURES, KERNELS, OPERATORS, kernels[], operators[] */
-
-static _Atomic uint64_t calls[KERNELS + 1]; /* of each kernel; the last one: of ONNX Runtime's */
 
 /* --- parallel loops: in the session's own thread pool --- */
 
@@ -424,8 +391,8 @@ struct node {
   const struct operator *operator;
   struct attributes attributes; /* from here on: of open operators */
   size_t inputs;
-  OrtOp *own;                /* ONNX Runtime's kernel */
-  void *packed[KERNELS];     /* of each of the operator's kernels, where the weight is a constant it takes; or NULL */
+  OrtOp *own;     /* ONNX Runtime's kernel */
+  void *packed[]; /* of each of the operator's kernels, where the weight is a constant it takes; or NULL */
 };
 
 /* Whether `kernel` computes this layer for an X of this shape. */
@@ -465,8 +432,8 @@ static void destroy(void *of) {
     pthread_mutex_unlock(&cache_lock);
   }
   if (node->own) ORT_ReleaseOp(node->own);
-  for (int i = 0; i < KERNELS; i++) {
-    for (int j = i + 1; j < KERNELS; j++) /* equal packings share one copy */
+  for (int i = 0; i < node->operator->count; i++) {
+    for (int j = i + 1; j < node->operator->count; j++) /* equal packings share one copy */
       if (node->packed[j] == node->packed[i]) node->packed[j] = NULL;
     free(node->packed[i]);
   }
@@ -546,10 +513,11 @@ static const struct operator *operator_of(const OrtCustomOp *op) { return ((cons
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **created) {
   (void)api;
-  struct node *node = calloc(1, sizeof *node);
+  const struct operator *operator = operator_of(op);
+  struct node *node = calloc(1, sizeof *node + (size_t)operator->count * sizeof *node->packed);
   if (!node) return ORT_CreateStatus(ORT_FAIL, "opcompile: there is no memory for a node");
   atomic_fetch_add(&alive, 1);
-  node->operator = operator_of(op);
+  node->operator = operator;
   OrtStatus *status = count_inputs(info, &node->inputs);
   if (!status && !node->operator->is_packed) {
     status = read_attributes(info, &node->attributes);
@@ -632,7 +600,7 @@ static OrtStatus *compute_by_own(const struct node *node, OrtKernelContext *cont
   OrtValue *output;
   void *data;
   OR_RETURN(make_output(context, shape, x->rank, &output, &data));
-  atomic_fetch_add_explicit(&calls[KERNELS], 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&calls[kernel_count], 1, memory_order_relaxed);
   const OrtValue *values[] = {inputs[0].value, inputs[1].value, inputs[2].value};
   return ORT_InvokeOp(context, node->own, values, (int)node->inputs, &output, 1);
 }
@@ -782,7 +750,8 @@ static int has_word(const char *words, const char *word, size_t length) {
   return 0;
 }
 
-/* Writes the first of FEATURES that this processor lacks; returns whether there is one. Linux tells, others do not. */
+/* Writes the first of the target's features that this processor lacks; returns whether there is one. Linux tells,
+ * others do not. */
 static int lacks_feature(char *missing, size_t size) {
   FILE *file = fopen("/proc/cpuinfo", "r");
   if (!file) return 0;
@@ -791,7 +760,7 @@ static int lacks_feature(char *missing, size_t size) {
   while (!found && fgets(line, sizeof line, file))
     found = !strncmp(line, "flags", 5) || !strncmp(line, "Features", 8);
   fclose(file);
-  for (const char *word = FEATURES; found && !lacks && *word;) {
+  for (const char *word = target_features; found && !lacks && *word;) {
     size_t length = strcspn(word, " ");
     snprintf(missing, size, "%.*s", (int)length, word);
     lacks = !has_word(line, missing, length);
@@ -816,21 +785,22 @@ static int may_infer(const struct operator *operator, const char *version) {
 }
 
 static OrtStatus *make_domain(const char *version) {
-  static struct custom customs[OPERATORS * (sizeof onnx_types / sizeof *onnx_types)];
   char missing[64], text[256];
   if (lacks_feature(missing, sizeof missing)) {
     snprintf(text, sizeof text,
              "opcompile: this library was compiled for %s, and this processor has no %s; compile it for this machine",
-             TARGET, missing);
+             target_name, missing);
     return ORT_CreateStatus(ORT_FAIL, text);
   }
   OrtCustomOpDomain *made;
   OR_RETURN(ORT_CreateCustomOpDomain(operators[0].domain, &made));
-  OrtStatus *status = NULL;
+  const size_t most_types = sizeof onnx_types / sizeof *onnx_types;
+  struct custom *customs = calloc((size_t)operator_count * most_types, sizeof *customs); /* the domain's, from here on */
+  OrtStatus *status = customs ? NULL : ORT_CreateStatus(ORT_FAIL, "opcompile: there is no memory for the operators");
   int count = 0;
-  for (int i = 0; i < OPERATORS && !status; i++) {
+  for (int i = 0; i < operator_count && !status; i++) {
     /* ONNX's own operator has more types than our kernels: ONNX Runtime inserts Casts, if the operator allows */
-    int types = *operators[i].domain ? 1 : (int)(sizeof onnx_types / sizeof *onnx_types);
+    int types = *operators[i].domain ? 1 : (int)most_types;
     for (int j = 0; j < types && !status; j++) {
       int type = *operators[i].domain ? kernels[operators[i].first].element_type : onnx_types[j];
       customs[count] = (struct custom){functions, &operators[i], type, j > 0};
@@ -840,6 +810,7 @@ static OrtStatus *make_domain(const char *version) {
   }
   if (status) {
     ORT_ReleaseCustomOpDomain(made);
+    free(customs);
     return status;
   }
   domain = made;
@@ -868,8 +839,8 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
 /* How often each kernel was called since the library was loaded; the last entry counts ONNX Runtime's own.
  * Returns 0 where there is no such entry. */
 EXPORTED int opcompile_calls(int index, const char **spec, uint64_t *count) {
-  if (index < 0 || index > KERNELS) return 0;
-  *spec = index < KERNELS ? kernels[index].spec : "onnxruntime";
+  if (index < 0 || index > kernel_count) return 0;
+  *spec = index < kernel_count ? kernels[index].spec : "onnxruntime";
   *count = atomic_load_explicit(&calls[index], memory_order_relaxed);
   return 1;
 }
