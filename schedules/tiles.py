@@ -678,10 +678,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
     if unrolled:
-        # LLVM loads what all taps read at once, and puts some of it on the stack; as measured with 32 registers and 16
-        a_spill, of_row = (0.6, 1.0) if machine.registers > 16 else (0.35, 0.4)
-        read = t.vectors * (t.rows + taps_h - 1) * taps_w * (of_row if t.rows == 1 else 1.0)
-        waiting += a_spill * max(0, sums + read - machine.registers)
+        # LLVM loads what all taps read at once, and puts some of it on the stack
+        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
