@@ -591,9 +591,8 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
     # a vector that is a whole line is loaded while more is multiplied
     a_load = machine.loading / (2 if machine.vector_bytes == CACHE_LINE else 1)
     step = multiplying + a_load * (t.vectors + t.scalars)
-    # what the first cache does not hold until the next weights comes again from the second
-    x = t.columns * layer.itemsize
-    step += x / 50 * min(1, max(0, x * layer.c / machine.l1_bytes - 0.25))
+    if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
+        step += t.columns * layer.itemsize / 100
     return tiles * (layer.c * step + 6 * sums + 40)
 
 
