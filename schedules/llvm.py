@@ -298,7 +298,9 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     else:
         of_taps = [t_d, t_h, t_w]
     tile = [turn, *tile]
-    sch.reorder(n, g, *of_phases, *tiles, c, *of_taps, c_in, *tile, lane, *pair)
+    # the taps of one plane of X at a time; a chunk that its task copies by itself goes through all of them
+    in_turn = [c, *of_taps] if t.copy == "chunk" else [of_taps[0], c, *of_taps[1:]]
+    sch.reorder(n, g, *of_phases, *tiles, *in_turn, c_in, *tile, lane, *pair)
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)

@@ -48,9 +48,9 @@ class Tiles:
     tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). A band
     covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
-    ``chunk`` input channels at a time through all taps. ``copy`` says who copies X: each task the rows
-    that it reads, or those of a chunk at a time, which then goes through all its bands before the next; or
-    all tasks together before the first. ``products`` of neighbouring input channels are
+    ``chunk`` input channels at a time through the taps of a plane of X. ``copy`` says who copies X: each task the
+    rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
+    or all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
     written: into the caches, or past them where it begins at a cache line.
     """

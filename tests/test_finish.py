@@ -163,7 +163,7 @@ def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
         ]
         assert len(elements) == 8 * (3 if asked else 0), "two vectors and a line for what straddles, in each phase"
         for element, loops in elements:
-            *_, chunk, _, _, _, c = (loop.loop_var for loop in loops)
+            *_, chunk, _, _, c = (loop.loop_var for loop in loops)  # within the planes of taps, around their rows
             at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
             assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2
 
