@@ -29,7 +29,7 @@ def allowed(spec: ConvTranspose3d, copies: bool) -> float:
 
 
 @pytest.mark.parametrize("layer", tagged("real"), ids=lambda layer: layer.name)
-@pytest.mark.parametrize("machine", ["llvm:x86-64-v4", "llvm:apple-m1"])
+@pytest.mark.parametrize("machine", ["llvm:x86-64-v4", pytest.param("llvm:apple-m1", marks=pytest.mark.heavy)])
 def test_the_workspace_of_real_layers_is_a_tenth_of_the_tensors(layer: Case, machine: str) -> None:
     spec = layer.spec
     tiles, _ = choose(spec, target(machine), "baseline")
