@@ -263,6 +263,16 @@ def test_headers_of_several_layers_in_one_file(
     subprocess.run([tmp_path / "host"], check=True)
 
 
+def test_the_headers_declare_the_entries_as_they_are_defined(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path
+) -> None:
+    here = Path(opcompile.__file__).parent
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-D_GNU_SOURCE=", "-include", "header.h"]
+    for text in (artifact.header(ONE, lowered[ONE].packing), header_of_derivative(Gradient(ONE, "x"))):
+        (tmp_path / "header.h").write_text(text)
+        subprocess.run(["cc", *flags, here / "runtime.c"], cwd=tmp_path, check=True)
+
+
 # --- what is refused ---
 
 
