@@ -69,7 +69,7 @@ def _compiled(linker: tuple[str, ...], sources: tuple[tuple[str, str], ...], tar
 
 
 def _made(command: Sequence[str], files: Mapping[str, str | bytes], target: Target) -> bytes:
-    """Return what ``command`` makes of ``files``, by name: of texts, so that no path of this machine gets into it."""
+    """Return what ``command`` makes of ``files``, which lie beside it by name: no path of this machine gets into it."""
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
         folder = Path(name)
         for file, content in files.items():
