@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -12,7 +13,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, joined, largest_divisor, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, joined, largest_divisor, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -33,7 +34,7 @@ _AT_ONCE = 8
 # A turn of a loop over channels may have so many multiply-adds: code grows with them.
 _MOST_OF_TURN = 64
 
-Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
+Ahead = Callable[[tirx.For, "ConvTranspose3d", "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
 
 
@@ -43,7 +44,7 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
     if t.copy != "whole" and spec.layout == "NCDHW":  # where channels come last, all rows of a plane are side by side
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
-        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
+        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, spec, t, ahead)))
     if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
@@ -56,7 +57,8 @@ def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
     """
     if not _asks_for_weights(spec, t):
         return 1
-    a_line = CACHE_LINE // (t.block * t.products * spec.itemsize)
+    together = taps if by_rows(spec, t) else 1
+    a_line = CACHE_LINE // (t.block * t.products * together * spec.itemsize)
     most = min(a_line, _MOST_OF_TURN // (t.vectors * t.scalars * t.rows * taps))
     return largest_divisor(t.chunk // t.products, most)
 
@@ -257,38 +259,43 @@ def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
     return not (near or few or widened or many) and spec.channels_in > spec.groups
 
 
-def _asking(loop: tirx.For, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
+def _asking(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
     """Where a loop goes through channels, ask for what comes later."""
-    fetches = [fetch for ask in ahead for fetch in ask(loop, t)] if over_channels(loop) else []
+    fetches = [fetch for ask in ahead for fetch in ask(loop, spec, t)] if over_channels(loop) else []
     return _beginning(loop, fetches) if fetches else loop
 
 
-def _of_next_chunk(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
-    """Where the taps of a row begin, what they will read of the next chunk of channels.
+def _of_next_chunk(loop: tirx.For, _: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
+    """What the taps of a row will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
     """
     x, values = _first(loop, "pad")
-    *_, tap_w, channel = values
+    *_, channel = values
     a_line = CACHE_LINE * 8 // tvm.DataType(x.source.dtype).bits
     asked = []
     for next_chunk in range(t.chunk, t.chunk + _of_turn(loop, t), t.products):
         *line, first = _at(x, {**values, channel: values[channel] + next_chunk})
         asked += [fetch(x.source, [*line, first + i]) for i in range(0, t.columns * t.products + a_line, a_line)]
-    return [tirx.IfThenElse(values[tap_w] == 0, in_turn(asked), None)]
+    return asked
 
 
-def _of_next_tap(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
-    """The weights of these channels for the next tap, which follow in memory.
+def _of_next_tap(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
+    """The weights of these channels for the next tap, or row of taps, which follow in memory.
 
-    The prefetcher begins anew with each tap, and only the first of the tiles that read a weight waits for it.
+    The prefetcher begins anew with each, and only the first of the tiles that read a weight waits for it.
     """
     w, values = _first(loop, "W")
-    g, of_weights, *taps, channel, first = _at(w, values)[:10]
-    rest = [tirx.const(0, first.ty.dtype)] * (len(w.indices) - 10)
-    channels = int(w.source.shape[8])
+    channels = 7 if by_rows(spec, t) else 8
+    at = _at(w, values)
+    at[channels] = at[channels] + int(w.source.shape[channels])
+    of_turn = _of_turn(loop, t) // t.products * math.prod(int(n) for n in w.source.shape[channels + 1 :])
+    a_line = CACHE_LINE * 8 // tvm.DataType(w.source.dtype).bits
+    g, of_weights, *taps, first = at[:10]
+    rest = at[10:]
     blocks = range(t.vectors if t.vector == "channels" else 1)
-    return [fetch(w.source, [g, of_weights + i, *taps, channel + channels, first, *rest]) for i in blocks]
+    asked = product(blocks, range(0, of_turn, a_line))
+    return [fetch(w.source, [g, of_weights + block, *taps, first + i, *rest]) for block, i in asked]
 
 
 def _first(loop: tirx.For, name: str) -> tuple[Any, dict[tirx.Var, Any]]:

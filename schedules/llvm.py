@@ -29,7 +29,7 @@ from tvm.s_tir.schedule import _ffi_api
 
 from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
-from schedules.tiles import CACHE_LINE, MOST_PHASES, Estimate, Tiles, baseline, candidates, factors, joined, reach
+from schedules.tiles import CACHE_LINE, MOST_PHASES, Estimate, Tiles, baseline, by_rows, candidates, factors, joined, reach
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -51,9 +51,10 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
 
     W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
     ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
-    (`_periods`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
+    (`_periods`), and those of its rows within each channel, ``(..., C/g, kW/pW, block)``, where they are taken
+    at once (`by_rows`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
     phases that are axes multiply zeros.
-    Channels that are multiplied in pairs lie side by side: ``(..., C/g/2, block, 2)``.
+    Channels that are multiplied in pairs lie side by side: ``(..., block, 2)``, of C/g/2 pairs.
     """
     if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
@@ -66,9 +67,9 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
     view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
     if tiles.products == 1:
-        return view, (0, 2, 5, 7, 9, 4, 6, 8, 1, 3)
+        return view, (0, 2, 5, 7, 9, 4, 6, *((1, 8) if by_rows(spec, tiles) else (8, 1)), 3)
     pairs = (spec.groups, c // spec.groups // tiles.products, tiles.products, *view[2:])
-    return pairs, (0, 3, 6, 8, 10, 5, 7, 9, 1, 4, 2)
+    return pairs, (0, 3, 6, 8, 10, 5, 7, *((1, 9) if by_rows(spec, tiles) else (9, 1)), 4, 2)
 
 
 def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
@@ -127,8 +128,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
         sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)
-        *_, c, block = sch.get_loops(wide)
-        _, lane = sch.split(sch.fuse(c, block), [None, tiles.lanes])
+        _, lane = sch.split(sch.fuse(*sch.get_loops(wide)[-3:]), [None, tiles.lanes])
         sch.vectorize(lane)
 
     # --- spend the cores; a copy of all X is a task a plane ---
@@ -187,11 +187,13 @@ def _lay_out(
         if t.vector == "taps":
             of_m, of_kh = _tap_tile(t, kernel)
             return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
-        taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h, kw // p_w)
-        if t.products == 1:
-            return c // c_in, m // t.block, *taps, c % c_in, m % t.block
-        together, pairs = c // t.products, c_in // t.products
-        return together // pairs, m // t.block, *taps, together % pairs, m % t.block, c % t.products
+        taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h)
+        pairs = c_in // t.products
+        of_row = [kw // p_w, c // t.products % pairs]
+        if by_rows(spec, t):
+            of_row.reverse()
+        pair = [c % t.products] if t.products > 1 else []
+        return c // c_in, m // t.block, *taps, *of_row, m % t.block, *pair
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
@@ -277,8 +279,9 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    taps = int(sch.get(t_h).extent) * int(sch.get(t_w).extent)
-    of_turn = channels_of_turn(spec, t, taps if t.unrolls(taps) else 1)
+    of_row = int(sch.get(t_w).extent)
+    taps = int(sch.get(t_h).extent) * of_row
+    of_turn = channels_of_turn(spec, t, taps if t.unrolls(taps) else 1 if t.vector == "channels" else of_row)
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.vector == "channels":
@@ -295,6 +298,9 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     if t.unrolls(taps):
         # the taps of a channel share vectors of X
         tile, of_taps = [t_h, t_w, *tile], [t_d]
+    elif t.vector != "channels":
+        # those of a row share lines of X
+        tile, of_taps = [t_w, *tile], [t_d, t_h]
     else:
         of_taps = [t_d, t_h, t_w]
     tile = [turn, *tile]

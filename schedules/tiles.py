@@ -213,6 +213,12 @@ def joined(spec: ConvTranspose3d, t: Tiles) -> int:
     return _Layer.of(spec, t.products).joined(t)
 
 
+def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether weights of a row of taps lie together in each channel: where they are taken at once, and one phase's."""
+    axis = spec.axes[2]
+    return t.vector in ("row", "line") and axis.kernel % axis.tap_step == 0
+
+
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many register tiles of a band multiply the same weights."""
     return _Layer.of(spec, t.products).band(t) // (t.columns * t.rows)
@@ -690,7 +696,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(sums, in_flight) / machine.fma_units
     a_loop = 2 if layer.c == 1 else 5 if t.copy == "chunk" else 20
-    beginning = a_loop / (chunk * (taps_h * taps_w if unrolled else 1))
+    at_once = taps_h * taps_w if unrolled else 1 if t.vector == "channels" else taps_w
+    beginning = a_loop / (chunk * at_once)
     summing = max(multiplying, loading) + a_load * loads
     return max(summing, passing / _FROM_SECOND) + waiting + beginning
 

@@ -124,6 +124,26 @@ def test_taps_that_read_zeros_are_left_out(text: str, tests: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "together"),
+    [("k=4 s=2 p=1", True), ("k=3 p=1", True), ("k=3 s=2 p=1", False), ("k=4 s=2 p=1 dtype=float16", True)],
+)
+@pytest.mark.parametrize("vector", ["row", "line"])
+def test_taps_of_a_row_are_taken_at_once(vector: str, text: str, together: bool) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x12x3x4x40 co=6 {text}")
+    tiles = Tiles(vector, LANES, 2, 3, 1, 3, 1, 1, chunk=12, copy="whole")  # type: ignore[arg-type]
+    kernel, taps = tuple(axis.kernel for axis in spec.axes), spec.axes[2].most_taps
+    view, order = llvm.packed(spec, tiles, (12, 6, *kernel))
+    *_, outer, inner, block = order
+    assert [view[axis] for axis in (outer, inner, block)] == ([12, taps, 3] if together else [3, 12, 3])
+    for at, loops in statements(scheduled(spec, tiles)[KERNEL].body):
+        if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint.endswith("_update"):
+            f = int(at.block.name_hint.split("_")[3])
+            of_phase = len(spec.axes[2].phases[f].offsets())
+            of_row = [(int(each.extent), each.kind) for each in loops if _uses(at, -2, each)]
+            assert of_row == [(of_phase, tirx.ForKind.UNROLLED)]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "in=1x4x3x4x4 co=32 k=4 s=2 p=1",
@@ -163,7 +183,7 @@ def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
         ]
         assert len(elements) == 8 * (3 if asked else 0), "two vectors and a line for what straddles, in each phase"
         for element, loops in elements:
-            *_, chunk, _, _, c = (loop.loop_var for loop in loops)  # within the planes of taps, around their rows
+            *_, chunk, _, c = (loop.loop_var for loop in loops)  # within the planes of taps, around their rows
             at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
             assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2
 
@@ -427,7 +447,7 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     of_w = weights_asked_for(spec, vector, **a_row)
     assert bool(of_w) == (not more)  # a task has widened its weights, and reads them where it put them
     for element in of_w:
-        assert words(Analyzer().simplify(element.indices[8])).endswith("+ 64")
+        assert words(Analyzer().simplify(element.indices[8 if vector == "channels" else 7])).endswith("+ 64")
     assert bool(weights_asked_for(spec, vector, **a_row, copy="task")) == (not more), "beside X of the next task"
     planes = {**a_row, "depth": 8, "height": 12}
     assert tiles_of_band(spec, replace(tiles_of(spec, vector), **planes)) > 8
@@ -443,29 +463,42 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
 
 
 @pytest.mark.parametrize(
-    ("vector", "vectors", "scalars", "dtype", "of_turn"),
+    ("vector", "vectors", "scalars", "kernel", "dtype", "of_turn"),
     [
-        ("channels", 3, 4, "float32", 2),  # of 32 bytes a channel
-        ("line", 2, 4, "float32", 4),  # of 16
-        ("line", 2, 6, "float32", 2),  # of 24
-        ("channels", 2, 6, "float16", 4),
-        ("line", 6, 2, "float32", 4),  # a turn of 8 channels would be long
+        ("channels", 3, 4, "5", "float32", 2),  # of 32 bytes a channel
+        ("channels", 2, 6, "5", "float16", 4),
+        ("line", 2, 4, "2", "float32", 4),  # of 16
+        ("line", 2, 6, "2", "float32", 2),  # of 24
+        ("line", 6, 2, "2", "float32", 4),  # a turn of 8 channels would be long
+        ("line", 2, 4, "4", "float32", 2),  # of 32, two taps in a row of a phase
     ],
 )
-def test_a_line_of_weights_is_asked_for_once(vector: str, vectors: int, scalars: int, dtype: str, of_turn: int) -> None:
-    spec = ConvTranspose3d.parse(f"in=1x64x4x2x16 co=96 k=5 s=2 p=2 dtype={dtype}")
+def test_a_line_of_weights_is_asked_for_once(
+    vector: str, vectors: int, scalars: int, kernel: str, dtype: str, of_turn: int
+) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x192x4x2x16 co=96 k={kernel} s=2 dtype={dtype}")
     task = vectors * 8 if vector == "channels" else scalars
-    tiles = Tiles(vector, 8, vectors, scalars, 1, task, 1, 1, chunk=64, copy="whole")  # type: ignore[arg-type]
+    tiles = Tiles(vector, 8, vectors, scalars, 1, task, 1, 1, chunk=192, copy="whole")  # type: ignore[arg-type]
     body = scheduled(spec, tiles)[KERNEL].body
     asked = [(e, loops) for at, loops in statements(body) if (e := fetched(at)) is not None and e.source.name == "W"]
     assert len(asked) == math.prod(len(axis.phases) for axis in spec.axes) * (vectors if vector == "channels" else 1)
     for element, loops in asked:
         of_channels = loops[-1]
-        assert int(of_channels.extent) == 64 // of_turn
+        assert int(of_channels.extent) == 192 // of_turn
         turns = [{loop.loop_var: tirx.const(0, "int64") for loop in loops} for _ in range(2)]
         turns[1][of_channels.loop_var] = tirx.const(1, "int64")
-        channels = [int(Analyzer().simplify(_known(element.indices[8], turn))) for turn in turns]
-        assert channels == [64, 64 + of_turn]
+        channel = element.indices[8 if vector == "channels" else 7]
+        channels = [int(Analyzer().simplify(_known(channel, turn))) for turn in turns]
+        assert channels == [192, 192 + of_turn]
+
+
+def test_a_turn_asks_for_each_line_of_its_weights() -> None:
+    spec = ConvTranspose3d.parse("in=1x64x4x2x16 co=96 k=4 s=2")
+    tiles = Tiles("row", 8, 1, 12, 1, 12, 1, 1, chunk=64, copy="whole")
+    elements = (fetched(at) for at, _ in statements(scheduled(spec, tiles)[KERNEL].body))
+    of_w = [e.indices[9] for e in elements if e is not None and e.source.name == "W"]
+    ahead = [int(Analyzer().simplify(column - of_w[0])) for column in of_w]
+    assert ahead == [0, 16] * 8, "24 weights, of two taps, in each phase"
 
 
 def weights_asked_for(spec: ConvTranspose3d, vector: str, **changed: Any) -> list[Any]:
