@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -18,7 +19,18 @@ from schedules.chunks import by_chunks
 from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
-from schedules.statements import ADDING, ADDING_ANY, begin, every, in_turn, nest, over_channels, replaced, with_turns
+from schedules.statements import (
+    ADDING,
+    ADDING_ANY,
+    begin,
+    every,
+    in_turn,
+    nest,
+    over_channels,
+    replaced,
+    with_turns,
+    within,
+)
 from schedules.tiles import CACHE_LINE, joined, reach, weaves
 
 if TYPE_CHECKING:
@@ -56,6 +68,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if joined(spec, tiles) == 1:  # a line through several planes has all that they have
         function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
     function = asking(function, spec, tiles)
+    if tiles.shares_rows:
+        function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
     if tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     if tiles.products > 1 or tiles.store == "streamed":
@@ -293,6 +307,32 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
         if last + axis.positions > axis.size:
             tests.append(i < axis.size)
     return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
+
+
+def _sharing_rows(loop: tirx.For, spec: ConvTranspose3d) -> tirx.Stmt:
+    """Where taps are unrolled beside several rows, take in turn all products of a vector of X, and then of the next.
+
+    LLVM keeps their order. Tap by tap, it would load what all taps read, and put most of it on the stack.
+    """
+    found = over_channels(loop)
+    if found is None:
+        return loop
+    adding, (*tile, lane) = found
+    *_, h, _, _, tap_h, tap_w, c = adding.iter_values
+    row = h - tap_h * spec.axes[1].offset_step
+    at_first = begin(tile)
+    analyzer = Analyzer()
+
+    def read(values: Mapping[tirx.Var, Any]) -> tuple[int, ...]:
+        at = (replaced(each, values) - replaced(each, at_first) for each in (c, tap_w, row))
+        return tuple(int(analyzer.simplify(each)) for each in at)
+
+    turns = product(*(range(int(each.extent)) for each in tile))
+    kind = loop.loop_var.ty.dtype
+    of_tile = [{each.loop_var: tirx.const(i, kind) for each, i in zip(tile, turn, strict=True)} for turn in turns]
+    products = [within([lane], replaced(lane.body, values)) for values in sorted(of_tile, key=read)]
+    before = loop.body.seq[:-1] if isinstance(loop.body, tirx.SeqStmt) else []
+    return with_turns(loop, in_turn([*before, *products]))
 
 
 def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CACHE_LINE = 64
 # So many taps of a plane may be unrolled: code grows with them.
-_MOST_UNROLLED = 9
+_MOST_UNROLLED = 16
 # So many taps of a row may each take columns of their own: code grows with them.
 _MOST_TRIMMED = 9
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
@@ -95,6 +95,11 @@ class Tiles:
     def unrolls(self, taps: int) -> bool:
         """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
         return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether products of one vector of X follow each other, where taps are unrolled: for all rows that read it."""
+        return self.vector == "row" and self.scalars == 1 and self.rows > 1
 
     def skips_rows(self, taps: tuple[int, int, int]) -> bool:
         """Whether a tap can be left out where the row that it reads lies beside X: one row at a time, tap by tap."""
@@ -419,6 +424,7 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
     shapes = [
         *product(("channels", "row"), range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1)),
+        *product(("row",), range(1, 7), (1,), range(5, min(8, layer.height) + 1)),
         *product(("line",), range(1, 9), range(1, 17), (1,)),
     ]
     for vector, vectors, scalars, rows in shapes:
@@ -653,6 +659,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
     unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
+    shares_rows = t.unrolls(taps_h * taps_w) and t.shares_rows
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
@@ -675,9 +682,14 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += t.vectors
     else:
         # where there is more than one tap, most vectors straddle two cache lines
-        rows = (t.rows + taps_h - 1) / taps_h if unrolled else t.rows
-        a_load = 0.3 * machine.fma_units if unrolled else machine.loading
-        straddling = 1.1 if unrolled else 1 if layer.most_taps == (1, 1, 1) else 1 + machine.vector_bytes / CACHE_LINE
+        rows, a_load, straddling = t.rows, machine.loading, 1 + machine.vector_bytes / CACHE_LINE
+        if layer.most_taps == (1, 1, 1):
+            straddling = 1
+        if unrolled:
+            rows = (t.rows + taps_h - 1) / taps_h
+            a_load, straddling = 0.3 * machine.fma_units, 1.1
+        if shares_rows:  # each row is lines of its own
+            a_load, straddling = 0.4 * machine.fma_units, 1 + 0.7 / t.vectors
         vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars * a_broadcast, vectors / machine.fma_units + t.scalars / 2
         passing, waiting = 0, t.scalars * a_weight
@@ -685,9 +697,12 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
     sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
-    if unrolled:
+    if shares_rows:
+        # beside the sums: the weights of a column of taps, and some vectors of X
+        waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
+    elif unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+        waiting += 0.6 * max(0, sums + t.vectors * taps_h * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))

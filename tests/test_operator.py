@@ -225,6 +225,24 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "in=1x3x4x7x18 co=3 k=7 s=2 p=3 g=3",
+        "in=1x2x3x8x9 co=2 k=5 s=2 p=2 op=1 g=2 dtype=float16",
+        "in=1x2x3x8x9 co=2 k=3x4x4 s=1x1x2 p=1 d=1x2x1 g=2",
+        "in=1x6x3x6x17 co=1 k=3 s=1 p=1",  # several channels, each with all its taps
+        "in=1x6x3x6x17 co=2 k=3x3x2 s=1x2x2 g=2 layout=NDHWC",
+    ],
+)
+def test_rows_of_a_tile_may_share_what_their_taps_read(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    for vectors, rows in ((2, 4), (1, 8)):
+        tiles = llvm.Tiles("row", 8, vectors, 1, rows, 1, 1, rows, spec.channels_in // spec.groups, "task")
+        compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "in=1x21x3x3x4 co=3 k=1x1x2 s=3x2x5 p=0:0x0:1x1:1 op=0x0x1 g=3 bias=0",  # 30 phases, and one output channel
         "in=1x4x2x2x17 co=1 k=1x3x7 s=4x3x5 p=2:1x2:3x3:3 op=0x2x0 d=1x1x3",  # 30 phases, and no tap meets Y
         "in=1x32x1x1x16 co=4 k=2x3x3 s=1x2x1 p=1:0x0x0 d=3x3x1 g=2 bias=0 act=gelu dtype=float64",
