@@ -310,29 +310,26 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
 
 
 def _sharing_rows(loop: tirx.For, spec: ConvTranspose3d) -> tirx.Stmt:
-    """Where taps are unrolled beside several rows, take in turn all products of a vector of X, and then of the next.
+    """Where taps are unrolled beside several rows, take in turn all products of a row of X, and then of the next.
 
-    LLVM keeps their order. Tap by tap, it would load what all taps read, and put most of it on the stack.
+    LLVM keeps their order: a vector of X is loaded, and soon not needed again. Tap by tap, it would load what all taps
+    read, and put most of it on the stack.
     """
     found = over_channels(loop)
     if found is None:
         return loop
-    adding, (*tile, lane) = found
-    *_, h, _, _, tap_h, tap_w, c = adding.iter_values
-    row = h - tap_h * spec.axes[1].offset_step
-    at_first = begin(tile)
-    analyzer = Analyzer()
-
-    def read(values: Mapping[tirx.Var, Any]) -> tuple[int, ...]:
-        at = (replaced(each, values) - replaced(each, at_first) for each in (c, tap_w, row))
-        return tuple(int(analyzer.simplify(each)) for each in at)
-
-    turns = product(*(range(int(each.extent)) for each in tile))
-    kind = loop.loop_var.ty.dtype
-    of_tile = [{each.loop_var: tirx.const(i, kind) for each, i in zip(tile, turn, strict=True)} for turn in turns]
-    products = [within([lane], replaced(lane.body, values)) for values in sorted(of_tile, key=read)]
+    _, (channels, of_tap_h, of_tap_w, of_h, *_) = found
+    columns, adding = nest(of_h.body)
+    kind, step = loop.loop_var.ty.dtype, spec.axes[1].offset_step
+    # a tap reads the row that lies a step before that of the tap before it
+    products = sorted(product(range(int(of_tap_h.extent)), range(int(of_h.extent))), key=lambda at: at[1] - at[0] * step)
+    rows = []
+    for tap_h, h in products:
+        at = {of_tap_h.loop_var: tirx.const(tap_h, kind), of_h.loop_var: tirx.const(h, kind)}
+        rows.append(within(columns, replaced(adding, at)))
+    tile = with_turns(channels, with_turns(of_tap_w, in_turn(rows)))
     before = loop.body.seq[:-1] if isinstance(loop.body, tirx.SeqStmt) else []
-    return with_turns(loop, in_turn([*before, *products]))
+    return with_turns(loop, in_turn([*before, tile]))
 
 
 def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from opcompile.target import Machine
 
 CACHE_LINE = 64
-# So many taps of a plane may be unrolled: code grows with them.
-_MOST_UNROLLED = 16
+# So many taps of a plane may be unrolled, by a tile of one row, and by one of several: code grows with them.
+_MOST_UNROLLED = (9, 49)
 # So many taps of a row may each take columns of their own: code grows with them.
 _MOST_TRIMMED = 9
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
@@ -94,7 +94,7 @@ class Tiles:
 
     def unrolls(self, taps: int) -> bool:
         """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
-        return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED
+        return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED[self.shares_rows]
 
     @property
     def shares_rows(self) -> bool:

@@ -25,7 +25,7 @@ from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
 from schedules.llvm import Tiles
-from schedules.statements import ADDING, every
+from schedules.statements import ADDING, begin, every, replaced
 from schedules.tiles import tiles_of_band
 
 MACHINE = target("llvm:x86-64-v4").machine
@@ -143,20 +143,21 @@ def test_taps_of_a_row_are_taken_at_once(vector: str, text: str, together: bool)
             assert of_row == [(of_phase, tirx.ForKind.UNROLLED)]
 
 
-@pytest.mark.parametrize("text", ["in=1x4x3x8x40 co=4 k=7 s=2 p=3 g=4", "in=1x4x3x8x40 co=1 k=3 p=1"])
-def test_products_of_a_vector_of_x_follow_each_other_in_a_tile_of_several_rows(text: str) -> None:
+@pytest.mark.parametrize("text", ["in=1x4x3x8x40 co=4 k=7 s=2 p=3 g=4", "in=1x4x3x8x40 co=1 k=3 d=2"])
+def test_products_of_a_row_of_x_follow_each_other_in_a_tile_of_several_rows(text: str) -> None:
     spec = ConvTranspose3d.parse(text)
     tiles = Tiles("row", LANES, 2, 1, 4, 1, 1, 4, chunk=spec.channels_in // spec.groups, copy="task")
-    read: dict[str, list[tuple[str, str]]] = {}
-    for at, _ in statements(scheduled(spec, tiles)[KERNEL].body):
+    step, turns = spec.axes[1].offset_step, dict[str, list[tuple[int, int]]]()
+    for at, loops in statements(scheduled(spec, tiles)[KERNEL].body):
         if isinstance(at, s_tir.SBlockRealize) and ADDING.fullmatch(at.block.name_hint):
-            *_, h, _, _, tap_h, tap_w, _ = at.iter_values
-            row = Analyzer().simplify(h - tap_h * spec.axes[1].offset_step)
-            read.setdefault(at.block.name_hint, []).append((words(tap_w), words(row)))
-    for f, turns in read.items():
-        _, height, width = (len(a.phases[int(i)].offsets()) for a, i in zip(spec.axes, f.split("_")[1:4], strict=True))
-        assert len(turns) == 2 * 4 * height * width
-        assert len(list(itertools.groupby(turns))) == len(set(turns)) == (4 + height - 1) * width
+            *_, h, _, _, tap_h, _, _ = (replaced(value, begin(loops)) for value in at.iter_values)
+            turn = (int(tap_h), int(Analyzer().simplify(h)))
+            turns.setdefault(at.block.name_hint, []).append(turn)
+    for name, of_phase in turns.items():
+        taps = len(spec.axes[1].phases[int(name.split("_")[2])].offsets())
+        assert sorted(of_phase) == list(itertools.product(range(taps), range(tiles.rows)))
+        read = [h - tap_h * step for tap_h, h in of_phase]
+        assert read == sorted(read)
 
 
 @pytest.mark.parametrize(
