@@ -289,12 +289,10 @@ def _of_next_tap(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> list[tirx.S
     channels = 7 if by_rows(spec, t) else 8
     at = _at(w, values)
     at[channels] = at[channels] + int(w.source.shape[channels])
-    of_turn = _of_turn(loop, t) // t.products * math.prod(int(n) for n in w.source.shape[channels + 1 :])
+    elements = _of_turn(loop, t) // t.products * math.prod(int(n) for n in w.source.shape[channels + 1 :])
     a_line = CACHE_LINE * 8 // tvm.DataType(w.source.dtype).bits
-    g, of_weights, *taps, first = at[:10]
-    rest = at[10:]
-    blocks = range(t.vectors if t.vector == "channels" else 1)
-    asked = product(blocks, range(0, of_turn, a_line))
+    (g, of_weights, *taps, first), rest = at[:10], at[10:]
+    asked = product(range(t.vectors if t.vector == "channels" else 1), range(0, elements, a_line))
     return [fetch(w.source, [g, of_weights + block, *taps, first + i, *rest]) for block, i in asked]
 
 

@@ -29,7 +29,18 @@ from tvm.s_tir.schedule import _ffi_api
 
 from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
-from schedules.tiles import CACHE_LINE, MOST_PHASES, Estimate, Tiles, baseline, by_rows, candidates, factors, joined, reach
+from schedules.tiles import (
+    CACHE_LINE,
+    MOST_PHASES,
+    Estimate,
+    Tiles,
+    baseline,
+    by_rows,
+    candidates,
+    factors,
+    joined,
+    reach,
+)
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule

@@ -562,9 +562,10 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # asked for, to 189 more of 21; those of bands, of weaving, of what lies on the stack and of what passes from the
 # second cache, to 249 of 27 that are small or depthwise, and 522 of 53 of all kinds; what a load takes with AVX2
 # (`Machine.loading`), to 798 of 42 on Zen 3, and in sums by taps, beside chunks, to 1219 of 85; what chunks cost, to
-# 338 more of 35. They are to rank, not to predict: the first of the ranking was 2 % slower than the best of those 522,
-# in the geometric mean over the layers, 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are
-# not depthwise, 28 % at most, and up to 34 % on depthwise ones.
+# 338 more of 35; what rows that share vectors of X cost, to 259 of 20 that are depthwise. They are to rank, not to
+# predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean over the layers,
+# 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are not depthwise, 28 % at most, and over
+# those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted.
 
 
 # Bytes that come from the second cache in a cycle.
@@ -702,7 +703,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
         waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
     elif unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.6 * max(0, sums + t.vectors * taps_h * taps_w - machine.registers)
+        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
         held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))

@@ -230,6 +230,7 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
         "in=1x2x3x8x9 co=2 k=3x4x4 s=1x1x2 p=1 d=1x2x1 g=2",
         "in=1x6x3x6x17 co=1 k=3 s=1 p=1",  # several channels, each with all its taps
         "in=1x6x3x6x17 co=2 k=3x3x2 s=1x2x2 g=2 layout=NDHWC",
+        "in=1x2x2x9x9 co=2 k=1x9x7 p=0x4x3 g=2",  # more taps than are unrolled
     ],
 )
 def test_rows_of_a_tile_may_share_what_their_taps_read(text: str) -> None:
