@@ -265,7 +265,7 @@ def _asking(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, ahead: Sequence[Ahe
     return _beginning(loop, fetches) if fetches else loop
 
 
-def _of_next_chunk(loop: tirx.For, _: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
+def _of_next_chunk(loop: tirx.For, _spec: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
     """What the taps of a row will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.

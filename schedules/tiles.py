@@ -683,7 +683,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
             waiting += t.vectors
     else:
         # where there is more than one tap, most vectors straddle two cache lines
-        rows, a_load, straddling = t.rows, machine.loading, 1 + machine.vector_bytes / CACHE_LINE
+        rows, a_load, straddling = float(t.rows), machine.loading, 1 + machine.vector_bytes / CACHE_LINE
         if layer.most_taps == (1, 1, 1):
             straddling = 1
         if unrolled:
