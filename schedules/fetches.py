@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ _AT_ONCE = 8
 # A turn of a loop over channels may have so many multiply-adds: code grows with them.
 _MOST_OF_TURN = 64
 
-Ahead = Callable[[tirx.For, "ConvTranspose3d", "Tiles"], list[tirx.Stmt]]
+Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
 
 
@@ -44,7 +45,7 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
     if t.copy != "whole" and spec.layout == "NCDHW":  # where channels come last, all rows of a plane are side by side
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
-        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, spec, t, ahead)))
+        function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
     if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
@@ -245,7 +246,7 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
         ahead.append(_of_next_chunk)
     if _asks_for_weights(spec, t):
-        ahead.append(_of_next_tap)
+        ahead.append(partial(_of_next_tap, spec))
     return ahead
 
 
@@ -259,13 +260,13 @@ def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
     return not (near or few or widened or many) and spec.channels_in > spec.groups
 
 
-def _asking(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
+def _asking(loop: tirx.For, t: Tiles, ahead: Sequence[Ahead]) -> tirx.Stmt:
     """Where a loop goes through channels, ask for what comes later."""
-    fetches = [fetch for ask in ahead for fetch in ask(loop, spec, t)] if over_channels(loop) else []
+    fetches = [fetch for ask in ahead for fetch in ask(loop, t)] if over_channels(loop) else []
     return _beginning(loop, fetches) if fetches else loop
 
 
-def _of_next_chunk(loop: tirx.For, _spec: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
+def _of_next_chunk(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     """What the taps of a row will read of the next chunk of channels.
 
     The lines of neighbouring channels lie too far apart for the prefetcher, and a copy of all X in the third cache.
@@ -280,7 +281,7 @@ def _of_next_chunk(loop: tirx.For, _spec: ConvTranspose3d, t: Tiles) -> list[tir
     return asked
 
 
-def _of_next_tap(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> list[tirx.Stmt]:
+def _of_next_tap(spec: ConvTranspose3d, loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     """The weights of these channels for the next tap, or row of taps, which follow in memory.
 
     The prefetcher begins anew with each, and only the first of the tiles that read a weight waits for it.

@@ -318,10 +318,9 @@ def _sharing_rows(loop: tirx.For, spec: ConvTranspose3d) -> tirx.Stmt:
     found = over_channels(loop)
     if found is None:
         return loop
-    adding, (channels, of_tap_h, of_tap_w, of_h, *_) = found
+    adding, (channels, of_tap_h, of_tap_w, of_h, *columns) = found
     if not adding.iter_values[7].same_as(of_tap_h.loop_var):  # more taps than are unrolled
         return loop
-    columns, adding = nest(of_h.body)
     kind, step = loop.loop_var.ty.dtype, spec.axes[1].offset_step
     # a tap reads the row that lies a step before that of the tap before it
     products = sorted(

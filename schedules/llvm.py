@@ -139,7 +139,8 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
         sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)
-        _, lane = sch.split(sch.fuse(*sch.get_loops(wide)[-3:]), [None, tiles.lanes])
+        together = sch.get_loops(wide)[-3:]  # channels, taps of a row, a block
+        _, lane = sch.split(sch.fuse(*together), [None, tiles.lanes])
         sch.vectorize(lane)
 
     # --- spend the cores; a copy of all X is a task a plane ---
@@ -290,9 +291,15 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    of_row = int(sch.get(t_w).extent)
-    taps = int(sch.get(t_h).extent) * of_row
-    of_turn = channels_of_turn(spec, t, taps if t.unrolls(taps) else 1 if t.vector == "channels" else of_row)
+    if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
+        # the taps of a channel share vectors of X
+        of_taps, at_once = [t_d], [t_h, t_w]
+    elif t.vector != "channels":
+        # those of a row share lines of X
+        of_taps, at_once = [t_d, t_h], [t_w]
+    else:
+        of_taps, at_once = [t_d, t_h, t_w], []
+    of_turn = channels_of_turn(spec, t, math.prod(int(sch.get(loop).extent) for loop in at_once))
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.vector == "channels":
@@ -306,15 +313,7 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     # the smaller side of factors stays in registers while the other passes by
     weights, elements = factors(t.vector, t.vectors, t.scalars, t.rows)
     tile = [h_in, w_in, m_in] if weights <= elements else [m_in, h_in, w_in]
-    if t.unrolls(taps):
-        # the taps of a channel share vectors of X
-        tile, of_taps = [t_h, t_w, *tile], [t_d]
-    elif t.vector != "channels":
-        # those of a row share lines of X
-        tile, of_taps = [t_w, *tile], [t_d, t_h]
-    else:
-        of_taps = [t_d, t_h, t_w]
-    tile = [turn, *tile]
+    tile = [turn, *at_once, *tile]
     # the taps of one plane of X at a time; a chunk that its task copies by itself goes through all of them
     in_turn = [c, *of_taps] if t.copy == "chunk" else [of_taps[0], c, *of_taps[1:]]
     sch.reorder(n, g, *of_phases, *tiles, *in_turn, c_in, *tile, lane, *pair)

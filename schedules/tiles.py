@@ -659,8 +659,9 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
 def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
-    unrolled = t.unrolls(taps_h * taps_w) or (t.vector != "channels" and t.scalars == layer.c == 1)
-    shares_rows = t.unrolls(taps_h * taps_w) and t.shares_rows
+    of_plane = t.unrolls(taps_h * taps_w)
+    unrolled = of_plane or (t.vector != "channels" and t.scalars == layer.c == 1)
+    shares_rows = of_plane and t.shares_rows
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
