@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.spec import Activation, Axis, ConvTranspose3d
 
 Array = NDArray[np.float64]
 Tensor = NDArray[Any]
@@ -34,8 +35,7 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     # (tap, g, m, c): a matrix for each tap and group
     rows = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 2, 1))
     y = np.zeros((batch, g, m, *(a.out for a in spec.axes)))
-    for tap, matrix in zip(np.ndindex(*w.shape[2:]), rows, strict=True):
-        reads, lands = landing(spec, tap)
+    for (reads, lands), matrix in zip(landings(spec), rows, strict=True):
         if any(r.start >= r.stop for r in reads):
             continue
         window = grouped_x[:, :, :, reads[0], reads[1], reads[2]]
@@ -45,17 +45,19 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
 
 
-def landing(spec: ConvTranspose3d, tap: Sequence[int]) -> tuple[list[slice], list[slice]]:
-    """Return the inputs that ``tap`` brings onto an output that exists, and those outputs, along D, H and W."""
-    reads, lands = [], []
-    for t, axis in zip(tap, spec.axes, strict=True):
-        # input i lands on output i*stride + t*dilation - begin: keep the i whose output exists
-        shift = t * axis.dilation - axis.begin
-        first = max(0, -(shift // axis.stride))
-        last = min(axis.size, -((shift - axis.out) // axis.stride))
-        reads.append(slice(first, max(first, last)))
-        lands.append(slice(first * axis.stride + shift, max(first, last) * axis.stride + shift, axis.stride))
-    return reads, lands
+def landings(spec: ConvTranspose3d) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield for each tap the inputs that it brings onto an output that exists, and those outputs, along D, H and W."""
+    for along in itertools.product(*([_landing(axis, t) for t in range(axis.kernel)] for axis in spec.axes)):
+        reads, lands = zip(*along, strict=True)
+        yield reads, lands
+
+
+def _landing(axis: Axis, tap: int) -> tuple[slice, slice]:
+    # input i lands on output i*stride + tap*dilation - begin: keep the i whose output exists
+    shift = tap * axis.dilation - axis.begin
+    first = max(0, -(shift // axis.stride))
+    end = max(first, min(axis.size, -((shift - axis.out) // axis.stride)))
+    return slice(first, end), slice(first * axis.stride + shift, end * axis.stride + shift, axis.stride)
 
 
 def _channels(spec: ConvTranspose3d, b: Array) -> Array:

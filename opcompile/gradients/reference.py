@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.gradients.gradient import Gradient
-from opcompile.reference import landing
+from opcompile.reference import landings
 from opcompile.spec import Activation, ConvTranspose3d
 
 Array = NDArray[np.float64]
@@ -46,8 +46,7 @@ def _of_input(layer: ConvTranspose3d, dz: Array, w: Array) -> Array:
     dx = np.zeros((batch, g, c, *(a.size for a in layer.axes)))
     # (tap, g, c, m): a matrix for each tap and group
     matrices = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 1, 2))
-    for tap, matrix in zip(np.ndindex(*w.shape[2:]), matrices, strict=True):
-        reads, lands = landing(layer, tap)
+    for (reads, lands), matrix in zip(landings(layer), matrices, strict=True):
         window = dz[:, :, :, lands[0], lands[1], lands[2]]
         if window.size:
             product = np.matmul(matrix, window.reshape(batch, g, m, -1))
@@ -60,8 +59,7 @@ def _of_weight(layer: ConvTranspose3d, dz: Array, x: Array) -> Array:
     batch, g = dz.shape[0], layer.groups
     c, m = layer.channels_in // g, layer.channels_out // g
     dw = np.zeros((g, c, m, *(a.kernel for a in layer.axes)))
-    for tap in np.ndindex(*dw.shape[3:]):
-        reads, lands = landing(layer, tap)
+    for tap, (reads, lands) in zip(np.ndindex(*dw.shape[3:]), landings(layer), strict=True):
         inputs, outputs = x[:, :, :, reads[0], reads[1], reads[2]], dz[:, :, :, lands[0], lands[1], lands[2]]
         if outputs.size:
             rows = inputs.reshape(batch, g, c, -1), outputs.reshape(batch, g, m, -1)
