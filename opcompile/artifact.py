@@ -199,13 +199,23 @@ def require_room(place: Path) -> None:
 
 
 def require_replaceable(place: Path) -> None:
-    """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's."""
+    """Raise `ArtifactError` if replacing ``place`` would lose a file that is not an artifact's, or where one works."""
+    require_elsewhere(place)
     before, objection = identity(place), _objection(place)
     # another writer may put its own there while we look: then look again
     while objection and identity(place) != before:
         before, objection = identity(place), _objection(place)
     if objection:
         raise ArtifactError(f"{place} {objection}; empty it, or name another directory")
+
+
+def require_elsewhere(place: Path) -> None:
+    """Raise `ArtifactError` if ``place`` is the current directory: replaced, it would be gone for the shell in it."""
+    if place.exists() and place.samefile(os.curdir):
+        raise ArtifactError(
+            f"{place} is the current directory, and another takes its place as a whole; "
+            "change to another one (cd ..), and name it from there"
+        )
 
 
 def _objection(place: Path) -> str | None:

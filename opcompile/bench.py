@@ -132,7 +132,7 @@ class BenchReport:
     cpu_share: float
     timings: tuple[Timing, ...]
     memory: dict[str, int]
-    not_asked: dict[str, str]
+    not_timed: dict[str, str]
     not_weighed: dict[str, str]
 
     @property
@@ -242,7 +242,7 @@ class BenchReport:
         yield f"roofline: {duration(self.roofline_us)}, bound by {bound} ({limits})"
         if self.noisy:
             yield f"too noisy: {self.noisy}; times and shares say little, ratios what their intervals say"
-        yield from (f"not asked: {name}: {reason}" for name, reason in self.not_asked.items())
+        yield from (f"not timed: {name}: {reason}" for name, reason in self.not_timed.items())
         yield from (f"peak memory of {name} is unknown: {reason}" for name, reason in self.not_weighed.items())
         yield f"{self.where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
         yield self.machine
@@ -285,10 +285,10 @@ def bench(
 ) -> BenchReport:
     """Time ``spec`` on this machine, in turns with the engines of ``against``, for about ``seconds`` each.
 
-    A dynamic batch is timed with one image. A peer that is not installed, or cannot say the layer, is
-    listed with its reason. ``memory`` weighs each engine afterwards, in a process of its own. Raises
-    `CallError` for an unknown engine or more ``threads`` than there are processors, `VerificationError`
-    where outputs differ: a wrong result is never timed.
+    A dynamic batch is timed with one image. A peer that is not installed, cannot say the layer, or gives a
+    wrong output, is listed with its reason. ``memory`` weighs each engine afterwards, in a process of its own.
+    Raises `CallError` for an unknown engine or more ``threads`` than there are processors,
+    `VerificationError` where our output is wrong: such a result is never timed.
     """
     require_layer(spec)
     unknown = sorted(set(against) - set(PEERS))
@@ -303,8 +303,9 @@ def bench(
     artifact = compile(spec, target, plan, weight=inputs.w, bias=inputs.b)
     job = Job(spec, artifact.directory, inputs.x, inputs.w, inputs.b, threads)
     with pinned_to(threads) as pinned:
-        engines, not_asked = _prepared(tuple(dict.fromkeys(against)), job)
-        _require_equal(inputs, engines, exact)
+        engines, not_timed = _prepared(tuple(dict.fromkeys(against)), job)
+        wrong = _wrong(inputs, engines, exact)
+        engines = {name: engine for name, engine in engines.items() if name not in wrong}
         probes = Probes(engines[OURS].computed_in, threads)
         before = probes.samples()
         cpu, wall = time.process_time(), time.perf_counter()
@@ -322,7 +323,7 @@ def bench(
         cpu_share=round(cpu_share, 3),
         timings=timings,
         memory=weights,
-        not_asked=not_asked,
+        not_timed={**not_timed, **wrong},
         not_weighed=not_weighed,
     )
 
@@ -344,8 +345,8 @@ def timed(spec: ConvTranspose3d, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _prepared(names: Sequence[str], job: Job) -> tuple[dict[str, Engine], dict[str, str]]:
     """Return the engines that can compute the layer, ours first, and the reasons of those that cannot."""
     ours = prepare(OURS, job)
-    peers, not_asked = answer_to_each(names, lambda name: prepare(name, job))
-    return {OURS: ours, **peers}, not_asked
+    peers, not_timed = answer_to_each(names, lambda name: prepare(name, job))
+    return {OURS: ours, **peers}, not_timed
 
 
 def answer_to_each(names: Iterable[str], ask: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
@@ -422,12 +423,14 @@ def _time(run: Run, calls: int) -> float:
     return (time.perf_counter_ns() - start) / 1e3 / calls
 
 
-def _require_equal(inputs: Inputs, engines: dict[str, Engine], exact: bool) -> None:
+def _wrong(inputs: Inputs, engines: dict[str, Engine], exact: bool) -> dict[str, str]:
+    """Return what is wrong with the outputs of peers. Raises `VerificationError` where ours are."""
     answers = {}
     for name, engine in engines.items():
         engine.run()
         answers[name] = Answer(engine.y(), engine.computed_in)
     pairs = [(name, "reference") for name in answers]
-    for (name, _), check in compare_all(inputs, answers, exact, pairs).items():
-        if not check.passed:
-            raise VerificationError(f"{name} is wrong on {inputs.spec}, so nothing was timed: {check}")
+    wrong = {name: check for (name, _), check in compare_all(inputs, answers, exact, pairs).items() if not check.passed}
+    if OURS in wrong:
+        raise VerificationError(f"{OURS} is wrong on {inputs.spec}, so nothing was timed: {wrong[OURS]}")
+    return {name: f"its output is wrong: {check}" for name, check in wrong.items()}

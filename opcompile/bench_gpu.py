@@ -87,7 +87,7 @@ def bench_artifact(
     tf32 = "tf32" in artifact.manifest["target"]["features"]
     with _as_documented(torch, tf32), torch.inference_mode():
         layer = _Layer(torch, artifact, inputs)
-        asked, not_asked = answer_to_each(dict.fromkeys(against), layer.peer)
+        asked, not_timed = answer_to_each(dict.fromkeys(against), layer.peer)
         engines = {OURS: layer.ours(), **asked}
         layer.require_right(engines)
         probes = _Probes(torch, spec)
@@ -105,7 +105,7 @@ def bench_artifact(
         cpu_share=1.0,
         timings=timings,
         memory={name: engine.workspace_bytes for name, engine in engines.items()},
-        not_asked=not_asked,
+        not_timed=not_timed,
         not_weighed={},
     )
 

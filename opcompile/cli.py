@@ -359,6 +359,7 @@ def run(
     from opcompile.runtime import Artifact, load_any
     from opcompile.runtime_cuda import CudaArtifact
 
+    _require_place(y_path)
     artifact: Any = load_any(_one_artifact(directory), threads=threads)
     paths = {"dy": dy_path, "x": x_path, "w": w_path, "b": b_path, "y": output_path}
     arrays: dict[str, Any] = {name: _read_array(path, artifact.spec.dtype) for name, path in paths.items() if path}
@@ -499,6 +500,7 @@ def measure(directory: str, output: str, as_json: bool) -> int:
     """
     from opcompile.measure import measure as measured
 
+    _require_place(output)
     with _progress("measuring") as show:
         show(0, 1, f"candidates in {directory}")
         found = measured(directory, output, progress=lambda p: show(p.done, p.total, None, _best(p)))
@@ -551,7 +553,7 @@ def bench(
 ) -> int:
     """Time each SOURCE side by side with other engines, in one process, taking turns.
 
-    Outputs are compared first: a wrong one is not timed. A ratio comes with its 95 % interval. The
+    Outputs are compared first: a wrong peer is listed, and not timed. A ratio comes with its 95 % interval. The
     roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run. With
     --target cuda:... it is this machine's GPU that is timed, beside cuDNN, and its own clock that times it.
     """

@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 from tvm_ffi import structural_map
 
+from opcompile.elementary import by_polynomials
 from opcompile.target import Target
 from schedules.imported import importing
 from schedules.statements import in_turn, with_turns
@@ -105,9 +106,11 @@ def _is_workspace(statement: tirx.Stmt) -> bool:
 
 def _pipeline() -> tuple[Any, Any, Any]:
     passes, of_host, of_device = get_tir_pipeline("s_tir")
-    ours = (_sums_on_stack, _workspaces_of_threads, _aligned_stack)
-    after = [tirx.transform.prim_func_pass(each, opt_level=0) for each in ours]
-    return tvm.transform.Sequential([passes, *after]), of_host, of_device
+    before, *after = (
+        tirx.transform.prim_func_pass(each, opt_level=0)
+        for each in (by_polynomials, _sums_on_stack, _workspaces_of_threads, _aligned_stack)
+    )
+    return tvm.transform.Sequential([before, passes, *after]), of_host, of_device
 
 
 register_tir_pipeline(_PIPELINE, _pipeline)

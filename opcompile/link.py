@@ -83,6 +83,10 @@ def _made(command: Sequence[str], files: Mapping[str, str | bytes], target: Targ
                 f"linking for {target.name} failed: {shlex.join(command)} ended with status {done.returncode}:\n"
                 f"{done.stderr.strip()}"
             )
+        if not (folder / _MADE).exists():
+            raise EngineError(
+                f"the linker {command[0]!r} wrote nothing, and reported no error; set CC to one that does"
+            )
         return (folder / _MADE).read_bytes()
 
 

@@ -541,8 +541,10 @@ def _text(what: str, given: object, example: str) -> str:
 
 
 def _integer(key: str, text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,12}", text):
+    if not re.fullmatch(r"-?[0-9]+", text):
         raise SpecError(f"{key}= holds {text!r}, but must be a whole number, like {_FIELDS[key]}")
+    if len(text) > 12:
+        raise SpecError(f"{key}= holds {text!r}, but must be at most {_LARGEST}")
     return int(text)
 
 

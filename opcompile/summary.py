@@ -44,7 +44,7 @@ def notes(reports: Mapping[str, BenchReport]) -> list[str]:
     every = list(reports.values())
     counted = "GFLOP/s counts every product, the roofline those that are not cropped"
     cropped = [counted] if any(r.flop != r.needed_flop for r in every) else []
-    return [*_verdicts(every), *_not_asked(reports), *_limits(every), *cropped, *_circumstances(every)]
+    return [*_verdicts(every), *_not_timed(reports), *_limits(every), *cropped, *_circumstances(every)]
 
 
 def _row(name: str, report: BenchReport) -> tuple[str, ...]:
@@ -71,13 +71,13 @@ def _verdicts(reports: list[BenchReport]) -> list[str]:
     return [f"against the fastest peer of each layer: {mean:.2f} times as fast ({of})"]
 
 
-def _not_asked(reports: Mapping[str, BenchReport]) -> list[str]:
+def _not_timed(reports: Mapping[str, BenchReport]) -> list[str]:
     said: dict[str, list[str]] = {}
     for name, report in reports.items():
-        for peer, reason in report.not_asked.items():
+        for peer, reason in report.not_timed.items():
             said.setdefault(f"{peer}: {reason}", []).append(name)
     return [
-        f"not asked: {words}" + ("" if len(names) == len(reports) else f" ({', '.join(names)})")
+        f"not timed: {words}" + ("" if len(names) == len(reports) else f" ({', '.join(names)})")
         for words, names in said.items()
     ]
 

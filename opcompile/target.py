@@ -102,7 +102,7 @@ class Target:
 
     def tvm(self) -> dict[str, object]:
         """The configuration that ``tvm.target.Target`` takes."""
-        config: dict[str, object] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "cl-opt": [_SLP]}
+        config: dict[str, object] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "cl-opt": [_SLP, _LICM]}
         if self.mattr:
             config["mattr"] = list(self.mattr)
         return config
@@ -123,6 +123,9 @@ _WIDE = ("-prefer-256-bit", "+prefer-no-gather", "+prefer-no-scatter")
 # LLVM would compute the addresses of four loads as one vector, and take it apart, in the innermost
 # loop: half the speed for a gain it puts at 2. What it gains in interleaving phases is far above 15.
 _SLP = "-slp-threshold:int=15"
+# Constants of an activation stay where Y is written: LLVM would load them before all loops, and keep them in registers
+# that a register tile needs for its sums, which it then puts onto the stack in each turn.
+_LICM = "-disable-machine-licm:bool=true"
 
 
 def _x86(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def report_of(samples: dict[str, list[float]], roof: Roof = ROOF) -> BenchReport
         cpu_share=1.0,
         timings=timings,
         memory={"opcompile": 3 << 20},
-        not_asked={"torch": "pip install 'opcompile[peers]'"},
+        not_timed={"torch": "pip install 'opcompile[peers]'"},
         not_weighed={"onnxruntime": "it was tired"},
     )
 
@@ -78,7 +79,7 @@ def test_every_number_carries_its_origin(measured: BenchReport) -> None:
     assert "Python" in content["machine"]
     engines = {timing["engine"]: timing for timing in content["timings"]}
     assert list(engines)[:2] == ["opcompile", "onnxruntime"]
-    assert "torch" in {**engines, **content["not_asked"]}
+    assert "torch" in {**engines, **content["not_timed"]}
     for timing in engines.values():
         samples = timing["samples_us"]
         assert len(samples) >= 11
@@ -120,19 +121,31 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(calls[:9]) == "abcbcacab"
 
 
-def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import opcompile.bench as module
+def bent(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let an engine add one to some of its outputs."""
     import opcompile.engines as engines
 
-    def bent(*args: Any) -> Any:
+    def maker(*args: Any) -> Any:
         engine = honest(*args)
         return replace(engine, y=lambda: engine.y() + np.float32([0, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
 
-    honest = engines._onnxruntime
-    monkeypatch.setitem(engines._MAKERS, "onnxruntime", bent)
-    monkeypatch.setattr(module, "take_turns", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(VerificationError, match=r"onnxruntime is wrong .* nothing was timed"):
+    honest = engines._MAKERS[name]
+    monkeypatch.setitem(engines._MAKERS, name, maker)
+
+
+def test_a_wrong_result_of_ours_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bent(monkeypatch, "opcompile")
+    monkeypatch.setattr("opcompile.bench.take_turns", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(VerificationError, match=r"opcompile is wrong .* nothing was timed"):
         bench(SPEC, plan="baseline")
+
+
+def test_a_peer_that_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bent(monkeypatch, "onnxruntime")
+    report = bench(SPEC, plan="baseline", seconds=0.01)
+    assert [timing.engine for timing in report.timings] == ["opcompile"]
+    assert re.match("its output is wrong: FAIL .* elements", report.not_timed["onnxruntime"])
+    assert "onnxruntime" not in report.memory
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kind_of_layer_is_timed(text: str) -> None:
     report = bench(ConvTranspose3d.parse(text), plan="baseline", seconds=0.01, memory=False)
     assert [timing.engine for timing in report.timings] == ["opcompile", "onnxruntime"]
-    assert report.not_asked == {}
+    assert report.not_timed == {}
 
 
 def test_bfloat16_is_timed_alone() -> None:
@@ -155,7 +168,7 @@ def test_bfloat16_is_timed_alone() -> None:
         ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=1 dtype=bfloat16"), plan="baseline", seconds=0.01, memory=False
     )
     assert [timing.engine for timing in report.timings] == ["opcompile"]
-    assert "bfloat16" in report.not_asked["onnxruntime"]
+    assert "bfloat16" in report.not_timed["onnxruntime"]
     assert report.best is None
     assert not report.slower_than(1e9)
 
@@ -191,7 +204,7 @@ def test_every_peer_is_timed_where_it_can_say_the_layer(text: str, peers: tuple[
         ConvTranspose3d.parse(text), against=PEERS, plan="baseline", seconds=0.02, memory=text.startswith("in=2")
     )
     assert [timing.engine for timing in report.timings] == ["opcompile", *peers]
-    assert report.not_asked.keys() == set(PEERS) - set(peers)
+    assert report.not_timed.keys() == set(PEERS) - set(peers)
     assert report.memory.keys() == ({"opcompile", *peers} if text.startswith("in=2") else set())
 
 
@@ -506,7 +519,7 @@ def test_the_table_tells_all() -> None:
         "in=1x4x3x4x5 co=6 k=2 s=2",
         "1.50 ms",
         "1.50 times as fast as onnxruntime (1.50 to 1.50): faster",
-        "not asked: torch: pip install 'opcompile[peers]'",
+        "not timed: torch: pip install 'opcompile[peers]'",
         "1 thread on CPU 1; 20 rounds",
         "an example",
         "3 MiB",

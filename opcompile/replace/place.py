@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from opcompile.artifact import new_beside, put, require_room
+from opcompile.artifact import new_beside, put, require_elsewhere, require_room
 from opcompile.errors import ArtifactError
 from opcompile.replace.report import FORMAT
 
@@ -50,6 +50,7 @@ def written(place: Path) -> Iterator[Path]:
 
 def require_replaceable(place: Path) -> None:
     """Raise `ArtifactError` if replacing ``place`` would lose a file that `replace` has not written."""
+    require_elsewhere(place)
     if not place.exists():
         return
     if not place.is_dir():
