@@ -106,11 +106,9 @@ def _is_workspace(statement: tirx.Stmt) -> bool:
 
 def _pipeline() -> tuple[Any, Any, Any]:
     passes, of_host, of_device = get_tir_pipeline("s_tir")
-    before, *after = (
-        tirx.transform.prim_func_pass(each, opt_level=0)
-        for each in (by_polynomials, _sums_on_stack, _workspaces_of_threads, _aligned_stack)
-    )
-    return tvm.transform.Sequential([before, passes, *after]), of_host, of_device
+    ours = (_sums_on_stack, _workspaces_of_threads, _aligned_stack, by_polynomials)
+    after = [tirx.transform.prim_func_pass(each, opt_level=0) for each in ours]
+    return tvm.transform.Sequential([passes, *after]), of_host, of_device
 
 
 register_tir_pipeline(_PIPELINE, _pipeline)
