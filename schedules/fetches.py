@@ -34,6 +34,9 @@ _SEVERAL = 8
 _AT_ONCE = 8
 # A turn of a loop over channels may have so many multiply-adds: code grows with them.
 _MOST_OF_TURN = 64
+# Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
+# moves most of them from one to the next, and two lie on the stack.
+_FEW_SUMS = 8
 
 Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
@@ -56,7 +59,7 @@ def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
 
     A line is then asked for once. ``taps`` is how many the register tile unrolls.
     """
-    if not _asks_for_weights(spec, t):
+    if not _asks_for_weights(spec, t) or (t.vector == "channels" and t.vectors == 1 and t.scalars * t.rows > _FEW_SUMS):
         return 1
     together = taps if by_rows(spec, t) else 1
     a_line = CACHE_LINE // (t.block * t.products * together * spec.itemsize)
