@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from schedules.counted import counted
 
@@ -287,7 +287,7 @@ class _Layer:
     height: int
     width: int
     reach: tuple[int, int, int]
-    kernels: tuple[int, int, int]
+    kernel: int
     taps: int
     most_taps: tuple[int, int, int]
     beside: tuple[float, float, float]
@@ -315,7 +315,7 @@ class _Layer:
             height=height,
             width=width,
             reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
-            kernels=tuple(a.kernel for a in spec.axes),  # type: ignore[arg-type]
+            kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
@@ -330,11 +330,6 @@ class _Layer:
             grouped=spec.groups > 1,
             in_chunks=copies_chunks(spec),
         )
-
-    @property
-    def kernel(self) -> int:
-        """How many weights a pair of channels has."""
-        return math.prod(self.kernels)
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
@@ -532,7 +527,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     weight has no place. ``t.task`` is the channels of one tile.
     """
     tiles = _over(layer.m, t.channels)
-    if layer.whole_groups(t):
+    if tiles == 1 or layer.whole_groups(t):
         return t.channels * tiles
     held = layer.held(t)
     fits = machine.l2_bytes // 2 // (held + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c)
@@ -574,34 +569,45 @@ _FROM_SECOND = 17
 _PAIR_LATENCY = 1.5
 
 
+class _Sizes(NamedTuple):
+    """What several sums need of tiles: `_Layer.band`, `_Layer.held`, `_Layer.window`, and how many bands there are."""
+
+    band: int
+    held: int
+    window: int
+    bands: int
+
+
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     bands = _over(layer.depth, t.depth) * _over(layer.height, t.height)
-    positions = bands * layer.band(t)
-    channels, sums = _up(layer.m, t.task), t.vectors * t.scalars * t.rows
+    sizes = _Sizes(layer.band(t), layer.held(t), layer.window(t), bands)
+    sums = t.vectors * t.scalars * t.rows
     summing = _summing_by_tap if t.vector == "taps" else _summing_by_phase
-    computing = summing(layer, machine, t, sums, layer.images * positions) + _copying(layer, machine, t)
-    computing += layer.tasks(t) * layer.widening(t) / (6 * layer.itemsize)
-    storing = layer.outputs * _weaving(layer, machine, t)
+    computing = summing(layer, machine, t, sums, sizes) + _copying(layer, machine, t, sizes)
+    if widening := layer.widening(t):
+        computing += layer.tasks(t) * widening / (6 * layer.itemsize)
+    storing = layer.outputs * _weaving(layer, machine, t, sizes)
     storing += layer.images * bands * _over(layer.m, t.task) * _A_BAND
-    used = layer.m * layer.depth * layer.height * layer.width / (channels * positions)
+    used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
 
-def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, positions: int) -> float:
+def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> float:
     """Each tile takes the taps of all phases; what they read beside X may be left out."""
+    positions = layer.images * sizes.bands * sizes.band
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
     trims = t.trims(layer.width, layer.most_taps[2])
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
-    summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t) + layer.phases * (4.5 * sums + 27))
+    summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t, sizes.band) + layer.phases * (4.5 * sums + 27))
     if t.copy == "chunk":  # sums are put down and taken up
         summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
-    return summing + _reading(layer, machine, t)
+    return summing + _reading(layer, machine, t, sizes)
 
 
-def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positions: int) -> float:
+def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> float:
     """Vectors of X are loaded where they begin, once for all weights of a tile; what tiles sum is added up later."""
-    tiles = positions // t.columns * layer.m * layer.kernel // t.scalars
+    tiles = layer.images * sizes.bands * sizes.band // t.columns * layer.m * layer.kernel // t.scalars
     # no more sums than hide the latency of one leave nothing to hide a load that is late
     multiplying = max(sums, 1.25 * machine.fma_in_flight) / machine.fma_units
     # a vector that is a whole line is loaded while more is multiplied
@@ -612,28 +618,27 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, positi
     return tiles * (layer.c * step + 6 * sums + 40)
 
 
-def _weaving(layer: _Layer, machine: Machine, t: Tiles) -> float:
+def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = (t.vector == "channels") == layer.channels_first
-    held = layer.held(t)
-    in_first, in_second = min(1, held / machine.l1_bytes), min(1, held / machine.l2_bytes)
+    in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.vector == "taps":  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
-def _reading(layer: _Layer, machine: Machine, t: Tiles) -> float:
+def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
     rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
-    band = layer.read(t, 1, 1) * (1 if t.copy == "whole" else 2) + layer.held(t)
+    band = layer.read(t, 1, 1) * (1 if t.copy == "whole" else 2) + sizes.held
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
-    far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * layer.window(t)))
+    far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
     a_phase = layer.itemsize * rows * layer.c * layer.width
     return a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
 
 
-def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
+def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through the caches that hold it, and back."""
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
@@ -650,13 +655,13 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # what the task before asked for is near, as far as the second cache holds both
     a_byte = 0.22
     if layer.channels_first:
-        a_byte = min(a_byte, 0.05 + 0.3 * (2 * layer.window(t) / machine.l2_bytes) ** 2)
+        a_byte = min(a_byte, 0.05 + 0.3 * (2 * sizes.window / machine.l2_bytes) ** 2)
     # a chunk is copied while it is near: the one before it has asked for it
-    window = layer.window(t) * (0.5 * layer.c * t.products / t.chunk if t.copy == "chunk" else 1)
+    window = sizes.window * (0.5 * layer.c * t.products / t.chunk if t.copy == "chunk" else 1)
     return layer.tasks(t) * (window * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 
-def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
+def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
     of_plane = t.unrolls(taps_h * taps_w)
@@ -665,7 +670,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles) -> float:
     # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
-    again = 1 - t.columns * t.rows / layer.band(t)
+    again = 1 - t.columns * t.rows / band
     a_tile = t.channels * a_channel // layer.phases
     lost = min(1, max(0, a_tile / machine.l2_bytes - 0.7))
     a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
