@@ -1,4 +1,4 @@
-"""Compiled derivatives as the tests call them: in this process, unlinked, on NumPy arrays."""
+"""Compiled derivatives as the tests call them: in this process, without our runtime, on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from kernels import HERE, _tensor, dtype_of
+from kernels import HERE, _tensor, callable_in, dtype_of
 from numpy.typing import NDArray
 
-from opcompile.compiled import compiled
 from opcompile.gradients import lower
 from opcompile.gradients.declare import depth
 from opcompile.gradients.gradient import Gradient
@@ -25,8 +24,7 @@ def kernel(
 ) -> Callable[[Operands], NDArray[Any]]:
     """Compile ``gradient`` for this machine; the result starts out as garbage."""
     tiles = tiles or lower.choose(gradient, HERE, "baseline")[0]
-    target = {**HERE.tvm(), "opt-level": 3 if optimised else 0}
-    function = compiled(lower.scheduled(gradient, tiles), target)[gradient.kernel]
+    function = callable_in(lower.scheduled(gradient, tiles), gradient.kernel, optimised=optimised)
     dtype, name = dtype_of(gradient.layer), gradient.layer.dtype
 
     def call(operands: Operands) -> NDArray[Any]:

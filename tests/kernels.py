@@ -1,8 +1,10 @@
-"""Compiled kernels as the tests call them: in this process, unlinked, on NumPy arrays."""
+"""Compiled kernels as the tests call them: in this process, without our runtime, on NumPy arrays."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -30,8 +32,7 @@ def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool
     Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
     """
     tiles = tiles or lower.choose(spec, on, "baseline")[0]
-    target = {**on.tvm(), "opt-level": 3 if optimised else 0}
-    function = compiled(lower.scheduled(spec, tiles), target)[lower.KERNEL]
+    function = callable_in(lower.scheduled(spec, tiles), lower.KERNEL, optimised=optimised, on=on)
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)
 
@@ -44,6 +45,18 @@ def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool
         return result.view(dtype) if spec.dtype == "bfloat16" else result
 
     return call
+
+
+def callable_in(module: tvm.IRModule, name: str, *, optimised: bool, on: Target = HERE) -> Callable[..., None]:
+    """Compile a scheduled module and return one of its functions."""
+    executable = compiled(module, {**on.tvm(), "opt-level": 3 if optimised else 0})
+    if optimised:
+        return executable[name]
+    # in this process LLVM's JIT would select instructions with as much care as ever
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "kernel.so")
+        executable.export_library(library)
+        return tvm.runtime.load_module(library)[name]
 
 
 def _tensor(array: NDArray[Any], dtype: str) -> Any:
