@@ -73,13 +73,17 @@ class GpuTiles:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return math.prod(self.block)
+        return self.owners * (WARP if self.family == "matrix" else 1)
+
+    @property
+    def owners(self) -> int:
+        """Threads, or warps, of a block that own tiles."""
+        return self.threads_m * self.threads_q * self.split
 
     @property
     def block(self) -> tuple[int, ...]:
         """Threads of a block along x, and along y where warps own the tiles."""
-        owners = self.threads_m * self.threads_q * self.split
-        return (WARP, owners) if self.family == "matrix" else (owners,)
+        return (WARP, self.owners) if self.family == "matrix" else (self.owners,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +136,7 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
 
 def ranked(layer: Sums, gpu: Gpu, tiles: Iterable[GpuTiles]) -> list[GpuEstimate]:
     """Those ``tiles`` that keep to the limits of ``gpu``, best first by estimated cycles."""
-    estimates = [_estimate(layer, gpu, t) for t in tiles]
-    legal = [e for e in estimates if _within_limits(e, gpu)]
+    legal = [_estimate(layer, gpu, t) for t in tiles if _within_limits(layer, gpu, t)]
     # where the count says the same: threads with less each, and longer rows of weights
     return sorted(legal, key=lambda e: (e.cycles, e.tiles.tile_m * e.tiles.tile_q, -e.tiles.channels, e.tiles))
 
@@ -304,10 +307,10 @@ def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
-def _within_limits(e: GpuEstimate, gpu: Gpu) -> bool:
-    t = e.tiles
-    fits = t.threads <= gpu.threads and e.shared <= gpu.shared and e.registers <= gpu.registers
-    return fits and e.registers * t.threads <= gpu.register_file
+def _within_limits(layer: Sums, gpu: Gpu, t: GpuTiles) -> bool:
+    threads, registers = t.threads, layer.registers(t)
+    fits = threads <= gpu.threads and registers <= gpu.registers and registers * threads <= gpu.register_file
+    return fits and layer.shared(t) <= gpu.shared
 
 
 # --- what they cost ---
@@ -339,19 +342,20 @@ _REACHED = 0.587
 
 def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
-    fit = min(gpu.resident // t.threads, gpu.register_file // (int(_TAKEN * registers) * t.threads) or 1)
+    threads = t.threads
+    fit = min(gpu.resident // threads, gpu.register_file // (int(_TAKEN * registers) * threads) or 1)
     if shared:
         fit = min(fit, gpu.shared_file // shared)
     each = blocks / gpu.processors
-    warps = max(1.0, min(fit, each)) * t.threads / gpu.warp
+    warps = max(1.0, min(fit, each)) * threads / gpu.warp
     busy = min(1.0, warps / (_BUSY if t.chunk else _BUSY_LOADING))
     rate = gpu.lanes if layer.sum_bytes == 4 else gpu.lanes / 2
     step, rest = _step(layer, gpu, t), _rest(layer, t)
     average, most = layer.steps(t)
-    computing = max(1.0, each) * t.threads * (average * step + rest) / (rate * busy)
+    computing = max(1.0, each) * threads * (average * step + rest) / (rate * busy)
     # a block of the phase with the most taps may outlast all others
-    alone = min(1.0, t.threads / gpu.warp / _BUSY_ALONE)
-    computing = max(computing, t.threads * (most * step + rest) / (rate * alone))
+    alone = min(1.0, threads / gpu.warp / _BUSY_ALONE)
+    computing = max(computing, threads * (most * step + rest) / (rate * alone))
     moving = _moving(layer, gpu, t, blocks)
     cycles = max(computing, moving) + 0.1 * min(computing, moving)
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
