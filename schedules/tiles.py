@@ -599,7 +599,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     beside_d, beside_h, beside_w = layer.beside
     trims = t.trims(layer.width, layer.most_taps[2])
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
-    summing = tiles * (read * layer.taps * layer.c * _step(layer, machine, t, sizes.band) + layer.phases * (4.5 * sums + 27))
+    step = read * layer.taps * layer.c * _step(layer, machine, t, sizes.band)
+    summing = tiles * (step + layer.phases * (4.5 * sums + 27))
     if t.copy == "chunk":  # sums are put down and taken up
         summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
     return summing + _reading(layer, machine, t, sizes)

@@ -21,7 +21,7 @@ from tvm_ffi import structural_map
 
 from opcompile.compiled import compiled
 from opcompile.lower import KERNEL, scheduled
-from opcompile.spec import ACTIVATIONS, ConvTranspose3d
+from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
 from schedules.llvm import Tiles
@@ -300,9 +300,11 @@ def test_rows_of_many_phases_and_of_few_columns_are_left_to_llvm() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_rows_are_woven_with_every_activation_but_one_that_is_for_scalars(dtype: str) -> None:
+    plain = ConvTranspose3d.parse(f"in=1x2x2x2x16 co=3 k=2 s=1 dtype={dtype}")
+    tiles = tiles_of(plain, "row")
     for activation in ACTIVATIONS:
-        spec = ConvTranspose3d.parse(f"in=1x2x2x2x16 co=3 k=2 s=1 dtype={dtype} act={activation}")
-        body = scheduled(spec, tiles_of(spec, "row"))[KERNEL].body
+        spec = replace(plain, activation=Activation(activation))
+        body = scheduled(spec, tiles)[KERNEL].body
         names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
         assert ("row" in names) == ((activation, dtype) != ("gelu", "float64")), activation
         assert ("output" in names) == ((activation, dtype) == ("gelu", "float64")), activation
@@ -469,6 +471,9 @@ def test_weights_are_asked_for_a_tap_before_they_are_multiplied(vector: str, mor
     planes = {**a_row, "depth": 8, "height": 12}
     assert tiles_of_band(spec, replace(tiles_of(spec, vector), **planes)) > 8
     assert not weights_asked_for(spec, vector, **planes), "each of many tiles would ask"
+
+
+def test_weights_are_asked_for_where_they_are_many_and_read_once_or_twice() -> None:
     small = ConvTranspose3d.parse("in=1x64x4x6x32 co=32 k=2 s=2")  # 64 KiB
     row = ConvTranspose3d.parse("in=1x512x1x1x20 co=256 k=2 s=2")
     for columns in (10, 20):  # each weight is read twice, and once

@@ -176,7 +176,7 @@ def with_long_rows(spec: ConvTranspose3d, target: Any) -> LoweredGpu:
 )
 @pytest.mark.parametrize("layout", ["NCDHW", "NDHWC"])
 def test_factors_come_to_shared_memory_in_vectors(target: Any, dtype: str, vector: str, layout: Any) -> None:
-    text = "in=1x64x4x8x8 co=64 k=3 s=2 p=1 op=1"
+    text = "in=1x64x4x8x8 co=64 k=1x3x3 s=1x2x2 p=0x1x1 op=0x1x1"
     spec = replace(ConvTranspose3d.parse(text), dtype=dtype, layout=layout)
     source = with_long_rows(spec, target).source
     stored = re.findall(r"^ *(.*(?:columns|W)_shared(?:_ptr)?\b.*) = .*;$", source, re.M)
@@ -189,7 +189,7 @@ def test_factors_come_to_shared_memory_in_vectors(target: Any, dtype: str, vecto
 @pytest.mark.parametrize(("target", "dtype"), [(CUDA, "float16"), (CUDA, "bfloat16"), (TF32, "float32")])
 def test_rows_in_shared_memory_begin_in_different_banks(target: Any, dtype: str) -> None:
     """A warp reads 16 bytes of eight rows at a time, or an element each of eight positions and four channels."""
-    spec = replace(ConvTranspose3d.parse("in=1x64x4x8x8 co=64 k=3 s=2 p=1 op=1"), dtype=dtype)
+    spec = replace(ConvTranspose3d.parse("in=1x64x4x8x8 co=64 k=1x3x3 s=1x2x2 p=0x1x1 op=0x1x1"), dtype=dtype)
     source = with_long_rows(spec, target).source
     rows = {name: int(row) for name, row in re.findall(r"\(&\((\w+)_shared_ptr\[.*\]\)\)\)?, (\d+)", source)}
     x, w = rows["columns"], rows["W"]

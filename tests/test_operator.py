@@ -148,7 +148,7 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, rest: bool)
     "text",
     [
         "in=Nx24x3x4x20 co=3 k=4 s=2 p=3",
-        "in=1x24x3x5x19 co=5 k=3 s=2 p=1 op=1 dtype=float16 act=relu",
+        "in=1x24x3x5x19 co=5 k=2x3x3 s=1x2x2 p=1 op=0x1x1 dtype=float16 act=relu",
         "in=1x24x3x5x19 co=4 k=3 s=1x2x1 p=1 g=2 dtype=bfloat16 bias=0",
         "in=1x24x3x4x9 co=5 k=1x3x2 s=2 dtype=float64",
     ],
@@ -168,14 +168,14 @@ def test_a_task_may_copy_x_by_chunks_of_its_channels(text: str, vector: Any) -> 
     ("text", "through"),
     [
         ("in=1x5x5x3x7 co=6 k=2 s=2", True),
-        ("in=2x4x4x2x9 co=3 k=2 s=3 op=1 act=relu", True),
+        ("in=2x4x4x2x9 co=3 k=2x1x2 s=3x1x3 op=1x0x1 act=relu", True),
         ("in=1x4x5x3x7 co=4 k=1x1x3 s=1 p=0x0x1", True),  # taps of a row alone
         ("in=1x6x5x4x5 co=6 k=2x1x2 s=2x1x2 g=2 layout=NDHWC", True),
         ("in=Nx4x5x3x7 co=3 k=1x2x2 s=1x2x2 p=0x2x0 dtype=float16", True),
-        ("in=1x4x5x3x7 co=3 k=2 s=2 p=2:0x0x0 dtype=bfloat16", True),
+        ("in=1x4x5x3x7 co=3 k=2x2x1 s=2x2x1 p=2:0x0x0 dtype=bfloat16", True),
         ("in=1x3x5x2x6 co=2 k=4 s=4", True),  # 64 phases, as axes
         ("in=1x4x5x3x7 co=4 k=2 s=2 p=1", False),  # the phases of a plane read two of X
-        ("in=1x4x5x3x7 co=4 k=2x3x2 s=2 p=0x1x0", False),
+        ("in=1x4x5x3x7 co=4 k=1x3x2 s=1x2x2 p=0x1x0", False),
     ],
 )
 def test_a_line_goes_through_planes_where_no_tap_reads_another(text: str, through: bool, half: int) -> None:
@@ -198,13 +198,13 @@ def test_a_line_goes_through_planes_where_no_tap_reads_another(text: str, throug
     "text",
     [
         "in=1x5x3x5x18 co=2 k=3 s=2 p=1 op=1",
-        "in=2x4x2x3x40 co=3 k=4 s=2 p=1 act=relu",
+        "in=2x4x2x3x40 co=3 k=2x4x4 s=1x2x2 p=1 act=relu",
         "in=1x3x3x4x7 co=4 k=2 s=2 bias=0",
         "in=1x6x4x5x6 co=4 k=2x3x4 s=1x3x2 d=3x1x2 p=1 g=2",
         "in=1x3x3x4x5 co=1 k=2x1x3 s=3x2x4",
         "in=Nx3x3x4x5 co=2 k=3 s=1 p=1",
-        "in=1x4x3x4x20 co=2 k=3 s=2 dtype=float16",
-        "in=1x4x3x4x20 co=2 k=3 s=2 dtype=bfloat16",
+        "in=1x4x3x4x20 co=2 k=1x3x3 s=1x2x2 dtype=float16",
+        "in=1x4x3x4x20 co=2 k=1x3x3 s=1x2x2 dtype=bfloat16",
     ],
 )
 def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
@@ -225,8 +225,8 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "in=1x3x4x7x18 co=3 k=7 s=2 p=3 g=3",
-        "in=1x2x3x8x9 co=2 k=5 s=2 p=2 op=1 g=2 dtype=float16",
+        "in=1x3x4x7x18 co=3 k=3x7x7 s=1x2x2 p=1x3x3 g=3",
+        "in=1x2x3x8x9 co=2 k=1x5x5 s=2 p=0x2x2 op=1 g=2 dtype=float16",
         "in=1x2x3x8x9 co=2 k=3x4x4 s=1x1x2 p=1 d=1x2x1 g=2",
         "in=1x6x3x6x17 co=1 k=3 s=1 p=1",  # several channels, each with all its taps
         "in=1x6x3x6x17 co=2 k=3x3x2 s=1x2x2 g=2 layout=NDHWC",
