@@ -35,15 +35,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import product
 from typing import Any
 
-import numpy as np
-from numpy.polynomial import chebyshev
 from tvm import te, tirx
 from tvm_ffi import structural_map
 
+from opcompile.elementary import erf
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
 # Above this many phases, one block each would cost more compile time and code than it saves.
@@ -463,7 +461,10 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
 
 
 def activate(activation: Activation, z: Any) -> Any:
-    """The activation as an expression in the type of ``z``; `opcompile.reference` has the formulas."""
+    """The activation as an expression in the type of ``z``; `opcompile.reference` has the formulas.
+
+    It calls elementary functions by name; `opcompile.elementary` writes them out.
+    """
     return _FORMULAS[activation.name](z, *(tirx.const(p, z.ty.dtype) for p in activation.parameters))
 
 
@@ -493,13 +494,6 @@ def _elu(z: Any, alpha: Any) -> Any:
     return tirx.Select(z < _const(z, 0), alpha * (tirx.exp(tirx.min(z, _const(z, 0))) - _const(z, 1)), z)
 
 
-def _tanh(z: Any) -> Any:
-    # in the exponential of a negative number, which cannot overflow
-    e = tirx.exp(_const(z, -2) * tirx.abs(z))
-    magnitude = (_const(z, 1) - e) / (_const(z, 1) + e)
-    return tirx.Select(z >= _const(z, 0), magnitude, -magnitude)
-
-
 def _softplus(z: Any) -> Any:
     return tirx.max(z, _const(z, 0)) + tirx.log(_const(z, 1) + tirx.exp(-tirx.abs(z)))
 
@@ -511,43 +505,13 @@ def _mish(z: Any) -> Any:
     return tirx.Select(z > _const(z, 20), z, z * ratio)
 
 
-# Beyond this erf is 1 in float32.
-_ERF_END = 3.92
-
-
-@cache
-def _erf_terms() -> tuple[float, ...]:
-    """Coefficients of erf(x)/x as a polynomial in ``t = 2*(x/3.92)^2 - 1``, which is 0 <= x <= 3.92 for -1 <= t <= 1.
-
-    Chebyshev interpolation of degree 16: erf(x)/x is entire in x^2. In float32, by Horner's rule, x times it lies
-    within 3.3 units of roundoff of erf.
-    """
-    nodes = np.cos(np.pi * (np.arange(17) + 0.5) / 17)
-    x = np.sqrt((nodes + 1) / 2) * _ERF_END
-    values = [math.erf(i) / i for i in x]
-    return tuple(float(c) for c in chebyshev.cheb2poly(chebyshev.chebfit(nodes, values, 16)))
-
-
-def _erf(x: Any) -> Any:
-    """The error function; in float32 without a call for each element, which would take ten times as long."""
-    if x.ty.dtype == "float64":
-        return tirx.erf(x)
-    end = _const(x, _ERF_END)
-    inside = _clip(x, -_ERF_END, _ERF_END)
-    t = inside * inside * _const(x, 2 / _ERF_END**2) - _const(x, 1)
-    *others, quotient = (_const(x, term) for term in _erf_terms())
-    for term in reversed(others):
-        quotient = quotient * t + term
-    return tirx.Select(x >= end, _const(x, 1), tirx.Select(x <= -end, _const(x, -1), inside * quotient))
-
-
 def _gelu(z: Any) -> Any:
-    return _const(z, 0.5) * z * (_const(z, 1) + _erf(z * _const(z, math.sqrt(0.5))))
+    return _const(z, 0.5) * z * (_const(z, 1) + erf(z * _const(z, math.sqrt(0.5))))
 
 
 def _gelu_tanh(z: Any) -> Any:
     inner = _const(z, math.sqrt(2 / math.pi)) * (z + _const(z, 0.044715) * z * z * z)
-    return _const(z, 0.5) * z * (_const(z, 1) + _tanh(inner))
+    return _const(z, 0.5) * z * (_const(z, 1) + tirx.tanh(inner))
 
 
 def _squareplus(z: Any) -> Any:
@@ -578,12 +542,12 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "mish": _mish,
     "softplus": _softplus,
     "softsign": lambda z: z / (_const(z, 1) + tirx.abs(z)),
-    "tanh": _tanh,
+    "tanh": tirx.tanh,
     "exponential": tirx.exp,
     "hard_tanh": lambda z: _clip(z, -1, 1),
     "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
     "hard_shrink": lambda z: tirx.Select(tirx.abs(z) <= _const(z, 0.5), _const(z, 0), z),
-    "tanh_shrink": lambda z: z - _tanh(z),
+    "tanh_shrink": lambda z: z - tirx.tanh(z),
     "log_sigmoid": lambda z: -_softplus(-z),
     "squareplus": _squareplus,
     "sparse_plus": _sparse_plus,

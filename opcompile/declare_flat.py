@@ -34,6 +34,7 @@ from tvm import ir, te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from opcompile.declare import Grain, Scope, activate, round_up, sum_type
+from opcompile.elementary import by_exponentials
 from opcompile.spec import Axis, ConvTranspose3d
 
 # Activations that end in a `max` or `min`, which on a GPU makes a number of NaN.
@@ -176,7 +177,7 @@ class _Flat:
             z = picked(n, g, m, q, f)
             if spec.bias:  # a channel that was rounded up has none, and borrows one
                 z = z + sum_type(spec, b(g * m_out + tirx.min(m, m_out - 1) if self.ragged_channels else g * m_out + m))
-            y = activate(spec.activation, z)
+            y = by_exponentials(activate(spec.activation, z))
             return (tirx.Select(tirx.isnan(z), z, y) if spec.activation.name in _CLIPS else y).astype(spec.dtype)
 
         result = te.compute(scope.batched(*self._result_sizes()), finished, name="result")

@@ -1,7 +1,8 @@
-"""Exponential and logarithm in float32 as polynomials, on vectors: LLVM would call the C library for each element.
+"""Elementary functions in float32 as arithmetic, on vectors: LLVM would call the C library for each element.
 
-Both as mathematical libraries do it: a power of two is taken out of the argument, or of the result, and a polynomial
-does what remains (Muller et al., Handbook of Floating-Point Arithmetic, 2nd ed., chapter 10). NaN stays NaN.
+Exponential and logarithm as mathematical libraries do them: a power of two is taken out of the argument, or of the
+result, and a polynomial does what remains (Muller et al., Handbook of Floating-Point Arithmetic, 2nd ed., chapter 10).
+NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tvm
 from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 from tvm import tirx
+from tvm.ir import _ffi_api, register_op_attr
 from tvm_ffi import structural_map
 
 _MANTISSA_BITS = 23
@@ -24,6 +26,8 @@ _ROUNDING = 1.5 * 2**23
 # ln 2 in two parts: times a whole number below 2^9, the first is exact.
 _LN2_HIGH = 355 / 512
 _LN2_LOW = math.log(2) - _LN2_HIGH
+# Beyond this erf is 1 in float32.
+_ERF_END = 3.92
 _HUGE = float(np.finfo(np.float32).max)
 # What has a normal number for its exponential: rounded to the nearest float32, each would lie one too far.
 _LOWEST, _HIGHEST = (
@@ -31,14 +35,46 @@ _LOWEST, _HIGHEST = (
 )
 
 
+# TVM's own is for scalars: a row of Y with one would not be written by vectors.
+_VECTOR_ERF = "opcompile.erf"
+if _VECTOR_ERF not in tvm.ir.Op.list_op_names():
+    _ffi_api.RegisterOp(_VECTOR_ERF, "The error function, until it is written out.")
+    for attribute in ("TVectorizable", "TCallEffectKind"):
+        register_op_attr(_VECTOR_ERF, attribute, tvm.ir.Op.get("tirx.exp").get_attr(attribute))
+    register_op_attr(_VECTOR_ERF, "TScriptPrinterName", "erf")
+
+
+def erf(x: Any) -> Any:
+    """The error function, to be written out by one of the next two, unless it is in float64."""
+    return tirx.erf(x) if x.ty.dtype == "float64" else tirx.call_intrin(x.ty.dtype, _VECTOR_ERF, x)
+
+
 def by_polynomials(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    """``function`` with every exponential and logarithm in float32 written out."""
+    """``function`` with every elementary function in float32 as arithmetic, after all passes that would repeat it."""
+
+    def arithmetic(call: tvm.ir.Call) -> Any:
+        formula = _ARITHMETIC.get(_named(call))
+        return _let(call.args[0], formula) if formula and str(call.ty.dtype).startswith("float32") else call
+
+    return function.with_body(structural_map(function.body, (tvm.ir.Call, arithmetic)))
+
+
+def by_exponentials(expression: Any) -> Any:
+    """``expression``, or a statement, with its tanh as exponentials and, in float32, its erf as arithmetic.
+
+    For compilers that have no such functions, or slow ones.
+    """
 
     def written(call: tvm.ir.Call) -> Any:
-        formula = _FORMULAS.get(call.op.name) if isinstance(call.op, tvm.ir.Op) else None
-        return formula(call.args[0]) if formula and str(call.ty.dtype).startswith("float32") else call
+        if _named(call) == "tirx.tanh":
+            return _tanh(call.args[0], tirx.exp)
+        return _erf(call.args[0]) if _named(call) == _VECTOR_ERF else call
 
-    return function.with_body(structural_map(function.body, (tvm.ir.Call, written)))
+    return structural_map(expression, (tvm.ir.Call, written))
+
+
+def _named(call: tvm.ir.Call) -> str:
+    return str(call.op.name) if isinstance(call.op, tvm.ir.Op) else ""
 
 
 def _exp(x: Any) -> Any:
@@ -77,9 +113,27 @@ def _log_near_one(f: Any, exponent: Any) -> Any:
     return exponent.astype(f.ty.dtype) * _like(f, math.log(2)) + (f + f * f * _polynomial(f, _log_terms()))
 
 
-_FORMULAS: dict[str, Callable[[Any], Any]] = {
-    "tirx.exp": lambda x: _let(x, _exp),
-    "tirx.log": lambda x: _let(x, _log),
+def _tanh(x: Any, exp: Callable[[Any], Any]) -> Any:
+    # in the exponential of a negative number, which cannot overflow
+    e = exp(_like(x, -2) * tirx.abs(x))
+    magnitude = (_like(x, 1) - e) / (_like(x, 1) + e)
+    return tirx.Select(x >= _like(x, 0), magnitude, -magnitude)
+
+
+def _erf(x: Any) -> Any:
+    """``x * q(t)`` with a polynomial of degree 16 in ``t = 2*(x/3.92)^2 - 1``; within 3.3 units of roundoff."""
+    end = _like(x, _ERF_END)
+    inside = tirx.min(end, tirx.max(_like(x, -_ERF_END), x))
+    t = inside * inside * _like(x, 2 / _ERF_END**2) - _like(x, 1)
+    value = inside * _polynomial(t, _erf_terms())
+    return tirx.Select(x >= end, _like(x, 1), tirx.Select(x <= -end, _like(x, -1), value))
+
+
+_ARITHMETIC: dict[str, Callable[[Any], Any]] = {
+    "tirx.exp": _exp,
+    "tirx.log": _log,
+    "tirx.tanh": lambda x: _let(_exp(_like(x, -2) * tirx.abs(x)), lambda e: _tanh(x, lambda _: e)),
+    _VECTOR_ERF: _erf,
 }
 
 
@@ -97,6 +151,15 @@ def _exp_terms() -> tuple[float, ...]:
 def _log_terms() -> tuple[float, ...]:
     """``(log(1 + f) - f) / f^2`` where 1 + f lies between the roots of 1/2 and 2."""
     return _interpolated(lambda f: (np.log1p(f) - f) / (f * f), math.sqrt(0.5) - 1, math.sqrt(2) - 1, 8)
+
+
+@cache
+def _erf_terms() -> tuple[float, ...]:
+    """``erf(x)/x``, which is entire in x^2, for ``0 <= x <= 3.92``."""
+    nodes = np.cos(np.pi * (np.arange(17) + 0.5) / 17)
+    x = np.sqrt((nodes + 1) / 2) * _ERF_END
+    values = [math.erf(i) / i for i in x]
+    return tuple(float(c) for c in chebyshev.cheb2poly(chebyshev.chebfit(nodes, values, 16)))
 
 
 def _interpolated(

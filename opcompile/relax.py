@@ -22,6 +22,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from opcompile.elementary import by_exponentials
 from opcompile.errors import SpecError
 from opcompile.lower import KERNEL, PlanName, choose, packing, scheduled
 from opcompile.packing import Packing
@@ -232,6 +233,7 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         if spec not in self.functions:
             tiles, _ = choose(spec, self.target, self.plan)
             function = scheduled(spec, tiles)[KERNEL].without_attr("global_symbol")
+            function = function.with_body(by_exponentials(function.body))
             function = function.with_attr({"tirx.is_scheduled": True, "op_pattern": _OPAQUE})
             self.functions[spec] = self.builder_.add_func(function, f"opcompile_{KERNEL}"), packing(spec, tiles)
         return self.functions[spec]

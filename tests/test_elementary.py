@@ -1,7 +1,8 @@
-"""Exponential and logarithm in float32: how near they come, where they end, and that no library is called."""
+"""Elementary functions in float32: how near they come, where they end, and that no library is called."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from tvm import s_tir, te, tirx
 
 from opcompile.compiled import compiled
+from opcompile.elementary import erf
 from opcompile.lower import lower
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
@@ -32,7 +34,7 @@ def every_float32(step: int) -> Array:
 @cache
 def function(name: str, lanes: int) -> Callable[[Array], Array]:
     x = te.placeholder((SIZE,), "float32", name="X")
-    y = te.compute((SIZE,), lambda i: getattr(tirx, name)(x(i)), name="Y")
+    y = te.compute((SIZE,), lambda i: (erf if name == "erf" else getattr(tirx, name))(x(i)), name="Y")
     schedule = s_tir.Schedule(te.create_prim_func([x, y]).with_attr("global_symbol", "main"))
     if lanes > 1:
         (i,) = schedule.get_loops(schedule.get_sblock("Y"))
@@ -85,6 +87,18 @@ def test_logarithm(lanes: int) -> None:
     exact = np.log(x.astype(np.float64))
     assert np.all(np.abs(function("log", lanes)(x) - exact) <= 2 * UNIT * np.abs(exact))
     assert np.isnan(function("log", lanes)(np.array([np.nan], np.float32))).all()
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_hyperbolic_tangent_and_error_function(lanes: int) -> None:
+    x = np.concatenate([every_float32(65521), np.linspace(-10, 10, 1 << 16, dtype=np.float32)])
+    x = x[~np.isnan(x)]
+    exact = np.array([math.erf(value) for value in x])
+    # of a range of one; what the bound grants is 8
+    assert np.all(np.abs(function("tanh", lanes)(x) - np.tanh(x.astype(np.float64))) <= 4 * UNIT)
+    assert np.all(np.abs(function("erf", lanes)(x) - exact) <= 4 * UNIT)
+    for name in ("tanh", "erf"):
+        assert np.isnan(function(name, lanes)(np.array([np.nan], np.float32))).all()
 
 
 @pytest.mark.parametrize(

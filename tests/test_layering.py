@@ -42,7 +42,7 @@ BELOW = {
         "schedules.statements",
     },
     "opcompile.elementary": set(),
-    "opcompile.declare": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.declare": {"opcompile.elementary", "opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.paths", "opcompile.spec"},
     "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
