@@ -121,7 +121,6 @@ class Axis:
         """Raise `SpecError` for what no transposed convolution can be."""
         if not isinstance(self.pad, tuple) or len(self.pad) != 2:
             raise SpecError(f"pad is {self.pad!r}, but must be a (begin, end) pair of ints")
-        _require_ints("axis", (self.size, self.kernel, self.stride, self.dilation))
         _require_ints("pad and output_pad", (*self.pad, self.output_pad))
         for name, value in (
             ("size", self.size),
@@ -129,6 +128,7 @@ class Axis:
             ("stride", self.stride),
             ("dilation", self.dilation),
         ):
+            _require_ints(name, (value,))
             if value < 1:
                 raise SpecError(f"{name} is {value}, but must be at least 1; write {name}=1 for no effect")
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):

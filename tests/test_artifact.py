@@ -601,6 +601,20 @@ def test_a_model_s_directory_is_no_artifact_and_says_what_it_is(tmp_path: Path) 
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".", "{}"])
+def test_the_directory_that_one_works_in_is_not_taken_away(
+    lowered: dict[ConvTranspose3d, Lowered], copy: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    here = os.stat(".").st_ino
+    for replaced in (lambda place: write(lowered[ONE], place), lambda place: add_report(place, {})):
+        with pytest.raises(ArtifactError, match=r"is the current directory.*\(cd \.\.\), and name it from there"):
+            replaced(name.format(copy))
+    assert os.stat(copy).st_ino == here
+    assert holds(load(copy))
+    assert siblings(copy) == ["copy"]
+
+
 # --- linking ---
 
 
@@ -618,6 +632,9 @@ def test_the_compiler_of_the_environment_is_used(
         write(lowered[ONE], tmp_path / "it")
     monkeypatch.setenv("CC", "'cc")
     with pytest.raises(EngineError, match=r"CC is \"'cc\", which is no command: No closing quotation"):
+        write(lowered[ONE], tmp_path / "it")
+    monkeypatch.setenv("CC", "true")
+    with pytest.raises(EngineError, match=r"the linker 'true' wrote nothing, and reported no error; set CC"):
         write(lowered[ONE], tmp_path / "it")
     monkeypatch.setenv("CC", "cc -g0")
     assert holds(load(write(lowered[ONE], tmp_path / "it")))

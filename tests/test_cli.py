@@ -163,6 +163,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["{layer}", "--x", "{tmp}", "-o", "{tmp}/y.npy"], 2, ["{tmp}"]),
         (["{layer}", "--x", "{tmp}/pickled.npy", "-o", "{tmp}/y.npy"], 2, ["pickled.npy"]),
         (["{layer}", "--x", "{tmp}/many.npz", "-o", "{tmp}/y.npy"], 2, ["several arrays"]),
+        (["{layer}", "--x", "{tmp}/none.npy", "-o", "{tmp}/none/y.npy"], 2, ["cannot write {tmp}/none/y.npy"]),
         (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["w is missing"]),
         (["{layer}", "--x", "{tmp}/wrong.npy", "-o", "{tmp}/y.npy"], 2, ["x has shape"]),
         (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy", "--threads", "0"], 2, ["--threads"]),
@@ -189,6 +190,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
     "measure": [
         (["{tmp}/none", "-o", "{tmp}/r.json"], 2, ["none", "job.json", "--emit"]),
         (["{tmp}"], 2, ["--output"]),
+        (["{tmp}/none", "-o", "{tmp}/none/r.json"], 2, ["cannot write {tmp}/none/r.json", "no such folder"]),
     ],
     "bench": [
         (["no-such-case"], 2, ["no-such-case"]),

@@ -737,6 +737,12 @@ def test_what_cannot_be_looked_into_is_not_ours(tmp_path: Path, monkeypatch: pyt
         require_replaceable(tmp_path / "out")
 
 
+def test_the_current_directory_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is the current directory"):
+        opcompile.replace(saved(upsampling(), tmp_path), ".")
+
+
 def test_a_link_to_a_folder_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
