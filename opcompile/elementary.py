@@ -67,7 +67,7 @@ def by_exponentials(expression: Any) -> Any:
 
     def written(call: tvm.ir.Call) -> Any:
         if _named(call) == "tirx.tanh":
-            return _tanh(call.args[0], tirx.exp)
+            return _tanh(call.args[0], tirx.exp(_falling(call.args[0])))
         return _erf(call.args[0]) if _named(call) == _VECTOR_ERF else call
 
     return structural_map(expression, (tvm.ir.Call, written))
@@ -113,9 +113,13 @@ def _log_near_one(f: Any, exponent: Any) -> Any:
     return exponent.astype(f.ty.dtype) * _like(f, math.log(2)) + (f + f * f * _polynomial(f, _log_terms()))
 
 
-def _tanh(x: Any, exp: Callable[[Any], Any]) -> Any:
-    # in the exponential of a negative number, which cannot overflow
-    e = exp(_like(x, -2) * tirx.abs(x))
+def _falling(x: Any) -> Any:
+    """``-2*|x|``, whose exponential, of which `_tanh` is made, cannot overflow."""
+    return _like(x, -2) * tirx.abs(x)
+
+
+def _tanh(x: Any, e: Any) -> Any:
+    """Of ``x`` and ``e = exp(-2*|x|)``."""
     magnitude = (_like(x, 1) - e) / (_like(x, 1) + e)
     return tirx.Select(x >= _like(x, 0), magnitude, -magnitude)
 
@@ -132,7 +136,7 @@ def _erf(x: Any) -> Any:
 _ARITHMETIC: dict[str, Callable[[Any], Any]] = {
     "tirx.exp": _exp,
     "tirx.log": _log,
-    "tirx.tanh": lambda x: _let(_exp(_like(x, -2) * tirx.abs(x)), lambda e: _tanh(x, lambda _: e)),
+    "tirx.tanh": lambda x: _let(_let(_falling(x), _exp), lambda e: _tanh(x, e)),
     _VECTOR_ERF: _erf,
 }
 
