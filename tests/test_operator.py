@@ -225,8 +225,8 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "in=1x3x4x7x18 co=3 k=3x7x7 s=1x2x2 p=1x3x3 g=3",
-        "in=1x2x3x8x9 co=2 k=1x5x5 s=2 p=0x2x2 op=1 g=2 dtype=float16",
+        "in=1x3x4x7x18 co=3 k=7 s=2 p=3 g=3",
+        "in=1x2x3x8x9 co=2 k=5 s=2 p=2 op=1 g=2 dtype=float16",
         "in=1x2x3x8x9 co=2 k=3x4x4 s=1x1x2 p=1 d=1x2x1 g=2",
         "in=1x6x3x6x17 co=1 k=3 s=1 p=1",  # several channels, each with all its taps
         "in=1x6x3x6x17 co=2 k=3x3x2 s=1x2x2 g=2 layout=NDHWC",
