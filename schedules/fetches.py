@@ -32,7 +32,7 @@ _MOST_TILES = 8
 _SEVERAL = 8
 # So many lines may be asked for at a time; a core cannot wait for many more.
 _AT_ONCE = 8
-# A turn of a loop over channels may have so many multiply-adds: code grows with them.
+# A turn of a loop over channels has so many multiply-adds at most: more gain nothing, and code grows with them.
 _MOST_OF_TURN = 64
 # Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
 # moves most of them from one to the next, and two lie on the stack.
@@ -55,16 +55,15 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
 
 
 def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
-    """How many channels, or pairs, a turn of the loop over them takes: those whose weights are one line.
+    """How many channels, or pairs, a turn of the loop over them takes: several, for each turn costs instructions.
 
-    A line is then asked for once. ``taps`` is how many the register tile unrolls.
+    A core that shares itself between two threads fetches for each every other cycle, and 12 multiply-adds, their 8
+    loads and what goes on to the next channel take longer to fetch than to compute. And the weights of several
+    channels are one line, to be asked for once. ``taps`` is how many the register tile unrolls.
     """
-    if not _asks_for_weights(spec, t) or (t.vector == "channels" and t.vectors == 1 and t.scalars * t.rows > _FEW_SUMS):
+    if t.vector == "channels" and t.vectors == 1 and t.scalars * t.rows > _FEW_SUMS:
         return 1
-    together = taps if by_rows(spec, t) else 1
-    a_line = CACHE_LINE // (t.block * t.products * together * spec.itemsize)
-    most = min(a_line, _MOST_OF_TURN // (t.vectors * t.scalars * t.rows * taps))
-    return largest_divisor(t.chunk // t.products, most)
+    return largest_divisor(t.chunk // t.products, _MOST_OF_TURN // (t.vectors * t.scalars * t.rows * taps))
 
 
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:

@@ -190,19 +190,20 @@ def _uses(block: s_tir.SBlockRealize, value: int, loop: tirx.For) -> bool:
 
 
 def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
-    spec = ConvTranspose3d.parse("in=1x12x3x4x40 co=3 k=3 s=2 p=1 op=1")
+    spec = ConvTranspose3d.parse("in=1x66x3x4x40 co=3 k=3 s=2 p=1 op=1")
     for copy, asked in (("whole", True), ("task", False)):
-        tiles = Tiles("row", LANES, 2, 3, 1, 3, 1, 1, chunk=4, copy=copy)  # type: ignore[arg-type]
+        tiles = Tiles("row", LANES, 2, 3, 1, 3, 1, 1, chunk=22, copy=copy)  # type: ignore[arg-type]
         elements = [
             (fetched(at), loops)
             for at, loops in statements(scheduled(spec, tiles)[KERNEL].body)
             if fetched(at) is not None and fetched(at).source.name == "pad"
         ]
-        assert len(elements) == 8 * (3 if asked else 0), "two vectors and a line for what straddles, in each phase"
-        for element, loops in elements:
+        of_turn = [channel for channel in range(2) for _ in range(3)]
+        assert len(elements) == 8 * (len(of_turn) if asked else 0), "two vectors and a line for what straddles, each"
+        for (element, loops), channel in zip(elements, 8 * of_turn, strict=False):
             *_, chunk, _, c = (loop.loop_var for loop in loops)  # within the planes of taps, around their rows
             at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
-            assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2
+            assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2 * 2 + channel
 
 
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
@@ -485,25 +486,28 @@ def test_weights_are_asked_for_where_they_are_many_and_read_once_or_twice() -> N
 
 
 @pytest.mark.parametrize(
-    ("vector", "vectors", "scalars", "kernel", "dtype", "of_turn"),
+    ("vector", "vectors", "scalars", "kernel", "dtype", "of_turn", "lines"),
     [
-        ("channels", 3, 4, "5", "float32", 2),  # of 32 bytes a channel
-        ("channels", 2, 6, "5", "float16", 4),
-        ("line", 2, 4, "2", "float32", 4),  # of 16
-        ("line", 2, 6, "2", "float32", 2),  # of 24
-        ("line", 6, 2, "2", "float32", 4),  # a turn of 8 channels would be long
-        ("line", 2, 4, "4", "float32", 2),  # of 32, two taps in a row of a phase
+        ("channels", 3, 4, "5", "float32", 4, 2),  # of 32 bytes a channel
+        ("channels", 2, 6, "5", "float16", 4, 1),
+        ("line", 2, 4, "2", "float32", 8, 2),  # of 16
+        ("line", 2, 6, "2", "float32", 4, 2),  # of 24
+        ("line", 2, 4, "4", "float32", 4, 2),  # of 32, two taps in a row of a phase
+        ("row", 1, 12, "4", "float32", 2, 3),  # of 96
     ],
 )
-def test_a_line_of_weights_is_asked_for_once(
-    vector: str, vectors: int, scalars: int, kernel: str, dtype: str, of_turn: int
+def test_a_turn_asks_for_each_line_of_its_weights(
+    vector: str, vectors: int, scalars: int, kernel: str, dtype: str, of_turn: int, lines: int
 ) -> None:
     spec = ConvTranspose3d.parse(f"in=1x192x4x2x16 co=96 k={kernel} s=2 dtype={dtype}")
     task = vectors * 8 if vector == "channels" else scalars
     tiles = Tiles(vector, 8, vectors, scalars, 1, task, 1, 1, chunk=192, copy="whole")  # type: ignore[arg-type]
     body = scheduled(spec, tiles)[KERNEL].body
     asked = [(e, loops) for at, loops in statements(body) if (e := fetched(at)) is not None and e.source.name == "W"]
-    assert len(asked) == math.prod(len(axis.phases) for axis in spec.axes) * (vectors if vector == "channels" else 1)
+    blocks = vectors if vector == "channels" else 1
+    assert len(asked) == math.prod(len(axis.phases) for axis in spec.axes) * blocks * lines
+    a_line = 16 if dtype == "float32" else 32
+    assert [int(Analyzer().simplify(e.indices[9])) for e, _ in asked[:lines]] == [i * a_line for i in range(lines)]
     for element, loops in asked:
         of_channels = loops[-1]
         assert int(of_channels.extent) == 192 // of_turn
@@ -512,15 +516,6 @@ def test_a_line_of_weights_is_asked_for_once(
         channel = element.indices[8 if vector == "channels" else 7]
         channels = [int(Analyzer().simplify(_known(channel, turn))) for turn in turns]
         assert channels == [192, 192 + of_turn]
-
-
-def test_a_turn_asks_for_each_line_of_its_weights() -> None:
-    spec = ConvTranspose3d.parse("in=1x64x4x2x16 co=96 k=4 s=2")
-    tiles = Tiles("row", 8, 1, 12, 1, 12, 1, 1, chunk=64, copy="whole")
-    elements = (fetched(at) for at, _ in statements(scheduled(spec, tiles)[KERNEL].body))
-    of_w = [e.indices[9] for e in elements if e is not None and e.source.name == "W"]
-    ahead = [int(Analyzer().simplify(column - of_w[0])) for column in of_w]
-    assert ahead == [0, 16] * 8, "24 weights, of two taps, in each phase"
 
 
 def weights_asked_for(spec: ConvTranspose3d, vector: str, **changed: Any) -> list[Any]:
