@@ -636,7 +636,12 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
     a_phase = layer.itemsize * rows * layer.c * layer.width
-    return a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
+    reading = a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
+    if t.copy == "whole" and t.vector == "channels" and not layer.channels_first:
+        # a few columns of all channels at a time, too short for the prefetcher, from where all of the copy is
+        of_copy = layer.itemsize * layer.images * layer.c * math.prod(layer.reach)
+        reading += 0.4 * min(1, max(0, of_copy / machine.l2_bytes - 1)) * layer.tasks(t) * sizes.window
+    return reading
 
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
