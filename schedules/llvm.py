@@ -148,7 +148,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        depth = 6 if tiles.vector == "taps" else 10
+        depth = 7 if tiles.vector == "taps" else 10
         sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
@@ -341,8 +341,10 @@ def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loo
     m, m_in = sch.split(m, [None, of_m])
     kh, kh_in = sch.split(kh, [None, of_kh])
     i, i_in, lane = sch.split(i, [None, t.vectors, t.lanes])
+    c, turn = sch.split(c, [None, channels_of_turn(spec, t, taps=1)])
     # the smaller side of factors stays in registers while the other passes by
     tile = [i_in, m_in, kh_in, kw] if t.scalars <= t.vectors else [m_in, kh_in, kw, i_in]
+    tile = [turn, *tile]
     sch.reorder(d, line, i, m, kh, c, *tile, lane)
     leave = sch.cache_write(taps, 0, "local")
     sch.reverse_compute_at(leave, kh, preserve_unit_loops=True)
