@@ -19,6 +19,7 @@ from schedules.chunks import by_chunks
 from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
+from schedules.squares import in_squares
 from schedules.statements import (
     ADDING,
     ADDING_ANY,
@@ -28,6 +29,7 @@ from schedules.statements import (
     nest,
     over_channels,
     replaced,
+    vector_of,
     with_turns,
     within,
 )
@@ -62,6 +64,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
     ahead = channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
+    function = structural_map(function, (tirx.For, in_squares))
     column = spec.axes[2]
     if tiles.trims(column.positions, column.most_taps):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, column)))
@@ -137,7 +140,7 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
     value = analyzer.simplify(replaced(block.body.value, values))
     alike = [realize.predicate, *(i for load in every(TensorLoad, value) for i in load.indices[:-1])]
     tested = any(var.same_as(lane) for each in alike for var in every(tirx.Var, each))
-    vector = None if tested else _vector_of(value, lane, lanes)
+    vector = None if tested else vector_of(value, lane, lanes)
     if vector is None:
         left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, _with_body(block, block.body, "lanes"))
         return tirx.For(lane, zero, loop.extent, loop.kind, left)
@@ -236,7 +239,7 @@ def _interleaved(
 
     def loaded(copy: s_tir.SBlockRealize) -> Any:
         values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
-        return _vector_of(analyzer.simplify(replaced(copy.block.body.value, values)), lane, lanes)
+        return vector_of(analyzer.simplify(replaced(copy.block.body.value, values)), lane, lanes)
 
     vectors = [loaded(each) for each in of_channels]
     if any(each is None for each in vectors):
@@ -393,7 +396,7 @@ def _weave(
         analyzer.simplify(replaced(block.body.value, {column: (vector * lanes + lane) * stride + (first + k)}))
         for k in range(stride)
     ]
-    vectors = [_vector_of(value, lane, lanes) for value in of_phases]
+    vectors = [vector_of(value, lane, lanes) for value in of_phases]
     if any(each is None for each in vectors):
         return None
     itemsize, part = tvm.DataType(y.dtype).bits // 8, size // len(begins)
@@ -425,14 +428,3 @@ def _interlaced(vectors: Sequence[Any], lanes: int, first: int = 0, size: int | 
     elements = range(first, first + (lanes * count if size is None else size))
     order = [tirx.const(i % count * lanes + i // count, "int32") for i in elements]
     return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)
-
-
-def _vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
-    """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
-    kind = lane.ty.dtype
-    to = tirx.decl_buffer((lanes,), value.ty.dtype)
-    store = tirx.BufferStore(to, value, [lane])
-    loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
-    module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
-    body = module["vector"].body
-    return body.value if isinstance(body, tirx.BufferStore) else None

@@ -29,6 +29,7 @@ from tvm.s_tir.schedule import _ffi_api
 
 from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
+from schedules.squares import SQUARES
 from schedules.tiles import (
     CACHE_LINE,
     MOST_PHASES,
@@ -40,6 +41,7 @@ from schedules.tiles import (
     factors,
     joined,
     reach,
+    square,
 )
 
 if TYPE_CHECKING:
@@ -158,14 +160,16 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         length = int(sch.get(row[-1]).extent)
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        pair = []
+        pair, size = [], _square(spec, tiles, length)
         if tiles.products > 1 and not _in_their_order(spec, tiles):
             c, *pair = sch.split(c, [None, tiles.products])
-        side_by_side = [*row, c] if _in_their_order(spec, tiles) else [c, *row]
+        elif size:
+            c, *pair = sch.split(c, [None, size])
+        side_by_side = [*row, c] if size or _in_their_order(spec, tiles) else [c, *row]
         sch.reorder(n, g, d, h, *side_by_side, *pair)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
-        _mark_copied(sch, spec, tiles, side_by_side[-1], length)
+        _mark_copied(sch, spec, tiles, row[-1] if size else side_by_side[-1], length)
     if phases and _in_their_order(spec, tiles):
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
@@ -274,9 +278,20 @@ def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
     return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
 
+def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
+    """The `square` of the copy of X, of columns that are X's; 0 where it has pairs, or channels side by side."""
+    if t.vector == "channels" or t.products > 1:
+        return 0
+    low, high = _own_columns(spec)
+    return square(spec, min(t.lanes, _side_by_side(spec, t, length) if _tiled(spec, t, length) else high - low))
+
+
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int) -> None:
     """Tell `finish` which columns, or channels, of the copy of X may be vectors."""
     extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
+    if size := _square(spec, t, length):
+        sch.annotate(side_by_side, SQUARES, [0, extent, size] if extent < row else [low, high, size])
+        return
     if _in_their_order(spec, t):
         sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
     if spec.layout != "NCDHW":  # neighbouring columns lie apart in X

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tvm
 from tvm import s_tir, tirx
 from tvm_ffi import structural_map
 
@@ -78,3 +79,14 @@ def within(loops: Sequence[tirx.For], body: tirx.Stmt) -> tirx.Stmt:
     for loop in reversed(loops):
         body = tirx.For(own[loop.loop_var], loop.min, loop.extent, loop.kind, body, annotations=loop.annotations)
     return body
+
+
+def vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
+    """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
+    kind = lane.ty.dtype
+    to = tirx.decl_buffer((lanes,), value.ty.dtype)
+    store = tirx.BufferStore(to, value, [lane])
+    loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
+    module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
+    body = module["vector"].body
+    return body.value if isinstance(body, tirx.BufferStore) else None

@@ -245,6 +245,12 @@ def copies_chunks(spec: ConvTranspose3d) -> bool:
     return spec.layout == "NCDHW" and spec.terms > 0 and phases <= MOST_PHASES
 
 
+def square(spec: ConvTranspose3d, columns: int) -> int:
+    """Of so many channels, and of ``columns``, squares are transposed as X is copied; 0 where none are."""
+    channels = spec.channels_in // spec.groups
+    return next((n for n in (8, 4) if n <= columns and channels % n == 0), 0) if spec.layout == "NDHWC" else 0
+
+
 def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     """Whether Y is written past the caches: a large one, in whole lines."""
     channels_first = spec.layout == "NCDHW"
@@ -274,7 +280,7 @@ class _Layer:
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
-    ``in_chunks`` whether it may copy X by chunks of channels.
+    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -301,6 +307,7 @@ class _Layer:
     widened: bool
     grouped: bool
     in_chunks: bool
+    in_squares: bool
 
     @classmethod
     def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
@@ -329,6 +336,7 @@ class _Layer:
             widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
             in_chunks=copies_chunks(spec),
+            in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -649,11 +657,13 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     depth, height, width = layer.reach
     a_plane = layer.itemsize * layer.c * height * width
     a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
-    if not layer.channels_first and t.vector != "channels":  # transposed, element by element
-        a_row += 0.6
+    if not layer.channels_first and t.vector != "channels":  # transposed
+        a_row += 0.2 if layer.in_squares else 0.6
     far = min(1, depth * a_plane / (8 * machine.l2_bytes))
     if t.copy == "whole":
-        return layer.images * depth * a_plane * (0.4 + 0.8 * far + a_row)
+        # lines that share rows have each its own copy of them
+        shared = _over(layer.height, t.height) * (t.height + height - layer.height) / height if t.line else 1
+        return layer.images * depth * a_plane * shared * (0.4 + 0.8 * far + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
     # the rows of each channel and plane are in pages of their own
@@ -687,7 +697,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         a_load = machine.loading
         # what the first cache does not hold until it is read again: all taps of the weights, a tap with its X
         weights = t.channels * layer.itemsize
-        x = t.rows * layer.itemsize * min(layer.reach[2], t.columns + 12)  # half a cache line at either end
+        # half a cache line at either end, where columns are side by side
+        x = t.rows * layer.itemsize * (min(layer.reach[2], t.columns + 12) if layer.channels_first else t.columns)
         passing = 0 if a_tile <= machine.l1_bytes // 2 else weights
         waiting = passing / layer.itemsize * a_weight
         passing += x if (weights + x) * layer.c > machine.l1_bytes else 0
