@@ -303,6 +303,7 @@ class _Layer:
     in_chunks: bool
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
