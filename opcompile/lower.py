@@ -13,9 +13,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir import transform
-from tvm.s_tir.analysis import calculate_allocated_bytes
 
-from opcompile.compiled import object_code
+from opcompile.compiled import allocated_bytes, object_code
 from opcompile.declare import Grain, declare, packed_from
 from opcompile.errors import RecordError, SpecError
 from opcompile.gpus import GpuTarget
@@ -67,8 +66,9 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
     tiles, chosen = choose(spec, target, plan)
     module = scheduled(spec, tiles)
     named = tvm.IRModule({symbol: module[KERNEL].with_attr("global_symbol", symbol)})
-    code = object_code(named, target)
-    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
+    code, allocated = object_code(named, target)
+    workspace = workspace_bytes(spec, tiles) if spec.batch is None else allocated
+    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace)
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
@@ -145,19 +145,16 @@ def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
     return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
 
 
-def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles, module: tvm.IRModule) -> int:
-    """Bytes that one call of ``module`` allocates with one thread (`Lowered`).
+def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles) -> int:
+    """Bytes that one call allocates with one thread (`Lowered`).
 
     For a dynamic batch: with one batch element.
     """
-    if spec.batch is None:
-        module = scheduled(spec.with_batch(1), tiles)
-    return allocated_bytes(module[KERNEL])
+    return allocated_by(scheduled(spec.with_batch(spec.batch or 1), tiles))
 
 
-def allocated_bytes(function: tirx.PrimFunc) -> int:
-    """Bytes that a scheduled function allocates on its way, with one thread."""
-    module = tvm.IRModule({KERNEL: function})
+def allocated_by(module: tvm.IRModule) -> int:
+    """Bytes that a call of the one scheduled function allocates with one thread, as `object_code` finds them."""
     for step in (
         transform.LowerInitBlock(),
         transform.PlanAndUpdateBufferAllocationLocation(),
@@ -166,4 +163,4 @@ def allocated_bytes(function: tirx.PrimFunc) -> int:
         transform.LowerOpaqueBlock(),
     ):
         module = step(module)
-    return int(calculate_allocated_bytes(module[KERNEL])["main"].get("global", 0))
+    return allocated_bytes(module)
