@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +37,23 @@ def pytest_collection_finish() -> None:
     """Thousands of tests stay for the whole run: looking through them for garbage would find none, again and again."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module")
+def as_scheduled() -> Iterator[None]:
+    """Let LLVM take each schedule as it is: where what is tested is around the kernel, and not the kernel."""
+    from opcompile import compiled
+    from opcompile.replace import library
+
+    optimising = compiled.compiled
+
+    def quickly(module: Any, target: Mapping[str, object], *rest: Any) -> Any:
+        return optimising(module, {**target, "opt-level": 0}, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "compiled", quickly)
+        yield
+    library.compiled.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
