@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
+import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +20,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from stub_gpu import driver, gpu  # noqa: F401 (fixtures; they import NumPy)
+
+from opcompile import simulate
 
 settings.register_profile(
     "opcompile",
@@ -54,6 +58,28 @@ def as_scheduled() -> Iterator[None]:
         patch.setattr(compiled, "compiled", quickly)
         yield
     library.compiled.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def compiler_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return a compiler for simulated kernels: GCC with the simulator's headers read already, or another as it is."""
+    compiler = simulate._compiler()
+    version = subprocess.run([*compiler, "-v"], capture_output=True, text=True, check=True).stderr
+    if "gcc version" not in version:
+        return compiler
+    folder = tmp_path_factory.mktemp("headers")
+    for name in ("cuda.h", "metal.h"):
+        header, flags = simulate._HEADERS / name, (*simulate._FLAGS, *simulate._BOUNDS)
+        subprocess.run([*compiler, *flags, "-x", "c++-header", header, "-o", folder / f"{name}.gch"], check=True)
+    return [*compiler, f"-I{folder}"]
+
+
+@pytest.fixture(scope="module")
+def headers_at_hand(compiler_of_kernels: list[str]) -> Iterator[None]:
+    """Where many kernels are simulated: to read the headers takes a third of what compiling one does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", shlex.join(compiler_of_kernels))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
