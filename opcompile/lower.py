@@ -11,7 +11,7 @@ from typing import Literal
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.s_tir import transform
 
 from opcompile.compiled import allocated_bytes, object_code
@@ -23,6 +23,7 @@ from opcompile.record import Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
 from schedules import llvm
+from schedules.unchecked import Schedule
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
@@ -127,7 +128,7 @@ def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:
 
 def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
     """The module ready to compile."""
-    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule = Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     llvm.schedule(schedule, spec, tiles)
     return llvm.finish(schedule.mod, spec, tiles)

@@ -14,7 +14,7 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
 from tvm.s_tir.transform import (
     CompactBufferAllocation,
@@ -37,6 +37,7 @@ from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
+from schedules.unchecked import Schedule
 
 # Every buffer in shared memory has its own place. TVM's reuse gives them the type of the first, and then refuses the
 # pointers that matrix instructions take; its merging as bytes comes after the barriers, and makes races.
@@ -181,7 +182,7 @@ def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
 
 def scheduled(spec: ConvTranspose3d, tiles: GpuTiles, target: GpuTarget) -> tvm.IRModule:
     """The module ready to compile."""
-    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule = Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     gpu.schedule(schedule, spec, tiles, target.unit(spec.dtype))
     module = schedule.mod

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import tvm
-from tvm import s_tir
 
 from opcompile.compiled import object_code
 from opcompile.errors import RecordError
@@ -15,6 +14,7 @@ from opcompile.lower import Plan, PlanName, allocated_by, require_plan
 from opcompile.target import Target
 from schedules import gradients
 from schedules.gradients import BiasTiles, GradientTiles, InputTiles
+from schedules.unchecked import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
     """The module ready to compile."""
     name = gradient.kernel
     declared = declare(gradient, grain(tiles)).with_attr("global_symbol", name)
-    sch = s_tir.Schedule(tvm.IRModule({name: declared}))
+    sch = Schedule(tvm.IRModule({name: declared}))
     sch.work_on(name)
     gradients.schedule(sch, gradient, tiles)
     return sch.mod
