@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm_ffi
-from kernels import HERE, callable_in, dtype_of, integers
+from kernels import HERE, dtype_of, integers
 from numpy.typing import NDArray
 
 import opcompile as oc
@@ -63,7 +63,7 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
 def test_what_is_streamed_is_right_at_any_address(vector: str, text: str, on: Target) -> None:
     spec = ConvTranspose3d.parse(text)
     tiles = streaming(spec, vector, on)
-    function = callable_in(lower.scheduled(spec, tiles), lower.KERNEL, optimised=False, on=on)
+    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
     x, w, b = integers(spec)
     given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
     for offset in (0, 16, 8):
