@@ -57,7 +57,7 @@ test-peers: $(VENV)/.installed-test
 # The oldest lies in a folder of its own, before the newest on Python's path.
 test-onnxruntime: $(VENV)/.installed-test
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/oldest onnxruntime==1.20.1
-	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
+	PYTHONPATH=$(VENV)/oldest $(RUN) pytest -n auto --dist loadfile tests/test_replace.py tests/test_replace_models.py tests/test_replace_hosts.py tests/test_fuzz_replace.py $(ARGS)
 
 test-long: $(VENV)/.installed-test
 	OPCOMPILE_TEST_RUNS=1000 OPCOMPILE_TEST_EXAMPLES=200 $(RUN) pytest -n auto --dist loadfile -m heavy $(ARGS)

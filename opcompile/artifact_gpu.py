@@ -36,7 +36,7 @@ def gpu_files(lowered: GpuCode, batch: int | None, kernel: str = "conv_transpose
     if language == "cuda":
         library = nvcc(lowered.source, lowered.host_source, lowered.target)
     elif importlib.util.find_spec("ziglang") is not None:
-        library = _dylib(lowered.host_objects)
+        library = _dylib(lowered.host_objects())
     else:
         return files, ""
     name = library_name(library, "linux" if language == "cuda" else "darwin", kernel)

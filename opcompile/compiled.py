@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import tirx
+from tvm.ir.instrument import PassInstrument, pass_instrument
+from tvm.s_tir.analysis import calculate_allocated_bytes
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 from tvm_ffi import structural_map
 
@@ -36,21 +38,43 @@ define void @opcompile_aligned_stack() alwaysinline {
 """
 
 
-def compiled(module: tvm.IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
+def compiled(
+    module: tvm.IRModule, target: Mapping[str, object], watching: Sequence[PassInstrument] = ()
+) -> tvm.runtime.Executable:
     """Compile a module that is ready to be; its indices stay as wide as declared, where TVM would narrow them."""
     config = tvm.transform.PassContext.current().config
-    as_declared = tvm.transform.PassContext(config=config, disabled_pass=["tirx.NarrowDataType"])
+    as_declared = tvm.transform.PassContext(
+        config=config, disabled_pass=["tirx.NarrowDataType"], instruments=list(watching)
+    )
     with as_declared, tvm.target.Target(target) as tvm_target:
         return tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
 
 
-def object_code(module: tvm.IRModule, target: Target) -> bytes:
-    """One relocatable object for ``target``."""
-    executable = compiled(module, target.tvm())
+def object_code(module: tvm.IRModule, target: Target) -> tuple[bytes, int]:
+    """One relocatable object of one function for ``target``, and how many bytes a call allocates with one thread."""
+    allocated = _Allocated()
+    executable = compiled(module, target.tvm(), [allocated])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
-        return path.read_bytes()
+        return path.read_bytes(), allocated.count
+
+
+def allocated_bytes(module: tvm.IRModule) -> int:
+    """Bytes that the one function of ``module`` allocates with one thread, its buffers being compact."""
+    (function,) = module.functions.values()
+    return int(calculate_allocated_bytes(function)["main"].get("global", 0))
+
+
+@pass_instrument
+class _Allocated:
+    """Counts `allocated_bytes` on the way: the pass that makes buffers compact is the longest of all."""
+
+    count = 0
+
+    def run_after_pass(self, module: tvm.IRModule, info: Any) -> None:
+        if info.name == "s_tir.LowerOpaqueBlock":
+            self.count = allocated_bytes(module)
 
 
 def _sums_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:

@@ -89,7 +89,7 @@ class Description:
 
 def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best") -> Description:
     """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
-    from opcompile.lower import choose, scheduled, workspace_bytes  # on use: it brings the compiler
+    from opcompile.lower import choose, workspace_bytes  # on use: it brings the compiler
 
     machine = any_target(target)
     if isinstance(machine, GpuTarget):
@@ -98,7 +98,7 @@ def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best
         _, chosen = choose_gpu(spec, machine, plan)
         return Description(spec, machine.name, chosen, 0)
     tiles, chosen = choose(spec, machine, plan)
-    return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles, scheduled(spec, tiles)))
+    return Description(spec, machine.name, chosen, workspace_bytes(spec, tiles))
 
 
 def _axis_json(axis: Axis) -> dict[str, Any]:

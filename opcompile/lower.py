@@ -11,11 +11,10 @@ from typing import Literal
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.s_tir import transform
-from tvm.s_tir.analysis import calculate_allocated_bytes
 
-from opcompile.compiled import object_code
+from opcompile.compiled import allocated_bytes, object_code
 from opcompile.declare import Grain, declare, packed_from
 from opcompile.errors import RecordError, SpecError
 from opcompile.gpus import GpuTarget
@@ -24,6 +23,7 @@ from opcompile.record import Record, find_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
 from schedules import llvm
+from schedules.unchecked import Schedule
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
@@ -67,8 +67,9 @@ def lower(spec: ConvTranspose3d, target: Target, plan: PlanName = "best", *, sym
     tiles, chosen = choose(spec, target, plan)
     module = scheduled(spec, tiles)
     named = tvm.IRModule({symbol: module[KERNEL].with_attr("global_symbol", symbol)})
-    code = object_code(named, target)
-    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace_bytes(spec, tiles, module))
+    code, allocated = object_code(named, target)
+    workspace = workspace_bytes(spec, tiles) if spec.batch is None else allocated
+    return Lowered(spec, target, chosen, code, packing(spec, tiles), workspace)
 
 
 def choose(spec: ConvTranspose3d, target: Target, plan: PlanName) -> tuple[llvm.Tiles, Plan]:
@@ -127,7 +128,7 @@ def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:
 
 def scheduled(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tvm.IRModule:
     """The module ready to compile."""
-    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule = Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     llvm.schedule(schedule, spec, tiles)
     return llvm.finish(schedule.mod, spec, tiles)
@@ -145,19 +146,16 @@ def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
     return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
 
 
-def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles, module: tvm.IRModule) -> int:
-    """Bytes that one call of ``module`` allocates with one thread (`Lowered`).
+def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles) -> int:
+    """Bytes that one call allocates with one thread (`Lowered`).
 
     For a dynamic batch: with one batch element.
     """
-    if spec.batch is None:
-        module = scheduled(spec.with_batch(1), tiles)
-    return allocated_bytes(module[KERNEL])
+    return allocated_by(scheduled(spec.with_batch(spec.batch or 1), tiles))
 
 
-def allocated_bytes(function: tirx.PrimFunc) -> int:
-    """Bytes that a scheduled function allocates on its way, with one thread."""
-    module = tvm.IRModule({KERNEL: function})
+def allocated_by(module: tvm.IRModule) -> int:
+    """Bytes that a call of the one scheduled function allocates with one thread, as `object_code` finds them."""
     for step in (
         transform.LowerInitBlock(),
         transform.PlanAndUpdateBufferAllocationLocation(),
@@ -166,4 +164,4 @@ def allocated_bytes(function: tirx.PrimFunc) -> int:
         transform.LowerOpaqueBlock(),
     ):
         module = step(module)
-    return int(calculate_allocated_bytes(module[KERNEL])["main"].get("global", 0))
+    return allocated_bytes(module)

@@ -6,14 +6,15 @@ import math
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
 from tvm.s_tir.transform import (
     CompactBufferAllocation,
@@ -36,6 +37,7 @@ from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
+from schedules.unchecked import Schedule
 
 # Every buffer in shared memory has its own place. TVM's reuse gives them the type of the first, and then refuses the
 # pointers that matrix instructions take; its merging as bytes comes after the barriers, and makes races.
@@ -51,14 +53,14 @@ class GpuCode:
     """A kernel as text: ``source`` in the target's language, and how to start it.
 
     ``host_source`` is, for CUDA, the C++ that checks the arguments and launches it;
-    ``host_objects`` are, for Metal, Mach-O objects that do the same with TVM's runtime.
+    ``host_objects`` makes, for Metal, Mach-O objects that do the same with TVM's runtime.
     """
 
     target: GpuTarget
     plan: Plan
     source: str
     host_source: str
-    host_objects: tuple[bytes, ...]
+    host_objects: Callable[[], tuple[bytes, ...]]
     launch: Launch
 
     @property
@@ -127,15 +129,15 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
     return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
 
 
-def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, tuple[bytes, ...]]:
+def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, Callable[[], tuple[bytes, ...]]]:
     """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
     config = {**tvm.transform.PassContext.current().config, **_NO_NAMES}
     with tvm.target.Target(target.tvm()) as tvm_target, tvm.transform.PassContext(config=config):
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
     if target.language == "cuda":
-        return source, host_half(export_cuda_host(built), source), ()
-    return source, "", _objects(built)
+        return source, host_half(export_cuda_host(built), source), tuple
+    return source, "", partial(_objects, built)
 
 
 # The host half only hands pointers on.
@@ -180,7 +182,7 @@ def declared(spec: ConvTranspose3d, tiles: GpuTiles) -> tirx.PrimFunc:
 
 def scheduled(spec: ConvTranspose3d, tiles: GpuTiles, target: GpuTarget) -> tvm.IRModule:
     """The module ready to compile."""
-    schedule = s_tir.Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
+    schedule = Schedule(tvm.IRModule({KERNEL: declared(spec, tiles)}))
     schedule.work_on(KERNEL)
     gpu.schedule(schedule, spec, tiles, target.unit(spec.dtype))
     module = schedule.mod

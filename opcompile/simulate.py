@@ -45,6 +45,8 @@ _HEADERS = Path(__file__).with_name("simulator")
 _FLAGS = ("-std=c++17", "-Og", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off")
 # An index beyond an array, or a vector that is not aligned, ends the program; the two compilers spell it differently.
 _BOUNDS = ("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error")
+# C's alone: to look through C++'s, of which nothing is called, takes a quarter of the time.
+_LIBRARIES = ("-nodefaultlibs", "-lm", "-lc")
 _FAULTS = {65: "an access out of bounds", 66: "a divergent barrier"}
 _TOO_SMALL_FOR_TWO = 4
 
@@ -104,7 +106,7 @@ class Simulator:
         text = translated(self.source, self.language, self.launch)
         path = Path(self._folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         path.with_suffix(".cpp").write_text(text)
-        command = [*_compiler(), *_FLAGS, *_BOUNDS, f"-I{_HEADERS}", f"{path}.cpp", "-o", str(path), "-lm"]
+        command = [*_compiler(), *_FLAGS, *_BOUNDS, f"-I{_HEADERS}", f"{path}.cpp", "-o", str(path), *_LIBRARIES]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:

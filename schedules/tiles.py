@@ -229,6 +229,7 @@ def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
     return _Layer.of(spec, t.products).band(t) // (t.columns * t.rows)
 
 
+@lru_cache(maxsize=1024)
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of ``number`` that is no more than ``most``, or 1."""
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
@@ -310,6 +311,7 @@ class _Layer:
     in_squares: bool
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
@@ -440,13 +442,14 @@ def _sensible(layer: _Layer, machine: Machine) -> Iterator[Tiles]:
         if vector != "line" and columns >= layer.width + (1 if vector == "channels" else lanes):
             continue
         chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
+        registers = (vector, lanes, vectors, scalars, rows)
         for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
-            tile = (vector, lanes, vectors, scalars, rows, channels, depth, height, chunk, copy)
-            tiles = Tiles(*tile, products=layer.products)  # type: ignore[arg-type]
+            span = (depth, height, chunk, copy, 1, 1, 1, layer.products)
+            tiles = Tiles(*registers, channels, *span)  # type: ignore[arg-type]
             if vector == "line" and columns >= layer.joined(tiles) * height * layer.reach[2] + lanes:
                 continue
             task = _task(layer, machine, tiles)
-            whole = replace(tiles, task=task) if task > channels else tiles
+            whole = Tiles(*registers, task, *span) if task > channels else tiles  # type: ignore[arg-type]
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
                 yield whole
             yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))

@@ -30,6 +30,8 @@ from opcompile.roofline import Roof, Sample
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import flagged, processor_flags, target
 
+pytestmark = pytest.mark.usefixtures("as_scheduled")
+
 SPEC = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2")
 
 # 100 GFLOP/s and 10 GB/s

@@ -25,6 +25,8 @@ from opcompile.lower import lower
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import flagged, names, target
 
+pytestmark = pytest.mark.usefixtures("as_scheduled")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Their Python is run as it stands. Tuning takes minutes: its own tests run it.

@@ -32,6 +32,8 @@ from opcompile.spec import ConvTranspose3d
 from opcompile.verify import verify
 from schedules.gpu import GpuEstimate, baseline, candidates
 
+pytestmark = pytest.mark.usefixtures("headers_at_hand")
+
 # Ragged channels and positions in all of them; two phases where one pair of blocks a phase would take long.
 LAYERS = {
     "k2 s2, one product for all phases": "in=1x32x3x3x5 co=24 k=2 s=2 dtype=float16",

@@ -19,6 +19,8 @@ from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from schedules.gpu import longest_first
 
+pytestmark = pytest.mark.usefixtures("headers_at_hand")
+
 # The layers that every test run simulates: a family of schedules, a form of the declaration or a type each.
 QUICK = (
     "k2-s2",

@@ -35,6 +35,8 @@ from opcompile.simulate import Simulated, Simulator, simulated
 from opcompile.spec import ConvTranspose3d
 from schedules.gradient_gpu_tiles import gpu_candidates
 
+pytestmark = pytest.mark.usefixtures("headers_at_hand")
+
 # What every test run simulates: both languages and layouts, groups, cropping, an open batch, a slope, float16.
 QUICK = {
     "in=Nx6x2x3x5 co=4 k=3 s=2 p=1 op=1 g=2 act=relu": CUDA,

@@ -53,6 +53,7 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--quiet",
         "--no-deps",
         "--no-index",
+        "--no-compile",
         wheel,
         cwd=place,
     )

@@ -22,9 +22,11 @@ from opcompile.replace.job import Job
 from opcompile.replace.place import require_replaceable
 from opcompile.replace.report import Report
 from opcompile.replace.sessions import Session
-from opcompile.target import cores, target
+from opcompile.target import target
 from tests.onnx_engine import integers, model_of, value
-from tests.replaced import MODELS, operators, run, saved, upsampling
+from tests.replaced import operators, run, saved, upsampling
+
+pytestmark = pytest.mark.usefixtures("as_scheduled")
 
 OURS = "ConvTranspose3d"
 OPEN = "ConvTranspose3dOpen"
@@ -48,30 +50,6 @@ def agree(folder: Path, x: np.ndarray = X, *, original: Path | None = None, mode
 
 
 # --- whole models ---
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("mode", ["rewrite", "override"])
-@pytest.mark.parametrize("name", ["dynunet", "dynunet_dynamic_batch", "unet", "vqvae"])
-def test_real_models(name: str, mode: Any, tmp_path: Path) -> None:
-    report, out = replaced(MODELS / f"{name}.onnx", tmp_path, mode=mode, verify=True)
-    assert report.passed
-    assert [node.status for node in report.nodes] == ["replaced"] * len(report.nodes)
-    assert len(report.nodes) >= 2
-    assert {proof.check.criterion for kernel in report.kernels for proof in kernel.proofs} >= {"bits", "bound"}
-    assert len(report.checks) >= 4 * min(2, cores())  # four input sets, on one thread and on two where there are
-    assert all(check.error < check.bound for check in report.checks if check.bound)
-    if mode == "rewrite":
-        original = onnx.load(MODELS / f"{name}.onnx")
-        edited = onnx.load(out / f"{name}.onnx")
-        assert operators(out / f"{name}.onnx").count(OURS) == len(report.nodes)
-        for field in ("producer_name", "producer_version", "doc_string", "metadata_props", "ir_version"):
-            assert getattr(edited, field) == getattr(original, field)
-        assert (edited.graph.input, edited.graph.output) == (original.graph.input, original.graph.output)
-        # weights are held packed, and only so
-        assert len(edited.graph.initializer) == len(original.graph.initializer)
-    else:
-        assert sorted(path.name for path in out.iterdir()) == ["opcompile_ops.so", "report.json"]
 
 
 def test_a_dynamic_batch_has_one_kernel(tmp_path: Path) -> None:

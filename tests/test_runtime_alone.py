@@ -33,7 +33,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     pinned = [f"{name}=={metadata.version(name)}" for name in ("apache-tvm-ffi", "numpy")]
     # our pip fills the other environment: to set one up there would take longer than the rest
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *pinned], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", *pinned], check=True
+    )
     return python
 
 

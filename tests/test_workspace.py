@@ -9,7 +9,9 @@ import pytest
 
 import opcompile
 from opcompile.cases import Case, case, tagged
-from opcompile.lower import choose, scheduled, workspace_bytes
+from opcompile.gradients import lower as gradients
+from opcompile.gradients.gradient import Gradient
+from opcompile.lower import allocated_by, choose, lower, workspace_bytes
 from opcompile.spec import Axis, ConvTranspose3d
 from opcompile.target import target
 
@@ -33,7 +35,7 @@ def allowed(spec: ConvTranspose3d, copies: bool) -> float:
 def test_the_workspace_of_real_layers_is_a_tenth_of_the_tensors(layer: Case, machine: str) -> None:
     spec = layer.spec
     tiles, _ = choose(spec, target(machine), "baseline")
-    used = workspace_bytes(spec, tiles, scheduled(spec, tiles))
+    used = workspace_bytes(spec, tiles)
     # columns and positions are rounded up to whole tiles
     assert used <= 1.1 * allowed(spec, tiles.copy == "whole")
 
@@ -42,3 +44,18 @@ def test_the_manifest_says_what_is_used(tmp_path: Path) -> None:
     spec = case("L29-v2v-up1").spec
     artifact = opcompile.compile(spec, plan="baseline", into=tmp_path / "it")
     assert 0 < artifact.manifest["workspace_bytes"] <= allowed(spec, copies=False)
+
+
+@pytest.mark.parametrize("text", ["in=1x4x3x4x5 co=6 k=2x1x1 s=2x1x1", "in=Nx4x3x4x5 co=6 k=1 dtype=float16"])
+def test_compiling_a_layer_finds_what_describing_it_says(text: str) -> None:
+    spec, machine = ConvTranspose3d.parse(text), target("llvm:x86-64-v4")
+    found = lower(spec, machine, "baseline").workspace_bytes
+    assert found == workspace_bytes(spec, choose(spec, machine, "baseline")[0]) > 0
+
+
+@pytest.mark.parametrize("batch", ["1", "N"])
+def test_compiling_a_derivative_finds_what_its_passes_say(batch: str) -> None:
+    gradient, machine = Gradient(ConvTranspose3d.parse(f"in={batch}x4x3x4x5 co=6 k=1"), "x"), target("llvm:x86-64-v4")
+    tiles, _ = gradients.choose(gradient, machine, "baseline")
+    found = gradients.lower(gradient, machine, "baseline").workspace_bytes
+    assert found == allocated_by(gradients.scheduled(gradient.with_batch(1), tiles)) > 0

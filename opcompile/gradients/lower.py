@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import tvm
-from tvm import s_tir
 
 from opcompile.compiled import object_code
 from opcompile.errors import RecordError
 from opcompile.gradients.declare import Depth, Grain, declare, depth
 from opcompile.gradients.gradient import Gradient
-from opcompile.lower import Plan, PlanName, allocated_bytes, require_plan
+from opcompile.lower import Plan, PlanName, allocated_by, require_plan
 from opcompile.target import Target
 from schedules import gradients
 from schedules.gradients import BiasTiles, GradientTiles, InputTiles
+from schedules.unchecked import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
     """
     tiles, chosen = choose(gradient, target, plan)
     module = scheduled(gradient, tiles)
-    code = object_code(module, target)
-    return LoweredGradient(
-        gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace_bytes(gradient, tiles)
-    )
+    code, workspace = object_code(module, target)
+    if gradient.layer.batch is None:
+        workspace = allocated_by(scheduled(gradient.with_batch(1), tiles))
+    return LoweredGradient(gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace)
 
 
 def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
@@ -77,13 +77,7 @@ def scheduled(gradient: Gradient, tiles: GradientTiles) -> tvm.IRModule:
     """The module ready to compile."""
     name = gradient.kernel
     declared = declare(gradient, grain(tiles)).with_attr("global_symbol", name)
-    sch = s_tir.Schedule(tvm.IRModule({name: declared}))
+    sch = Schedule(tvm.IRModule({name: declared}))
     sch.work_on(name)
     gradients.schedule(sch, gradient, tiles)
     return sch.mod
-
-
-def workspace_bytes(gradient: Gradient, tiles: GradientTiles) -> int:
-    """Bytes that one call allocates with one thread; for a dynamic batch, with one image."""
-    whole = gradient if gradient.layer.batch is not None else gradient.with_batch(1)
-    return allocated_bytes(scheduled(whole, tiles)[gradient.kernel])
