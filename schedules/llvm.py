@@ -283,7 +283,12 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     if t.vector == "channels" or t.products > 1:
         return 0
     low, high = _own_columns(spec)
-    return square(spec, min(t.lanes, _side_by_side(spec, t, length) if _tiled(spec, t, length) else high - low))
+    columns = high - low
+    if _tiled(spec, t, length):
+        columns = _side_by_side(spec, t, length)
+        if t.lanes % columns:  # a row goes from one register tile to the next anywhere
+            return 0
+    return square(spec, min(t.lanes, columns))
 
 
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int) -> None:
