@@ -571,7 +571,9 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # 338 more of 35; what rows that share vectors of X cost, to 259 of 20 that are depthwise. They are to rank, not to
 # predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean over the layers,
 # 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are not depthwise, 28 % at most, and over
-# those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted.
+# those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted. What
+# reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 600
+# of 38 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best.
 
 
 # Bytes that come from the second cache in a cycle.
@@ -686,13 +688,15 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     of_plane = t.unrolls(taps_h * taps_w)
     unrolled = of_plane or (t.vector != "channels" and t.scalars == layer.c == 1)
     shares_rows = of_plane and t.shares_rows
-    # cycles a byte of weights: what a neighbouring tile has just used, and what a whole task passed by since
+    # cycles a byte of weights: what a neighbouring tile has just used, what the third cache has of it since, and what a
+    # whole task passed by since
     a_channel = layer.c * layer.kernel * layer.itemsize
     near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
+    third = min(far, 1 / 20)
     again = 1 - t.columns * t.rows / band
     a_tile = t.channels * a_channel // layer.phases
     lost = min(1, max(0, a_tile / machine.l2_bytes - 0.7))
-    a_weight = layer.itemsize * (again * (near + lost * (far - near)) + (1 - again) * far)
+    a_weight = layer.itemsize * (again * (near + lost * (third - near)) + (1 - again) * far)
     # beside a single vector a broadcast is folded into its multiply-add, where a unit may have one in each cycle
     a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
     if t.vector == "channels":
