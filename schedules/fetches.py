@@ -14,7 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, by_rows, joined, largest_divisor, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, joined, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -32,11 +32,6 @@ _MOST_TILES = 8
 _SEVERAL = 8
 # So many lines may be asked for at a time; a core cannot wait for many more.
 _AT_ONCE = 8
-# A turn of a loop over channels has so many multiply-adds at most: more gain nothing, and code grows with them.
-_MOST_OF_TURN = 64
-# Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
-# moves most of them from one to the next, and two lie on the stack.
-_FEW_SUMS = 8
 
 Ahead = Callable[[tirx.For, "Tiles"], list[tirx.Stmt]]
 Loops = tuple[tirx.For, ...]
@@ -52,18 +47,6 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
     if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
-
-
-def channels_of_turn(spec: ConvTranspose3d, t: Tiles, taps: int) -> int:
-    """How many channels, or pairs, a turn of the loop over them takes: several, for each turn costs instructions.
-
-    A core that shares itself between two threads fetches for each every other cycle, and 12 multiply-adds, their 8
-    loads and what goes on to the next channel take longer to fetch than to compute. And the weights of several
-    channels are one line, to be asked for once. ``taps`` is how many the register tile unrolls.
-    """
-    if t.vector == "channels" and t.vectors == 1 and t.scalars * t.rows > _FEW_SUMS:
-        return 1
-    return largest_divisor(t.chunk // t.products, _MOST_OF_TURN // (t.vectors * t.scalars * t.rows * taps))
 
 
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:

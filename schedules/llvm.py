@@ -27,7 +27,6 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.schedule import _ffi_api
 
-from schedules.fetches import channels_of_turn
 from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
 from schedules.tiles import (
@@ -319,7 +318,7 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
         of_taps, at_once = [t_d, t_h], [t_w]
     else:
         of_taps, at_once = [t_d, t_h, t_w], []
-    of_turn = channels_of_turn(spec, t, math.prod(int(sch.get(loop).extent) for loop in at_once))
+    of_turn = t.channels_of_turn(math.prod(int(sch.get(loop).extent) for loop in at_once))
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.vector == "channels":
@@ -361,7 +360,7 @@ def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loo
     m, m_in = sch.split(m, [None, of_m])
     kh, kh_in = sch.split(kh, [None, of_kh])
     i, i_in, lane = sch.split(i, [None, t.vectors, t.lanes])
-    c, turn = sch.split(c, [None, channels_of_turn(spec, t, taps=1)])
+    c, turn = sch.split(c, [None, t.channels_of_turn(taps=1)])
     # the smaller side of factors stays in registers while the other passes by
     tile = [i_in, m_in, kh_in, kw] if t.scalars <= t.vectors else [m_in, kh_in, kw, i_in]
     tile = [turn, *tile]

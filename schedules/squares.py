@@ -60,18 +60,12 @@ def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
         here = {loop.loop_var: square * size + (first + column), of_square.loop_var: channel}
         return analyzer.simplify(replaced(replaced(expression, of_loops), here))
 
-    rows = [vector_of(at(block.body.value, column, lane), lane, size) for column in range(size)]
-    (x,) = every(TensorLoad, block.body.value)
-    *here, channel = [at(index, 0, tirx.const(0, kind)) for index in x.indices]
-    store, statements = block.body, []
-    if int(x.source.shape[-1]) == int(channels.extent) * size:
-        # rows of X lie side by side, and each turn asks for as much as it copies of what lies further on
-        itemsize = tvm.DataType(x.source.dtype).bits // 8
-        further = channel + channels.loop_var * (size * size - size) + BYTES_AHEAD // itemsize
-        statements += [
-            fetch(x.source, [*here, further + i]) for i in range(0, size * size, CACHE_LINE // itemsize)
-        ]
-    columns = [_named(statements, row) for row in rows]
+    store = block.body
+    (x,) = every(TensorLoad, store.value)
+    statements: list[tirx.Stmt] = []
+    if int(x.source.shape[-1]) == int(channels.extent) * size:  # of a group, they are not all that X has of a column
+        statements += _further(x, [at(index, 0, tirx.const(0, kind)) for index in x.indices], channels.loop_var, size)
+    columns = [_named(statements, vector_of(at(store.value, i, lane), lane, size)) for i in range(size)]
     for channel, row in enumerate(_transposed(statements, columns)):
         *others, last = [at(index, 0, tirx.const(channel, kind)) for index in store.indices]
         statements.append(tirx.BufferStore(store.buffer, row, [*others, tirx.Ramp(last, one, size)]))
@@ -82,6 +76,17 @@ def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
     iter_values = [replaced(value, at_first) for value in realize.iter_values]
     body = with_turns(channels, s_tir.SBlockRealize(iter_values, replaced(realize.predicate, at_first), copy))
     return tirx.For(square, tirx.const(0, kind), tirx.const(count, kind), tirx.ForKind.SERIAL, body)
+
+
+def _further(x: Any, first: Sequence[Any], turn: Any, size: int) -> list[tirx.Stmt]:
+    """Ask, in each turn of its loop over channels, for as many lines of X as a square has, a page further on.
+
+    Rows of X lie side by side: so each line is asked for once. ``first`` is where the square of the turn begins.
+    """
+    *column, channel = first
+    of_line, ahead = (count * 8 // tvm.DataType(x.source.dtype).bits for count in (CACHE_LINE, BYTES_AHEAD))
+    begins = channel + turn * (size * size - size) + ahead  # the channel is `size` times the turn
+    return [fetch(x.source, [*column, begins + i]) for i in range(0, size * size, of_line)]
 
 
 def _named(statements: list[tirx.Stmt], value: Any) -> tirx.Var:

@@ -20,6 +20,11 @@ CACHE_LINE = 64
 _MOST_UNROLLED = (9, 49)
 # So many taps of a row may each take columns of their own: code grows with them.
 _MOST_TRIMMED = 9
+# A turn of a loop over channels has so many multiply-adds at most: more gain nothing, and code grows with them.
+_MOST_OF_TURN = 64
+# Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
+# moves most of them from one to the next, and two lie on the stack.
+_FEW_SUMS = 8
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
 MOST_PHASES = 27
 # For so few output channels of a group, taps and phases may each tap have sums of its own.
@@ -91,6 +96,18 @@ class Tiles:
     def block(self) -> int:
         """Channels that lie side by side in the packed weight."""
         return self.lanes if self.vector == "channels" else self.scalars
+
+    def channels_of_turn(self, taps: int) -> int:
+        """How many channels, with ``taps`` of each, a turn of a loop takes: several, for each turn costs instructions.
+
+        A core that shares itself between two threads fetches for each every other cycle, and 12 multiply-adds, their 8
+        loads and what goes on to the next channel take longer to fetch than to compute. And the weights of several
+        channels are one line, to be asked for once.
+        """
+        sums = self.vectors * self.scalars * self.rows
+        if self.vector == "channels" and self.vectors == 1 and sums > _FEW_SUMS:
+            return 1
+        return largest_divisor(self.chunk // self.products, _MOST_OF_TURN // (sums * taps))
 
     def unrolls(self, taps: int) -> bool:
         """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
@@ -572,8 +589,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # predict: the first of the ranking was 2 % slower than the best of those 522, in the geometric mean over the layers,
 # 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are not depthwise, 28 % at most, and over
 # those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted. What
-# reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 600
-# of 38 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best.
+# reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 856
+# of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best.
 
 
 # Bytes that come from the second cache in a cycle.

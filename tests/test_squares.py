@@ -1,4 +1,4 @@
-"""Copies of X with channels last, in squares of channels and columns: right, vectors throughout, and asked for early."""
+"""X with channels last, copied in squares of channels and columns: right, by vectors, and asked for early."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from schedules.statements import every, replaced
 from schedules.tiles import CACHE_LINE
 from tests.test_finish import fetched, statements
 
+
 def tiles_of(spec: ConvTranspose3d, vector: Any, copy: Any) -> Tiles:
     lanes = HERE.machine.vector_bytes // (8 if spec.dtype == "float64" else 4)
     m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
@@ -35,7 +36,6 @@ def tiles_of(spec: ConvTranspose3d, vector: Any, copy: Any) -> Tiles:
         ("in=1x8x2x3x16 co=3 k=1x3x3 s=1", 8),
         ("in=1x24x2x2x9 co=4 k=3 s=1 p=1 g=2", 4),
         ("in=1x8x2x3x11 co=1 k=3x3x4 s=2 p=1x1x3", 8),  # columns of X at both ends are read by no tap
-        ("in=1x8x2x3x7 co=2 k=3 s=2 p=1", 4),
         ("in=1x6x2x3x16 co=2 k=3 s=2 p=1", 0),  # six channels are no squares
         ("in=1x8x2x3x3 co=2 k=3 s=2 p=1", 0),  # nor are three columns
         ("in=1x8x2x2x10 co=2 k=3 s=2 dtype=float16", 8),
@@ -43,17 +43,16 @@ def tiles_of(spec: ConvTranspose3d, vector: Any, copy: Any) -> Tiles:
         ("in=1x8x2x2x16 co=2 k=2 s=2", 8),
     ],
 )
-@pytest.mark.parametrize("vector", ["row", "line"])
-def test_what_is_copied_in_squares_is_right(text: str, size: int, vector: str) -> None:
+@pytest.mark.parametrize(("vector", "copy"), [("row", "whole"), ("line", "task")])
+def test_what_is_copied_in_squares_is_right(text: str, size: int, vector: str, copy: str) -> None:
     spec = ConvTranspose3d.parse(f"{text} layout=NDHWC")
+    tiles = tiles_of(spec, vector, copy)
+    stores = [store for block in copies(spec, tiles) for store in every(tirx.BufferStore, block)]
+    lanes = [int(getattr(store.indices[-1], "lanes", 1)) for store in stores]
+    assert max(lanes) == (min(size, tiles.lanes) or 1)
     x, w, b = integers(spec)
-    for copy in ("task", "whole"):
-        tiles = tiles_of(spec, vector, copy)
-        stores = [store for block in copies(spec, tiles) for store in every(tirx.BufferStore, block)]
-        lanes = [int(getattr(store.indices[-1], "lanes", 1)) for store in stores]
-        assert max(lanes) == (min(size, tiles.lanes) or 1)
-        y = kernel(spec, tiles, optimised=False)(x, w, b)
-        np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
+    y = kernel(spec, tiles, optimised=False)(x, w, b)
+    np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
 
 
 def copies(spec: ConvTranspose3d, tiles: Tiles) -> list[s_tir.SBlock]:
