@@ -135,7 +135,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         if tiles.vector == "taps":
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
-            _tile(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
+            _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
     if phases and tiles.copy != "whole":
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
@@ -306,7 +306,7 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
         sch.annotate(side_by_side, VECTORS, [low, high, t.lanes])
 
 
-def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: list[Any]) -> None:
+def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
