@@ -40,6 +40,7 @@ def tiles_of(spec: ConvTranspose3d, vector: Any, copy: Any) -> Tiles:
         ("in=1x8x2x3x3 co=2 k=3 s=2 p=1", 0),  # nor are three columns
         ("in=1x8x2x2x10 co=2 k=3 s=2 dtype=float16", 8),
         ("in=1x8x2x2x10 co=2 k=3 s=2 dtype=float64", 8),
+        ("in=1x8x2x2x10 co=2 k=3 s=2 dtype=bfloat16", 0),
         ("in=1x8x2x2x16 co=2 k=2 s=2", 8),
     ],
 )
