@@ -15,7 +15,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 
 from schedules.fetches import BYTES_AHEAD, fetch
-from schedules.statements import every, in_turn, replaced, vector_of, with_turns
+from schedules.statements import every, in_turn, replaced, vector_of, with_turns, within
 from schedules.tiles import CACHE_LINE
 
 # Marks a loop over columns, around two over channels: columns from the first number to the second may be copied with as
@@ -28,20 +28,23 @@ def in_squares(loop: tirx.For) -> tirx.Stmt:
     if SQUARES not in loop.annotations:
         return loop
     low, high, size = (int(i) for i in loop.annotations[SQUARES])
-    whole = (high - low) // size
-    parts = [_columns(loop, 0, low), _squares(loop, low, whole, size)]
+    whole, extent = (high - low) // size, int(loop.extent)
+    parts = [_columns(loop, 0, low)] if low > 0 else []
+    parts.append(_squares(loop, low, whole, size))
     if low + whole * size < high:
         parts.append(_squares(loop, high - size, 1, size))
-    parts.append(_columns(loop, high, int(loop.extent)))
-    return in_turn([part for part in parts if int(part.extent) > 0])
+    if high < extent:
+        parts.append(_columns(loop, high, extent))
+    return in_turn(parts)
 
 
-def _columns(loop: tirx.For, first: int, end: int) -> tirx.For:
-    """The columns from ``first`` to ``end``, element by element."""
-    kind = loop.loop_var.ty.dtype
+def _columns(loop: tirx.For, first: int, end: int) -> tirx.Stmt:
+    """The columns from ``first`` to ``end``, row by row of each channel: zeros, side by side."""
+    kind, channels = loop.loop_var.ty.dtype, loop.body
     column = tirx.Var(f"{loop.loop_var.name}_column", kind)
-    body = replaced(loop.body, {loop.loop_var: column + first})
-    return tirx.For(column, tirx.const(0, kind), tirx.const(end - first, kind), tirx.ForKind.SERIAL, body)
+    body = replaced(channels.body.body, {loop.loop_var: column + first})
+    row = tirx.For(column, tirx.const(0, kind), tirx.const(end - first, kind), tirx.ForKind.SERIAL, body)
+    return within([channels, channels.body], row)
 
 
 def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
