@@ -100,9 +100,9 @@ class Tiles:
     def channels_of_turn(self, taps: int) -> int:
         """How many channels, with ``taps`` of each, a turn of a loop takes: several, for each turn costs instructions.
 
-        A core that shares itself between two threads fetches for each every other cycle, and 12 multiply-adds, their 8
-        loads and what goes on to the next channel take longer to fetch than to compute. And the weights of several
-        channels are one line, to be asked for once.
+        Where two threads share a core, each fetches instructions every other cycle, and 12 multiply-adds, their 8 loads
+        and what goes on to the next channel would take longer to fetch than to compute; several channels a turn were
+        measured to gain most in such minutes. And their weights are one line, to be asked for once.
         """
         sums = self.vectors * self.scalars * self.rows
         if self.vector == "channels" and self.vectors == 1 and sums > _FEW_SUMS:
