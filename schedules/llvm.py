@@ -159,16 +159,14 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         length = int(sch.get(row[-1]).extent)
         if tiles.line:
             row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        pair, size = [], _square(spec, tiles, length)
-        if tiles.products > 1 and not _in_their_order(spec, tiles):
-            c, *pair = sch.split(c, [None, tiles.products])
-        elif size:
-            c, *pair = sch.split(c, [None, size])
-        side_by_side = [*row, c] if size or _in_their_order(spec, tiles) else [c, *row]
-        sch.reorder(n, g, d, h, *side_by_side, *pair)
+        in_their_order, size = _in_their_order(spec, tiles), _square(spec, tiles, length)
+        together = size or (1 if in_their_order else tiles.products)
+        c, *of_c = sch.split(c, [None, together]) if together > 1 else [c]
+        order = [*row, c] if size or in_their_order else [c, *row]
+        sch.reorder(n, g, d, h, *order, *of_c)
         if tiles.copy == "whole":
             sch.parallel(sch.fuse(n, g, d))
-        _mark_copied(sch, spec, tiles, row[-1] if size else side_by_side[-1], length)
+        _mark_copied(sch, spec, tiles, c if in_their_order else row[-1], length, size)
     if phases and _in_their_order(spec, tiles):
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
@@ -290,20 +288,16 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     return square(spec, min(t.lanes, columns))
 
 
-def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int) -> None:
-    """Tell `finish` which columns, or channels, of the copy of X may be vectors."""
+def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int, size: int) -> None:
+    """Tell `finish` which columns, or channels, of the copy of X may be vectors, or squares of ``size``."""
     extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
-    if size := _square(spec, t, length):
-        sch.annotate(side_by_side, SQUARES, [0, extent, size] if extent < row else [low, high, size])
-        return
+    columns = [0, extent] if extent < row else [low, high]
     if _in_their_order(spec, t):
         sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
-    if spec.layout != "NCDHW":  # neighbouring columns lie apart in X
-        return
-    if extent < row:
-        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes])
-    elif low < high and not _tiled(spec, t, length):
-        sch.annotate(side_by_side, VECTORS, [low, high, t.lanes])
+    elif size:
+        sch.annotate(side_by_side, SQUARES, [*columns, size])
+    elif spec.layout == "NCDHW" and (extent < row or (low < high and not _tiled(spec, t, length))):
+        sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])  # with channels last they lie apart in X
 
 
 def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:

@@ -107,7 +107,7 @@ def _transposed(statements: list[tirx.Stmt], rows: Sequence[tirx.Var]) -> Sequen
         for i in (i for i in range(size) if not i & distance):
             pair = rows[i], rows[i + distance]
             for j, moved in ((i, 0), (i + distance, distance)):
-                order = [e + moved if not e & distance else size + e + moved - distance for e in range(size)]
+                order = [e + moved + (size - distance if e & distance else 0) for e in range(size)]
                 rows[j] = _named(statements, tirx.Shuffle(list(pair), [tirx.const(e, "int32") for e in order]))
         distance //= 2
     return rows

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -17,7 +17,6 @@ import pytest
 from tvm import DataType, s_tir, tirx
 from tvm.s_tir import transform
 from tvm.sym import Analyzer
-from tvm_ffi import structural_map
 
 from opcompile.compiled import compiled
 from opcompile.lower import KERNEL, scheduled
@@ -203,7 +202,9 @@ def test_the_next_chunk_of_a_copy_of_all_x_is_asked_for() -> None:
         for (element, loops), channel in zip(elements, 8 * of_turn, strict=False):
             *_, chunk, _, c = (loop.loop_var for loop in loops)  # within the planes of taps, around their rows
             at = {chunk: tirx.const(1, "int32"), c: tirx.const(2, "int32")}
-            assert int(Analyzer().simplify(_known(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2 * 2 + channel
+            assert (
+                int(Analyzer().simplify(replaced(element.indices[-2], at))) == (1 + 1) * tiles.chunk + 2 * 2 + channel
+            )
 
 
 def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
@@ -215,11 +216,7 @@ def asked_for(body: Any) -> Iterator[tuple[int, ...]]:
             continue
         for values in _turns(loops):
             known = {var: tirx.const(value, var.ty.dtype) for var, value in values.items()}
-            yield tuple(int(simplify(_known(i, known))) for i in element.indices)
-
-
-def _known(expression: Any, known: Mapping[tirx.Var, Any]) -> Any:
-    return structural_map(expression, (tirx.Var, lambda var: known.get(var, var)))
+            yield tuple(int(simplify(replaced(i, known))) for i in element.indices)
 
 
 def _turns(loops: tuple[tirx.For, ...]) -> Iterator[dict[tirx.Var, int]]:
@@ -281,9 +278,9 @@ def test_a_row_of_y_is_written_by_vectors_that_end_where_it_ends(width: int, str
         column, vectors = at.block.iter_vars[-1].var, loops[-1]
         stores = [store.indices[-1] for store, _ in statements(at.block.body) if isinstance(store, tirx.BufferStore)]
         for i in range(int(vectors.extent)):
-            first = _known(at.iter_values[-1], {vectors.loop_var: tirx.const(i, "int32")})
+            first = replaced(at.iter_values[-1], {vectors.loop_var: tirx.const(i, "int32")})
             for ramp in stores:
-                begin = int(simplify(_known(ramp.base, {column: first})))
+                begin = int(simplify(replaced(ramp.base, {column: first})))
                 written.append(range(begin, begin + int(ramp.lanes)))
     assert all(len(part) == stride * 2 ** (len(part) // stride).bit_length() // 2 for part in written)
     assert {i for part in written for i in part} == set(range(row))
@@ -514,7 +511,7 @@ def test_a_turn_asks_for_each_line_of_its_weights(
         turns = [{loop.loop_var: tirx.const(0, "int64") for loop in loops} for _ in range(2)]
         turns[1][of_channels.loop_var] = tirx.const(1, "int64")
         channel = element.indices[8 if vector == "channels" else 7]
-        channels = [int(Analyzer().simplify(_known(channel, turn))) for turn in turns]
+        channels = [int(Analyzer().simplify(replaced(channel, turn))) for turn in turns]
         assert channels == [192, 192 + of_turn]
 
 
