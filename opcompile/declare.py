@@ -36,7 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from tvm import te, tirx
 from tvm_ffi import structural_map
@@ -55,8 +55,9 @@ class Grain:
     """Multiples that the sizes of the phase blocks are rounded up to: M/g, and qD, qH, qW.
 
     With ``rows``, so many rows of qH form one line, through ``planes``, and the last multiple is that of its length.
-    With ``taps``, each tap has sums of its own. With ``stored``, factors stay in the type that they
-    are stored in, and are widened as they are multiplied.
+    With ``taps``, each tap has sums of its own; without ``rows``, at planes of X as they lie, all end to end where
+    ``planes`` are several. With ``stored``, factors stay in the type that they are stored in, and are widened as they
+    are multiplied.
     """
 
     channels: int = 1
@@ -200,13 +201,68 @@ class _Lines:
         row = tirx.floormod(d, self._planes) * self._rows + tirx.floormod(h, self._rows)
         return [tirx.floordiv(d, self._planes), tirx.floordiv(h, self._rows), row * self.pitch + w]
 
+    def sums(self, _axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+        """Where a tap holds what it adds at ``q``, and no tests: beside X there are zeros."""
+        (*line, i), (_, row, column) = self.place(q), self._windows
+        return [*line, i + ((offsets[1] - row.start) * self.pitch + offsets[2] - column.start)], []
+
+
+class _Planes:
+    """Each plane of X as it lies, with no zeros beside its rows: ``pad (eD, 1, H*W)``, sums of a tap ``(qD, 1, H*W)``.
+
+    Sums stand where X does, but for their plane, which is that of qD.
+    """
+
+    def __init__(self, spec: ConvTranspose3d, depth: int, columns: int) -> None:
+        self._window, (rows, self.pitch) = _Window.of(spec.axes[0], depth), (axis.size for axis in spec.axes[1:])
+        line = round_up(rows * self.pitch, columns)
+        self.read_from = (self._window.extent, 1, line)
+        self.positions = (self._window.positions, 1, line)
+
+    def element(self, at: Sequence[Any]) -> list[Any]:
+        d, _, i = at
+        return [d + self._window.start, tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch)]
+
+    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
+        d, line, i = q
+        return [d + (offsets[0] - self._window.start), line, i]
+
+    def sums(self, axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+        """Where a tap holds what it adds at ``q``, and the tests for whether X has the row and the column."""
+        d, h, w = q
+        tests = _beside(axes[1:], q[1:], offsets[1:])
+        return [d, 0, (h + offsets[1]) * self.pitch + w + offsets[2]], tests
+
+
+class _Volume:
+    """All planes of X as they lie, end to end: ``pad (1, 1, D*H*W)``, and sums of a tap, which stand where X does."""
+
+    def __init__(self, spec: ConvTranspose3d, columns: int) -> None:
+        planes, self._rows, self.pitch = (axis.size for axis in spec.axes)
+        self.read_from = self.positions = (1, 1, round_up(planes * self._rows * self.pitch, columns))
+
+    def element(self, at: Sequence[Any]) -> list[Any]:
+        row, w = tirx.floordiv(at[-1], self.pitch), tirx.floormod(at[-1], self.pitch)
+        return [tirx.floordiv(row, self._rows), tirx.floormod(row, self._rows), w]
+
+    def read(self, q: Sequence[Any], _offsets: Sequence[Any]) -> list[Any]:
+        return list(q)
+
+    def sums(self, axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+        """Where a tap holds what it adds at ``q``, and the tests for whether X has it."""
+        d, h, w = (i + offset for i, offset in zip(q, offsets, strict=True))
+        return [0, 0, (d * self._rows + h) * self.pitch + w], _beside(axes, q, offsets)
+
+
+Where = _Grid | _Lines | _Planes | _Volume
+
 
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices."""
 
     spec: ConvTranspose3d
-    where: _Grid | _Lines
+    where: Where
     channels: int
     index: str
     batch: Any
@@ -216,9 +272,11 @@ class Scope:
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
         """Choose the layout of positions that suits ``spec`` and ``grain``; indices have 64 bits."""
         window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
-        where: _Grid | _Lines
-        if grain.rows:
-            depth, _, columns = grain.positions
+        where: Where
+        depth, _, columns = grain.positions
+        if grain.taps and not grain.rows:
+            where = _Planes(spec, depth, columns) if grain.planes == 1 else _Volume(spec, columns)
+        elif grain.rows:
             windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
             where = _Lines(windows, grain.rows, grain.planes, columns, grain.taps)
         else:
@@ -335,7 +393,7 @@ def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any
 
 def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a phase, each reduced over exactly its taps; a phase without taps is zero and has no block."""
-    spec = scope.spec
+    spec, where = scope.spec, cast("_Grid | _Lines", scope.where)
 
     def block(phases: Phases) -> Any:
         taps = scope.reduced([p.taps for p in phases])
@@ -348,21 +406,22 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
         )
 
     blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if _meets(phases)}
-    return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *_grouped(spec, m), *scope.where.place(q)))
+    return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *_grouped(spec, m), *where.place(q)))
 
 
 def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a plane of the kernel, each tap summed over channels alone; an output adds up the taps of its phase."""
     spec, c_in = scope.spec, scope.spec.channels_in // scope.spec.groups
+    where = cast("_Lines | _Planes | _Volume", scope.where)
     kernel = [axis.kernel for axis in spec.axes]
     at_first = [axis.reads[0] for axis in spec.axes[1:]]
 
     def block(kd: int, offset: int) -> Any:
         c = scope.summed_channels()
         return te.compute(
-            scope.batched(spec.groups, scope.channels, *kernel[1:], *scope.where.positions),
+            scope.batched(spec.groups, scope.channels, *kernel[1:], *where.positions),
             lambda n, g, m, kh, kw, *q: te.sum(
-                pad(n, g, c, *scope.where.read(q, (offset, *at_first))) * w(g * c_in + c, m, kd, kh, kw), axis=c
+                pad(n, g, c, *where.read(q, (offset, *at_first))) * w(g * c_in + c, m, kd, kh, kw), axis=c
             ),
             name=f"tap_{kd}",
         )
@@ -370,11 +429,12 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     blocks = {kd: block(kd, offset) for phase in spec.axes[0].phases for kd, offset in _taps(phase)}
 
     def value(n: Any, m: Any, q: Sequence[Any], phases: Phases) -> Any:
-        d, line, i = scope.where.place(q)
         terms = []
-        for (kd, _), (kh, of_h), (kw, of_w) in product(*map(_taps, phases)):
-            beyond = (of_h - at_first[0]) * scope.where.pitch + of_w - at_first[1]
-            terms.append(blocks[kd](n, *_grouped(spec, m), kh, kw, d, line, i + beyond))
+        for taps in product(*map(_taps, phases)):
+            (kd, kh, kw), offsets = zip(*taps, strict=True)
+            at, tests = where.sums(spec.axes, q, offsets)
+            term = blocks[kd](n, *_grouped(spec, m), kh, kw, *at)
+            terms.append(tirx.if_then_else(tirx.all(*tests), term, tirx.const(0, spec.sum_dtype)) if tests else term)
         return sum(terms[1:], terms[0])
 
     return _pick_phase(spec, value)
@@ -383,6 +443,17 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
 def _taps(phase: Phase) -> list[tuple[int, int]]:
     """The taps of a phase, each with the offset that it reads at."""
     return [(phase.first_tap + j * phase.tap_step, offset) for j, offset in enumerate(phase.offsets())]
+
+
+def _beside(axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> list[Any]:
+    """Tests for whether X has what position ``q`` reads at ``offsets``, where it may have not."""
+    tests = []
+    for axis, i, offset in zip(axes, q, offsets, strict=True):
+        if offset < 0:
+            tests.append(i + offset >= 0)
+        if offset + axis.positions > axis.size:
+            tests.append(i + offset < axis.size)
+    return tests
 
 
 def _meets(phases: Phases) -> bool:
@@ -409,7 +480,7 @@ def _pick_phase(spec: ConvTranspose3d, of: Callable[[Any, Any, Sequence[Any], Ph
 
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block with the phases as axes, each reduced over the largest number of taps of any."""
-    spec = scope.spec
+    spec, where = scope.spec, cast("_Grid | _Lines", scope.where)
     taps = scope.reduced([a.most_taps for a in spec.axes])
 
     def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
@@ -421,7 +492,7 @@ def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = block(n, *_grouped(spec, m), *f, *scope.where.place(q))
+        value = block(n, *_grouped(spec, m), *f, *where.place(q))
         gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
         tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
         return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value

@@ -27,7 +27,13 @@ from schedules.unchecked import Schedule
 
 KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
-_FAMILIES = {"channels": "channel-vectors", "row": "row-vectors", "line": "line-vectors", "taps": "tap-sums"}
+_FAMILIES = {
+    "channels": "channel-vectors",
+    "row": "row-vectors",
+    "line": "line-vectors",
+    "taps": "tap-sums",
+    "plane": "plane-sums",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,9 @@ def _plan(name: str, tiles: dict[str, int | str], why: tuple[str, ...], record: 
 
 def grain(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
+    rows = 0 if tiles.vector == "plane" else tiles.line
     planes = llvm.joined(spec, tiles)
-    return Grain(tiles.task, tiles.positions, tiles.line, planes, tiles.vector == "taps", tiles.products > 1)
+    return Grain(tiles.task, tiles.positions, rows, planes, tiles.by_taps, tiles.products > 1)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:

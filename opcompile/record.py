@@ -317,7 +317,7 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     words = {
-        "vector": ("channels", "row", "line", "taps"),
+        "vector": ("channels", "row", "line", "taps", "plane"),
         "copy": ("task", "chunk", "whole"),
         "store": ("cached", "streamed"),
     }
@@ -335,7 +335,7 @@ def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     """Yield the rules that tiles break; each holds where those before it do."""
     yield from _broken_by_registers(t, spec, target)
     yield from _broken_by_channels(t, spec)
-    if t.vector == "taps":
+    if t.by_taps:
         yield from _broken_by_taps(t, spec)
     yield from _broken_by_bands(t, spec)
     if t.copy == "chunk":
@@ -373,8 +373,8 @@ def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 
 
 def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    if t.vector not in ("row", "line"):
-        yield f"copy is 'chunk', but that is for vectors of a row or a line, and vector is {t.vector!r}"
+    if t.vector == "channels":
+        yield "copy is 'chunk', but that is for vectors of elements of X, and vector is 'channels'"
     if t.products > 1:
         yield f"copy is 'chunk', but that is for one product at a time, and products is {t.products}"
     if not copies_chunks(spec):
@@ -384,13 +384,15 @@ def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
     m, weights = spec.channels_out // spec.groups, weights_by_taps(spec)
     if not weights:
-        yield "vector is 'taps', but for sums by taps the layer has too many output channels, or channels last"
+        yield f"vector is {t.vector!r}, but for sums by taps the layer has too many output channels, or channels last"
     if t.scalars not in weights:
         yield f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
     if t.task != m:
         yield f"task is {t.task}, but must be the {m} channels of a group for sums by taps"
-    if t.chunk != spec.channels_in // spec.groups:
-        yield f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps"
+    if t.copy != "chunk" and t.chunk != spec.channels_in // spec.groups:
+        yield f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps that copy no chunks"
+    if t.vector == "plane" and t.height != spec.axes[1].positions:
+        yield f"height is {t.height}, but must be all {spec.axes[1].positions} rows where vector is 'plane'"
 
 
 def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
@@ -415,7 +417,7 @@ def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 
 
 def _broken_by_pairs(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
-    if t.vector == "taps":
+    if t.by_taps:
         yield f"products is {t.products}, but must be 1 for sums by taps"
     if t.products > 2:
         yield f"products is {t.products}, but must be 1, or 2 for pairs of bfloat16"

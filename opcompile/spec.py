@@ -188,6 +188,10 @@ class Axis:
         offsets = [offset for phase in self.phases for offset in phase.offsets()] or [0]
         return min(offsets), max(offsets)
 
+    def offset(self, tap: int) -> int:
+        """The input element, relative to ``q``, that a tap reads for the outputs that it meets."""
+        return -((tap * self.dilation - self.begin) // self.stride)
+
     @property
     def most_taps(self) -> int:
         """The largest number of taps of any phase, and 1 where none has a tap."""

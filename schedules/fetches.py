@@ -14,7 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, by_rows, joined, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, joined, pitch, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -51,9 +51,11 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
 
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
-    plane, column = spec.axes[1], spec.axes[2]
-    rows = joined(spec, t) * (t.height + reach(plane) - plane.positions) if t.line else 1
-    ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * reach(column) * spec.itemsize))
+    axis = spec.axes[1]
+    rows = joined(spec, t) * (t.height + reach(axis) - axis.positions) if t.line else 1
+    if t.vector == "plane":
+        rows = 1
+    ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * pitch(spec, t) * spec.itemsize))
     return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
 
 

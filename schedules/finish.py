@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.ir import Range
-from tvm.ir.expr import TensorLoad
+from tvm.ir.expr import Call, TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
@@ -33,7 +34,7 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import CACHE_LINE, joined, reach, weaves
+from schedules.tiles import CACHE_LINE, joined, pitch, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -62,6 +63,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: by_chunks(loop, tiles)))
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
+    if tiles.vector == "plane":
+        size, end_to_end = spec.axes[0].size, joined(spec, tiles) > 1
+        function = structural_map(function, (s_tir.SBlockRealize, lambda copy: _as_it_lies(copy, size, end_to_end)))
     ahead = channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
     function = structural_map(function, (tirx.For, in_squares))
@@ -69,7 +73,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.trims(column.positions, column.most_taps):
         function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, column)))
     if joined(spec, tiles) == 1:  # a line through several planes has all that they have
-        function = structural_map(function, (tirx.For, lambda loop: _skipping(loop, spec, tiles)))
+        skipping = _skipping_planes if tiles.vector == "plane" else _skipping
+        function = structural_map(function, (tirx.For, lambda loop: skipping(loop, spec, tiles)))
     function = asking(function, spec, tiles)
     if tiles.shares_rows:
         function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
@@ -88,6 +93,26 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         body = _with_body(root.block, importing(root.block.body, in_llvm))
         function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
     return tvm.IRModule({name.name_hint: function})
+
+
+def _as_it_lies(copy: s_tir.SBlockRealize, planes: int, end_to_end: bool) -> s_tir.SBlockRealize:
+    """Copy no planes beside X, and say how far what is copied lies behind the first element of a plane, or of all.
+
+    LLVM cannot always tell from quotients and rests that rows follow each other, and would copy element by element.
+    """
+    block = copy.block
+    if block.name_hint != "pad":
+        return copy
+    i = block.iter_vars[-1].var
+    (load,), zero = every(TensorLoad, block.body.value), tirx.const(0, i.ty.dtype)
+    n, c, d, *_ = load.indices
+    element = tirx.BufferLoad(load.source, [n, c, zero if end_to_end else d, zero, i])
+    body = _with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
+    if end_to_end:
+        return s_tir.SBlockRealize(copy.iter_values, copy.predicate, body)
+    at = dict(zip((v.var for v in block.iter_vars), copy.iter_values, strict=True))
+    plane = replaced(d, at)
+    return s_tir.SBlockRealize(copy.iter_values, tirx.all(copy.predicate, plane >= 0, plane < planes), body)
 
 
 def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
@@ -338,6 +363,17 @@ def _sharing_rows(loop: tirx.For, spec: ConvTranspose3d) -> tirx.Stmt:
     return with_turns(loop, in_turn([*before, tile]))
 
 
+def _skipping_planes(loop: tirx.For, spec: ConvTranspose3d, _tiles: Tiles) -> tirx.Stmt:
+    """Leave out what a tap sums by itself at a plane beside X."""
+    found = over_channels(loop, ADDING_ANY)
+    if found is None:
+        return loop
+    adding, _ = found
+    (tap,) = re.findall(r"\d+", adding.block.name_hint)
+    plane = adding.iter_values[5] + spec.axes[0].offset(int(tap))
+    return tirx.IfThenElse(tirx.all(plane >= 0, plane < spec.axes[0].size), loop, None)
+
+
 def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     """Write a row of Y as vectors, each woven from one vector of every phase, unless an activation is for scalars.
 
@@ -349,7 +385,7 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     block = loop.body.body if isinstance(loop.body, tirx.For) else None
     if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != _WRITING:
         return loop
-    if not weaves(spec.axes[2]):
+    if not weaves(spec.axes[2]) or (t.vector == "plane" and not _among_sums(block.block, spec, t)):
         return loop
     lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
     whole, left = divmod(row, lanes * stride)
@@ -357,12 +393,59 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     if short and 2 * lanes <= _columns_of_rows(block.block, spec, t):
         at_once = _weave(loop, block, stride, 0, 1, 2 * lanes, (0, left))
         return loop if at_once is None else at_once
-    parts = [_weave(loop, block, stride, 0, whole, lanes)]
+    parts = [
+        _weave(loop, block, stride, first * lanes * stride, count, lanes)
+        for first, count in _parts(spec, t, whole, lanes)
+    ]
     if left:
         lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
         parts.append(_weave(loop, block, stride, row - lanes * stride, 1, lanes))
     woven = [part for part in parts if part is not None]
     return in_turn(woven) if len(woven) == len(parts) else loop
+
+
+def _among_sums(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether vectors of a row of Y, where X has nothing beside it, read what other taps or rows have summed."""
+    sums = next(load.source for load in every(TensorLoad, writing.body.value) if load.source.name.startswith("tap_"))
+    channels, kh, kw, _, _, line = (int(n) for n in sums.shape[2:])
+    of_tap = line * (1 if joined(spec, t) > 1 else t.depth)
+    last_row = of_tap - line + pitch(spec, t) - spec.axes[2].size
+    taps = [(i * of_tap, spec.axes[2].offset(i % kw)) for i in range(channels * kh * kw)]
+    begin_at = min(start + offset for start, offset in taps)
+    end = max(start + last_row + offset + spec.axes[2].positions for start, offset in taps)
+    return begin_at >= 0 and end <= len(taps) * of_tap
+
+
+def _parts(spec: ConvTranspose3d, t: Tiles, whole: int, lanes: int) -> list[tuple[int, int]]:
+    """Where the first ``whole`` vectors of a row are cut, so that those inside need no test for what lies beside X."""
+    if t.vector != "plane":
+        return [(0, whole)]
+    first, last = spec.axes[2].reads
+    low = min(whole, -(-max(0, -first) // lanes))
+    high = max(low, min(whole, (spec.axes[2].size - max(0, last)) // lanes))
+    return [(start, end - start) for start, end in ((0, low), (low, high), (high, whole)) if end > start]
+
+
+def _masked(value: Any, lane: tirx.Var) -> Any:
+    """The value with tests that differ between lanes as selections, which vectors can have."""
+
+    def each(call: Call) -> Any:
+        if call.op.name != "prim.if_then_else":
+            return call
+        tests, inside, outside = call.args
+        of_lanes: list[Any] = []
+        of_all: list[Any] = []
+        for test in _conjuncts(tests):
+            (of_lanes if any(var.same_as(lane) for var in every(tirx.Var, test)) else of_all).append(test)
+        chosen = tirx.Select(tirx.all(*of_lanes), inside, outside) if of_lanes else inside
+        return tirx.if_then_else(tirx.all(*of_all), chosen, outside) if of_all else chosen
+
+    return structural_map(value, (Call, each))
+
+
+def _conjuncts(test: Any) -> list[Any]:
+    """The tests that must all hold."""
+    return [*_conjuncts(test.a), *_conjuncts(test.b)] if isinstance(test, tirx.And) else [test]
 
 
 def _columns_of_rows(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> int:
@@ -396,7 +479,7 @@ def _weave(
         analyzer.simplify(replaced(block.body.value, {column: (vector * lanes + lane) * stride + (first + k)}))
         for k in range(stride)
     ]
-    vectors = [vector_of(value, lane, lanes) for value in of_phases]
+    vectors = [vector_of(_masked(value, lane), lane, lanes) for value in of_phases]
     if any(each is None for each in vectors):
         return None
     itemsize, part = tvm.DataType(y.dtype).bits // 8, size // len(begins)

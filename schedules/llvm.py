@@ -39,6 +39,7 @@ from schedules.tiles import (
     candidates,
     factors,
     joined,
+    pitch,
     reach,
     square,
 )
@@ -71,7 +72,7 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
     c, m, *kernel = shape
-    if tiles.vector == "taps":
+    if tiles.by_taps:
         kd, kh, kw = kernel
         of_m, of_kh = _tap_tile(tiles, kernel)
         split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
@@ -132,7 +133,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         if tiles.line:
             _claim_whole_lines(sch, p)
         sch.compute_at(p, band_m, preserve_unit_loops=True)
-        if tiles.vector == "taps":
+        if tiles.by_taps:
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
             _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
@@ -149,7 +150,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
-        depth = 7 if tiles.vector == "taps" else 10
+        depth = 8 if tiles.by_taps else 10
         sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
     if not as_axes:
         for loop in (f_d, f_h, f_w):
@@ -197,7 +198,7 @@ def _lay_out(
     p_d, p_h, p_w = _periods(spec, kernel)
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
-        if t.vector == "taps":
+        if t.by_taps:
             of_m, of_kh = _tap_tile(t, kernel)
             return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h)
@@ -229,7 +230,7 @@ def _beside(t: Tiles, c: Any, w: Any) -> tuple[Any, ...]:
 
 def _tiled(spec: ConvTranspose3d, t: Tiles, length: int) -> bool:
     """Whether a line of X is cut as its register tiles are: all taps of a phase read the same rows and columns."""
-    return t.line > 0 and _one_offset(spec) and length % t.columns == 0
+    return t.line > 0 and (t.vector == "plane" or _one_offset(spec)) and length % t.columns == 0
 
 
 def _one_offset(spec: ConvTranspose3d) -> bool:
@@ -244,6 +245,9 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         # what a register tile reads lies together, in the order in which it is read
         of_tile: Any = lambda n, g, c, d, h, w: (n, g, d, h, w // t.columns, *_beside(t, c, w % t.columns))  # noqa: E731
         sch.transform_layout(pad, ("write", 0), of_tile)
+        if t.vector == "plane":  # a channel of all tiles would lie in few places of the first cache
+            of_line = CACHE_LINE * 8 // tvm.DataType(sch.get(pad).writes[0].source.dtype).bits
+            sch.storage_align(pad, 0, 4, 2 * of_line, of_line)
         return
     if _in_their_order(spec, t):
         sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
@@ -264,13 +268,17 @@ def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     """How many elements of a line of X to copy at a time: a row, or what of it no two register tiles share."""
+    if t.vector == "plane":
+        return length
     row = reach(spec.axes[2])
     part = math.gcd(row, t.lanes)
-    return part if _tiled(spec, t, length) and part >= 4 and _own_columns(spec) == (0, row) else row
+    return part if _tiled(spec, t, length) and part >= 4 and _own_columns(spec, t) == (0, row) else row
 
 
-def _own_columns(spec: ConvTranspose3d) -> tuple[int, int]:
+def _own_columns(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
     """Which columns of a row of the copy are X's, and not zeros beside it: the first, and the one after the last."""
+    if t.vector == "plane":
+        return 0, pitch(spec, t)
     first, _ = spec.axes[2].reads
     return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
@@ -279,7 +287,7 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     """The `square` of the copy of X, of columns that are X's; 0 where it has pairs, or channels side by side."""
     if t.vector == "channels" or t.products > 1:
         return 0
-    low, high = _own_columns(spec)
+    low, high = _own_columns(spec, t)
     columns = high - low
     if _tiled(spec, t, length):
         columns = _side_by_side(spec, t, length)
@@ -290,13 +298,15 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
 
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int, size: int) -> None:
     """Tell `finish` which columns, or channels, of the copy of X may be vectors, or squares of ``size``."""
-    extent, row, (low, high) = int(sch.get(side_by_side).extent), reach(spec.axes[2]), _own_columns(spec)
+    extent, row, (low, high) = int(sch.get(side_by_side).extent), pitch(spec, t), _own_columns(spec, t)
     columns = [0, extent] if extent < row else [low, high]
     if _in_their_order(spec, t):
         sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
     elif size:
         sch.annotate(side_by_side, SQUARES, [*columns, size])
-    elif spec.layout == "NCDHW" and (extent < row or (low < high and not _tiled(spec, t, length))):
+    elif spec.layout == "NCDHW" and (
+        extent < row or t.vector == "plane" or (low < high and not _tiled(spec, t, length))
+    ):
         sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])  # with channels last they lie apart in X
 
 
@@ -354,11 +364,12 @@ def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loo
     m, m_in = sch.split(m, [None, of_m])
     kh, kh_in = sch.split(kh, [None, of_kh])
     i, i_in, lane = sch.split(i, [None, t.vectors, t.lanes])
-    c, turn = sch.split(c, [None, t.channels_of_turn(taps=1)])
+    of_turn = t.channels_of_turn(taps=1)
+    c, c_in, turn = sch.split(c, [None, t.chunk // of_turn, of_turn])
     # the smaller side of factors stays in registers while the other passes by
     tile = [i_in, m_in, kh_in, kw] if t.scalars <= t.vectors else [m_in, kh_in, kw, i_in]
     tile = [turn, *tile]
-    sch.reorder(d, line, i, m, kh, c, *tile, lane)
+    sch.reorder(d, line, i, m, kh, c, c_in, *tile, lane)
     leave = sch.cache_write(taps, 0, "local")
     sch.reverse_compute_at(leave, kh, preserve_unit_loops=True)
     *_, of_channels, of_rows, of_columns, _, _, columns = sch.get_loops(leave)
@@ -410,7 +421,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
             channels = (first_block, first_block + t.task // t.lanes)
         groups = one(tirx.floordiv(m, m_out)) if spec.layout == "NCDHW" else whole(shape[1])
         spans = [one(n), groups, channels]
-        if t.vector == "taps":
+        if t.by_taps:
             spans += [whole(shape[3]), whole(shape[4])]
         if as_axes:
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]

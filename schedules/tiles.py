@@ -41,6 +41,8 @@ _FAR = 32 << 20
 _A_BAND = 250
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
+# No more channels go by chunks through lines of padded rows, which gains nothing.
+_FEW_CHANNELS = 63
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -60,7 +62,7 @@ class Tiles:
     written: into the caches, or past them where it begins at a cache line.
     """
 
-    vector: Literal["channels", "row", "line", "taps"]
+    vector: Literal["channels", "row", "line", "taps", "plane"]
     lanes: int
     vectors: int
     scalars: int
@@ -81,9 +83,14 @@ class Tiles:
         return {name: n for name, n in asdict(self).items() if n != LATER.get(name)}
 
     @property
+    def by_taps(self) -> bool:
+        """Whether each tap has sums of its own."""
+        return self.vector in ("taps", "plane")
+
+    @property
     def channels(self) -> int:
         """Channels in the register tile."""
-        if self.vector == "taps":
+        if self.by_taps:
             return self.task
         return self.vectors * self.lanes if self.vector == "channels" else self.scalars
 
@@ -129,7 +136,7 @@ class Tiles:
     @property
     def line(self) -> int:
         """How many rows of qH are laid end to end; 0 where each is by itself."""
-        return self.height if self.vector in ("line", "taps") else 0
+        return self.height if self.vector in ("line", "taps", "plane") else 0
 
     @property
     def of_task(self) -> tuple[int, int, int]:
@@ -165,8 +172,9 @@ class Estimate:
             "row": "columns of a row",
             "line": "positions of rows laid end to end",
             "taps": "elements of rows of X laid end to end, multiplied by many taps at once",
+            "plane": "elements of planes of X as they lie, multiplied by many taps at once",
         }
-        summed = "tap" if t.vector == "taps" else "phase"
+        summed = "tap" if t.by_taps else "phase"
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
         ]
@@ -239,6 +247,14 @@ def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether weights of a row of taps lie together in each channel: where they are taken at once, and one phase's."""
     axis = spec.axes[2]
     return t.vector in ("row", "line") and axis.kernel % axis.tap_step == 0
+
+
+def pitch(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How far apart rows are that are laid end to end; of planes as they lie, how many elements are."""
+    planes, rows, columns = spec.axes
+    if t.vector != "plane":
+        return reach(columns)
+    return rows.size * columns.size * (planes.size if joined(spec, t) > 1 else 1)
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -314,6 +330,7 @@ class _Layer:
     height: int
     width: int
     reach: tuple[int, int, int]
+    sizes: tuple[int, int, int]
     kernel: int
     taps: int
     most_taps: tuple[int, int, int]
@@ -344,6 +361,7 @@ class _Layer:
             height=height,
             width=width,
             reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
+            sizes=tuple(axis.size for axis in spec.axes),  # type: ignore[arg-type]
             kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
@@ -382,8 +400,12 @@ class _Layer:
         """Bytes of X that so many bands of ``t`` read together."""
         more_h = self.reach[1] - self.height
         rows = (t.height + more_h) * bands_h if t.line else t.height * bands_h + more_h
+        positions = self.planes(t.depth * bands_d) * rows * self.reach[2]
+        if t.vector == "plane":
+            planes = self.sizes[0] if self.joined(t) > 1 else self.planes(t.depth * bands_d)
+            positions = planes * math.prod(self.sizes[1:])
         channels = t.chunk // t.products if t.copy == "chunk" else self.c
-        return self.itemsize * self.together * channels * self.planes(t.depth * bands_d) * rows * self.reach[2]
+        return self.itemsize * self.together * channels * positions
 
     def planes(self, depth: int) -> int:
         """Planes of X that ``depth`` planes of positions read."""
@@ -396,10 +418,15 @@ class _Layer:
 
     def joined(self, t: Tiles) -> int:
         """How many planes a line goes through: all that a band has, where nothing is read between them."""
+        if t.vector == "plane":
+            return t.depth if t.depth >= self.depth else 1
         return t.depth if t.vector == "line" and t.height >= self.height and self.flat else 1
 
     def band(self, t: Tiles) -> int:
         """Positions that a band computes, those that it throws away included."""
+        if t.vector == "plane":
+            plane = math.prod(self.sizes[1:])
+            return _up(self.sizes[0] * plane, t.columns) if self.joined(t) > 1 else t.depth * _up(plane, t.columns)
         if t.vector == "taps":
             return t.depth * _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
         if t.line:
@@ -418,7 +445,7 @@ class _Layer:
 
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a band, or the sums of its taps; of all bands, where each chunk goes through them."""
-        each = self.kernel if t.vector == "taps" else self.phases
+        each = self.kernel if t.by_taps else self.phases
         bands = t.bands_d * t.bands_h * t.bands_m if t.copy == "chunk" else 1
         return self.together * self.itemsize * each * t.task * self.band(t) * bands
 
@@ -494,14 +521,28 @@ def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
 def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine) -> Iterator[Tiles]:
     """Each tap summed by itself, so that a vector of X is loaded once for many: where output channels are few."""
     lanes = machine.vector_bytes // layer.itemsize
+    spans = [("taps", *span) for span in _spans(layer, "line", 1)]
+    spans += [("plane", depth, layer.height) for depth in sorted({_over(layer.depth, n) for n in _PARTS})]
     for scalars, vectors in product(weights_by_taps(spec), range(1, 7)):
         if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
             continue
-        for (depth, height), copy in product(_spans(layer, "line", 1), ("task", "whole")):
-            for bands in (1, 2, 4) if depth == 1 and copy == "task" else (1,):
-                tiles = Tiles("taps", lanes, vectors, scalars, 1, layer.m, depth, height, layer.c, copy, bands)  # type: ignore[arg-type]
-                if layer.depth % bands == 0 and _worthwhile(layer, machine, tiles):
+        fits = machine.l1_bytes // 3 // (vectors * machine.vector_bytes + CACHE_LINE)
+        ways = [("task", layer.c), ("whole", layer.c), *(("chunk", chunk) for chunk in _chunks_of_taps(layer, fits))]
+        for (vector, depth, height), (copy, chunk) in product(spans, ways):
+            if (copy, vector) == ("chunk", "taps") and layer.c <= max(fits, _FEW_CHANNELS):
+                continue
+            for bands in (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,):
+                tiles = Tiles(vector, lanes, vectors, scalars, 1, layer.m, depth, height, chunk, copy, bands)  # type: ignore[arg-type]
+                # no task is smaller than a plane
+                worthwhile = _fits if vector == "plane" and depth * bands == 1 else _worthwhile
+                if _over(layer.depth, depth) % bands == 0 and worthwhile(layer, machine, tiles):
                     yield tiles
+
+
+def _chunks_of_taps(layer: _Layer, fits: int) -> list[int]:
+    """Channels that a task may copy at a time, where the first cache holds what a tile reads of ``fits`` of them."""
+    chunks = sorted({largest_divisor(layer.c, fits // parts) for parts in (1, 2, 4)})
+    return [chunk for chunk in chunks if layer.in_chunks and _LEAST_CHUNK <= chunk < layer.c]
 
 
 def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
@@ -532,9 +573,13 @@ def _chunks(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[int]:
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
-    if layer.tasks(t) < machine.cores or (held := layer.held(t)) > machine.l2_bytes:
-        return False
-    return held + layer.widening(t) + layer.copied(t) <= layer.tensors // _SMALL
+    return layer.tasks(t) >= machine.cores and _fits(layer, machine, t)
+
+
+def _fits(layer: _Layer, machine: Machine, t: Tiles) -> bool:
+    """Whether what a task holds fits into the second cache, and is small beside X and Y."""
+    held = layer.held(t)
+    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= layer.tensors // _SMALL
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
@@ -615,7 +660,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     bands = _over(layer.depth, t.depth) * _over(layer.height, t.height)
     sizes = _Sizes(layer.band(t), layer.held(t), layer.window(t), bands)
     sums = t.vectors * t.scalars * t.rows
-    summing = _summing_by_tap if t.vector == "taps" else _summing_by_phase
+    summing = _summing_by_tap if t.by_taps else _summing_by_phase
     computing = summing(layer, machine, t, sums, sizes) + _copying(layer, machine, t, sizes)
     if widening := layer.widening(t):
         computing += layer.tasks(t) * widening / (6 * layer.itemsize)
@@ -647,9 +692,13 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes:
     # a vector that is a whole line is loaded while more is multiplied
     a_load = machine.loading / (2 if machine.vector_bytes == CACHE_LINE else 1)
     step = multiplying + a_load * (t.vectors + t.scalars)
-    if t.columns * layer.itemsize * layer.c > machine.l1_bytes // 2:
+    # of planes as they lie, what a tile reads is side by side
+    if t.columns * layer.itemsize * t.chunk > machine.l1_bytes * (3 if t.vector == "plane" else 2) // 4:
         step += t.columns * layer.itemsize / 100
-    return tiles * (layer.c * step + 6 * sums + 40)
+    if t.vector == "plane" and layer.joined(t) == 1:  # planes beside X are left out
+        step *= 1 - layer.beside[0]
+    sums_moved = 6 * sums + 40 + (layer.c // t.chunk - 1) * (2 * sums + 40)
+    return tiles * (layer.c * step + sums_moved)
 
 
 def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
@@ -657,7 +706,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     transposed = (t.vector == "channels") == layer.channels_first
     in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
-    if t.vector == "taps":  # those of its phase are added up
+    if t.by_taps:  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
@@ -679,7 +728,7 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
 
 def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through the caches that hold it, and back."""
-    depth, height, width = layer.reach
+    depth, height, width = layer.sizes if t.vector == "plane" else layer.reach
     a_plane = layer.itemsize * layer.c * height * width
     a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
     if not layer.channels_first and t.vector != "channels":  # transposed

@@ -331,6 +331,35 @@ def test_x_is_asked_for_a_page_or_some_channels_before_it_is_copied(
 BF16 = target("llvm:sapphirerapids+bf16").machine
 
 
+def of_planes(spec: ConvTranspose3d, depth: int) -> Tiles:
+    """Tiles that sum each tap at planes of X as they lie."""
+    kernel, rows = spec.axes[1].kernel * spec.axes[2].kernel, spec.axes[1].positions
+    return Tiles("plane", LANES, 1, kernel, 1, 1, depth, rows, spec.channels_in, "task")
+
+
+def test_planes_beside_x_are_left_out_unless_all_lie_end_to_end() -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x4x8 co=1 k=3 s=2 p=1 op=1")
+    for depth, tests in ((1, 3), (2, 3), (3, 0)):
+        body = scheduled(spec, of_planes(spec, depth))[KERNEL].body
+        assert sum(isinstance(at, tirx.IfThenElse) for at, _ in statements(body)) == tests
+
+
+@pytest.mark.parametrize(("width", "masked"), [(8, [True]), (16, [True]), (40, [True, False, True])])
+def test_vectors_within_a_row_of_y_are_not_masked(width: int, masked: list[bool]) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x4x2x3x{width} co=1 k=3x3x4 s=1x1x2 p=1")
+    body = scheduled(spec, of_planes(spec, 1))[KERNEL].body
+    rows = [at for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint == "row"]
+    assert [bool(every(tirx.Select, at.block.body)) for at in rows] == masked
+
+
+def test_rows_whose_vectors_would_leave_the_sums_are_left_to_llvm() -> None:
+    for text, woven in (("op=0x0x3", False), ("op=0", True)):
+        spec = ConvTranspose3d.parse(f"in=1x4x2x2x8 co=1 k=1 d=4 {text}")
+        body = scheduled(spec, of_planes(spec, 1))[KERNEL].body
+        names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
+        assert ("row" in names, "output" in names) == (woven, not woven)
+
+
 @pytest.mark.parametrize(
     ("text", "vector", "changed"),
     [
@@ -342,6 +371,8 @@ BF16 = target("llvm:sapphirerapids+bf16").machine
         ("in=1x8x4x6x16 co=6 k=2 s=2", "line", {"depth": 2, "height": 6}),  # through both planes
         ("in=1x8x4x6x32 co=6 k=3 s=2 p=1 op=1", "line", {"height": 2}),
         ("in=1x8x4x6x32 co=1 k=3 s=2 p=1 op=1", "taps", {"height": 3}),
+        ("in=2x8x4x3x16 co=1 k=3 s=2 p=1 op=1", "plane", {"height": 3}),
+        ("in=3x16x2x3x16 co=1 k=3 s=2 p=1 op=1", "plane", {"height": 3, "depth": 2, "copy": "chunk", "chunk": 8}),
         ("in=1x8x3x4x32 co=2 k=3 s=2 p=1 op=1 dtype=float16", "row", {}),
         ("in=1x16x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
         # tile by tile, for few channels
@@ -360,8 +391,8 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
     spec = ConvTranspose3d.parse(text)
     if vector == "pairs":
         chosen = next(e.tiles for e in candidates(spec, BF16) if e.tiles.products == 2)
-    elif vector == "taps":
-        chosen = Tiles("taps", LANES, 1, 9, 1, 1, 1, 1, spec.channels_in, "task")
+    elif vector in ("taps", "plane"):
+        chosen = Tiles(vector, LANES, 1, 9, 1, 1, 1, 1, spec.channels_in, "task")  # type: ignore[arg-type]
     else:
         chosen = tiles_of(spec, vector)
     several = {"depth": 1, "height": 1, "rows": 1, "bands_d": 1, "bands_h": 1, "bands_m": 1}

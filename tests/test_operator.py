@@ -214,12 +214,43 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
     weights = weights_by_taps(spec)
     assert weights[-1] == m * spec.axes[1].kernel * spec.axes[2].kernel
     for i, scalars in enumerate(sorted({weights[0], max(n for n in weights if n < 20)}, reverse=True)):
-        for j, (copy, bands) in enumerate((("task", 2), ("whole", 1))):
-            tiles = llvm.Tiles("taps", 16, 1 + i, scalars, 1, m, 1, 2, c, copy, bands)  # type: ignore[arg-type]
+        for j, (copy, bands, chunk) in enumerate((("task", 2, c), ("whole", 1, c), ("chunk", 1, c // 2))):
+            if copy == "chunk" and (i or c % 2):
+                continue
+            tiles = llvm.Tiles("taps", 16, 1 + i, scalars, 1, m, 1, 2, chunk, copy, bands)  # type: ignore[arg-type]
             if spec.axes[0].positions % bands == 0:
                 assert illegal(asdict(tiles), spec, WIDE) is None
             if (i + j) % 2 == half:
                 compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("in=1x6x3x5x18 co=2 k=3 s=2 p=1 op=1", [("task", 1, 1), ("task", 3, 1)]),
+        ("in=2x4x3x3x7 co=1 k=2x4x4 s=1x2x2 p=1 act=relu", [("chunk", 1, 2), ("whole", 2, 1)]),
+        ("in=1x4x3x4x9 co=4 k=2 s=2 bias=0", [("task", 2, 1), ("chunk", 3, 1)]),
+        # a tap further from its row than a vector is long
+        ("in=1x8x4x5x20 co=4 k=2x3x4 s=1x3x2 d=3x1x2 p=1 g=2", [("whole", 1, 1)]),
+        ("in=1x2x3x2x40 co=1 k=2x1x3 s=3x2x1 p=0x0x1", [("task", 1, 3)]),
+        ("in=Nx4x3x4x5 co=2 k=3 s=1 p=1", [("whole", 3, 1), ("chunk", 1, 1)]),
+        ("in=1x4x2x3x20 co=1 k=3 s=1x2x4 p=1x2x1 op=0x0x3", [("task", 1, 1)]),
+        # planes are cropped
+        ("in=1x4x4x4x8 co=2 k=1x3x4 s=1x2x2 p=0x2x3 dtype=float16", [("task", 4, 1), ("task", 2, 2)]),
+        ("in=1x4x4x4x8 co=1 k=1x3x3 s=1x2x2 p=0x1x1 dtype=bfloat16", [("chunk", 2, 1)]),
+        ("in=1x2x3x3x6 co=1 k=3x3x7 s=2 p=1x1x3 dtype=float64", [("task", 1, 1)]),
+    ],
+)
+def test_taps_may_be_summed_at_planes_of_x_as_they_lie(text: str, ways: list[tuple[Any, int, int]]) -> None:
+    spec = ConvTranspose3d.parse(text)
+    x, w, b = integers(spec)
+    c, m, rows = spec.channels_in // spec.groups, spec.channels_out // spec.groups, spec.axes[1].positions
+    lanes, scalars = 8 if spec.dtype == "float64" else 16, max(n for n in weights_by_taps(spec) if n < 20)
+    for copy, depth, bands in ways:
+        chunk = c // 2 if copy == "chunk" else c
+        tiles = llvm.Tiles("plane", lanes, 1, scalars, 1, m, depth, rows, chunk, copy, bands)
+        assert illegal(asdict(tiles), spec, WIDE) is None
+        compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
 @pytest.mark.parametrize(
@@ -281,9 +312,10 @@ def test_vectors_may_be_halves_where_whole_ones_waste_channels(more: str) -> Non
         ("task", 1, "the 2 channels of a group"),
         ("chunk", 2, "all input channels"),
         ("rows", 2, "must be 1"),
+        ("vector", "plane", "all 5 rows"),
     ],
 )
-def test_sums_by_taps_are_of_whole_rows_of_taps(field: str, value: int, words: str) -> None:
+def test_sums_by_taps_are_of_whole_rows_of_taps(field: str, value: Any, words: str) -> None:
     spec = ConvTranspose3d.parse("in=1x4x3x4x20 co=2 k=3 s=2")
     tiles = llvm.Tiles("taps", 16, 1, 9, 1, 2, 1, 2, 4, "task")
     assert illegal(asdict(tiles), spec, WIDE) is None

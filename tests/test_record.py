@@ -256,7 +256,7 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"lanes": 0}, "lanes is 0, but must be a whole number of at least 1"),
         ({"rows": 1.0}, "rows is 1.0, but must be a whole number"),
         ({"rows": True}, "rows is True, but must be a whole number"),
-        ({"vector": "columns"}, "vector is 'columns', but must be 'channels', 'row', 'line' or 'taps'"),
+        ({"vector": "columns"}, "vector is 'columns', but must be 'channels', 'row', 'line', 'taps' or 'plane'"),
         ({"vectors": 6, "scalars": 6}, "registers, but llvm:x86-64-v3 has 16"),
         (
             {"vectors": 2, "task": 24},
@@ -272,7 +272,7 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"height": 2, "bands_h": 3}, "bands_h is 3, but must divide the 2 bands that cover the 4 rows"),
         ({"bands_m": 2}, "bands_m is 2, but must divide the 1 bands that cover the 24 channels of a group"),
         ({"copy": "twice"}, "copy is 'twice', but must be 'task', 'chunk' or 'whole'"),
-        ({"copy": "chunk"}, "copy is 'chunk', but that is for vectors of a row or a line, and vector is 'channels'"),
+        ({"copy": "chunk"}, "copy is 'chunk', but that is for vectors of elements of X, and vector is 'channels'"),
         ({"colour": 1}, "their fields are bands_d, bands_h, bands_m, chunk, colour, copy, depth"),
     ],
 )
