@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from schedules.llvm import Tiles
 
 Kernel = Callable[..., NDArray[Any]]
 HERE = target("llvm")
+# what a test looks at before it has it compiled
+scheduled = lru_cache(maxsize=1)(lower.scheduled)
 
 
 def dtype_of(spec: ConvTranspose3d) -> np.dtype[Any]:
@@ -32,7 +35,7 @@ def kernel(spec: ConvTranspose3d, tiles: Tiles | None = None, *, optimised: bool
     Without ``optimised`` LLVM takes the schedule as it is, a fifth of the time: for tests of many layers.
     """
     tiles = tiles or lower.choose(spec, on, "baseline")[0]
-    function = callable_in(lower.scheduled(spec, tiles), lower.KERNEL, optimised=optimised, on=on)
+    function = callable_in(scheduled(spec, tiles), lower.KERNEL, optimised=optimised, on=on)
     pack = lower.packing(spec, tiles)
     dtype = dtype_of(spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,9 @@ class _Imports(ast.NodeVisitor):
         self.found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}
 
     def visit_Call(self, node: ast.Call) -> None:
-        called = ast.unparse(node.func)
-        if called.endswith(("import_module", "__import__")) and node.args and isinstance(node.args[0], ast.Constant):
-            self.found.add(str(node.args[0].value))
+        first = node.args[0] if node.args else None
+        if isinstance(first, ast.Constant) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            self.found.add(str(first.value))
         self.generic_visit(node)
 
 
@@ -120,13 +121,18 @@ def imports(module: str, source: str, *, types_too: bool = False) -> set[str]:
     return visitor.found
 
 
+@cache
+def imports_of(module: str, *, types_too: bool = False) -> set[str]:
+    return imports(module, MODULES[module].read_text(), types_too=types_too)
+
+
 def roots(found: set[str]) -> set[str]:
     return {name.split(".")[0] for name in found}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_both_tvm_and_onnx(module: str) -> None:
-    found = roots(imports(module, MODULES[module].read_text(), types_too=True))
+    found = roots(imports_of(module, types_too=True))
     assert not ("tvm" in found and found & {"onnx", "onnxruntime"})
 
 
@@ -142,7 +148,7 @@ TIMERS = ["runtime_cuda", "cuda_driver", "trials", "job", "measure", "_measure_g
     "module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors", *JUDGES, *TIMERS]
 )
 def test_these_import_neither(module: str) -> None:
-    found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text(), types_too=True))
+    found = roots(imports_of(f"opcompile.{module}", types_too=True))
     assert not found & {"tvm", "onnx"}
 
 
@@ -152,31 +158,29 @@ def test_these_import_neither(module: str) -> None:
 def test_these_need_numpy_at_most(module: str) -> None:
     import sys
 
-    found = roots(imports(f"opcompile.{module}", MODULES[f"opcompile.{module}"].read_text()))
+    found = roots(imports_of(f"opcompile.{module}"))
     assert found <= {*sys.stdlib_module_names, "numpy", "opcompile"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("schedules")])
 def test_schedules_know_the_spec_as_a_type_only(module: str) -> None:
-    assert "opcompile" not in roots(imports(module, MODULES[module].read_text()))
+    assert "opcompile" not in roots(imports_of(module))
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("schedules") or "importers" in m])
 def test_these_do_not_reach_across(module: str) -> None:
-    found = roots(imports(module, MODULES[module].read_text(), types_too=True))
+    found = roots(imports_of(module, types_too=True))
     assert not found & ({"onnx", "onnxruntime"} if module.startswith("schedules") else {"tvm", "schedules"})
 
 
 @pytest.mark.parametrize("module", BELOW)
 def test_arrows_point_down(module: str) -> None:
-    found = {
-        name for name in imports(module, MODULES[module].read_text()) if name.startswith(("opcompile", "schedules"))
-    }
+    found = {name for name in imports_of(module) if name.startswith(("opcompile", "schedules"))}
     assert found <= BELOW[module]
 
 
 def test_nothing_imports_the_command_line() -> None:
-    importers = [m for m, path in MODULES.items() if TOP in imports(m, path.read_text()) and not m.endswith("__main__")]
+    importers = [m for m in MODULES if TOP in imports_of(m) and not m.endswith("__main__")]
     assert importers == []
 
 

@@ -33,9 +33,9 @@ from opcompile.target import target
 
 LAYERS = {
     "float32": "in=1x5x3x4x5 co=6 k=3 s=2 p=1 op=1",
-    "float16": "in=1x5x3x4x5 co=6 k=2 s=2 act=relu dtype=float16",
-    "bfloat16": "in=2x5x3x4x5 co=6 k=2 s=2 dtype=bfloat16 layout=NDHWC",
-    "float64": "in=Nx5x3x4x5 co=6 k=3 s=2 bias=0 dtype=float64",
+    "float16": "in=1x5x3x4x5 co=6 k=1x2x2 s=1x2x2 act=relu dtype=float16",
+    "bfloat16": "in=2x5x3x4x5 co=6 k=1x2x2 s=1x2x2 dtype=bfloat16 layout=NDHWC",
+    "float64": "in=Nx5x3x4x5 co=6 k=1x3x3 s=1x2x2 bias=0 dtype=float64",
     # all of X is copied before the first task: a workspace for each image
     "copied": "in=Nx32x3x3x3 co=32 k=3 p=1 bias=0 dtype=float64",
     # large enough that a second thread is worth waking

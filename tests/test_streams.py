@@ -49,15 +49,15 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
     ("vector", "text"),
     [
         ("row", "in=1x3x2x3x16 co=5 k=2 s=2"),
-        ("row", "in=2x3x2x3x33 co=5 k=3 s=2 p=1x1x2 op=1"),
+        ("row", "in=2x3x2x3x33 co=5 k=1x3x3 s=1x2x2 p=0x1x2 op=0x1x1"),
         ("line", "in=1x4x2x3x24 co=6 k=2 s=2 act=relu"),
         ("line", "in=1x3x2x3x16 co=4 k=3 s=1 p=1"),
-        ("row", "in=1x3x2x2x16 co=4 k=3 s=1x1x3"),
-        ("row", "in=1x3x2x2x20 co=4 k=4 s=2x2x4"),
+        ("row", "in=1x3x2x2x16 co=4 k=1x1x3 s=1x1x3"),
+        ("row", "in=1x3x2x2x20 co=4 k=1x2x4 s=1x2x4"),
         ("row", "in=1x4x2x2x16 co=4 k=2 s=2 g=2"),
         ("taps", "in=1x4x2x3x16 co=1 k=3 s=2 p=1 op=1"),
-        ("channels", "in=1x8x2x3x5 co=32 k=2 s=2 layout=NDHWC"),
-        ("channels", "in=1x8x2x3x5 co=64 k=3 s=2 p=1 g=2 layout=NDHWC bias=0"),
+        ("channels", "in=1x8x2x3x5 co=32 k=1x2x2 s=1x2x2 layout=NDHWC"),
+        ("channels", "in=1x8x2x3x5 co=64 k=1x2x3 s=1x1x2 p=0x0x1 g=2 layout=NDHWC bias=0"),
     ],
 )
 def test_what_is_streamed_is_right_at_any_address(vector: str, text: str, on: Target) -> None:
