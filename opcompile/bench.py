@@ -17,6 +17,7 @@ after, in the same process on the same processors, the limits of the machine are
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import statistics
@@ -57,6 +58,8 @@ _SAMPLE_US = 500.0
 _NOISY = 0.2
 # Below this share of a processor somebody else was on it. A waiting thread sleeps, but then its workers do not.
 OWN_CPU = 0.9
+# Parameters of glibc's `mallopt`, by the names in its malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 # --- the report ---
@@ -309,7 +312,8 @@ def bench(
         probes = Probes(engines[OURS].computed_in, threads)
         before = probes.samples()
         cpu, wall = time.process_time(), time.perf_counter()
-        timings = take_turns(engines, seconds)
+        with memory_kept():
+            timings = take_turns(engines, seconds)
         cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
         weights, not_weighed = answer_to_each(engines if memory else (), lambda name: weigh(name, job))
@@ -373,6 +377,31 @@ def pinned_to(threads: int) -> Iterator[tuple[int, ...]]:
         yield tuple(chosen)
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let what an engine frees stay with this process, so that it has the same pages in its next turn.
+
+    An engine that makes its Y in each call would otherwise have fresh pages each time, or not: whether glibc
+    maps a large block anew depends on what the process happened to free before, and a page fault every
+    4 KiB is up to a third of a layer's time. Afterwards glibc's limits are what they grow to by themselves.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, 1 << 16)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+        malloc_trim(0)
 
 
 def small_inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from opcompile import compile, export_onnx, probes, summary, tune, verify
 from opcompile._memory import weigh
-from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval
+from opcompile.bench import BenchReport, Ratio, Timing, bench, median_interval, memory_kept
 from opcompile.bench_gpu import _as_documented, bench_gpu
 from opcompile.bounds import PAIRS
 from opcompile.engines import PEERS, Engine, Job, prepare
@@ -121,6 +122,22 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = module.take_turns(engines, 0.01)
     assert [len(timing.samples_us) for timing in timings] == [11, 11, 11]
     assert "".join(calls[:9]) == "abcbcacab"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_a_fresh_y_has_the_same_pages_in_each_turn() -> None:
+    """PyTorch makes its Y in each call; whether that is mapped anew must not hang on what was freed before."""
+    import resource
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        np.empty(40 << 20, np.uint8)[::4096] = 1
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    with memory_kept():
+        faults()
+        assert max(faults() for _ in range(3)) < 10
+    assert faults() > 10
 
 
 def bent(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
