@@ -12,8 +12,8 @@ contract with `schedules` (renaming one orphans every tuned record):
     ``(N, G, M/g, qD, qH, qW)``: one a phase that has taps, reduced over ``(tD, tH, tW, c)``.
 ``tap_<kd>``
     Instead of those, where a `Grain` asks for ``taps``: ``(N, G, M/g, kH, kW, qD, blocks, line)``, the products
-    with each tap of plane ``kd`` of the kernel summed over ``c`` alone, at every element of X that is read;
-    ``output`` adds up what meets in it.
+    with each tap of plane ``kd`` of the kernel summed over ``c`` alone, at every element of X that is read, zeros
+    beside it included, or at those of X as they lie; ``output`` adds up what meets in it.
 ``phase``
     Instead of those, when they would be too many: ``(N, G, M/g, sD, sH, sW, qD, qH, qW)``, the
     phases as axes and their taps padded to equal number with zero weights.

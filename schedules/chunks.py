@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Phase:
-    """A phase of a band: for each of its tiles, sums at zero, a loop over chunks, and sums that leave registers."""
+    """A phase of a band, or a plane of taps: of each tile, zeros, a loop over chunks, and sums that leave registers."""
 
     tiles: Sequence[tirx.For]
     zeros: tirx.Stmt

@@ -52,9 +52,7 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
 def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
     axis = spec.axes[1]
-    rows = joined(spec, t) * (t.height + reach(axis) - axis.positions) if t.line else 1
-    if t.vector == "plane":
-        rows = 1
+    rows = joined(spec, t) * (t.height + reach(axis) - axis.positions) if t.vector in ("line", "taps") else 1
     ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * pitch(spec, t) * spec.itemsize))
     return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
 

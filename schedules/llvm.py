@@ -14,7 +14,8 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
   transposition. Vectors run along each row (``"row"``), or along all rows of a task laid end to end
   (``"line"``), which wastes less where rows are short or not a multiple of a vector. With very few
   channels (``"taps"``) they run along lines of X, times the weights of many taps: each tap is summed
-  by itself, and the output adds up those that meet in it.
+  by itself, and the output adds up those that meet in it. Where positions are few too (``"plane"``),
+  they run along planes of X as they lie, without the zeros beside them.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_phases_are_the_scatter_read_backwards(axis: Axis) -> None:
         for j, offset in enumerate(phase.offsets()):
             tap = phase.first_tap + j * phase.tap_step
             assert 0 <= tap < axis.kernel
-            assert offset == phase.first_offset - j * phase.offset_step
+            assert offset == phase.first_offset - j * phase.offset_step == axis.offset(tap)
             if 0 <= q + offset < axis.size:
                 gathered.add((o, tap, q + offset))
     assert gathered == scattered

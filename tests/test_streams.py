@@ -29,9 +29,12 @@ V4, V3 = target("llvm:x86-64-v4"), target("llvm:x86-64-v3")
 
 def streaming(spec: ConvTranspose3d, vector: str, on: Target) -> Tiles:
     """Tiles that stream a Y far too small for it."""
-    if vector == "taps":
+    if vector in ("taps", "plane"):
         lanes, kernel = on.machine.vector_bytes // 4, spec.axes[1].kernel * spec.axes[2].kernel
-        return Tiles("taps", lanes, 1, kernel, 1, spec.channels_out, 1, 2, spec.channels_in, "task", store="streamed")
+        of_taps = Tiles(
+            "taps", lanes, 1, kernel, 1, spec.channels_out, 1, 2, spec.channels_in, "task", store="streamed"
+        )
+        return of_taps if vector == "taps" else replace(of_taps, vector="plane", height=spec.axes[1].positions)
     return replace(next(e.tiles for e in candidates(spec, on.machine) if e.tiles.vector == vector), store="streamed")
 
 
@@ -56,6 +59,7 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
         ("row", "in=1x3x2x2x20 co=4 k=1x2x4 s=1x2x4"),
         ("row", "in=1x4x2x2x16 co=4 k=2 s=2 g=2"),
         ("taps", "in=1x4x2x3x16 co=1 k=3 s=2 p=1 op=1"),
+        ("plane", "in=1x4x2x3x16 co=1 k=1x3x3 s=1x2x2 p=0x1x1 op=0x1x1"),
         ("channels", "in=1x8x2x3x5 co=32 k=1x2x2 s=1x2x2 layout=NDHWC"),
         ("channels", "in=1x8x2x3x5 co=64 k=1x2x3 s=1x1x2 p=0x0x1 g=2 layout=NDHWC bias=0"),
     ],
