@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -387,12 +388,11 @@ def memory_kept() -> Iterator[None]:
     maps a large block anew depends on what the process happened to free before, and a page fault every
     4 KiB is up to a third of a layer's time. Afterwards glibc's limits are what they grow to by themselves.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if libc is None:
         yield
         return
+    mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)
     try:

@@ -6,8 +6,9 @@ padded input, with no zero-stuffing and no bounds test inside. The blocks, whose
 contract with `schedules` (renaming one orphans every tuned record):
 
 ``pad``
-    ``(N, G, C/g, eD, eH, eW)``: the part of X that is read, with zeros around it. Annotated with
-    ``pitch``, the distance between two rows.
+    ``(N, G, C/g, eD, eH, eW)``: the part of X that is read, with zeros around it, unless taps have sums at planes of X
+    as they lie: then ``(N, G, C/g, eD, 1, H*W)``, or ``(N, G, C/g, 1, 1, D*H*W)``. Annotated with ``pitch``, the
+    distance between two rows.
 ``phase_<fd>_<fh>_<fw>``
     ``(N, G, M/g, qD, qH, qW)``: one a phase that has taps, reduced over ``(tD, tH, tW, c)``.
 ``tap_<kd>``
@@ -432,10 +433,14 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
         terms = []
         for taps in product(*map(_taps, phases)):
             (kd, kh, kw), offsets = zip(*taps, strict=True)
+            # lines have zeros beside X; of planes as they lie TVM allows no sums that are only read beside them
+            beside = not all(axis.reaches(offset) for axis, offset in zip(spec.axes, offsets, strict=True))
+            if beside and not isinstance(where, _Lines):
+                continue
             at, tests = where.sums(spec.axes, q, offsets)
             term = blocks[kd](n, *_grouped(spec, m), kh, kw, *at)
             terms.append(tirx.if_then_else(tirx.all(*tests), term, tirx.const(0, spec.sum_dtype)) if tests else term)
-        return sum(terms[1:], terms[0])
+        return sum(terms[1:], terms[0]) if terms else tirx.const(0, spec.sum_dtype)
 
     return _pick_phase(spec, value)
 

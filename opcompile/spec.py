@@ -192,6 +192,10 @@ class Axis:
         """The input element, relative to ``q``, that a tap reads for the outputs that it meets."""
         return -((tap * self.dilation - self.begin) // self.stride)
 
+    def reaches(self, offset: int) -> bool:
+        """Whether any position has an element of the input at this offset."""
+        return -self.positions < offset < self.size
+
     @property
     def most_taps(self) -> int:
         """The largest number of taps of any phase, and 1 where none has a tap."""

@@ -14,7 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, by_rows, joined, pitch, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, joined, length_of_row, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -53,7 +53,7 @@ def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many channels ahead the copy of X asks for it; 0 where it reads them in their order, or has too few."""
     axis = spec.axes[1]
     rows = joined(spec, t) * (t.height + reach(axis) - axis.positions) if t.vector in ("line", "taps") else 1
-    ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * pitch(spec, t) * spec.itemsize))
+    ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * length_of_row(spec, t) * spec.itemsize))
     return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
 
 
@@ -140,6 +140,9 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
         tirx.max(q * several + axis.reads[0], tirx.const(0, q.ty.dtype))
         for q, several, axis in ((d, planes, axis_d), (h, rows, axis_h))
     )
+    if t.vector == "plane":
+        h = tirx.const(0, h.ty.dtype)
+        d = h if joined(spec, t) > 1 else d
     return task, g * (spec.channels_in // spec.groups), d, h
 
 
@@ -154,6 +157,8 @@ def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
         min(several + reach(axis) - axis.positions, axis.size)
         for several, axis in zip(covered, (axis_d, axis_h), strict=True)
     )
+    if t.vector == "plane":
+        planes, rows = axis_d.size if joined(spec, t) > 1 else planes, axis_h.size
     stretch, apart = (planes * rows, 1) if rows == axis_h.size else (rows, planes)
     return -(-stretch * axis_w.size * spec.itemsize // CACHE_LINE), apart
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -34,7 +33,7 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import CACHE_LINE, joined, pitch, reach, weaves
+from schedules.tiles import CACHE_LINE, joined, length_of_row, reach, weaves
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -369,8 +368,8 @@ def _skipping_planes(loop: tirx.For, spec: ConvTranspose3d, _tiles: Tiles) -> ti
     if found is None:
         return loop
     adding, _ = found
-    (tap,) = re.findall(r"\d+", adding.block.name_hint)
-    plane = adding.iter_values[5] + spec.axes[0].offset(int(tap))
+    tap = int(adding.block.name_hint.split("_")[1])
+    plane = adding.iter_values[5] + spec.axes[0].offset(tap)
     return tirx.IfThenElse(tirx.all(plane >= 0, plane < spec.axes[0].size), loop, None)
 
 
@@ -405,15 +404,17 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
 
 
 def _among_sums(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> bool:
-    """Whether vectors of a row of Y, where X has nothing beside it, read what other taps or rows have summed."""
+    """Whether vectors of a row of Y, where X has nothing beside it, read what other taps or rows have summed.
+
+    None reads before the first sum: no pad is negative, and a tap that is read at all is less than a row away.
+    """
     sums = next(load.source for load in every(TensorLoad, writing.body.value) if load.source.name.startswith("tap_"))
     channels, kh, kw, _, _, line = (int(n) for n in sums.shape[2:])
-    of_tap = line * (1 if joined(spec, t) > 1 else t.depth)
-    last_row = of_tap - line + pitch(spec, t) - spec.axes[2].size
-    taps = [(i * of_tap, spec.axes[2].offset(i % kw)) for i in range(channels * kh * kw)]
-    begin_at = min(start + offset for start, offset in taps)
-    end = max(start + last_row + offset + spec.axes[2].positions for start, offset in taps)
-    return begin_at >= 0 and end <= len(taps) * of_tap
+    column, of_tap = spec.axes[2], line * (1 if joined(spec, t) > 1 else t.depth)
+    last_row = of_tap - line + length_of_row(spec, t) - column.size
+    taps = [(i * of_tap, column.offset(i % kw)) for i in range(channels * kh * kw)]
+    ends = [start + last_row + offset + column.positions for start, offset in taps if column.reaches(offset)]
+    return max(ends) <= len(taps) * of_tap
 
 
 def _parts(spec: ConvTranspose3d, t: Tiles, whole: int, lanes: int) -> list[tuple[int, int]]:

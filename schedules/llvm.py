@@ -40,7 +40,7 @@ from schedules.tiles import (
     candidates,
     factors,
     joined,
-    pitch,
+    length_of_row,
     reach,
     square,
 )
@@ -279,7 +279,7 @@ def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
 def _own_columns(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
     """Which columns of a row of the copy are X's, and not zeros beside it: the first, and the one after the last."""
     if t.vector == "plane":
-        return 0, pitch(spec, t)
+        return 0, length_of_row(spec, t)
     first, _ = spec.axes[2].reads
     return max(0, -first), min(reach(spec.axes[2]), spec.axes[2].size - first)
 
@@ -299,7 +299,7 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
 
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int, size: int) -> None:
     """Tell `finish` which columns, or channels, of the copy of X may be vectors, or squares of ``size``."""
-    extent, row, (low, high) = int(sch.get(side_by_side).extent), pitch(spec, t), _own_columns(spec, t)
+    extent, row, (low, high) = int(sch.get(side_by_side).extent), length_of_row(spec, t), _own_columns(spec, t)
     columns = [0, extent] if extent < row else [low, high]
     if _in_their_order(spec, t):
         sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])

@@ -41,7 +41,7 @@ _FAR = 32 << 20
 _A_BAND = 250
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
-# No more channels go by chunks through lines of padded rows, which gains nothing.
+# So few channels do not go by chunks through lines of padded rows: that gains nothing.
 _FEW_CHANNELS = 63
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -137,7 +137,7 @@ class Tiles:
 
     @property
     def line(self) -> int:
-        """How many rows of qH are laid end to end; 0 where each is by itself."""
+        """How many rows of qH, or of X as it lies, are laid end to end; 0 where each is by itself."""
         return self.height if self.vector in ("line", "taps", "plane") else 0
 
     @property
@@ -211,9 +211,9 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    stores = {vector: _store(spec, vector, machine) for vector in ("channels", "row", "line", "taps")}
+    stores = {vector: _store(spec, vector, machine) for vector in ("channels", "row", "line", "taps", "plane")}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
-    choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores["taps"])]
+    choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores)]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half, stores) if tiles.vector == "channels"]
     estimates = [_estimate(layer, on, tiles) for layer, on, tiles in choices]
@@ -254,8 +254,8 @@ def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
     return t.vector in ("row", "line") and axis.kernel % axis.tap_step == 0
 
 
-def pitch(spec: ConvTranspose3d, t: Tiles) -> int:
-    """How far apart rows are that are laid end to end; of planes as they lie, how many elements are."""
+def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many elements a row of the copy of X has; planes as they lie are one row each, or all together."""
     planes, rows, columns = spec.axes
     if t.vector != "plane":
         return reach(columns)
@@ -405,10 +405,11 @@ class _Layer:
         """Bytes of X that so many bands of ``t`` read together."""
         more_h = self.reach[1] - self.height
         rows = (t.height + more_h) * bands_h if t.line else t.height * bands_h + more_h
-        positions = self.planes(t.depth * bands_d) * rows * self.reach[2]
+        planes = self.planes(t.depth * bands_d)
         if t.vector == "plane":
-            planes = self.sizes[0] if self.joined(t) > 1 else self.planes(t.depth * bands_d)
-            positions = planes * math.prod(self.sizes[1:])
+            positions = (self.sizes[0] if self.joined(t) > 1 else planes) * math.prod(self.sizes[1:])
+        else:
+            positions = planes * rows * self.reach[2]
         channels = t.chunk // t.products if t.copy == "chunk" else self.c
         return self.itemsize * self.together * channels * positions
 
@@ -520,14 +521,14 @@ def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
     taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
     if (
         spec.layout != "NCDHW"
-        or not spec.terms
+        or not all(axis.landing for axis in spec.axes)
         or any(n > most for n, most in zip((m, taps, phases), _MOST_BY_TAPS, strict=True))
     ):
         return []
     return [kw * n for n in range(1, kh) if kh % n == 0] + [kw * kh * n for n in range(1, m + 1) if m % n == 0]
 
 
-def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, store: Store) -> Iterator[Tiles]:
+def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Each tap summed by itself, so that a vector of X is loaded once for many: where output channels are few."""
     lanes = machine.vector_bytes // layer.itemsize
     spans = [("taps", *span) for span in _spans(layer, "line", 1)]
@@ -541,7 +542,7 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, store: Stor
             if (copy, vector) == ("chunk", "taps") and layer.c <= max(fits, _FEW_CHANNELS):
                 continue
             for bands in (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,):
-                span = (depth, height, chunk, copy, bands, 1, 1, 1, store)
+                span = (depth, height, chunk, copy, bands, 1, 1, 1, stores[vector])
                 tiles = Tiles(vector, lanes, vectors, scalars, 1, layer.m, *span)  # type: ignore[arg-type]
                 # no task is smaller than a plane
                 worthwhile = _fits if vector == "plane" and depth * bands == 1 else _worthwhile

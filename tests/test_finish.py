@@ -342,6 +342,27 @@ def test_planes_beside_x_are_left_out_unless_all_lie_end_to_end() -> None:
     for depth, tests in ((1, 3), (2, 3), (3, 0)):
         body = scheduled(spec, of_planes(spec, depth))[KERNEL].body
         assert sum(isinstance(at, tirx.IfThenElse) for at, _ in statements(body)) == tests
+        (copied,) = {
+            str(at.predicate) != "T.bool(True)"
+            for at, _ in statements(body)
+            if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint == "pad"
+        }
+        assert copied == bool(tests)
+
+
+def test_tiles_of_a_plane_are_an_odd_number_of_cache_lines_apart() -> None:
+    spec = ConvTranspose3d.parse("in=1x64x3x8x8 co=1 k=3 s=2 p=1 op=1")
+    module = scheduled(spec, of_planes(spec, 1))
+    for step in (
+        transform.PlanAndUpdateBufferAllocationLocation(),
+        transform.ConvertBlocksToOpaque(),
+        transform.CompactBufferAllocation(),
+    ):
+        module = step(module)
+    blocks = every(s_tir.SBlock, module[KERNEL].body)
+    (copied,) = (held for block in blocks for held in block.alloc_buffers if held.name == "pad")
+    assert int(copied.strides[4]) // 16 % 2 == 1
+    assert int(copied.strides[4]) >= 64 * LANES
 
 
 @pytest.mark.parametrize(("width", "masked"), [(8, [True]), (16, [True]), (40, [True, False, True])])
@@ -353,8 +374,8 @@ def test_vectors_within_a_row_of_y_are_not_masked(width: int, masked: list[bool]
 
 
 def test_rows_whose_vectors_would_leave_the_sums_are_left_to_llvm() -> None:
-    for text, woven in (("op=0x0x3", False), ("op=0", True)):
-        spec = ConvTranspose3d.parse(f"in=1x4x2x2x8 co=1 k=1 d=4 {text}")
+    for text, woven in (("2x8 k=1 d=4 op=0x0x3", False), ("2x8 k=1 d=4", True)):
+        spec = ConvTranspose3d.parse(f"in=1x4x2x{text} co=1")
         body = scheduled(spec, of_planes(spec, 1))[KERNEL].body
         names = {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)}
         assert ("row" in names, "output" in names) == (woven, not woven)
@@ -373,6 +394,7 @@ def test_rows_whose_vectors_would_leave_the_sums_are_left_to_llvm() -> None:
         ("in=1x8x4x6x32 co=1 k=3 s=2 p=1 op=1", "taps", {"height": 3}),
         ("in=2x8x4x3x16 co=1 k=3 s=2 p=1 op=1", "plane", {"height": 3}),
         ("in=3x16x2x3x16 co=1 k=3 s=2 p=1 op=1", "plane", {"height": 3, "depth": 2, "copy": "chunk", "chunk": 8}),
+        ("in=3x16x4x4x16 co=1 k=1x3x3 p=1x2x1", "plane", {"height": 2, "depth": 2}),  # cropped
         ("in=1x8x3x4x32 co=2 k=3 s=2 p=1 op=1 dtype=float16", "row", {}),
         ("in=1x16x3x4x32 co=16 k=2 s=2 dtype=bfloat16", "pairs", {}),
         # tile by tile, for few channels
@@ -413,6 +435,8 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
             slice(max(0, q * count + axis.reads[0]), (q + 1) * count + axis.reads[1])
             for q, count, axis in ((d, planes, axis_d), (h, rows, axis_h))
         )
+        if vector == "plane":  # as it lies
+            of_d, of_h = slice(None) if tiles.depth == axis_d.positions else of_d, slice(None)
         c = spec.channels_in // spec.groups
         return x[n, g * c : (g + 1) * c][channels, of_d, of_h].ravel() // elements
 

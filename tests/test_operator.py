@@ -239,6 +239,10 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
         ("in=1x4x4x4x8 co=2 k=1x3x4 s=1x2x2 p=0x2x3 dtype=float16", [("task", 4, 1), ("task", 2, 2)]),
         ("in=1x4x4x4x8 co=1 k=1x3x3 s=1x2x2 p=0x1x1 dtype=bfloat16", [("chunk", 2, 1)]),
         ("in=1x2x3x3x6 co=1 k=3x3x7 s=2 p=1x1x3 dtype=float64", [("task", 1, 1)]),
+        # taps that read beside X everywhere
+        ("in=1x4x2x3x5 co=1 k=3x1x3 d=6x1x1 p=6x0x1", [("task", 2, 1), ("chunk", 1, 2)]),
+        # nothing to read before the sums of the first tap
+        ("in=1x4x3x1x2 co=1 k=1x1x3 d=1x1x17 p=0x0x17", [("task", 1, 1)]),
     ],
 )
 def test_taps_may_be_summed_at_planes_of_x_as_they_lie(text: str, ways: list[tuple[Any, int, int]]) -> None:
@@ -325,9 +329,11 @@ def test_sums_by_taps_are_of_whole_rows_of_taps(field: str, value: Any, words: s
     assert words in str(illegal({**asdict(tiles), field: value}, spec, WIDE))
 
 
-@pytest.mark.parametrize("text", ["co=9 k=3", "co=2 k=5", "co=2 k=3 layout=NDHWC"])
+@pytest.mark.parametrize(
+    "text", ["s=2 co=9 k=3", "s=2 co=2 k=5", "s=2 co=2 k=3 layout=NDHWC", "co=2 k=1x3x2 s=1x3x1 p=0x12:0x0 op=0x2x0"]
+)
 def test_not_every_layer_has_sums_by_taps(text: str) -> None:
-    spec = ConvTranspose3d.parse(f"in=1x4x3x4x20 s=2 {text}")
+    spec = ConvTranspose3d.parse(f"in=1x4x3x4x20 {text}")
     tiles = llvm.Tiles("taps", 16, 1, 9, 1, spec.channels_out, 1, 2, 4, "task")
     assert "for sums by taps the layer has" in str(illegal(asdict(tiles), spec, WIDE))
 
