@@ -1,7 +1,8 @@
 """The engines that `bench` puts side by side: each prepares one layer, and fills Y whenever it is run.
 
 What is prepared once is not timed: weights as constants, X and Y in the memory order the engine takes
-(PyTorch alone makes its Y in each call, it has no other way). Every engine computes float32 in float32.
+(PyTorch alone makes its Y in each call, it has no other way; `bench` lets it keep the pages).
+Every engine computes float32 in float32.
 """
 
 from __future__ import annotations
