@@ -256,10 +256,7 @@ def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
 
 def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many elements a row of the copy of X has; planes as they lie are one row each, or all together."""
-    planes, rows, columns = spec.axes
-    if t.vector != "plane":
-        return reach(columns)
-    return rows.size * columns.size * (planes.size if joined(spec, t) > 1 else 1)
+    return _Layer.of(spec, t.products).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -407,7 +404,7 @@ class _Layer:
         rows = (t.height + more_h) * bands_h if t.line else t.height * bands_h + more_h
         planes = self.planes(t.depth * bands_d)
         if t.vector == "plane":
-            positions = (self.sizes[0] if self.joined(t) > 1 else planes) * math.prod(self.sizes[1:])
+            positions = (1 if self.joined(t) > 1 else planes) * self.as_they_lie(t)
         else:
             positions = planes * rows * self.reach[2]
         channels = t.chunk // t.products if t.copy == "chunk" else self.c
@@ -428,11 +425,14 @@ class _Layer:
             return t.depth if t.depth >= self.depth else 1
         return t.depth if t.vector == "line" and t.height >= self.height and self.flat else 1
 
+    def as_they_lie(self, t: Tiles) -> int:
+        """Elements of a plane of X, or of all where those lie end to end."""
+        return math.prod(self.sizes[0 if self.joined(t) > 1 else 1 :])
+
     def band(self, t: Tiles) -> int:
         """Positions that a band computes, those that it throws away included."""
         if t.vector == "plane":
-            plane = math.prod(self.sizes[1:])
-            return _up(self.sizes[0] * plane, t.columns) if self.joined(t) > 1 else t.depth * _up(plane, t.columns)
+            return t.depth // self.joined(t) * _up(self.as_they_lie(t), t.columns)
         if t.vector == "taps":
             return t.depth * _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
         if t.line:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from tvm import DataType, s_tir, tirx
 from tvm.s_tir import transform
 from tvm.sym import Analyzer
@@ -60,6 +61,17 @@ def guarded(
         yield from guarded(at.then_case, loops, (*tests, *own), woven=woven)
     elif isinstance(at, tirx.AttrStmt):
         yield from guarded(at.body, loops, tests, woven=woven)
+
+
+def allocated(module: tvm.IRModule) -> list[Any]:
+    """The buffers of a scheduled module, as large as they will be."""
+    for step in (
+        transform.PlanAndUpdateBufferAllocationLocation(),
+        transform.ConvertBlocksToOpaque(),
+        transform.CompactBufferAllocation(),
+    ):
+        module = step(module)
+    return [held for block in every(s_tir.SBlock, module[KERNEL].body) for held in block.alloc_buffers]
 
 
 def fetched(at: Any) -> Any:
@@ -352,15 +364,7 @@ def test_planes_beside_x_are_left_out_unless_all_lie_end_to_end() -> None:
 
 def test_tiles_of_a_plane_are_an_odd_number_of_cache_lines_apart() -> None:
     spec = ConvTranspose3d.parse("in=1x64x3x8x8 co=1 k=3 s=2 p=1 op=1")
-    module = scheduled(spec, of_planes(spec, 1))
-    for step in (
-        transform.PlanAndUpdateBufferAllocationLocation(),
-        transform.ConvertBlocksToOpaque(),
-        transform.CompactBufferAllocation(),
-    ):
-        module = step(module)
-    blocks = every(s_tir.SBlock, module[KERNEL].body)
-    (copied,) = (held for block in blocks for held in block.alloc_buffers if held.name == "pad")
+    (copied,) = (held for held in allocated(scheduled(spec, of_planes(spec, 1))) if held.name == "pad")
     assert int(copied.strides[4]) // 16 % 2 == 1
     assert int(copied.strides[4]) >= 64 * LANES
 
@@ -452,15 +456,7 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
 def test_between_two_chunks_sums_lie_in_memory_and_within_one_in_registers(vector: Any) -> None:
     spec = ConvTranspose3d.parse("in=1x32x4x6x32 co=6 k=3 s=2 p=1 op=1")
     tiles = Tiles(vector, LANES, 1, 3, 1, 3, 1, 2, chunk=8, copy="chunk", bands_h=3, bands_m=2)
-    module = scheduled(spec, tiles)
-    for step in (
-        transform.PlanAndUpdateBufferAllocationLocation(),
-        transform.ConvertBlocksToOpaque(),
-        transform.CompactBufferAllocation(),
-    ):
-        module = step(module)
-    blocks = every(s_tir.SBlock, module[KERNEL].body)
-    held = {held.name: math.prod(map(int, held.shape)) for block in blocks for held in block.alloc_buffers}
+    held = {held.name: math.prod(map(int, held.shape)) for held in allocated(scheduled(spec, tiles))}
     sums = {name: size for name, size in held.items() if name.startswith("phase")}
     assert len(sums) == 16
     for name, size in sums.items():
