@@ -28,7 +28,8 @@ class Machine:
     ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
     ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
     multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
-    past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured.
+    past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured;
+    ``overhead``: how many times as long as on most cores all else takes.
     """
 
     vector_bytes: int
@@ -41,6 +42,7 @@ class Machine:
     pairs: bool = False
     streams: bool = False
     loading: float = 0.32
+    overhead: float = 1.0
 
     @property
     def halved(self) -> Machine | None:
@@ -114,6 +116,7 @@ _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 _ICELAKE = (*_V4, "avx512_vnni", "avx512_bitalg", "avx512_vbmi2", "avx512ifma", "avx512vbmi", "avx512_vpopcntdq")
 _SAPPHIRE = (*_ICELAKE, "amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_fp16", "avx_vnni")
 _ZEN4 = (*_ICELAKE, "avx512_bf16")
+_ZEN5 = (*_ZEN4, "avx512_vp2intersect", "avx_vnni")
 
 _KIB = 1024
 # LLVM prefers 256-bit vectors on the first processors with AVX-512: they slowed down under wide ones.
@@ -129,7 +132,14 @@ _LICM = "-disable-machine-licm:bool=true"
 
 
 def _x86(
-    mcpu: str, features: tuple[str, ...], l1: int, l2: int, *, fma_units: int = 2, loading: float = 0.16
+    mcpu: str,
+    features: tuple[str, ...],
+    l1: int,
+    l2: int,
+    *,
+    fma_units: int = 2,
+    loading: float = 0.16,
+    overhead: float = 1.0,
 ) -> Callable[[str], Target]:
     vector_bytes, registers, fma_in_flight = (16, 16, 4)
     if "fma" in features:
@@ -138,7 +148,14 @@ def _x86(
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
     caches = (l1 * _KIB, l2 * _KIB)
     machine = Machine(
-        vector_bytes, registers, fma_in_flight, *caches, fma_units=fma_units, streams=True, loading=loading * fma_units
+        vector_bytes,
+        registers,
+        fma_in_flight,
+        *caches,
+        fma_units=fma_units,
+        streams=True,
+        loading=loading * fma_units,
+        overhead=overhead,
     )
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
@@ -167,6 +184,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
+    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),
@@ -178,8 +196,8 @@ _NAMED: dict[str, Callable[[str], Target]] = {
 }
 
 
-# What a generic name is on AMD's family 25.
-_ZEN = {"x86-64-v3": "znver3", "x86-64-v4": "znver4"}
+# What a generic name is on a family of AMD's processors.
+_AMD = {("x86-64-v3", "25"): "znver3", ("x86-64-v4", "25"): "znver4", ("x86-64-v4", "26"): "znver5"}
 
 # The flag, and what the processor must list for it: an instruction that multiplies bfloat16.
 BF16 = "bf16"
@@ -266,7 +284,7 @@ def _this_machine() -> Target:
     """The widest instruction set that this machine has, with the numbers of its own processor where they differ."""
     name = _here()
     here = _NAMED[name]("llvm:" + name)
-    own = _ZEN.get(name) if (_cpuinfo("vendor_id"), _cpuinfo("cpu family")) == ("AuthenticAMD", "25") else None
+    own = _AMD.get((name, _cpuinfo("cpu family"))) if _cpuinfo("vendor_id") == "AuthenticAMD" else None
     return replace(here, machine=_NAMED[own](here.name).machine) if own else here
 
 

@@ -650,11 +650,13 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # 14 % at most; on Zen 3, by times that vary by 5 %, 3 to 4 % over 116 that are not depthwise, 28 % at most, and over
 # those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted. What
 # reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 856
-# of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best.
+# of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best. On Zen 5 all
+# but multiplying takes a quarter of the cycles (`Machine.overhead`; it, what a load takes and lines of X that come from
+# the second cache were fitted to 1300 of 91 layers there): the first of the ranking is 3 % slower than the best.
 
 
-# Bytes that come from the second cache in a cycle.
-_FROM_SECOND = 17
+# Bytes of weights, and of lines of X, that come from the second cache in a cycle.
+_FROM_SECOND = (17, 40)
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
 
@@ -672,32 +674,33 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     bands = _over(layer.depth, t.depth) * _over(layer.height, t.height)
     sizes = _Sizes(layer.band(t), layer.held(t), layer.window(t), bands)
     sums = t.vectors * t.scalars * t.rows
-    summing = _summing_by_tap if t.by_taps else _summing_by_phase
-    computing = summing(layer, machine, t, sums, sizes) + _copying(layer, machine, t, sizes)
+    summing, moving = (_summing_by_tap if t.by_taps else _summing_by_phase)(layer, machine, t, sums, sizes)
+    moving += _copying(layer, machine, t, sizes)
     if widening := layer.widening(t):
-        computing += layer.tasks(t) * widening / (6 * layer.itemsize)
+        moving += layer.tasks(t) * widening / (6 * layer.itemsize)
     storing = layer.outputs * _weaving(layer, machine, t, sizes)
     storing += layer.images * bands * _over(layer.m, t.task) * _A_BAND
+    computing, storing = summing + machine.overhead * moving, machine.overhead * storing
     used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
 
-def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> float:
-    """Each tile takes the taps of all phases; what they read beside X may be left out."""
+def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
+    """The products, and what else sums take: each tile goes through the taps of all phases, or of those that read X."""
     positions = layer.images * sizes.bands * sizes.band
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
     trims = t.trims(layer.width, layer.most_taps[2])
     read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
-    step = read * layer.taps * layer.c * _step(layer, machine, t, sizes.band)
-    summing = tiles * (step + layer.phases * (4.5 * sums + 27))
+    moved = 4.5 * sums + 27
     if t.copy == "chunk":  # sums are put down and taken up
-        summing += tiles * layer.phases * (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
-    return summing + _reading(layer, machine, t, sizes)
+        moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
+    moving = tiles * layer.phases * moved + _reading(layer, machine, t, sizes)
+    return tiles * read * layer.taps * layer.c * _step(layer, machine, t, sizes.band), moving
 
 
-def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> float:
-    """Vectors of X are loaded where they begin, once for all weights of a tile; what tiles sum is added up later."""
+def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
+    """The same where vectors of X are loaded where they begin, once for all weights of a tile; taps add up later."""
     tiles = layer.images * sizes.bands * sizes.band // t.columns * layer.m * layer.kernel // t.scalars
     # no more sums than hide the latency of one leave nothing to hide a load that is late
     multiplying = max(sums, 1.25 * machine.fma_in_flight) / machine.fma_units
@@ -710,7 +713,7 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes:
     if t.vector == "plane" and layer.joined(t) == 1:  # planes beside X are left out
         step *= 1 - layer.beside[0]
     sums_moved = 6 * sums + 40 + (layer.c // t.chunk - 1) * (2 * sums + 40)
-    return tiles * (layer.c * step + sums_moved)
+    return tiles * layer.c * step, tiles * sums_moved
 
 
 def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
@@ -787,7 +790,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         weights = t.channels * layer.itemsize
         # half a cache line at either end, where columns are side by side
         x = t.rows * layer.itemsize * (min(layer.reach[2], t.columns + 12) if layer.channels_first else t.columns)
-        passing = 0 if a_tile <= machine.l1_bytes // 2 else weights
+        passing = 0.0 if a_tile <= machine.l1_bytes // 2 else weights
         waiting = passing / layer.itemsize * a_weight
         passing += x if (weights + x) * layer.c > machine.l1_bytes else 0
         if layer.widened:  # as they are loaded, each time
@@ -804,7 +807,9 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
             a_load, straddling = 0.4 * machine.fma_units, 1 + 0.7 / t.vectors
         vectors = straddling * t.vectors * rows
         loads, loading = vectors + t.scalars * a_broadcast, vectors / machine.fma_units + t.scalars / 2
-        passing, waiting = 0, t.scalars * a_weight
+        passing, waiting = 0.0, t.scalars * a_weight
+        if layer.read(t, 1, 1) > machine.l1_bytes:  # a phase has passed it all by before the next one reads it
+            passing = t.vectors * rows * machine.vector_bytes / (1 if unrolled else taps_w)
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
@@ -826,7 +831,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     at_once = taps_h * taps_w if unrolled else 1 if t.vector == "channels" else taps_w
     beginning = a_loop / (chunk * at_once)
     summing = max(multiplying, loading) + a_load * loads
-    return max(summing, passing / _FROM_SECOND) + waiting + beginning
+    summing = max(summing, passing / _FROM_SECOND[t.vector != "channels"])
+    return summing + machine.overhead * (waiting + beginning)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -339,7 +339,7 @@ def test_two_layers_of_a_module_of_tvm_have_it_together() -> None:
 
 
 def test_which_targets_take_the_flag() -> None:
-    assert flagged() == ["llvm:x86-64-v4+bf16", "llvm:sapphirerapids+bf16", "llvm:znver4+bf16"]
+    assert flagged() == ["llvm:x86-64-v4+bf16", "llvm:sapphirerapids+bf16", "llvm:znver4+bf16", "llvm:znver5+bf16"]
     for name in flagged():
         found = target(name)
         assert found.name == found.fields()["name"] == name
@@ -356,7 +356,7 @@ def test_a_target_without_the_instruction_refuses_and_names_those_that_have_it(n
     with pytest.raises(UnknownTargetError) as error:
         target(f"{name}+bf16")
     assert f"+bf16 needs AVX512-BF16, and {name} lacks it" in str(error.value)
-    assert "llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16" in str(error.value)
+    assert "llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16, llvm:znver5+bf16" in str(error.value)
 
 
 def test_this_machine_takes_the_flag_where_its_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,25 +58,29 @@ def test_this_machine_has_a_name_and_runs_its_own_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "units"), [("AuthenticAMD", "25", 1), ("AuthenticAMD", "26", 2), ("GenuineIntel", "6", 2)]
+    ("level", "vendor", "family", "own"),
+    [
+        ("x86-64-v3", "AuthenticAMD", "25", "znver3"),
+        ("x86-64-v4", "AuthenticAMD", "25", "znver4"),
+        ("x86-64-v4", "AuthenticAMD", "26", "znver5"),
+        ("x86-64-v3", "GenuineIntel", "25", "x86-64-v3"),
+        ("x86-64-v4", "GenuineIntel", "6", "x86-64-v4"),
+        ("x86-64-v4", "AuthenticAMD", "99", "x86-64-v4"),
+    ],
 )
-def test_this_machine_knows_that_zen_4_halves_wide_vectors(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, family: str, units: int
+def test_this_machine_has_the_numbers_of_its_own_processor(
+    monkeypatch: pytest.MonkeyPatch, level: str, vendor: str, family: str, own: str
 ) -> None:
     said = {"vendor_id": vendor, "cpu family": family}
-    monkeypatch.setattr(module, "_here", lambda: "x86-64-v4")
+    monkeypatch.setattr(module, "_here", lambda: level)
     monkeypatch.setattr(module, "_cpuinfo", lambda name: said.get(name, ""))
     here = target("llvm")
-    assert (here.name, here.machine.fma_units) == ("llvm:x86-64-v4", units)
+    assert (here.name, here.machine) == (f"llvm:{level}", target(f"llvm:{own}").machine)
 
 
-@pytest.mark.parametrize(("vendor", "own"), [("AuthenticAMD", "znver3"), ("GenuineIntel", "x86-64-v3")])
-def test_this_machine_has_the_numbers_of_zen_3(monkeypatch: pytest.MonkeyPatch, vendor: str, own: str) -> None:
-    said = {"vendor_id": vendor, "cpu family": "25"}
-    monkeypatch.setattr(module, "_here", lambda: "x86-64-v3")
-    monkeypatch.setattr(module, "_cpuinfo", lambda name: said.get(name, ""))
-    here = target("llvm")
-    assert (here.name, here.machine) == ("llvm:x86-64-v3", target(f"llvm:{own}").machine)
+def test_zen_4_alone_halves_wide_vectors() -> None:
+    halving = [name for name in names()[1:] if target(name).machine.halved is not None]
+    assert halving == ["llvm:znver4"]
 
 
 def test_a_feature_that_is_missing_is_named() -> None:
@@ -128,7 +132,10 @@ def test_wide_vectors_are_used_where_the_machine_has_them() -> None:
         ("llvm:pdp-11", "'llvm:pdp-11' is unknown; use one of llvm"),
         ("znver4+bf16", "did you mean llvm:znver4+bf16?"),
         ("llvm:znver4+BF16", "did you mean llvm:znver4+bf16?"),
-        ("llvm:zen4+bf16", "with a flag llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16"),
+        (
+            "llvm:zen4+bf16",
+            "with a flag llvm:x86-64-v4+bf16, llvm:sapphirerapids+bf16, llvm:znver4+bf16, llvm:znver5+bf16",
+        ),
         ("llvm:znver4+fp16", "unknown"),
         ("llvm:znver4+", "unknown"),
         ("cuda:sm_80+bf16", "unknown"),
