@@ -36,7 +36,7 @@ from schedules.statements import (
 from schedules.tiles import CACHE_LINE, joined, length_of_row, reach, weaves
 
 if TYPE_CHECKING:
-    from opcompile.spec import Axis, ConvTranspose3d
+    from opcompile.spec import ConvTranspose3d
     from schedules.tiles import Tiles
 
 # Marks a loop: what it takes from the first number to the second may be vectors, of as many lanes as the third.
@@ -68,9 +68,12 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     ahead = channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
     function = structural_map(function, (tirx.For, in_squares))
-    column = spec.axes[2]
-    if tiles.trims(column.positions, column.most_taps):
-        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, column)))
+    _, height, width = (axis.positions for axis in spec.axes)
+    _, taps_h, taps_w = (axis.most_taps for axis in spec.axes)
+    if tiles.trims_rows(height, taps_h * taps_w):
+        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec, 1)))
+    if tiles.trims(width, taps_w):
+        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec, 2)))
     if joined(spec, tiles) == 1:  # a line through several planes has all that they have
         skipping = _skipping_planes if tiles.vector == "plane" else _skipping
         function = structural_map(function, (tirx.For, lambda loop: skipping(loop, spec, tiles)))
@@ -278,37 +281,41 @@ def _interleaved(
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
-def _trimmed(loop: tirx.For, axis: Axis) -> tirx.Stmt:
-    """Where a tile is a whole row, give each tap those columns that read X, and not the zeros beside it."""
+def _trimmed(loop: tirx.For, spec: ConvTranspose3d, along: int) -> tirx.Stmt:
+    """Where a tile has all rows of a plane (``along`` 1) or all columns (2), give each tap those that read X.
+
+    The others read zeros beside it.
+    """
     loops, inner = nest(loop.body)
     block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
     if loop.kind != tirx.ForKind.SERIAL or block is None or not ADDING.fullmatch(block.name_hint):
         return loop
-    w, tap = inner.iter_values[5], inner.iter_values[8]
+    position, tap = inner.iter_values[3 + along], inner.iter_values[6 + along]
     if not loop.loop_var.same_as(tap):
         return loop
     unrolled = [each for each in loops if each.kind == tirx.ForKind.UNROLLED]
-    (columns,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in every(tirx.Var, w))]
-    phase = axis.phases[int(block.name_hint.split("_")[3])]
+    (positions,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in every(tirx.Var, position))]
+    axis = spec.axes[along]
+    phase = axis.phases[int(block.name_hint.split("_")[1 + along])]
     read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
-    if all(span == (0, int(columns.extent)) for span in read):
+    if all(span == (0, int(positions.extent)) for span in read):
         return loop
     parts = []
     for k, (low, high) in enumerate(read):
         if low < high:
-            of_span = structural_map(loop.body, (tirx.For, partial(_span, columns, low, high)))
+            of_span = structural_map(loop.body, (tirx.For, partial(_span, positions, low, high)))
             parts.append(replaced(of_span, {loop.loop_var: tirx.const(k, tap.ty.dtype)}))
     return in_turn(parts or [tirx.Evaluate(0)])
 
 
-def _span(columns: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
-    """The loop over columns, from ``low`` to ``high`` alone; others as they are."""
-    if not loop.loop_var.same_as(columns.loop_var):
+def _span(positions: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
+    """The loop over positions, from ``low`` to ``high`` alone; others as they are."""
+    if not loop.loop_var.same_as(positions.loop_var):
         return loop
     kind = loop.loop_var.ty.dtype
-    column = tirx.Var(loop.loop_var.name, kind)
-    body = replaced(loop.body, {loop.loop_var: column + low})
-    return tirx.For(column, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
+    position = tirx.Var(loop.loop_var.name, kind)
+    body = replaced(loop.body, {loop.loop_var: position + low})
+    return tirx.For(position, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
 
 
 def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CACHE_LINE = 64
 # So many taps of a plane may be unrolled, by a tile of one row, and by one of several: code grows with them.
 _MOST_UNROLLED = (9, 49)
-# So many taps of a row may each take columns of their own: code grows with them.
+# So many taps of a row, or of a plane, may each take columns, or rows, of their own: code grows with them.
 _MOST_TRIMMED = 9
 # A turn of a loop over channels has so many multiply-adds at most: more gain nothing, and code grows with them.
 _MOST_OF_TURN = 64
@@ -134,6 +134,10 @@ class Tiles:
     def trims(self, width: int, taps: int) -> bool:
         """Whether each of the ``taps`` of a row takes only columns that read X: where a tile is a row of ``width``."""
         return self.vector == "channels" and self.scalars >= width and taps <= _MOST_TRIMMED
+
+    def trims_rows(self, height: int, taps: int) -> bool:
+        """Whether each of the ``taps`` of a plane takes only rows that read X: where a tile has all ``height`` rows."""
+        return self.vector == "channels" and 1 < height <= self.rows and taps <= _MOST_TRIMMED
 
     @property
     def line(self) -> int:
@@ -690,8 +694,9 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     positions = layer.images * sizes.bands * sizes.band
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
-    trims = t.trims(layer.width, layer.most_taps[2])
-    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * (1 - beside_w * trims)
+    no_rows = t.skips_rows(layer.most_taps) or t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
+    no_columns = t.trims(layer.width, layer.most_taps[2])
+    read = (1 - beside_d) * (1 - beside_h * no_rows) * (1 - beside_w * no_columns)
     moved = 4.5 * sums + 27
     if t.copy == "chunk":  # sums are put down and taken up
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)

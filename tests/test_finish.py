@@ -172,28 +172,37 @@ def test_products_of_a_row_of_x_follow_each_other_in_a_tile_of_several_rows(text
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "along"),
     [
-        "in=1x4x3x4x4 co=32 k=4 s=2 p=1",
-        "in=1x4x3x4x1 co=32 k=4 s=2",
-        "in=1x4x2x2x5 co=32 k=3 s=1 p=1",
-        "in=1x4x2x2x6 co=32 k=7 s=1 p=3",
+        ("in=1x4x3x4x4 co=32 k=4 s=2 p=1", 2),
+        ("in=1x4x3x4x1 co=32 k=4 s=2", 2),
+        ("in=1x4x2x2x5 co=32 k=3 s=1 p=1", 2),
+        ("in=1x4x2x2x6 co=32 k=7 s=1 p=3", 2),
+        ("in=1x4x3x4x9 co=32 k=4 s=2 p=1", 1),
+        ("in=1x4x3x3x9 co=32 k=3 s=1 p=1", 1),
+        ("in=1x4x2x2x9 co=32 k=1x5x1 s=1 p=0x3:1x0", 1),
     ],
 )
-def test_where_a_tile_is_a_row_each_tap_takes_the_columns_that_read_x(text: str) -> None:
+def test_where_a_tile_has_all_of_a_row_or_a_plane_each_tap_takes_what_reads_x(text: str, along: int) -> None:
     spec = ConvTranspose3d.parse(text)
-    axis = spec.axes[2]
-    tiles = next(e.tiles for e in candidates(spec, MACHINE) if e.tiles.trims(axis.positions, 1))
+    _, height, width = (axis.positions for axis in spec.axes)
+    axis, other = spec.axes[along], spec.axes[3 - along]
+
+    def alone(t: Tiles) -> bool:
+        return (t.trims_rows(height, 1), t.trims(width, 1)) == (along == 1, along == 2)
+
+    tiles = next(e.tiles for e in candidates(spec, MACHINE) if alone(e.tiles))
+    covered = tiles.rows if along == 1 else tiles.scalars
     taken: dict[int, list[int]] = {}
     for at, loops in statements(scheduled(spec, tiles)[KERNEL].body):
         if isinstance(at, s_tir.SBlockRealize) and at.block.name_hint.endswith("_update"):
-            (columns,) = (each for each in loops if each.kind == tirx.ForKind.UNROLLED and _uses(at, 5, each))
-            taken.setdefault(int(at.block.name_hint.split("_")[3]), []).append(int(columns.extent))
-    planes = sum(len(a.phases) for a in spec.axes[:1]) * len(spec.axes[1].phases)
+            (positions,) = (e for e in loops if e.kind == tirx.ForKind.UNROLLED and _uses(at, 3 + along, e))
+            taken.setdefault(int(at.block.name_hint.split("_")[1 + along]), []).append(int(positions.extent))
+    others = len(spec.axes[0].phases) * len(other.phases)
     for f, phase in enumerate(axis.phases):
         reads = [sum(0 <= q + offset < axis.size for q in range(axis.positions)) for offset in phase.offsets()]
-        wanted = [n for n in reads if n] if set(reads) != {tiles.scalars} else [tiles.scalars]
-        assert sorted(taken.get(f, [])) == sorted(wanted * planes)
+        wanted = [n for n in reads if n] if set(reads) != {covered} else [covered]
+        assert sorted(taken.get(f, [])) == sorted(wanted * others)
 
 
 def _uses(block: s_tir.SBlockRealize, value: int, loop: tirx.For) -> bool:

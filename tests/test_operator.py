@@ -279,6 +279,27 @@ def test_rows_of_a_tile_may_share_what_their_taps_read(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "in=2x4x3x4x4 co=20 k=4 s=2 p=1",
+        "in=1x6x3x3x5 co=24 k=3 s=1 p=1 g=2",
+        "in=1x4x2x3x3 co=16 k=3 s=2 p=1 op=1 layout=NDHWC",
+        "in=1x3x2x4x2 co=17 k=5x3x3 s=1 p=3:0x2:2x0:2 d=1x2x1",
+    ],
+)
+def test_a_tile_may_have_all_rows_of_a_plane_of_which_each_tap_takes_what_reads_x(text: str) -> None:
+    spec = ConvTranspose3d.parse(text)
+    _, height, width = (axis.positions for axis in spec.axes)
+    _, taps_h, taps_w = (axis.most_taps for axis in spec.axes)
+    all_rows = [e.tiles for e in candidates(spec, WIDE.machine) if e.tiles.trims_rows(height, taps_h * taps_w)]
+    ways = {tiles.trims(width, taps_w): tiles for tiles in reversed(all_rows)}
+    assert True in ways, "rows and columns"
+    x, w, b = integers(spec)
+    for tiles in ways.values():
+        compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "in=1x21x3x3x4 co=3 k=1x1x2 s=3x2x5 p=0:0x0:1x1:1 op=0x0x1 g=3 bias=0",  # 30 phases, and one output channel
         "in=1x4x2x2x17 co=1 k=1x3x7 s=4x3x5 p=2:1x2:3x3:3 op=0x2x0 d=1x1x3",  # 30 phases, and no tap meets Y
         "in=1x32x1x1x16 co=4 k=2x3x3 s=1x2x1 p=1:0x0x0 d=3x3x1 g=2 bias=0 act=gelu dtype=float64",
