@@ -655,7 +655,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted. What
 # reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 856
 # of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best. On Zen 5 all
-# but multiplying takes a quarter of the cycles (`Machine.overhead`; it, what a load takes and lines of X that come from
+# but multiplying takes three tenths of the cycles (`Machine.overhead`; it, what a load takes and lines of X that come from
 # the second cache were fitted to 1300 of 91 layers there): the first of the ranking is 3 % slower than the best.
 
 
