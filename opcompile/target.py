@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from opcompile.errors import TargetError, UnknownTargetError
 from opcompile.gpus import GpuTarget, gpu_examples, gpu_names, gpu_target, is_gpu
@@ -29,7 +30,8 @@ class Machine:
     ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
     multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
     past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured;
-    ``overhead``: how many times as long as on most cores all else takes.
+    ``overhead``: how many times as long as on most cores all else takes. ``settling``: cycles until what was stored
+    last can be read by vectors that begin elsewhere, for the stores before it come first.
     """
 
     vector_bytes: int
@@ -43,6 +45,7 @@ class Machine:
     streams: bool = False
     loading: float = 0.32
     overhead: float = 1.0
+    settling: int = 250
 
     @property
     def halved(self) -> Machine | None:
@@ -132,31 +135,15 @@ _LICM = "-disable-machine-licm:bool=true"
 
 
 def _x86(
-    mcpu: str,
-    features: tuple[str, ...],
-    l1: int,
-    l2: int,
-    *,
-    fma_units: int = 2,
-    loading: float = 0.16,
-    overhead: float = 1.0,
+    mcpu: str, features: tuple[str, ...], l1: int, l2: int, *, fma_units: int = 2, loading: float = 0.16, **more: Any
 ) -> Callable[[str], Target]:
     vector_bytes, registers, fma_in_flight = (16, 16, 4)
     if "fma" in features:
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
-    caches = (l1 * _KIB, l2 * _KIB)
-    machine = Machine(
-        vector_bytes,
-        registers,
-        fma_in_flight,
-        *caches,
-        fma_units=fma_units,
-        streams=True,
-        loading=loading * fma_units,
-        overhead=overhead,
-    )
+    measured = {"fma_units": fma_units, "loading": loading * fma_units, **more}
+    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, streams=True, **measured)
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 
@@ -184,7 +171,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
-    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.3),
+    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),

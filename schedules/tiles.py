@@ -37,8 +37,6 @@ MOST_WOVEN = 4
 _SMALL = 10
 # So many bytes of Y, and the layer that reads it finds little of it in any cache.
 _FAR = 32 << 20
-# Cycles until what a band summed last can be read, as vectors that begin elsewhere: the stores before it come first.
-_A_BAND = 250
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
@@ -655,8 +653,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # those 20, 20 % at most; 1 to 4 % over 24 whose phases have several taps in a row, to which nothing was fitted. What
 # reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 856
 # of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best. On Zen 5 all
-# but multiplying takes three tenths of the cycles (`Machine.overhead`; it, what a load takes and lines of X that come from
-# the second cache were fitted to 1300 of 91 layers there): the first of the ranking is 3 % slower than the best.
+# but multiplying takes a quarter of the cycles (`Machine.overhead`, fitted with `Machine.settling`, what a load takes
+# and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best.
 
 
 # Bytes of weights, and of lines of X, that come from the second cache in a cycle.
@@ -682,9 +680,9 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     moving += _copying(layer, machine, t, sizes)
     if widening := layer.widening(t):
         moving += layer.tasks(t) * widening / (6 * layer.itemsize)
-    storing = layer.outputs * _weaving(layer, machine, t, sizes)
-    storing += layer.images * bands * _over(layer.m, t.task) * _A_BAND
-    computing, storing = summing + machine.overhead * moving, machine.overhead * storing
+    computing = summing + machine.overhead * moving
+    storing = machine.overhead * layer.outputs * _weaving(layer, machine, t, sizes)
+    storing += machine.settling * layer.images * bands * _over(layer.m, t.task)
     used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
     return Estimate(t, computing + storing, computing, storing, used, sums)
 
