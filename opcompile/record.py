@@ -30,7 +30,18 @@ from opcompile.gpus import GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import LATER, Tiles, copies_chunks, halved, streams, sums_of_a_vector, takes_pairs, weights_by_taps
+from schedules.tiles import (
+    LATER,
+    Tiles,
+    copies_chunks,
+    covers,
+    halved,
+    streams,
+    sums_of_a_vector,
+    takes_pairs,
+    weights_by_taps,
+    woven_by_tiles,
+)
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"
@@ -320,6 +331,7 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
         "vector": ("channels", "row", "line", "taps", "plane"),
         "copy": ("task", "chunk", "whole"),
         "store": ("cached", "streamed"),
+        "woven": ("band", "tile"),
     }
     for name in names:
         value = tiles[name]
@@ -342,6 +354,8 @@ def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
         yield from _broken_by_chunks(t, spec)
     if t.store == "streamed" and not streams(spec, t.vector, target.machine):
         yield f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
+    if t.woven == "tile":
+        yield from _broken_by_weaving(t, spec, target)
     if t.products > 1:
         yield from _broken_by_pairs(t, spec, target)
 
@@ -379,6 +393,26 @@ def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
         yield f"copy is 'chunk', but that is for one product at a time, and products is {t.products}"
     if not copies_chunks(spec):
         yield "copy is 'chunk', but that is for channels first, and phases that are few and have taps"
+
+
+def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
+    if not woven_by_tiles(spec):
+        yield (
+            "woven is 'tile', but that is for channels first, a kernel that is the stride, 2 along W, all of Y kept, "
+            "and not for float64"
+        )
+    if t.vector != "row":
+        yield f"woven is 'tile', but that is for vectors along a row, and vector is {t.vector!r}"
+    if t.copy == "chunk":
+        yield "woven is 'tile', but that is for a copy of all channels, and copy is 'chunk'"
+    if not covers(spec, t):
+        yield "woven is 'tile', but its tasks and register tiles leave some channels, planes, rows or columns over"
+    sums = 2 * t.vectors * t.scalars * t.rows
+    if sums >= target.machine.registers:
+        yield (
+            f"woven is 'tile', but the {sums} sums of two phases fill all registers, and {target.name} has "
+            f"{target.machine.registers}"
+        )
 
 
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:

@@ -44,7 +44,8 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
-    if t.vector == "channels" or spec.layout == "NCDHW":  # else the elements of a vector lie apart in Y
+    # else the elements of a vector lie apart in Y, or its tile asks as it writes
+    if (t.vector == "channels" or spec.layout == "NCDHW") and t.woven == "band":
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
 
@@ -334,3 +335,11 @@ def fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
     to_read, into_second_cache, data = (tirx.const(i, "int32") for i in (0, 2, 1))
     address = tirx.address_of(tirx.BufferLoad(buffer, list(at)))
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, to_read, into_second_cache, data))
+
+
+def later(y: Any, at: Sequence[Any], elements: int) -> list[tirx.Stmt]:
+    """Ask for the lines that lie a page behind so many ``elements`` of a row of Y, from ``at`` on."""
+    *row, column = at
+    a_byte = 8 / tvm.DataType(y.dtype).bits
+    first, a_line = int(BYTES_AHEAD * a_byte), int(CACHE_LINE * a_byte)
+    return [fetch(y, [*row, column + i]) for i in range(first, first + elements, a_line)]

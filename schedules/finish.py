@@ -16,16 +16,19 @@ from tvm_ffi import structural_map
 
 from schedules import pairs, streams
 from schedules.chunks import by_chunks
-from schedules.fetches import BYTES_AHEAD, asking, channels_ahead, fetch, of_later_channel
+from schedules.fetches import asking, channels_ahead, later, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
 from schedules.squares import in_squares
 from schedules.statements import (
     ADDING,
     ADDING_ANY,
+    ROW,
+    WRITING,
     begin,
     every,
     in_turn,
+    interlaced,
     nest,
     over_channels,
     replaced,
@@ -33,7 +36,8 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import CACHE_LINE, joined, length_of_row, reach, weaves
+from schedules.tiles import joined, length_of_row, reach, weaves
+from schedules.woven import written_by_tiles
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -41,11 +45,6 @@ if TYPE_CHECKING:
 
 # Marks a loop: what it takes from the first number to the second may be vectors, of as many lanes as the third.
 VECTORS = "opcompile.vectors"
-
-# The block that writes Y, one element at a time.
-_WRITING = "output"
-# The block that writes vectors of a row of Y.
-_ROW = "row"
 
 
 def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRModule:
@@ -80,7 +79,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     function = asking(function, spec, tiles)
     if tiles.shares_rows:
         function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
-    if tiles.vector != "channels" and spec.layout == "NCDHW":
+    if tiles.woven == "tile":
+        function = written_by_tiles(function, spec, tiles)
+    elif tiles.vector != "channels" and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     if tiles.products > 1 or tiles.store == "streamed":
         function = structural_map(function, (tirx.For, _as_vectors))
@@ -159,7 +160,7 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
     if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(realize, s_tir.SBlockRealize):
         return loop
     block, lane, lanes = realize.block, loop.loop_var, int(loop.extent)
-    if block.name_hint != _WRITING:
+    if block.name_hint != WRITING:
         return loop
     analyzer, zero = Analyzer(), tirx.const(0, lane.ty.dtype)
     analyzer.bind(lane, Range(0, lanes))
@@ -179,7 +180,7 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
 
 def _narrowing(block: s_tir.SBlock) -> s_tir.SBlock:
     """Round by one instruction what a block writes to Y."""
-    if block.name_hint not in (_WRITING, _ROW):
+    if block.name_hint not in (WRITING, ROW):
         return block
 
     def rounded(cast: tirx.Cast) -> Any:
@@ -200,7 +201,7 @@ def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
 
     def arrived(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.PARALLEL or not any(
-            block.name_hint in (_WRITING, _ROW) for block in every(s_tir.SBlock, loop.body)
+            block.name_hint in (WRITING, ROW) for block in every(s_tir.SBlock, loop.body)
         ):
             return loop
         return with_turns(loop, in_turn([loop.body, streams.arrived()]))
@@ -277,7 +278,7 @@ def _interleaved(
     first = {channel: tirx.floordiv(channel, count) * count}
     *others, last = [analyzer.simplify(replaced(i, first)) for i in store.indices]
     at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
-    woven = tirx.BufferStore(store.buffer, _interlaced(vectors, lanes), at)
+    woven = tirx.BufferStore(store.buffer, interlaced(vectors, lanes), at)
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
 
 
@@ -389,7 +390,7 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     """
     stride, row = spec.axes[2].stride, spec.axes[2].out
     block = loop.body.body if isinstance(loop.body, tirx.For) else None
-    if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != _WRITING:
+    if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != WRITING:
         return loop
     if not weaves(spec.axes[2]) or (t.vector == "plane" and not _among_sums(block.block, spec, t)):
         return loop
@@ -490,19 +491,18 @@ def _weave(
     vectors = [vector_of(_masked(value, lane), lane, lanes) for value in of_phases]
     if any(each is None for each in vectors):
         return None
-    itemsize, part = tvm.DataType(y.dtype).bits // 8, size // len(begins)
+    part = size // len(begins)
     end = begins[-1] + part
-    later = range(BYTES_AHEAD // itemsize, BYTES_AHEAD // itemsize + end, CACHE_LINE // itemsize)
-    body = [fetch(y, [*row, column + i]) for i in later]
+    body = later(y, [*row, column], end)
     for begin_at in begins:
         at = [*row, tirx.Ramp(column + begin_at, tirx.const(1, kind), part)]
-        body.append(tirx.BufferStore(y, _interlaced(vectors, lanes, begin_at, part), at))
+        body.append(tirx.BufferStore(y, interlaced(vectors, lanes, begin_at, part), at))
     written = [*block.writes[0].region[:-1], Range.from_min_extent(column, end)]
     weaving = s_tir.SBlock(
         block.iter_vars,
         block.reads,
         [tirx.BufferRegion(y, written)],
-        _ROW,
+        ROW,
         tirx.SeqStmt(body),
         annotations=block.annotations,
     )
@@ -511,11 +511,3 @@ def _weave(
     start = vector * size + first
     woven_row = s_tir.SBlockRealize([*realize.iter_values[:-1], start], test, weaving)
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
-
-
-def _interlaced(vectors: Sequence[Any], lanes: int, first: int = 0, size: int | None = None) -> Any:
-    """One vector of the first lanes of all ``vectors``, then the second, and so on: all, or ``size`` from ``first``."""
-    count = len(vectors)
-    elements = range(first, first + (lanes * count if size is None else size))
-    order = [tirx.const(i % count * lanes + i // count, "int32") for i in elements]
-    return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)

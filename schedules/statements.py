@@ -14,8 +14,14 @@ from tvm_ffi import structural_map
 ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
 # The block that adds one product to any sums: of a phase, of all phases as axes, of a tap.
 ADDING_ANY = re.compile(r"(phase(_\d+_\d+_\d+)?|tap_\d+)_update")
+# What is of one phase: its sums, and the blocks that make them.
+OF_PHASE = re.compile(r"phase_(\d+)_(\d+)_(\d+)")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.
 LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
+# The block that writes Y, one element at a time.
+WRITING = "output"
+# The block that writes vectors of a row of Y.
+ROW = "row"
 
 
 def over_channels(
@@ -90,3 +96,11 @@ def vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
     module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
     body = module["vector"].body
     return body.value if isinstance(body, tirx.BufferStore) else None
+
+
+def interlaced(vectors: Sequence[Any], lanes: int, first: int = 0, size: int | None = None) -> Any:
+    """One vector of the first lanes of all ``vectors``, then the second, and so on: all, or ``size`` from ``first``."""
+    count = len(vectors)
+    elements = range(first, first + (lanes * count if size is None else size))
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in elements]
+    return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)

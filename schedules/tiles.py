@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -41,6 +41,8 @@ _FAR = 32 << 20
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
 _FEW_CHANNELS = 63
+# With fewer, a register tile of two phases has too few sums: 12 with AVX2, 5 % faster to 10 slower than bands.
+_MANY_REGISTERS = 32
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -59,7 +61,8 @@ class Tiles:
     rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
     or all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
-    written: into the caches, or past them where it begins at a cache line.
+    written: into the caches, or past them where it begins at a cache line. ``woven`` says of what rows of Y are
+    woven: of the buffers of a band, or by each register tile, of the phases side by side that it sums at once.
     """
 
     vector: Literal["channels", "row", "line", "taps", "plane"]
@@ -77,6 +80,7 @@ class Tiles:
     bands_m: int = 1
     products: int = 1
     store: Store = "cached"
+    woven: Literal["band", "tile"] = "band"
 
     def fields(self) -> dict[str, int | str]:
         """Return the numbers by name; of `LATER` only those that differ, as in records from before they were."""
@@ -150,7 +154,7 @@ class Tiles:
     def taking(self, copy: Literal["task", "chunk", "whole"], chunk: int, bands: tuple[int, int, int]) -> Tiles:
         """The same tiles in tasks of so many bands: `dataclasses.replace`, in half its time."""
         tile = (self.vector, self.lanes, self.vectors, self.scalars, self.rows, self.task, self.depth, self.height)
-        return Tiles(*tile, chunk, copy, *bands, self.products, self.store)
+        return Tiles(*tile, chunk, copy, *bands, self.products, self.store, self.woven)
 
     @property
     def positions(self) -> tuple[int, int, int]:
@@ -159,7 +163,7 @@ class Tiles:
 
 
 # What records from before it was stand for.
-LATER = {"products": 1, "store": "cached"}
+LATER = {"products": 1, "store": "cached", "woven": "band"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +198,10 @@ class Estimate:
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
             f"registers hold {counted(self.accumulators, 'sum')}; {self.used:.0%} of what the tiles compute is output",
-            f"a task computes, then writes, {counted(t.task, 'channel')} of {counted(t.height, 'row')} in "
-            f"{counted(t.depth, 'plane')} of every {summed}" + (f", {several}" if bands else ""),
+            f"a task computes{', then writes,' if t.woven == 'band' else ''} {counted(t.task, 'channel')} of "
+            f"{counted(t.height, 'row')} in {counted(t.depth, 'plane')} of every {summed}"
+            + (f", {several}" if bands else ""),
+            *(["a register tile has two phases, and writes what it sums"] if t.woven == "tile" else []),
             {
                 "task": "each task copies, and pads, the rows of X that it reads",
                 "chunk": f"each task copies, and pads, the rows of X that it reads, {counted(t.chunk, 'channel')} at a "
@@ -216,6 +222,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     stores = {vector: _store(spec, vector, machine) for vector in ("channels", "row", "line", "taps", "plane")}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores)]
+    choices += [(whole, machine, tiles) for tiles in _by_tiles(spec, whole, machine, stores)]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half, stores) if tiles.vector == "channels"]
     estimates = [_estimate(layer, on, tiles) for layer, on, tiles in choices]
@@ -259,6 +266,24 @@ def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
 def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many elements a row of the copy of X has; planes as they lie are one row each, or all together."""
     return _Layer.of(spec, t.products).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
+
+
+def woven_by_tiles(spec: ConvTranspose3d) -> bool:
+    """Whether register tiles may write rows of Y: two phases fill one, each has one tap, and all read the same of X.
+
+    Functions of float64 are the library's, for one element at a time.
+    """
+    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.most_taps == 1 for a in spec.axes)
+    phases = math.prod(axis.stride for axis in spec.axes)
+    in_vectors = spec.layout == "NCDHW" and spec.axes[2].stride == 2 and spec.sum_dtype != "float64"
+    return in_vectors and one_tap and phases <= MOST_PHASES
+
+
+def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether tasks, and register tiles, leave nothing over: all that they sum is of Y."""
+    planes, rows, columns = (axis.positions for axis in spec.axes)
+    depth, height = t.depth * t.bands_d, t.height * t.bands_h
+    return (spec.channels_out // spec.groups) % t.task == planes % depth == rows % height == columns % t.columns == 0
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -321,7 +346,8 @@ class _Layer:
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
-    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
+    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns,
+    ``by_tiles`` whether register tiles may write rows of Y.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -350,6 +376,7 @@ class _Layer:
     grouped: bool
     in_chunks: bool
     in_squares: bool
+    by_tiles: bool
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -381,6 +408,7 @@ class _Layer:
             grouped=spec.groups > 1,
             in_chunks=copies_chunks(spec),
             in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
+            by_tiles=products == 1 and woven_by_tiles(spec),
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -453,6 +481,8 @@ class _Layer:
 
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a band, or the sums of its taps; of all bands, where each chunk goes through them."""
+        if t.woven == "tile":
+            return 0
         each = self.kernel if t.by_taps else self.phases
         bands = t.bands_d * t.bands_h * t.bands_m if t.copy == "chunk" else 1
         return self.together * self.itemsize * each * t.task * self.band(t) * bands
@@ -549,6 +579,24 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
                 # no task is smaller than a plane
                 worthwhile = _fits if vector == "plane" and depth * bands == 1 else _worthwhile
                 if _over(layer.depth, depth) % bands == 0 and worthwhile(layer, machine, tiles):
+                    yield tiles
+
+
+def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
+    """Register tiles that write rows of Y, each channel in a band of its own or all in one."""
+    if not layer.by_tiles or machine.registers < _MANY_REGISTERS:
+        return
+    lanes = machine.vector_bytes // layer.itemsize
+    for vectors, scalars, rows in product(range(1, 7), range(1, machine.registers // 2), range(1, 5)):
+        sums = 2 * vectors * scalars * rows
+        few, many = sums < 2 * machine.fma_in_flight, sums + min(2 * scalars, vectors * rows) >= machine.registers
+        if few or many or layer.m % scalars:
+            continue
+        for bands, copy, height in product((1, 2, 4, 8, 16), ("task", "whole"), (rows, 2 * rows, 4 * rows)):
+            for task in {scalars, layer.m} if copy == "task" else {scalars}:
+                span = (1, height, layer.c, copy, 1, bands if copy == "task" else 1, layer.m // task)
+                tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
+                if covers(spec, tiles) and _worthwhile(layer, machine, tiles):
                     yield tiles
 
 
@@ -658,7 +706,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 
 
 # Bytes of weights, and of lines of X, that come from the second cache in a cycle.
-_FROM_SECOND = (17, 40)
+_FROM_SECOND = (17, 28)
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
 
@@ -682,9 +730,10 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
         moving += layer.tasks(t) * widening / (6 * layer.itemsize)
     computing = summing + machine.overhead * moving
     storing = machine.overhead * layer.outputs * _weaving(layer, machine, t, sizes)
-    storing += machine.settling * layer.images * bands * _over(layer.m, t.task)
+    storing += machine.settling * layer.images * bands * _over(layer.m, t.task) * (t.woven == "band")
     used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
-    return Estimate(t, computing + storing, computing, storing, used, sums)
+    held = sums if t.woven == "band" else 2 * sums
+    return Estimate(t, computing + storing, computing, storing, used, held)
 
 
 def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
@@ -695,11 +744,14 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     no_rows = t.skips_rows(layer.most_taps) or t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
     no_columns = t.trims(layer.width, layer.most_taps[2])
     read = (1 - beside_d) * (1 - beside_h * no_rows) * (1 - beside_w * no_columns)
-    moved = 4.5 * sums + 27
+    moved, phases, products = 4.5 * sums + 27, layer.phases, read * layer.taps * layer.c
     if t.copy == "chunk":  # sums are put down and taken up
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
-    moving = tiles * layer.phases * moved + _reading(layer, machine, t, sizes)
-    return tiles * read * layer.taps * layer.c * _step(layer, machine, t, sizes.band), moving
+    if t.woven == "tile":  # two phases at once, whose sums do not leave their registers
+        moved, phases, products = 2 * sums + 27, phases // 2, products / 2
+        t = replace(t, scalars=2 * t.scalars)
+    moving = tiles * phases * moved + _reading(layer, machine, t, sizes)
+    return tiles * products * _step(layer, machine, t, sizes.band), moving
 
 
 def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
@@ -736,7 +788,8 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
     a_phase = layer.itemsize * rows * layer.c * layer.width
-    reading = a_phase * (layer.phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
+    phases = layer.phases // (2 if t.woven == "tile" else 1)
+    reading = a_phase * (phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
     if t.copy == "whole" and t.vector == "channels" and not layer.channels_first:
         # a few columns of all channels at a time, too short for the prefetcher, from where all of the copy is
         of_copy = layer.itemsize * layer.images * layer.c * math.prod(layer.reach)

@@ -1,0 +1,128 @@
+"""Rows of Y that register tiles weave and write themselves, with no buffer of a band in between.
+
+Where the kernel is the stride, all phases multiply the same elements of X, each by a weight of its own. Two phases that
+are neighbours in a row are summed in one loop here: each vector of X is loaded once for both, and their sums are woven
+into a row of Y while they are still in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm import s_tir, tirx
+from tvm.ir import Range
+from tvm.ir.expr import TensorLoad
+from tvm.sym import Analyzer
+from tvm_ffi import structural_map
+
+from schedules.fetches import later
+from schedules.statements import (
+    OF_PHASE,
+    ROW,
+    WRITING,
+    every,
+    in_turn,
+    interlaced,
+    nest,
+    replaced,
+    vector_of,
+    with_turns,
+    within,
+)
+
+if TYPE_CHECKING:
+    from opcompile.spec import ConvTranspose3d
+    from schedules.tiles import Tiles
+
+
+def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
+    """Let the tiles of two phases write what they have summed; nothing is left that a band's buffers are for."""
+    y = function.params[-1]
+
+    def band(statements: tirx.SeqStmt) -> tirx.Stmt:
+        *phases, writing = statements.seq
+        names = [_first_block(each) for each in statements.seq]
+        if names[-1] != WRITING or not all(OF_PHASE.match(name) for name in names[:-1]):
+            return statements
+        width = spec.axes[2].stride
+        rows = [phases[first : first + width] for first in range(0, len(phases), width)]
+        _, realize = nest(writing)
+        return in_turn([_row(row, realize.block, spec, t, y) for row in rows])
+
+    return structural_map(function, (tirx.SeqStmt, band))
+
+
+def _first_block(statement: tirx.Stmt) -> str:
+    blocks = every(s_tir.SBlock, statement)
+    return str(blocks[0].name_hint) if blocks else ""
+
+
+def _row(
+    phases: Sequence[tirx.Stmt], writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer
+) -> tirx.Stmt:
+    """The tiles of the phases of a row, which all have the same loops, and what these write."""
+    around, _ = nest(phases[0])
+    begins, sums, leaves = [], None, []
+    for phase in phases:
+        loops, tile = nest(phase)
+        same = {own.loop_var: loop.loop_var for own, loop in zip(loops, around, strict=True)}
+        *begin, summing, leaving = (replaced(each, same) for each in tile.seq)
+        begins += begin
+        sums = summing if sums is None else _together(sums, summing)
+        leaves.append(leaving)
+    return within(around, in_turn([*begins, sums, _writing(leaves, writing, spec, t, y)]))
+
+
+def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
+    """One nest of both: their loops are the same, down to the lanes of a vector."""
+    if isinstance(first, tirx.For) and first.kind != tirx.ForKind.VECTORIZED:
+        body = replaced(second.body, {second.loop_var: first.loop_var})
+        return with_turns(first, _together(first.body, body))
+    if isinstance(first, tirx.SeqStmt):  # what a turn asks for, and what it adds
+        *asked, adding = first.seq
+        *also_asked, also_adding = second.seq
+        return in_turn([*asked, *also_asked, _together(adding, also_adding)])
+    return in_turn([first, second])
+
+
+def _writing(
+    leaves: Sequence[tirx.Stmt], writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer
+) -> tirx.Stmt:
+    """Where the sums of the phases would leave their registers for a band's buffers, write them to Y, woven."""
+    local = [(store.buffer, store.value.source) for leaving in leaves for store in every(tirx.BufferStore, leaving)]
+    loops, leave = nest(leaves[0])
+    *loops, lane = loops
+    axis_d, axis_h, axis_w = spec.axes
+    phase = [int(f) for f in OF_PHASE.match(leave.block.name_hint).groups()]  # type: ignore[union-attr]
+    n, g, m, d, h, w = leave.iter_values
+    kind, analyzer = lane.loop_var.ty.dtype, Analyzer()
+    analyzer.bind(lane.loop_var, Range(0, t.lanes))
+    row = [n, g * (spec.channels_out // spec.groups) + m, d * axis_d.stride + phase[0], h * axis_h.stride + phase[1]]
+    columns = [axis_w.stride * w + f for f in range(axis_w.stride)]
+    variables = [v.var for v in writing.iter_vars]
+
+    def of_registers(load: Any) -> Any:
+        buffer = next((to for of, to in local if of.same_as(load.source)), None)
+        return load if buffer is None else tirx.BufferLoad(buffer, load.indices)
+
+    values = [
+        analyzer.simplify(replaced(writing.body.value, dict(zip(variables, [*row, column], strict=True))))
+        for column in columns
+    ]
+    vectors = [vector_of(structural_map(value, (TensorLoad, of_registers)), lane.loop_var, t.lanes) for value in values]
+    lanes = t.lanes * axis_w.stride
+    first = analyzer.simplify(replaced(columns[0], {lane.loop_var: tirx.const(0, kind)}))
+    at = tirx.Ramp(first, tirx.const(1, kind), lanes)
+    write = in_turn([*later(y, [*row, first], lanes), tirx.BufferStore(y, interlaced(vectors, t.lanes), [*row, at])])
+    of_row = [Range.from_min_extent(i, 1) for i in row]
+    reads = [Range.from_min_extent(i, 1) for i in (n, g, m, d, h)]
+    begin = replaced(w, {lane.loop_var: tirx.const(0, kind)})
+    block = s_tir.SBlock(
+        [],
+        [tirx.BufferRegion(b, [*reads, Range.from_min_extent(begin, t.lanes)]) for _, b in local],
+        [tirx.BufferRegion(y, [*of_row, Range.from_min_extent(first, lanes)])],
+        ROW,
+        write,
+    )
+    return within(loops, s_tir.SBlockRealize([], tirx.const(1, "bool"), block))

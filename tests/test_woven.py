@@ -1,0 +1,139 @@
+"""Rows of Y that register tiles write: right, without a buffer, both phases in one loop, and only where tiles fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+from kernels import HERE, integers, kernel
+from tvm import s_tir, tirx
+
+from opcompile import lower
+from opcompile.bounds import compare
+from opcompile.compiled import compiled
+from opcompile.record import illegal
+from opcompile.reference import reference
+from opcompile.spec import ACTIVATIONS, ConvTranspose3d
+from opcompile.target import target
+from schedules.llvm import Tiles
+from schedules.statements import every
+from schedules.tiles import candidates
+
+WIDE = target("llvm:x86-64-v4")
+SMALL = ConvTranspose3d.parse("in=1x4x2x4x32 co=6 k=2 s=2")
+TILES = Tiles("row", 16, 2, 3, 1, 3, 1, 2, 4, "task", 1, 2, 2, woven="tile")
+
+
+@pytest.mark.parametrize(
+    ("text", "tiles"),
+    [
+        ("in=1x4x2x4x32 co=6 k=2 s=2", TILES),
+        (
+            "in=2x8x2x4x16 co=8 k=2 s=2 g=2",
+            replace(TILES, vectors=1, scalars=2, rows=2, task=4, copy="whole", bands_h=1, bands_m=1),
+        ),
+        (
+            "in=1x4x3x2x48 co=6 k=1x2x2 s=1x2x2 act=relu",
+            replace(TILES, vectors=3, scalars=2, task=2, bands_h=1, bands_m=3),
+        ),
+        (
+            "in=1x4x2x3x16 co=4 k=3x1x2 s=3x1x2",
+            replace(TILES, vectors=1, scalars=4, task=4, height=3, bands_h=1, bands_m=1),
+        ),
+        ("in=Nx4x2x4x32 co=6 k=2 s=2 bias=0", replace(TILES, depth=2, scalars=2, task=2, bands_m=3)),
+        ("in=1x4x2x4x32 co=6 k=2 s=2 dtype=float16", TILES),
+        (
+            "in=1x4x2x4x32 co=6 k=2 s=2 dtype=bfloat16 act=leaky_relu:0.5",
+            replace(TILES, copy="whole", bands_h=1, bands_m=1),
+        ),
+    ],
+)
+def test_register_tiles_may_write_rows_of_y(text: str, tiles: Tiles) -> None:
+    spec = ConvTranspose3d.parse(text)
+    assert illegal(asdict(tiles), spec, WIDE) is None
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_of_whole_vectors(activation: str) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x4x1x2x32 co=3 k=1x1x2 s=1x1x2 act={activation} dtype=float16")
+    function = lower.scheduled(spec, replace(TILES, bands_h=1, bands_m=1))[lower.KERNEL]
+    stores = [each for each in every(tirx.BufferStore, function.body) if each.buffer.same_as(function.params[-1])]
+    assert stores
+    assert all(int(store.value.ty.dtype.lanes) == 2 * TILES.lanes for store in stores)
+
+
+@pytest.mark.parametrize("store", ["cached", "streamed"])
+def test_they_write_all_of_y_at_any_address_and_nothing_beside_it(store: Any) -> None:
+    tiles = replace(TILES, store=store)
+    function = compiled(lower.scheduled(SMALL, tiles), HERE.tvm())[lower.KERNEL]
+    x, w, b = integers(SMALL)
+    given, wanted = [x, np.ascontiguousarray(lower.packing(SMALL, tiles)(w)), b], reference(SMALL, x, w, b)
+    for offset in (0, 4, 12):
+        memory = np.full(wanted.size + 48, np.nan, np.float32)
+        begin = -memory.ctypes.data % 64 // 4 + offset
+        y = memory[begin : begin + wanted.size].reshape(wanted.shape)
+        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
+        np.testing.assert_array_equal(y, wanted)
+        assert np.isnan(memory).sum() == memory.size - y.size
+
+
+def test_a_kernel_has_no_other_buffer_than_the_copy_of_x() -> None:
+    of_task = SMALL.channels_in * SMALL.axes[2].size * TILES.height * TILES.bands_h * 4
+    assert lower.workspace_bytes(SMALL, TILES) == of_task
+    assert lower.workspace_bytes(SMALL, replace(TILES, woven="band")) > of_task
+
+
+def test_a_loop_over_channels_sums_both_phases_of_a_row() -> None:
+    summed = []
+    for loop in every(tirx.For, lower.scheduled(SMALL, TILES)[lower.KERNEL].body):
+        names = [block.name_hint for block in every(s_tir.SBlock, loop)]
+        if loop.kind == tirx.ForKind.UNROLLED and len(names) == 2 and names[0].endswith("_update"):
+            summed.append(names)
+    rows = [[f"phase_{d}_{h}_{w}_update" for w in (0, 1)] for d in (0, 1) for h in (0, 1)]
+    assert all(row in summed for row in rows)
+    assert all(names in rows for names in summed)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "words"),
+    [
+        ("in=1x4x2x4x32 co=6 k=3 s=2 p=1 op=1", {}, "a kernel that is the stride"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2 p=0x0x1", {}, "all of Y kept"),
+        ("in=1x4x2x4x32 co=6 k=3 s=3", {}, "2 along W"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2 d=2", {"bands_h": 1}, "a kernel that is the stride"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2 layout=NDHWC", {}, "channels first"),
+        ("in=1x4x2x4x16 co=6 k=2 s=2 dtype=float64", {"lanes": 8}, "not for float64"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2", {"vector": "line"}, "vectors along a row"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2", {"copy": "chunk", "chunk": 2}, "a copy of all channels"),
+        ("in=1x4x2x4x33 co=6 k=2 s=2", {}, "columns over"),
+        ("in=1x4x2x4x32 co=7 k=2 s=2", {"bands_m": 3}, "leave some channels"),
+        ("in=1x4x3x4x32 co=6 k=2 s=2", {"depth": 2}, "planes"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2", {"scalars": 6, "task": 6, "rows": 2, "bands_m": 1}, "48 sums of two phases"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2", {"woven": "elsewhere"}, "woven is 'elsewhere', but must be 'band' or 'tile'"),
+    ],
+)
+def test_tiles_that_cannot_write_rows_say_why(text: str, changes: dict[str, Any], words: str) -> None:
+    assert words in str(illegal({**asdict(TILES), **changes}, ConvTranspose3d.parse(text), WIDE))
+
+
+@pytest.mark.parametrize(
+    ("text", "on", "wanted"),
+    [
+        ("in=1x32x16x32x32 co=32 k=2 s=2", "x86-64-v4", True),
+        ("in=1x32x16x32x32 co=32 k=1x2x2 s=1x2x2", "znver5", True),
+        ("in=1x32x16x32x32 co=32 k=2 s=2", "x86-64-v3", False),  # 16 registers
+        ("in=1x32x16x32x30 co=32 k=2 s=2", "x86-64-v4", False),
+        ("in=1x32x16x32x32 co=32 k=4 s=2 p=1", "x86-64-v4", False),
+    ],
+)
+def test_they_are_candidates_where_they_leave_nothing_over(text: str, on: str, wanted: bool) -> None:
+    spec, machine = ConvTranspose3d.parse(text), target(f"llvm:{on}")
+    found = [e for e in candidates(spec, machine.machine) if e.tiles.woven == "tile"]
+    assert bool(found) == wanted
+    assert all(illegal(asdict(e.tiles), spec, machine) is None for e in found)
+    assert all("writes what it sums" in " ".join(e.why()) for e in found)
