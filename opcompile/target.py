@@ -31,7 +31,8 @@ class Machine:
     multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
     past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured;
     ``overhead``: how many times as long as on most cores all else takes. ``settling``: cycles until what was stored
-    last can be read by vectors that begin elsewhere, for the stores before it come first.
+    last can be read by vectors that begin elsewhere, for the stores before it come first. ``l2_rate``: how many bytes
+    of weights come from the second cache in a cycle.
     """
 
     vector_bytes: int
@@ -46,6 +47,7 @@ class Machine:
     loading: float = 0.32
     overhead: float = 1.0
     settling: int = 250
+    l2_rate: int = 17
 
     @property
     def halved(self) -> Machine | None:
@@ -171,7 +173,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
-    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40),
+    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40, l2_rate=28),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),

@@ -592,12 +592,12 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
         few, many = sums < 2 * machine.fma_in_flight, sums + min(2 * scalars, vectors * rows) >= machine.registers
         if few or many or layer.m % scalars:
             continue
-        for bands, copy, height in product((1, 2, 4, 8, 16), ("task", "whole"), (rows, 2 * rows, 4 * rows)):
-            for task in {scalars, layer.m} if copy == "task" else {scalars}:
-                span = (1, height, layer.c, copy, 1, bands if copy == "task" else 1, layer.m // task)
-                tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
-                if covers(spec, tiles) and _worthwhile(layer, machine, tiles):
-                    yield tiles
+        ways = [("whole", 1, scalars), *product(("task",), (1, 2, 4, 8, 16), sorted({scalars, layer.m}))]
+        for (copy, bands, task), height in product(ways, (rows, 2 * rows, 4 * rows)):
+            span = (1, height, layer.c, copy, 1, bands, layer.m // task)
+            tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
+            if covers(spec, tiles) and _worthwhile(layer, machine, tiles):
+                yield tiles
 
 
 def _chunks_of_taps(layer: _Layer, fits: int) -> list[int]:
@@ -705,8 +705,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best.
 
 
-# Bytes of weights, and of lines of X, that come from the second cache in a cycle.
-_FROM_SECOND = (17, 28)
+# Bytes of rows and lines of X that come from the second cache in a cycle; of weights, `Machine.l2_rate`.
+_FROM_SECOND = 28
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
 
@@ -887,7 +887,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     at_once = taps_h * taps_w if unrolled else 1 if t.vector == "channels" else taps_w
     beginning = a_loop / (chunk * at_once)
     summing = max(multiplying, loading) + a_load * loads
-    summing = max(summing, passing / _FROM_SECOND[t.vector != "channels"])
+    summing = max(summing, passing / (machine.l2_rate if t.vector == "channels" else _FROM_SECOND))
     return summing + machine.overhead * (waiting + beginning)
 
 
