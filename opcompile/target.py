@@ -30,9 +30,10 @@ class Machine:
     ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
     multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
     past the caches. ``loading``: how many cycles a load takes from the multiply-adds beside it, as measured;
-    ``overhead``: how many times as long as on most cores all else takes. ``settling``: cycles until what was stored
-    last can be read by vectors that begin elsewhere, for the stores before it come first. ``l2_rate``: how many bytes
-    of weights come from the second cache in a cycle.
+    ``overhead``: how many times as long as on most cores takes what is neither: copies, sums that leave registers,
+    rows woven, waits for weights. ``settling``: cycles until what was stored last can be read by vectors that begin
+    elsewhere, for the stores before it come first. ``l2_rate``: how many bytes come from the second cache in a cycle
+    where vectors are of channels.
     """
 
     vector_bytes: int

@@ -340,6 +340,6 @@ def fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:
 def later(y: Any, at: Sequence[Any], elements: int) -> list[tirx.Stmt]:
     """Ask for the lines that lie a page behind so many ``elements`` of a row of Y, from ``at`` on."""
     *row, column = at
-    a_byte = 8 / tvm.DataType(y.dtype).bits
-    first, a_line = int(BYTES_AHEAD * a_byte), int(CACHE_LINE * a_byte)
-    return [fetch(y, [*row, column + i]) for i in range(first, first + elements, a_line)]
+    itemsize = tvm.DataType(y.dtype).bits // 8
+    first = BYTES_AHEAD // itemsize
+    return [fetch(y, [*row, column + i]) for i in range(first, first + elements, CACHE_LINE // itemsize)]

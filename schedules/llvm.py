@@ -6,7 +6,8 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
   positions in all taps: the reduction over channels then walks through neighbouring cache lines.
 * A band is a block of positions ``(n, g, channels, planes of qD, rows of qH)``: all phases of them are
   computed, tile by tile, and then the interleaved output is written while the phases are still in
-  cache. A task is one band, or several in turn that share a copy of X.
+  cache, if the tiles do not write it (`schedules.woven`). A task is one band, or several in turn that
+  share a copy of X.
 * A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
   With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
   X: right when there are many channels, however few the positions. Else the scalars are weights:

@@ -43,6 +43,12 @@ _LEAST_CHUNK = 8
 _FEW_CHANNELS = 63
 # With fewer, a register tile of two phases has too few sums: 12 with AVX2, 5 % faster to 10 slower than bands.
 _MANY_REGISTERS = 32
+# For so few elements of X, weights come from memory, and multiplying is no matter.
+_FEW_ELEMENTS = 16
+# Of fewer output channels and more input channels, bands are up to 15 % faster than tiles that write Y; and where an
+# activation is more than a few selections.
+_FEW_BY_TILES = 4
+_SELECTIONS = ("none", "relu", "relu6", "leaky_relu")
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -115,7 +121,7 @@ class Tiles:
         and what goes on to the next channel would take longer to fetch than to compute; several channels a turn were
         measured to gain most in such minutes. And their weights are one line, to be asked for once.
         """
-        sums = self.vectors * self.scalars * self.rows
+        sums = self.vectors * self.scalars * self.rows * (2 if self.woven == "tile" else 1)
         if self.vector == "channels" and self.vectors == 1 and sums > _FEW_SUMS:
             return 1
         return largest_divisor(self.chunk // self.products, _MOST_OF_TURN // (sums * taps))
@@ -273,7 +279,7 @@ def woven_by_tiles(spec: ConvTranspose3d) -> bool:
 
     Functions of float64 are the library's, for one element at a time.
     """
-    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.most_taps == 1 for a in spec.axes)
+    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.reads == (0, 0) for a in spec.axes)
     phases = math.prod(axis.stride for axis in spec.axes)
     in_vectors = spec.layout == "NCDHW" and spec.axes[2].stride == 2 and spec.sum_dtype != "float64"
     return in_vectors and one_tap and phases <= MOST_PHASES
@@ -346,8 +352,7 @@ class _Layer:
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
-    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns,
-    ``by_tiles`` whether register tiles may write rows of Y.
+    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -376,7 +381,6 @@ class _Layer:
     grouped: bool
     in_chunks: bool
     in_squares: bool
-    by_tiles: bool
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -408,7 +412,6 @@ class _Layer:
             grouped=spec.groups > 1,
             in_chunks=copies_chunks(spec),
             in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
-            by_tiles=products == 1 and woven_by_tiles(spec),
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -584,7 +587,8 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
 
 def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Register tiles that write rows of Y, each channel in a band of its own or all in one."""
-    if not layer.by_tiles or machine.registers < _MANY_REGISTERS:
+    slower = layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS
+    if slower or machine.registers < _MANY_REGISTERS or not woven_by_tiles(spec):
         return
     lanes = machine.vector_bytes // layer.itemsize
     for vectors, scalars, rows in product(range(1, 7), range(1, machine.registers // 2), range(1, 5)):
@@ -705,7 +709,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best.
 
 
-# Bytes of rows and lines of X that come from the second cache in a cycle; of weights, `Machine.l2_rate`.
+# Bytes of X that come from the second cache in a cycle where vectors are of positions; of channels, `Machine.l2_rate`.
 _FROM_SECOND = 28
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
@@ -741,9 +745,13 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     positions = layer.images * sizes.bands * sizes.band
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
-    no_rows = t.skips_rows(layer.most_taps) or t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
-    no_columns = t.trims(layer.width, layer.most_taps[2])
-    read = (1 - beside_d) * (1 - beside_h * no_rows) * (1 - beside_w * no_columns)
+    told_apart = layer.phases <= MOST_PHASES  # else one block has taps of all phases
+    no_rows = told_apart and t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
+    no_columns = told_apart and t.trims(layer.width, layer.most_taps[2])
+    trimmed = (1 - beside_h * no_rows) * (1 - beside_w * no_columns)
+    if math.prod(layer.sizes) > _FEW_ELEMENTS:  # fewer sums than hide the latency of one are no faster
+        trimmed = max(trimmed, min(1, machine.fma_in_flight / sums))
+    read = (1 - beside_d) * (1 - beside_h * t.skips_rows(layer.most_taps)) * trimmed
     moved, phases, products = 4.5 * sums + 27, layer.phases, read * layer.taps * layer.c
     if t.copy == "chunk":  # sums are put down and taken up
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)

@@ -104,6 +104,7 @@ def test_a_loop_over_channels_sums_both_phases_of_a_row() -> None:
     [
         ("in=1x4x2x4x32 co=6 k=3 s=2 p=1 op=1", {}, "a kernel that is the stride"),
         ("in=1x4x2x4x32 co=6 k=2 s=2 p=0x0x1", {}, "all of Y kept"),
+        ("in=1x4x2x4x32 co=6 k=2 s=2 p=1:0 op=1", {}, "all of Y kept"),
         ("in=1x4x2x4x32 co=6 k=3 s=3", {}, "2 along W"),
         ("in=1x4x2x4x32 co=6 k=2 s=2 d=2", {"bands_h": 1}, "a kernel that is the stride"),
         ("in=1x4x2x4x32 co=6 k=2 s=2 layout=NDHWC", {}, "channels first"),
@@ -129,6 +130,9 @@ def test_tiles_that_cannot_write_rows_say_why(text: str, changes: dict[str, Any]
         ("in=1x32x16x32x32 co=32 k=2 s=2", "x86-64-v3", False),  # 16 registers
         ("in=1x32x16x32x30 co=32 k=2 s=2", "x86-64-v4", False),
         ("in=1x32x16x32x32 co=32 k=4 s=2 p=1", "x86-64-v4", False),
+        ("in=1x32x16x32x32 co=32 k=2 s=2 act=gelu", "x86-64-v4", False),
+        ("in=1x32x16x32x32 co=2 k=2 s=2", "x86-64-v4", False),
+        ("in=1x32x16x32x32 co=32 k=2 s=2 g=32 act=relu", "x86-64-v4", True),
     ],
 )
 def test_they_are_candidates_where_they_leave_nothing_over(text: str, on: str, wanted: bool) -> None:
