@@ -407,7 +407,7 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
         yield "woven is 'tile', but that is for a copy of all channels, and copy is 'chunk'"
     if not covers(spec, t):
         yield "woven is 'tile', but its tasks and register tiles leave some channels, planes, rows or columns over"
-    sums = 2 * t.vectors * t.scalars * t.rows
+    sums = t.vectors * t.scalars * t.rows * t.phases_at_once
     if sums >= target.machine.registers:
         yield (
             f"woven is 'tile', but the {sums} sums of two phases fill all registers, and {target.name} has "

@@ -110,6 +110,11 @@ class Tiles:
         return self.scalars if self.vector == "channels" else self.vectors * self.lanes
 
     @property
+    def phases_at_once(self) -> int:
+        """How many phases a register tile sums in one loop: two where it weaves their rows."""
+        return 2 if self.woven == "tile" else 1
+
+    @property
     def block(self) -> int:
         """Channels that lie side by side in the packed weight."""
         return self.lanes if self.vector == "channels" else self.scalars
@@ -121,7 +126,7 @@ class Tiles:
         and what goes on to the next channel would take longer to fetch than to compute; several channels a turn were
         measured to gain most in such minutes. And their weights are one line, to be asked for once.
         """
-        sums = self.vectors * self.scalars * self.rows * (2 if self.woven == "tile" else 1)
+        sums = self.vectors * self.scalars * self.rows * self.phases_at_once
         if self.vector == "channels" and self.vectors == 1 and sums > _FEW_SUMS:
             return 1
         return largest_divisor(self.chunk // self.products, _MOST_OF_TURN // (sums * taps))
@@ -734,10 +739,10 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
         moving += layer.tasks(t) * widening / (6 * layer.itemsize)
     computing = summing + machine.overhead * moving
     storing = machine.overhead * layer.outputs * _weaving(layer, machine, t, sizes)
-    storing += machine.settling * layer.images * bands * _over(layer.m, t.task) * (t.woven == "band")
+    if t.woven == "band":
+        storing += machine.settling * layer.images * bands * _over(layer.m, t.task)
     used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
-    held = sums if t.woven == "band" else 2 * sums
-    return Estimate(t, computing + storing, computing, storing, used, held)
+    return Estimate(t, computing + storing, computing, storing, used, sums * t.phases_at_once)
 
 
 def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
@@ -796,7 +801,7 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
     a_phase = layer.itemsize * rows * layer.c * layer.width
-    phases = layer.phases // (2 if t.woven == "tile" else 1)
+    phases = layer.phases // t.phases_at_once
     reading = a_phase * (phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
     if t.copy == "whole" and t.vector == "channels" and not layer.channels_first:
         # a few columns of all channels at a time, too short for the prefetcher, from where all of the copy is
