@@ -58,7 +58,8 @@ class Grain:
     With ``rows``, so many rows of qH form one line, through ``planes``, and the last multiple is that of its length.
     With ``taps``, each tap has sums of its own; without ``rows``, at planes of X as they lie, all end to end where
     ``planes`` are several. With ``stored``, factors stay in the type that they are stored in, and are widened as they
-    are multiplied.
+    are multiplied. With ``groups``, those of a layer with one channel in each are channels of a single one, rounded
+    up as channels are, and each has an X of its own: ``pad`` is ``(N, 1, C, ...)``, and W ``(C, 1, ...)``.
     """
 
     channels: int = 1
@@ -67,6 +68,7 @@ class Grain:
     planes: int = 1
     taps: bool = False
     stored: bool = False
+    groups: bool = False
 
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
@@ -85,6 +87,8 @@ def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int
     if phases_as_axes(spec):
         kernel = [max(k, a.tap_step * a.most_taps) for k, a in zip(kernel, spec.axes, strict=True)]
     kd, kh, kw = kernel
+    if grain.groups:
+        return (round_up(c, grain.channels), m, kd, kh, kw)
     return (c, round_up(m, grain.channels), kd, kh, kw)
 
 
@@ -260,11 +264,16 @@ Where = _Grid | _Lines | _Planes | _Volume
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices."""
+    """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices.
+
+    ``groups`` of ``channels`` each: of as many as the spec has, or of all channels where each has an X of its ``own``.
+    """
 
     spec: ConvTranspose3d
     where: Where
+    groups: int
     channels: int
+    own: bool
     index: str
     batch: Any
     stored: bool = False
@@ -282,9 +291,10 @@ class Scope:
             where = _Lines(windows, grain.rows, grain.planes, columns, grain.taps)
         else:
             where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
-        channels = round_up(spec.channels_out // spec.groups, grain.channels)
+        groups = 1 if grain.groups else spec.groups
+        channels = round_up(spec.channels_out // groups, grain.channels)
         batch = te.var("batch", INDEX) if spec.batch is None else tirx.IntImm(INDEX, spec.batch)
-        return cls(spec, where, channels, INDEX, batch, grain.stored)
+        return cls(spec, where, groups, channels, grain.groups, INDEX, batch, grain.stored)
 
     def narrowed(self) -> Scope:
         """The same with indices as narrow as `narrow_index` allows."""
@@ -293,7 +303,7 @@ class Scope:
             return self
         pad = spec.batch * spec.channels_in * math.prod(self.where.read_from)
         phases = math.prod(len(a.phases) for a in spec.axes) if phases_as_axes(spec) else 1
-        phase = spec.batch * spec.groups * self.channels * math.prod(self.where.positions) * phases
+        phase = spec.batch * self.groups * self.channels * math.prod(self.where.positions) * phases
         w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
         sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]
         index = narrow_index(spec.batch, [*sizes, pad, phase])
@@ -306,6 +316,11 @@ class Scope:
     def batched(self, *sizes: int | None) -> list[Any]:
         """Return the batch, a variable where it is open, and the sizes."""
         return [self.batch, *self.sizes(*sizes)]
+
+    def grouped(self, m: Any) -> tuple[Any, Any]:
+        """The group of output channel ``m``, and its place there."""
+        each = self.spec.channels_out // self.groups
+        return tirx.floordiv(m, each), tirx.floormod(m, each)
 
     def reduced(self, counts: Sequence[int]) -> list[Any]:
         """Reduction axes over taps."""
@@ -327,11 +342,14 @@ class Scope:
             where = self.where.element(at)
             tests = [test for i, a in zip(where, spec.axes, strict=True) for test in (i >= 0, i < a.size)]
             channel = g * c_in + c
+            if self.own and self.channels > spec.channels_in:
+                tests.append(c < spec.channels_in)
             value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
             held = tirx.reinterpret(self._bits, value) if self.stored else sum_type(spec, value)
             return tirx.if_then_else(tirx.all(*tests), held, tirx.const(0, held.ty.dtype))
 
-        shape = self.batched(spec.groups, c_in, *self.where.read_from)
+        channels = self.channels if self.own else c_in
+        shape = self.batched(self.groups, channels, *self.where.read_from)
         return te.compute(shape, element, name="pad", attrs={"pitch": self.where.pitch})
 
     def contract(
@@ -350,7 +368,11 @@ class Scope:
         along = list(zip(first, taps, spec.axes, strict=True))
         kernel = [tap + t * axis.tap_step for (tap, _), t, axis in along]
         offsets = [offset - t * axis.offset_step for (_, offset), t, axis in along]
-        of_x, of_w = pad(n, g, c, *self.where.read(q, offsets)), w(g * c_in + c, m, *kernel)
+        read = self.where.read(q, offsets)
+        if self.own:
+            of_x, of_w = pad(n, g, m, *read), w(m, c, *kernel)
+        else:
+            of_x, of_w = pad(n, g, c, *read), w(g * c_in + c, m, *kernel)
         if self.stored:
             of_x, of_w = sum_type(spec, tirx.reinterpret(spec.dtype, of_x)), sum_type(spec, of_w)
         return te.sum(of_x * of_w, axis=[*taps, c])
@@ -379,12 +401,6 @@ def _widened(spec: ConvTranspose3d, w: Any) -> Any:
     return te.compute(w.shape, lambda *at: sum_type(spec, w(*at)), name="wide")
 
 
-def _grouped(spec: ConvTranspose3d, m: Any) -> tuple[Any, Any]:
-    """The group of output channel ``m``, and its place there."""
-    m_out = spec.channels_out // spec.groups
-    return tirx.floordiv(m, m_out), tirx.floormod(m, m_out)
-
-
 def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Positions and phases of an output element."""
     strides = [a.stride for a in spec.axes]
@@ -399,7 +415,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     def block(phases: Phases) -> Any:
         taps = scope.reduced([p.taps for p in phases])
         return te.compute(
-            scope.batched(spec.groups, scope.channels, *scope.where.positions),
+            scope.batched(scope.groups, scope.channels, *scope.where.positions),
             lambda n, g, m, *q: scope.contract(
                 pad, w, (n, g, m), q, taps, [(p.first_tap, p.first_offset) for p in phases]
             ),
@@ -407,7 +423,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
         )
 
     blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if _meets(phases)}
-    return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *_grouped(spec, m), *where.place(q)))
+    return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *scope.grouped(m), *where.place(q)))
 
 
 def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
@@ -420,7 +436,7 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     def block(kd: int, offset: int) -> Any:
         c = scope.summed_channels()
         return te.compute(
-            scope.batched(spec.groups, scope.channels, *kernel[1:], *where.positions),
+            scope.batched(scope.groups, scope.channels, *kernel[1:], *where.positions),
             lambda n, g, m, kh, kw, *q: te.sum(
                 pad(n, g, c, *where.read(q, (offset, *at_first))) * w(g * c_in + c, m, kd, kh, kw), axis=c
             ),
@@ -438,7 +454,7 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
             if beside and not isinstance(where, _Lines):
                 continue
             at, tests = where.sums(spec.axes, q, offsets)
-            term = blocks[kd](n, *_grouped(spec, m), kh, kw, *at)
+            term = blocks[kd](n, *scope.grouped(m), kh, kw, *at)
             terms.append(tirx.if_then_else(tirx.all(*tests), term, tirx.const(0, spec.sum_dtype)) if tests else term)
         return sum(terms[1:], terms[0]) if terms else tirx.const(0, spec.sum_dtype)
 
@@ -493,11 +509,11 @@ def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
         return scope.contract(pad, w, (n, g, m), fq[3:], taps, firsts)
 
     phases = [len(a.phases) for a in spec.axes]
-    block = te.compute(scope.batched(spec.groups, scope.channels, *phases, *scope.where.positions), at, name="phase")
+    block = te.compute(scope.batched(scope.groups, scope.channels, *phases, *scope.where.positions), at, name="phase")
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = block(n, *_grouped(spec, m), *f, *where.place(q))
+        value = block(n, *scope.grouped(m), *f, *where.place(q))
         gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
         tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
         return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value

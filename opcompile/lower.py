@@ -29,6 +29,7 @@ KERNEL = "conv_transpose3d"
 PlanName = Literal["best", "baseline", "tuned"]
 _FAMILIES = {
     "channels": "channel-vectors",
+    "groups": "group-vectors",
     "row": "row-vectors",
     "line": "line-vectors",
     "taps": "tap-sums",
@@ -125,7 +126,8 @@ def grain(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Grain:
     """What the declaration must be rounded to for these tiles."""
     rows = 0 if tiles.vector == "plane" else tiles.line
     planes = llvm.joined(spec, tiles)
-    return Grain(tiles.task, tiles.positions, rows, planes, tiles.by_taps, tiles.products > 1)
+    groups = tiles.vector == "groups"
+    return Grain(tiles.task, tiles.positions, rows, planes, tiles.by_taps, tiles.products > 1, groups)
 
 
 def declared(spec: ConvTranspose3d, tiles: llvm.Tiles) -> tirx.PrimFunc:

@@ -35,9 +35,11 @@ from schedules.tiles import (
     Tiles,
     copies_chunks,
     covers,
+    divided,
     halved,
     streams,
     sums_of_a_vector,
+    takes_groups,
     takes_pairs,
     weights_by_taps,
     woven_by_tiles,
@@ -328,7 +330,7 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
     words = {
-        "vector": ("channels", "row", "line", "taps", "plane"),
+        "vector": ("channels", "groups", "row", "line", "taps", "plane"),
         "copy": ("task", "chunk", "whole"),
         "store": ("cached", "streamed"),
         "woven": ("band", "tile"),
@@ -346,6 +348,8 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
 def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     """Yield the rules that tiles break; each holds where those before it do."""
     yield from _broken_by_registers(t, spec, target)
+    if t.vector == "groups" and not takes_groups(spec):
+        yield "vector is 'groups', but that is for channels last, and groups of one input and one output channel"
     yield from _broken_by_channels(t, spec)
     if t.by_taps:
         yield from _broken_by_taps(t, spec)
@@ -372,23 +376,23 @@ def _broken_by_registers(t: Tiles, spec: ConvTranspose3d, target: Target) -> Ite
 
 
 def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    m = spec.channels_out // spec.groups
+    groups, m, c = divided(spec, t)
     whole = -(-m // t.channels) * t.channels
     if t.task % t.channels:
         yield f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
     if t.task > whole:
         yield f"task is {t.task}, but a group has {m} channels, {whole} with its last tile"
-    if spec.groups > 1 and t.task != whole and m % t.task:
+    if (groups > 1 or t.vector == "groups") and t.task != whole and m % t.task:
         yield f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
-    if spec.groups > 1 and spec.layout == "NDHWC" and t.task != whole:
+    if groups > 1 and spec.layout == "NDHWC" and t.task != whole:
         yield f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
-    if (spec.channels_in // spec.groups) % t.chunk:
-        yield f"chunk is {t.chunk}, but must divide the {spec.channels_in // spec.groups} input channels of a group"
+    if c % t.chunk:
+        yield f"chunk is {t.chunk}, but must divide the {c} input channels of a group"
 
 
 def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    if t.vector == "channels":
-        yield "copy is 'chunk', but that is for vectors of elements of X, and vector is 'channels'"
+    if t.of_channels:
+        yield f"copy is 'chunk', but that is for vectors of elements of X, and vector is {t.vector!r}"
     if t.products > 1:
         yield f"copy is 'chunk', but that is for one product at a time, and products is {t.products}"
     if not copies_chunks(spec):
@@ -430,7 +434,7 @@ def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 
 
 def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    m = spec.channels_out // spec.groups
+    _, m, _ = divided(spec, t)
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
         yield f"depth is {t.depth}, but the layer has {planes} planes of positions"

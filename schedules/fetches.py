@@ -14,7 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
-from schedules.tiles import CACHE_LINE, by_rows, joined, length_of_row, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, divided, joined, length_of_row, reach, tiles_of_band
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -45,7 +45,7 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
     # else the elements of a vector lie apart in Y, or its tile asks as it writes
-    if (t.vector == "channels" or spec.layout == "NCDHW") and t.woven == "band":
+    if (t.of_channels or spec.layout == "NCDHW") and t.woven == "band":
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function
 
@@ -234,7 +234,7 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     """What to ask for as channels are multiplied."""
     ahead: list[Ahead] = []
     channels = spec.channels_in // spec.groups
-    if t.copy == "whole" and t.vector != "channels" and 1 < t.chunk < channels:
+    if t.copy == "whole" and not t.of_channels and 1 < t.chunk < channels:
         ahead.append(_of_next_chunk)
     if _asks_for_weights(spec, t):
         ahead.append(partial(_of_next_tap, spec))
@@ -246,7 +246,7 @@ def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
     near = math.prod(spec.w_shape) * spec.itemsize <= _NEAR
     few = math.prod(axis.size for axis in spec.axes) <= _FEW
     # a task has widened them, and has them near
-    widened = spec.dtype != spec.sum_dtype and t.vector != "channels" and t.products == 1
+    widened = spec.dtype != spec.sum_dtype and not t.of_channels and t.products == 1
     many = tiles_of_band(spec, t) > _MOST_TILES
     return not (near or few or widened or many) and spec.channels_in > spec.groups
 
@@ -312,7 +312,7 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
         return loop
     n, g, m, d, h, w, *_ = [replaced(value, begin([loop])) for value in loop.body.iter_values]
     phase = [int(f) for f in block.name_hint.split("_")[1:4]]
-    if t.vector == "channels":
+    if t.of_channels:
         m = m * t.lanes
     else:
         if phase[2] * t.lanes * spec.itemsize % CACHE_LINE:  # in the line that the vector of an earlier phase asks for
@@ -326,7 +326,8 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     o = [q * axis.stride + f for q, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
     if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
         m = m + tirx.floormod(o[2], t.lanes)
-    m = g * (spec.channels_out // spec.groups) + m
+    _, m_out, _ = divided(spec, t)
+    m = g * m_out + m
     return tirx.SeqStmt([loop, fetch(y, (n, m, *o) if spec.layout == "NCDHW" else (n, *o, m))])
 
 

@@ -81,7 +81,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
     if tiles.woven == "tile":
         function = written_by_tiles(function, spec, tiles)
-    elif tiles.vector != "channels" and spec.layout == "NCDHW":
+    elif not tiles.of_channels and spec.layout == "NCDHW":
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     if tiles.products > 1 or tiles.store == "streamed":
         function = structural_map(function, (tirx.For, _as_vectors))

@@ -10,8 +10,9 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
   share a copy of X.
 * A register tile holds ``vectors`` vectors times ``scalars`` broadcast values (times ``rows``).
   With ``vector="channels"`` the vectors run along output channels and the scalars are columns of
-  X: right when there are many channels, however few the positions. Else the scalars are weights:
-  right for few channels, and when writing the output matters most, for the tile then needs no
+  X: right when there are many channels, however few the positions. With ``"groups"`` each output
+  channel has an input channel of its own, and the columns are vectors as well. Else the scalars are
+  weights: right for few channels, and when writing the output matters most, for the tile then needs no
   transposition. Vectors run along each row (``"row"``), or along all rows of a task laid end to end
   (``"line"``), which wastes less where rows are short or not a multiple of a vector. With very few
   channels (``"taps"``) they run along lines of X, times the weights of many taps: each tap is summed
@@ -39,6 +40,7 @@ from schedules.tiles import (
     baseline,
     by_rows,
     candidates,
+    divided,
     factors,
     joined,
     length_of_row,
@@ -74,16 +76,19 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
     c, m, *kernel = shape
+    groups = spec.groups
+    if tiles.vector == "groups":
+        groups, c, m = 1, m, c
     if tiles.by_taps:
         kd, kh, kw = kernel
         of_m, of_kh = _tap_tile(tiles, kernel)
         split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
-        return (spec.groups, c // spec.groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
+        return (groups, c // groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
     taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
-    view = (spec.groups, c // spec.groups, m // tiles.block, tiles.block, *taps)
+    view = (groups, c // groups, m // tiles.block, tiles.block, *taps)
     if tiles.products == 1:
         return view, (0, 2, 5, 7, 9, 4, 6, *((1, 8) if by_rows(spec, tiles) else (8, 1)), 3)
-    pairs = (spec.groups, c // spec.groups // tiles.products, tiles.products, *view[2:])
+    pairs = (groups, c // groups // tiles.products, tiles.products, *view[2:])
     return pairs, (0, 3, 6, 8, 10, 5, 7, *((1, 9) if by_rows(spec, tiles) else (9, 1)), 4, 2)
 
 
@@ -106,7 +111,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
 
     # --- layouts ---
     wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
-    if wide and tiles.vector == "channels":  # a vector of weights is widened as it is loaded
+    if wide and tiles.of_channels:  # a vector of weights is widened as it is loaded
         sch.compute_inline(wide)
         wide = None
     if phases:  # there are none, and no padded copy, where every tap falls beyond the output
@@ -117,8 +122,9 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     n, m, *spatial = axes if spec.layout == "NCDHW" else [axes[0], axes[-1], *axes[1:-1]]
     split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
     (q_d, f_d), (q_h, f_h), (q_w, f_w) = split
-    g, m = sch.split(m, [spec.groups, None])
-    m, m_in = sch.split(m, [None, min(tiles.task, spec.channels_out // spec.groups)])
+    groups, m_out, _ = divided(spec, tiles)
+    g, m = sch.split(m, [groups, None])
+    m, m_in = sch.split(m, [None, min(tiles.task, m_out)])
     q_d, q_d_in = sch.split(q_d, [None, tiles.depth])
     q_h, q_h_in = sch.split(q_h, [None, tiles.height])
     (q_d, band_d), (q_h, band_h) = sch.split(q_d, [None, tiles.bands_d]), sch.split(q_h, [None, tiles.bands_h])
@@ -203,6 +209,8 @@ def _lay_out(
         if t.by_taps:
             of_m, of_kh = _tap_tile(t, kernel)
             return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
+        if t.vector == "groups":  # of channels with one each, as of one group with all of them
+            c, m = m, c
         taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h)
         pairs = c_in // t.products
         of_row = [kw // p_w, c // t.products % pairs]
@@ -216,7 +224,7 @@ def _lay_out(
     if wide:
         sch.transform_layout(wide, ("read", 0), blocked)
         sch.transform_block_layout(wide, blocked)
-    if t.vector != "channels":
+    if not t.of_channels:
         return
     # an index map is asked for its number of arguments, so each rank has its own
     six: Any = lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)  # noqa: E731
@@ -253,7 +261,9 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         return
     if _in_their_order(spec, t):
         sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
-        if (spec.channels_in // spec.groups) % (_POWER * t.products) == 0:
+        if (t.task * t.bands_m if t.vector == "groups" else spec.channels_in // spec.groups) % (
+            _POWER * t.products
+        ) == 0:
             sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
         return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
@@ -265,7 +275,7 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
 
 def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether channels stay side by side, in the copy of X and where Y is written: where vectors are of channels."""
-    return spec.layout == "NDHWC" and t.vector == "channels"
+    return spec.layout == "NDHWC" and t.of_channels
 
 
 def _side_by_side(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
@@ -287,7 +297,7 @@ def _own_columns(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
 
 def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
     """The `square` of the copy of X, of columns that are X's; 0 where it has pairs, or channels side by side."""
-    if t.vector == "channels" or t.products > 1:
+    if t.of_channels or t.products > 1:
         return 0
     low, high = _own_columns(spec, t)
     columns = high - low
@@ -303,7 +313,7 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
     extent, row, (low, high) = int(sch.get(side_by_side).extent), length_of_row(spec, t), _own_columns(spec, t)
     columns = [0, extent] if extent < row else [low, high]
     if _in_their_order(spec, t):
-        sch.annotate(side_by_side, VECTORS, [0, extent, t.lanes * t.products])
+        sch.annotate(side_by_side, VECTORS, [0, min(extent, spec.channels_in), t.lanes * t.products])
     elif size:
         sch.annotate(side_by_side, SQUARES, [*columns, size])
     elif spec.layout == "NCDHW" and (
@@ -319,7 +329,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
         # the taps of a channel share vectors of X
         of_taps, at_once = [t_d], [t_h, t_w]
-    elif t.vector != "channels":
+    elif not t.of_channels:
         # those of a row share lines of X
         of_taps, at_once = [t_d, t_h], [t_w]
     else:
@@ -327,7 +337,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     of_turn = t.channels_of_turn(math.prod(int(sch.get(loop).extent) for loop in at_once))
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
-    if t.vector == "channels":
+    if t.of_channels:
         m, m_in, lane = sch.split(m, [None, t.vectors, t.lanes])
         w, w_in = sch.split(w, [None, t.scalars])
         tiles = [m, d, h, w]
@@ -349,7 +359,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
     # the sums live in registers, and leave them once
     leave = sch.cache_write(phase, 0, "local")
     sch.reverse_compute_at(leave, tiles[-1], preserve_unit_loops=True)
-    if t.vector == "channels":
+    if t.of_channels:
         *_, h, w, lane = own = sch.get_loops(leave)[-7 - len(of_phases) :]
     else:
         *_, h, w = own = sch.get_loops(leave)[-6 - len(of_phases) :]
@@ -392,12 +402,12 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     of = [v.var for v in block.iter_vars]
     n, m, *o = of if spec.layout == "NCDHW" else [of[0], of[-1], *of[1:-1]]
     index = n.ty.dtype
-    m_out = spec.channels_out // spec.groups
+    of_groups, m_out, _ = divided(spec, t)
     q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
     if t.task >= m_out:
         first_m = tirx.const(0, index)
     else:  # without groups the remainder is m itself, which a ragged last task needs to see
-        first_m = tirx.floordiv(m if spec.groups == 1 else tirx.floormod(m, m_out), t.task) * t.task
+        first_m = tirx.floordiv(m if of_groups == 1 else tirx.floormod(m, m_out), t.task) * t.task
     first_d = tirx.floordiv(q[0], t.depth) * t.depth
 
     def one(start: Any) -> Span:
@@ -416,7 +426,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if not read.source.name.startswith(_SUMS):
             continue
         shape = list(read.source.shape)
-        in_channels = t.vector == "channels"
+        in_channels = t.of_channels
         channels = (first_m, first_m + t.task)
         if in_channels:
             first_block = tirx.floordiv(first_m, t.lanes)

@@ -59,9 +59,9 @@ Store = Literal["cached", "streamed"]
 class Tiles:
     """The numbers of one schedule.
 
-    ``lanes`` is the number of elements in a vector register, ``vectors`` and ``scalars`` the register
-    tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). A band
-    covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
+    ``vector`` says what vectors run along; ``lanes`` is the number of elements in a vector register, ``vectors`` and
+    ``scalars`` the register tile, ``rows`` how many rows of qH it spans (one line, where they are laid end to end). A
+    band covers ``task`` channels of ``height`` rows of qH in ``depth`` planes of qD; a task goes through
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through the taps of a plane of X. ``copy`` says who copies X: each task the
     rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
@@ -71,7 +71,7 @@ class Tiles:
     woven: of the buffers of a band, or by each register tile, of the phases side by side that it sums at once.
     """
 
-    vector: Literal["channels", "row", "line", "taps", "plane"]
+    vector: Literal["channels", "groups", "row", "line", "taps", "plane"]
     lanes: int
     vectors: int
     scalars: int
@@ -102,12 +102,17 @@ class Tiles:
         """Channels in the register tile."""
         if self.by_taps:
             return self.task
-        return self.vectors * self.lanes if self.vector == "channels" else self.scalars
+        return self.vectors * self.lanes if self.of_channels else self.scalars
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether vectors run along output channels, of a group or of groups that have one each."""
+        return self.vector in ("channels", "groups")
 
     @property
     def columns(self) -> int:
         """Columns of the row, or positions of the line, in the register tile."""
-        return self.scalars if self.vector == "channels" else self.vectors * self.lanes
+        return self.scalars if self.of_channels else self.vectors * self.lanes
 
     @property
     def phases_at_once(self) -> int:
@@ -117,7 +122,7 @@ class Tiles:
     @property
     def block(self) -> int:
         """Channels that lie side by side in the packed weight."""
-        return self.lanes if self.vector == "channels" else self.scalars
+        return self.lanes if self.of_channels else self.scalars
 
     def channels_of_turn(self, taps: int) -> int:
         """How many channels, with ``taps`` of each, a turn of a loop takes: several, for each turn costs instructions.
@@ -133,7 +138,7 @@ class Tiles:
 
     def unrolls(self, taps: int) -> bool:
         """Whether a register tile takes ``taps`` of a plane at once: where loading X costs more than its products."""
-        return self.vector != "channels" and self.scalars == 1 and taps <= _MOST_UNROLLED[self.shares_rows]
+        return not self.of_channels and self.scalars == 1 and taps <= _MOST_UNROLLED[self.shares_rows]
 
     @property
     def shares_rows(self) -> bool:
@@ -146,11 +151,11 @@ class Tiles:
 
     def trims(self, width: int, taps: int) -> bool:
         """Whether each of the ``taps`` of a row takes only columns that read X: where a tile is a row of ``width``."""
-        return self.vector == "channels" and self.scalars >= width and taps <= _MOST_TRIMMED
+        return self.of_channels and self.scalars >= width and taps <= _MOST_TRIMMED
 
     def trims_rows(self, height: int, taps: int) -> bool:
         """Whether each of the ``taps`` of a plane takes only rows that read X: where a tile has all ``height`` rows."""
-        return self.vector == "channels" and 1 < height <= self.rows and taps <= _MOST_TRIMMED
+        return self.of_channels and 1 < height <= self.rows and taps <= _MOST_TRIMMED
 
     @property
     def line(self) -> int:
@@ -193,11 +198,13 @@ class Estimate:
         t = self.tiles
         vectors = {
             "channels": "output channels",
+            "groups": "channels, each a group of its own, times elements of X side by side",
             "row": "columns of a row",
             "line": "positions of rows laid end to end",
             "taps": "elements of rows of X laid end to end, multiplied by many taps at once",
             "plane": "elements of planes of X as they lie, multiplied by many taps at once",
         }
+        beside = "column" if t.vector == "groups" else "broadcast value"
         summed = "tap" if t.by_taps else "phase"
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
@@ -205,7 +212,7 @@ class Estimate:
         several = f"{' x '.join(str(n) for n, _ in bands)} times, along {' and '.join(axis for _, axis in bands)}"
         return (
             f"vectors of {t.lanes} {vectors[t.vector]}; "
-            f"a register tile of {counted(t.vectors, 'vector')} x {counted(t.scalars, 'broadcast value')}"
+            f"a register tile of {counted(t.vectors, 'vector')} x {counted(t.scalars, beside)}"
             + (f" x {t.rows} rows" if t.rows > 1 else ""),
             *(["two products of bfloat16 by one instruction, each added to the float32 sum"] if t.products > 1 else []),
             f"registers hold {counted(self.accumulators, 'sum')}; {self.used:.0%} of what the tiles compute is output",
@@ -230,8 +237,12 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    stores = {vector: _store(spec, vector, machine) for vector in ("channels", "row", "line", "taps", "plane")}
+    vectors = ("channels", "groups", "row", "line", "taps", "plane")
+    stores = {vector: _store(spec, vector, machine) for vector in vectors}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
+    if takes_groups(spec):
+        own = _Layer.of(spec, 1, own=True)
+        choices += [(own, machine, tiles) for tiles in _sensible(own, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_tiles(spec, whole, machine, stores)]
     if (half := halved(spec, machine)) is not None:
@@ -251,6 +262,17 @@ def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
     return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
 
 
+def takes_groups(spec: ConvTranspose3d) -> bool:
+    """Whether vectors may run along groups: each has one channel, and they are side by side in X and in Y."""
+    return spec.layout == "NDHWC" and 1 < spec.groups == spec.channels_in == spec.channels_out
+
+
+def divided(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int, int]:
+    """Groups, and how many output and input channels each has; what vectors run along is channels of a single one."""
+    groups = 1 if t.vector == "groups" else spec.groups
+    return groups, spec.channels_out // groups, spec.channels_in // spec.groups
+
+
 def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
     """How many sums of ``spec`` a vector of ``machine`` holds."""
     return machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
@@ -265,7 +287,7 @@ def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
 
 def joined(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many planes of positions a line of ``spec`` goes through."""
-    return _Layer.of(spec, t.products).joined(t)
+    return _layer(spec, t).joined(t)
 
 
 def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -276,7 +298,7 @@ def by_rows(spec: ConvTranspose3d, t: Tiles) -> bool:
 
 def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many elements a row of the copy of X has; planes as they lie are one row each, or all together."""
-    return _Layer.of(spec, t.products).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
+    return _layer(spec, t).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
 
 
 def woven_by_tiles(spec: ConvTranspose3d) -> bool:
@@ -294,12 +316,13 @@ def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether tasks, and register tiles, leave nothing over: all that they sum is of Y."""
     planes, rows, columns = (axis.positions for axis in spec.axes)
     depth, height = t.depth * t.bands_d, t.height * t.bands_h
-    return (spec.channels_out // spec.groups) % t.task == planes % depth == rows % height == columns % t.columns == 0
+    _, m, _ = divided(spec, t)
+    return m % t.task == planes % depth == rows % height == columns % t.columns == 0
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many register tiles of a band multiply the same weights."""
-    return _Layer.of(spec, t.products).band(t) // (t.columns * t.rows)
+    return _layer(spec, t).band(t) // (t.columns * t.rows)
 
 
 @lru_cache(maxsize=1024)
@@ -331,12 +354,13 @@ def square(spec: ConvTranspose3d, columns: int) -> int:
 def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     """Whether Y is written past the caches: a large one, in whole lines."""
     channels_first = spec.layout == "NCDHW"
-    side_by_side = spec.axes[2].out if channels_first else spec.channels_out // spec.groups
+    channels = spec.channels_out if vector == "groups" else spec.channels_out // spec.groups
+    side_by_side = spec.axes[2].out if channels_first else channels
     in_vectors = weaves(spec.axes[2]) if channels_first else machine.vector_bytes == CACHE_LINE
     return (
         machine.streams
         and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
-        and (vector == "channels") != channels_first
+        and (vector in ("channels", "groups")) != channels_first
         and in_vectors
         and side_by_side * spec.itemsize % CACHE_LINE == 0
         and math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
@@ -345,7 +369,7 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
     """How many weights and how many elements of X a register tile multiplies, in registers."""
-    return (vectors, scalars * rows) if vector == "channels" else (scalars, vectors * rows)
+    return (vectors, scalars * rows) if vector in ("channels", "groups") else (scalars, vectors * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +382,7 @@ class _Layer:
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
     ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
+    With ``own``, vectors run along groups, as if all were one: each channel has an X of its own, and ``c`` is 1.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -386,17 +411,19 @@ class _Layer:
     grouped: bool
     in_chunks: bool
     in_squares: bool
+    own: bool
 
     @classmethod
     @lru_cache(maxsize=256)
-    def of(cls, spec: ConvTranspose3d, products: int) -> _Layer:
+    def of(cls, spec: ConvTranspose3d, products: int, own: bool = False) -> _Layer:
+        groups = 1 if own else spec.groups
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
             products=products,
             itemsize=8 if spec.sum_dtype == "float64" else 4,
-            m=spec.channels_out // spec.groups,
+            m=spec.channels_out // groups,
             c=spec.channels_in // spec.groups // products,
-            images=spec.groups * (spec.batch or 1),
+            images=groups * (spec.batch or 1),
             depth=depth,
             height=height,
             width=width,
@@ -412,11 +439,12 @@ class _Layer:
             strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
             tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
             channels_first=spec.layout == "NCDHW",
-            together=1 if spec.layout == "NCDHW" else spec.groups,
+            together=1 if spec.layout == "NCDHW" else groups,
             widened=spec.dtype != spec.sum_dtype and products == 1,
             grouped=spec.groups > 1,
             in_chunks=copies_chunks(spec),
             in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
+            own=own,
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -445,8 +473,13 @@ class _Layer:
             positions = (1 if self.joined(t) > 1 else planes) * self.as_they_lie(t)
         else:
             positions = planes * rows * self.reach[2]
-        channels = t.chunk // t.products if t.copy == "chunk" else self.c
-        return self.itemsize * self.together * channels * positions
+        return self.itemsize * self.together * self.channels_read(t) * positions
+
+    def channels_read(self, t: Tiles) -> int:
+        """Channels of X that a task reads at a time, of each group that it computes."""
+        if self.own:
+            return t.task * t.bands_m
+        return t.chunk // t.products if t.copy == "chunk" else self.c
 
     def planes(self, depth: int) -> int:
         """Planes of X that ``depth`` planes of positions read."""
@@ -480,7 +513,7 @@ class _Layer:
 
     def stretch(self, t: Tiles) -> int:
         """Elements of Y that a task writes side by side; bands of a few channels go on where the one before ended."""
-        if not self.channels_first and t.task < self.m:
+        if not self.channels_first and t.task * (t.bands_m if self.own else 1) < self.m:
             return t.task
         going_on = t.bands_h if t.task * t.depth * self.strides[0] <= _STREAMS else 1
         rows = min(t.height * going_on, self.height) * self.strides[1]
@@ -501,9 +534,14 @@ class _Layer:
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
-        if not self.widened or t.vector == "channels":
+        if not self.widened or t.of_channels:
             return 0
         return self.itemsize * t.task * t.bands_m * self.c * self.kernel
+
+
+def _layer(spec: ConvTranspose3d, t: Tiles) -> _Layer:
+    """The layer as these tiles see it."""
+    return _Layer.of(spec, t.products, t.vector == "groups")
 
 
 def reach(axis: Axis) -> int:
@@ -524,19 +562,23 @@ def _store(spec: ConvTranspose3d, vector: str, machine: Machine) -> Store:
 
 def _sensible(layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
+    of_rows = (range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1))
     shapes = [
-        *product(("channels", "row"), range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1)),
+        *product(("channels", "row"), *of_rows),
         *product(("row",), range(1, 7), (1,), range(5, min(8, layer.height) + 1)),
         *product(("line",), range(1, 9), range(1, 17), (1,)),
     ]
+    if layer.own:
+        shapes = [*product(("groups",), *of_rows)]
     for vector, vectors, scalars, rows in shapes:
         # beside the sums: the factors of one side, and one of the other at a time
         if vectors * scalars * rows + min(factors(vector, vectors, scalars, rows)) + 1 > machine.registers:
             continue
-        channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
-        if channels >= layer.m + (lanes if vector == "channels" else 1):
+        of_channels = vector in ("channels", "groups")
+        channels, columns = (vectors * lanes, scalars) if of_channels else (scalars, vectors * lanes)
+        if channels >= layer.m + (lanes if of_channels else 1):
             continue
-        if vector != "line" and columns >= layer.width + (1 if vector == "channels" else lanes):
+        if vector != "line" and columns >= layer.width + (1 if of_channels else lanes):
             continue
         chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
         registers = (vector, lanes, vectors, scalars, rows)
@@ -690,7 +732,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
     So many for all planes, though a plane at a time is read: twice as many gained nothing on most layers measured.
     """
     taps_d, taps_h, taps_w = layer.most_taps
-    if vector == "channels" or taps_d * taps_h * taps_w == 1:
+    if layer.c == 1 or vector == "channels" or taps_d * taps_h * taps_w == 1:
         return layer.c
     fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + CACHE_LINE)))
     return largest_divisor(layer.c, fits)
@@ -786,11 +828,14 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes:
 
 def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
-    transposed = (t.vector == "channels") == layer.channels_first
+    transposed = t.of_channels == layer.channels_first
     in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.by_taps:  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
+    if layer.own and t.bands_m > 1:  # a band writes few lines of each position, far apart, or half a line
+        apart = 1 if t.task * layer.itemsize < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024)
+        weaving += 100 / (t.task * layer.itemsize) * apart
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
@@ -800,10 +845,10 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     band = layer.read(t, 1, 1) * (1 if t.copy == "whole" else 2) + sizes.held
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
-    a_phase = layer.itemsize * rows * layer.c * layer.width
+    a_phase = layer.itemsize * rows * (t.task if layer.own else layer.c) * layer.width
     phases = layer.phases // t.phases_at_once
     reading = a_phase * (phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
-    if t.copy == "whole" and t.vector == "channels" and not layer.channels_first:
+    if t.copy == "whole" and t.of_channels and not layer.channels_first:
         # a few columns of all channels at a time, too short for the prefetcher, from where all of the copy is
         of_copy = layer.itemsize * layer.images * layer.c * math.prod(layer.reach)
         reading += 0.4 * min(1, max(0, of_copy / machine.l2_bytes - 1)) * layer.tasks(t) * sizes.window
@@ -813,9 +858,10 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
 def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """What tasks share is copied by each of them; a copy of all X goes through the caches that hold it, and back."""
     depth, height, width = layer.sizes if t.vector == "plane" else layer.reach
-    a_plane = layer.itemsize * layer.c * height * width
-    a_row = 4 / (width if layer.channels_first or t.vector != "channels" else width * layer.c)
-    if not layer.channels_first and t.vector != "channels":  # transposed
+    a_plane = layer.itemsize * (layer.m if layer.own else layer.c) * height * width
+    in_their_order = t.of_channels and not layer.channels_first
+    a_row = 4 / (width * layer.channels_read(t) if in_their_order else width)
+    if not layer.channels_first and not in_their_order:  # transposed
         a_row += 0.2 if layer.in_squares else 0.6
     far = min(1, depth * a_plane / (8 * machine.l2_bytes))
     if t.copy == "whole":
@@ -839,7 +885,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     """The products of one channel, or of a pair, added to one register tile."""
     _, taps_h, taps_w = layer.most_taps
     of_plane = t.unrolls(taps_h * taps_w)
-    unrolled = of_plane or (t.vector != "channels" and t.scalars == layer.c == 1)
+    unrolled = of_plane or (not t.of_channels and t.scalars == layer.c == 1)
     shares_rows = of_plane and t.shares_rows
     # cycles a byte of weights: what a neighbouring tile has just used, what the third cache has of it since, and what a
     # whole task passed by since
@@ -852,7 +898,12 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     a_weight = layer.itemsize * (again * (near + lost * (third - near)) + (1 - again) * far)
     # beside a single vector a broadcast is folded into its multiply-add, where a unit may have one in each cycle
     a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
-    if t.vector == "channels":
+    if t.vector == "groups":
+        loads, loading = float(t.vectors), (t.vectors + t.vectors * t.scalars * t.rows) / machine.fma_units
+        a_load, passing = machine.loading, 0.0
+        # LLVM keeps what the taps of a row share of X in registers, beside the sums
+        waiting = 1.5 * max(0, 2 * t.vectors * t.scalars * t.rows - machine.registers)
+    elif t.vector == "channels":
         loads, loading = t.vectors + t.scalars * t.rows * a_broadcast, 0.0
         a_load = machine.loading
         # what the first cache does not hold until it is read again: all taps of the weights, a tap with its X
@@ -897,10 +948,10 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(sums, in_flight) / machine.fma_units
     a_loop = 2 if layer.c == 1 else 5 if t.copy == "chunk" else 20
-    at_once = taps_h * taps_w if unrolled else 1 if t.vector == "channels" else taps_w
+    at_once = taps_h * taps_w if unrolled else 1 if t.of_channels else taps_w
     beginning = a_loop / (chunk * at_once)
     summing = max(multiplying, loading) + a_load * loads
-    summing = max(summing, passing / (machine.l2_rate if t.vector == "channels" else _FROM_SECOND))
+    summing = max(summing, passing / (machine.l2_rate if t.of_channels else _FROM_SECOND))
     return summing + machine.overhead * (waiting + beginning)
 
 

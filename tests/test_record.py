@@ -256,7 +256,7 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"lanes": 0}, "lanes is 0, but must be a whole number of at least 1"),
         ({"rows": 1.0}, "rows is 1.0, but must be a whole number"),
         ({"rows": True}, "rows is True, but must be a whole number"),
-        ({"vector": "columns"}, "vector is 'columns', but must be 'channels', 'row', 'line', 'taps' or 'plane'"),
+        ({"vector": "columns"}, "vector is 'columns', but must be 'channels', 'groups', 'row', 'line', 'taps' or"),
         ({"vectors": 6, "scalars": 6}, "registers, but llvm:x86-64-v3 has 16"),
         (
             {"vectors": 2, "task": 24},
