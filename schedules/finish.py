@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -62,8 +63,8 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     if tiles.products > 1:
         function = structural_map(function, (tirx.For, lambda loop: _paired(loop, tiles)))
     if tiles.vector == "plane":
-        size, end_to_end = spec.axes[0].size, joined(spec, tiles) > 1
-        function = structural_map(function, (s_tir.SBlockRealize, lambda copy: _as_it_lies(copy, size, end_to_end)))
+        through = joined(spec, tiles) > 1
+        function = structural_map(function, (s_tir.SBlockRealize, lambda copy: _as_it_lies(copy, spec, through)))
     ahead = channels_ahead(spec, tiles)
     function = structural_map(function, (tirx.For, lambda loop: _in_vectors(loop, channels, ahead)))
     function = structural_map(function, (tirx.For, in_squares))
@@ -81,7 +82,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
     if tiles.woven == "tile":
         function = written_by_tiles(function, spec, tiles)
-    elif not tiles.of_channels and spec.layout == "NCDHW":
+    elif not tiles.of_channels:
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
     if tiles.products > 1 or tiles.store == "streamed":
         function = structural_map(function, (tirx.For, _as_vectors))
@@ -98,7 +99,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     return tvm.IRModule({name.name_hint: function})
 
 
-def _as_it_lies(copy: s_tir.SBlockRealize, planes: int, end_to_end: bool) -> s_tir.SBlockRealize:
+def _as_it_lies(copy: s_tir.SBlockRealize, spec: ConvTranspose3d, end_to_end: bool) -> s_tir.SBlockRealize:
     """Copy no planes beside X, and say how far what is copied lies behind the first element of a plane, or of all.
 
     LLVM cannot always tell from quotients and rests that rows follow each other, and would copy element by element.
@@ -108,14 +109,17 @@ def _as_it_lies(copy: s_tir.SBlockRealize, planes: int, end_to_end: bool) -> s_t
         return copy
     i = block.iter_vars[-1].var
     (load,), zero = every(TensorLoad, block.body.value), tirx.const(0, i.ty.dtype)
-    n, c, d, *_ = load.indices
-    element = tirx.BufferLoad(load.source, [n, c, zero if end_to_end else d, zero, i])
+    channels_first = spec.layout == "NCDHW"
+    n, c, d, *_ = load.indices if channels_first else [load.indices[0], load.indices[-1], *load.indices[1:-1]]
+    at = [zero if end_to_end else d, zero, i]
+    element = tirx.BufferLoad(load.source, [n, c, *at] if channels_first else [n, *at, c])
     body = _with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
     if end_to_end:
         return s_tir.SBlockRealize(copy.iter_values, copy.predicate, body)
-    at = dict(zip((v.var for v in block.iter_vars), copy.iter_values, strict=True))
-    plane = replaced(d, at)
-    return s_tir.SBlockRealize(copy.iter_values, tirx.all(copy.predicate, plane >= 0, plane < planes), body)
+    values = dict(zip((v.var for v in block.iter_vars), copy.iter_values, strict=True))
+    plane = replaced(d, values)
+    beside = tirx.all(copy.predicate, plane >= 0, plane < spec.axes[0].size)
+    return s_tir.SBlockRealize(copy.iter_values, beside, body)
 
 
 def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
@@ -384,29 +388,33 @@ def _skipping_planes(loop: tirx.For, spec: ConvTranspose3d, _tiles: Tiles) -> ti
 def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     """Write a row of Y as vectors, each woven from one vector of every phase, unless an activation is for scalars.
 
-    What whole vectors leave of the row is a narrower one that ends where the row does, and may write again what the
-    one before it wrote: LLVM would write the last 2 to 31 elements one by one. A row of less than two vectors is woven
-    from vectors twice as wide, and written as two.
+    Where channels come last, of every phase of all channels. What whole vectors leave of the row is a narrower one that
+    ends where the row does, and may write again what the one before it wrote: LLVM would write the last 2 to 31
+    elements one by one. A row of less than two vectors is woven from vectors twice as wide, and written as two.
     """
     stride, row = spec.axes[2].stride, spec.axes[2].out
-    block = loop.body.body if isinstance(loop.body, tirx.For) else None
-    if not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != WRITING:
+    loops, block = nest(loop)
+    of_row = 2 if spec.layout == "NCDHW" else 4  # columns and phases, groups and channels
+    if len(loops) != of_row or not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != WRITING:
         return loop
-    if not weaves(spec.axes[2]) or (t.vector == "plane" and not _among_sums(block.block, spec, t)):
+    some_channels = spec.layout == "NDHWC" and math.prod(int(each.extent) for each in loops[2:]) < spec.channels_out
+    if not weaves(spec) or some_channels:
+        return loop
+    if t.vector == "plane" and not _among_sums(block.block, spec, t):
         return loop
     lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
     whole, left = divmod(row, lanes * stride)
     short = whole == 1 and left > 0 and lanes < t.lanes and stride > 1
     if short and 2 * lanes <= _columns_of_rows(block.block, spec, t):
-        at_once = _weave(loop, block, stride, 0, 1, 2 * lanes, (0, left))
+        at_once = _weave(loops, block, stride, 0, 1, 2 * lanes, (0, left))
         return loop if at_once is None else at_once
     parts = [
-        _weave(loop, block, stride, first * lanes * stride, count, lanes)
+        _weave(loops, block, stride, first * lanes * stride, count, lanes)
         for first, count in _parts(spec, t, whole, lanes)
     ]
     if left:
         lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
-        parts.append(_weave(loop, block, stride, row - lanes * stride, 1, lanes))
+        parts.append(_weave(loops, block, stride, row - lanes * stride, 1, lanes))
     woven = [part for part in parts if part is not None]
     return in_turn(woven) if len(woven) == len(parts) else loop
 
@@ -465,7 +473,7 @@ def _columns_of_rows(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> 
 
 
 def _weave(
-    loop: tirx.For,
+    loops: Sequence[tirx.For],
     realize: s_tir.SBlockRealize,
     stride: int,
     first: int,
@@ -473,31 +481,42 @@ def _weave(
     lanes: int,
     begins: Sequence[int] = (0,),
 ) -> tirx.For | None:
-    """``count`` times ``lanes * stride`` elements of a row of Y, from ``first`` on; None where that needs a loop.
+    """``count`` times ``lanes * stride`` columns of a row of Y, from ``first`` on; None where that needs a loop.
 
-    They are written as a vector from each of ``begins`` on, each of its part of the elements.
+    They are written as a vector from each of ``begins`` on, each of its part of the columns. ``loops`` go through
+    columns, phases and, where channels come last, groups and channels.
     """
+    loop = loops[0]
     kind, block = loop.loop_var.ty.dtype, realize.block
-    y, column = block.body.buffer, block.iter_vars[-1].var
-    *row, _ = block.body.indices
+    y, last = block.body.buffer, len(loops) > 2
+    column = block.iter_vars[-2 if last else -1].var
+    of_channels = [{block.iter_vars[-1].var: tirx.const(i, kind)} for i in range(int(y.shape[-1]))] if last else [{}]
+    # of a row with channels last, Y's index of a channel goes on through its columns
+    *row, at_first = block.body.indices if not last else [*block.body.indices[:-1], tirx.const(0, kind)]
     vector, lane = (tirx.Var(f"{loop.loop_var.name}_{name}", kind) for name in ("vector", "lane"))
     analyzer, zero, size = Analyzer(), tirx.const(0, kind), lanes * stride
     analyzer.bind(vector, Range(0, count))
     analyzer.bind(lane, Range(0, lanes))
     of_phases = [
-        analyzer.simplify(replaced(block.body.value, {column: (vector * lanes + lane) * stride + (first + k)}))
-        for k in range(stride)
+        analyzer.simplify(
+            replaced(block.body.value, {column: (vector * lanes + lane) * stride + (first + k), **channel})
+        )
+        for k, channel in product(range(stride), of_channels)
     ]
     vectors = [vector_of(_masked(value, lane), lane, lanes) for value in of_phases]
     if any(each is None for each in vectors):
         return None
-    part = size // len(begins)
-    end = begins[-1] + part
-    body = later(y, [*row, column], end)
-    for begin_at in begins:
-        at = [*row, tirx.Ramp(column + begin_at, tirx.const(1, kind), part)]
+    each = len(of_channels)
+    part = size // len(begins) * each
+    end = begins[-1] * each + part
+    body = later(y, [*row, at_first], end)
+    for begin_at in (column_at * each for column_at in begins):
+        at = [*row, tirx.Ramp(at_first + begin_at, tirx.const(1, kind), part)]
         body.append(tirx.BufferStore(y, interlaced(vectors, lanes, begin_at, part), at))
-    written = [*block.writes[0].region[:-1], Range.from_min_extent(column, end)]
+    columns = Range.from_min_extent(column, end // each)
+    written = [*block.writes[0].region[: -2 if last else -1], columns]
+    if last:
+        written.append(Range.from_min_extent(at_first, each))
     weaving = s_tir.SBlock(
         block.iter_vars,
         block.reads,
@@ -507,7 +526,7 @@ def _weave(
         annotations=block.annotations,
     )
     # every column is one of the row's: of the test there remain planes and rows
-    test = analyzer.simplify(replaced(realize.predicate, {loop.loop_var: zero, loop.body.loop_var: zero}))
-    start = vector * size + first
-    woven_row = s_tir.SBlockRealize([*realize.iter_values[:-1], start], test, weaving)
+    test = analyzer.simplify(replaced(realize.predicate, begin(loops)))
+    start = [vector * size + first, *([zero] if last else [])]
+    woven_row = s_tir.SBlockRealize([*realize.iter_values[: -len(start)], *start], test, weaving)
     return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)

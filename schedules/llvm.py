@@ -301,7 +301,7 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
         return 0
     low, high = _own_columns(spec, t)
     columns = high - low
-    if _tiled(spec, t, length):
+    if _tiled(spec, t, length) and t.vector != "plane":
         columns = _side_by_side(spec, t, length)
         if t.lanes % columns:  # a row goes from one register tile to the next anywhere
             return 0
@@ -315,6 +315,8 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
     if _in_their_order(spec, t):
         sch.annotate(side_by_side, VECTORS, [0, min(extent, spec.channels_in), t.lanes * t.products])
     elif size:
+        if t.vector == "plane":  # what is left is no square: one that ends with it would lie in two register tiles
+            columns = [0, high // size * size]
         sch.annotate(side_by_side, SQUARES, [*columns, size])
     elif spec.layout == "NCDHW" and (
         extent < row or t.vector == "plane" or (low < high and not _tiled(spec, t, length))

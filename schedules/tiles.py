@@ -31,8 +31,9 @@ MOST_PHASES = 27
 _MOST_BY_TAPS = (8, 64, MOST_PHASES)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
-# Rows of more phases than these are left to LLVM.
+# Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels.
 MOST_WOVEN = 4
+_MOST_WOVEN_LAST = 8
 # Workspaces of a task are so many times smaller than X and Y.
 _SMALL = 10
 # So many bytes of Y, and the layer that reads it finds little of it in any cache.
@@ -331,9 +332,13 @@ def largest_divisor(number: int, most: int) -> int:
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
-def weaves(axis: Axis) -> bool:
-    """Whether rows of Y along ``axis`` are written in vectors of one element of each phase in turn."""
-    return axis.out >= 2 * axis.stride and axis.stride <= MOST_WOVEN
+def weaves(spec: ConvTranspose3d) -> bool:
+    """Whether rows of Y are written in vectors of one element of each phase, and last channel, in turn."""
+    axis = spec.axes[2]
+    few = axis.stride <= MOST_WOVEN
+    if spec.layout == "NDHWC":
+        few = axis.stride * spec.channels_out <= _MOST_WOVEN_LAST
+    return few and axis.out >= 2 * axis.stride
 
 
 def copies_chunks(spec: ConvTranspose3d) -> bool:
@@ -356,7 +361,7 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     channels_first = spec.layout == "NCDHW"
     channels = spec.channels_out if vector == "groups" else spec.channels_out // spec.groups
     side_by_side = spec.axes[2].out if channels_first else channels
-    in_vectors = weaves(spec.axes[2]) if channels_first else machine.vector_bytes == CACHE_LINE
+    in_vectors = weaves(spec) if channels_first else machine.vector_bytes == CACHE_LINE
     return (
         machine.streams
         and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
@@ -382,7 +387,8 @@ class _Layer:
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
     is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
     ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
-    With ``own``, vectors run along groups, as if all were one: each channel has an X of its own, and ``c`` is 1.
+    ``woven`` says whether vectors of positions are woven to rows of Y. With ``own``, vectors run along groups, as if
+    all were one: each channel has an X of its own, and ``c`` is 1.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -412,6 +418,7 @@ class _Layer:
     in_chunks: bool
     in_squares: bool
     own: bool
+    woven: bool
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -445,6 +452,7 @@ class _Layer:
             in_chunks=copies_chunks(spec),
             in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
             own=own,
+            woven=weaves(spec),
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -602,7 +610,7 @@ def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
     taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
     if (
-        spec.layout != "NCDHW"
+        (spec.layout == "NDHWC" and not weaves(spec))
         or not all(axis.landing for axis in spec.axes)
         or any(n > most for n, most in zip((m, taps, phases), _MOST_BY_TAPS, strict=True))
     ):
@@ -829,6 +837,8 @@ def _summing_by_tap(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes:
 def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = t.of_channels == layer.channels_first
+    if not layer.channels_first and not t.of_channels:
+        transposed = not layer.woven or t.task < layer.m
     in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.by_taps:  # those of its phase are added up

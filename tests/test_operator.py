@@ -351,7 +351,7 @@ def test_sums_by_taps_are_of_whole_rows_of_taps(field: str, value: Any, words: s
 
 
 @pytest.mark.parametrize(
-    "text", ["s=2 co=9 k=3", "s=2 co=2 k=5", "s=2 co=2 k=3 layout=NDHWC", "co=2 k=1x3x2 s=1x3x1 p=0x12:0x0 op=0x2x0"]
+    "text", ["s=2 co=9 k=3", "s=2 co=2 k=5", "s=2 co=5 k=3 layout=NDHWC", "co=2 k=1x3x2 s=1x3x1 p=0x12:0x0 op=0x2x0"]
 )
 def test_not_every_layer_has_sums_by_taps(text: str) -> None:
     spec = ConvTranspose3d.parse(f"in=1x4x3x4x20 {text}")
