@@ -400,13 +400,15 @@ def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 
 
 def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
-    if not woven_by_tiles(spec):
-        yield (
-            "woven is 'tile', but that is for channels first, a kernel that is the stride, 2 along W, all of Y kept, "
-            "and not for float64"
+    if t.vector != "row" and not t.of_channels:
+        yield f"woven is 'tile', but that is for vectors along a row or channels, and vector is {t.vector!r}"
+    if not woven_by_tiles(spec, t.of_channels):
+        where = (
+            "channels last, and phases that all have taps and as many positions"
+            if t.of_channels
+            else "channels first, a kernel that is the stride, 2 along W, all of Y kept"
         )
-    if t.vector != "row":
-        yield f"woven is 'tile', but that is for vectors along a row, and vector is {t.vector!r}"
+        yield f"woven is 'tile', but for vector {t.vector!r} that is for {where}, and not for float64"
     if t.copy == "chunk":
         yield "woven is 'tile', but that is for a copy of all channels, and copy is 'chunk'"
     if not covers(spec, t):

@@ -68,8 +68,8 @@ class Tiles:
     rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
     or all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
-    written: into the caches, or past them where it begins at a cache line. ``woven`` says of what rows of Y are
-    woven: of the buffers of a band, or by each register tile, of the phases side by side that it sums at once.
+    written: into the caches, or past them where it begins at a cache line. ``woven`` says by what Y is written: from
+    the buffers of a band, or by each register tile, of the phases side by side, or the channels, that it sums.
     """
 
     vector: Literal["channels", "groups", "row", "line", "taps", "plane"]
@@ -118,7 +118,7 @@ class Tiles:
     @property
     def phases_at_once(self) -> int:
         """How many phases a register tile sums in one loop: two where it weaves their rows."""
-        return 2 if self.woven == "tile" else 1
+        return 2 if self.woven == "tile" and not self.of_channels else 1
 
     @property
     def block(self) -> int:
@@ -206,7 +206,7 @@ class Estimate:
             "plane": "elements of planes of X as they lie, multiplied by many taps at once",
         }
         beside = "column" if t.vector == "groups" else "broadcast value"
-        summed = "tap" if t.by_taps else "phase"
+        summed, phases = "tap" if t.by_taps else "phase", counted(t.phases_at_once, "phase")
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
         ]
@@ -220,7 +220,7 @@ class Estimate:
             f"a task computes{', then writes,' if t.woven == 'band' else ''} {counted(t.task, 'channel')} of "
             f"{counted(t.height, 'row')} in {counted(t.depth, 'plane')} of every {summed}"
             + (f", {several}" if bands else ""),
-            *(["a register tile has two phases, and writes what it sums"] if t.woven == "tile" else []),
+            *([f"a register tile has {phases}, and writes what it sums"] if t.woven == "tile" else []),
             {
                 "task": "each task copies, and pads, the rows of X that it reads",
                 "chunk": f"each task copies, and pads, the rows of X that it reads, {counted(t.chunk, 'channel')} at a "
@@ -246,6 +246,12 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
         choices += [(own, machine, tiles) for tiles in _sensible(own, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_tiles(spec, whole, machine, stores)]
+    if woven_by_tiles(spec, of_channels=True):
+        choices += [
+            (layer, on, replace(t, woven="tile"))
+            for layer, on, t in choices
+            if t.of_channels and t.products == 1 and covers(spec, t)
+        ]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half, stores) if tiles.vector == "channels"]
     estimates = [_estimate(layer, on, tiles) for layer, on, tiles in choices]
@@ -302,15 +308,21 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     return _layer(spec, t).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
 
 
-def woven_by_tiles(spec: ConvTranspose3d) -> bool:
-    """Whether register tiles may write rows of Y: two phases fill one, each has one tap, and all read the same of X.
+def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
+    """Whether register tiles may write Y.
 
-    Functions of float64 are the library's, for one element at a time.
+    Vectors of positions may where two phases fill a row, each has one tap, and all read the same of X; vectors of
+    channels, which come last, where each phase has taps and all of its positions. Functions of float64 are the
+    library's, for one element at a time.
     """
-    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.reads == (0, 0) for a in spec.axes)
     phases = math.prod(axis.stride for axis in spec.axes)
-    in_vectors = spec.layout == "NCDHW" and spec.axes[2].stride == 2 and spec.sum_dtype != "float64"
-    return in_vectors and one_tap and phases <= MOST_PHASES
+    if spec.sum_dtype == "float64" or phases > MOST_PHASES or of_channels != (spec.layout == "NDHWC"):
+        return False
+    if of_channels:
+        whole = all(a.out == a.stride * a.positions for a in spec.axes)
+        return whole and all(phase.taps for a in spec.axes for phase in a.phases)
+    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.reads == (0, 0) for a in spec.axes)
+    return one_tap and spec.axes[2].stride == 2
 
 
 def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -643,7 +655,7 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
 def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Register tiles that write rows of Y, each channel in a band of its own or all in one."""
     slower = layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS
-    if slower or machine.registers < _MANY_REGISTERS or not woven_by_tiles(spec):
+    if slower or machine.registers < _MANY_REGISTERS or not woven_by_tiles(spec, of_channels=False):
         return
     lanes = machine.vector_bytes // layer.itemsize
     for vectors, scalars, rows in product(range(1, 7), range(1, machine.registers // 2), range(1, 5)):
@@ -810,9 +822,11 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     moved, phases, products = 4.5 * sums + 27, layer.phases, read * layer.taps * layer.c
     if t.copy == "chunk":  # sums are put down and taken up
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
-    if t.woven == "tile":  # two phases at once, whose sums do not leave their registers
-        moved, phases, products = 2 * sums + 27, phases // 2, products / 2
-        t = replace(t, scalars=2 * t.scalars)
+    if t.woven == "tile":  # sums do not leave their registers
+        moved = 2 * sums + 27
+    if t.phases_at_once > 1:
+        phases, products = phases // t.phases_at_once, products / t.phases_at_once
+        t = replace(t, scalars=t.phases_at_once * t.scalars)
     moving = tiles * phases * moved + _reading(layer, machine, t, sizes)
     return tiles * products * _step(layer, machine, t, sizes.band), moving
 
@@ -843,9 +857,10 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.by_taps:  # those of its phase are added up
         weaving += 2.2 * layer.taps / layer.phases / t.lanes
-    if layer.own and t.bands_m > 1:  # a band writes few lines of each position, far apart, or half a line
-        apart = 1 if t.task * layer.itemsize < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024)
-        weaving += 100 / (t.task * layer.itemsize) * apart
+    by_tiles = t.woven == "tile" and t.of_channels
+    if by_tiles or (layer.own and t.bands_m > 1):  # few lines of each position at a time, far apart, or half a line
+        of_position = (t.channels if by_tiles else t.task) * layer.itemsize
+        weaving += 100 / of_position * (1 if of_position < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024))
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 

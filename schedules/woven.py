@@ -1,8 +1,10 @@
-"""Rows of Y that register tiles weave and write themselves, with no buffer of a band in between.
+"""What of Y register tiles write themselves, with no buffer of a band in between.
 
-Where the kernel is the stride, all phases multiply the same elements of X, each by a weight of its own. Two phases that
-are neighbours in a row are summed in one loop here: each vector of X is loaded once for both, and their sums are woven
-into a row of Y while they are still in registers.
+Vectors of channels that come last are written as they lie in Y, by the tiles of each phase.
+
+Vectors of positions are woven. Where the kernel is the stride, all phases multiply the same elements of X, each by a
+weight of its own: two phases that are neighbours in a row are summed in one loop, so that each vector of X is loaded
+once for both, and their sums are woven into a row of Y while they are still in registers.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from schedules.statements import (
     with_turns,
     within,
 )
+from schedules.tiles import divided
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
-    """Let the tiles of two phases write what they have summed; nothing is left that a band's buffers are for."""
+    """Let the tiles write what they have summed; nothing is left that a band's buffers are for."""
     y = function.params[-1]
 
     def band(statements: tirx.SeqStmt) -> tirx.Stmt:
@@ -45,7 +48,7 @@ def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -
         names = [_first_block(each) for each in statements.seq]
         if names[-1] != WRITING or not all(OF_PHASE.match(name) for name in names[:-1]):
             return statements
-        width = spec.axes[2].stride
+        width = t.phases_at_once
         rows = [phases[first : first + width] for first in range(0, len(phases), width)]
         _, realize = nest(writing)
         return in_turn([_row(row, realize.block, spec, t, y) for row in rows])
@@ -61,7 +64,7 @@ def _first_block(statement: tirx.Stmt) -> str:
 def _row(
     phases: Sequence[tirx.Stmt], writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer
 ) -> tirx.Stmt:
-    """The tiles of the phases of a row, which all have the same loops, and what these write."""
+    """The tiles of one phase, or of those of a row, which all have the same loops, and what these write."""
     around, _ = nest(phases[0])
     begins, sums, leaves = [], None, []
     for phase in phases:
@@ -89,17 +92,23 @@ def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
 def _writing(
     leaves: Sequence[tirx.Stmt], writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer
 ) -> tirx.Stmt:
-    """Where the sums of the phases would leave their registers for a band's buffers, write them to Y, woven."""
+    """Where the sums of the phases would leave their registers for a band's buffers, write them to Y."""
     local = [(store.buffer, store.value.source) for leaving in leaves for store in every(tirx.BufferStore, leaving)]
     loops, leave = nest(leaves[0])
     *loops, lane = loops
-    axis_d, axis_h, axis_w = spec.axes
+    places: list[list[Any]]
     phase = [int(f) for f in OF_PHASE.match(leave.block.name_hint).groups()]  # type: ignore[union-attr]
-    n, g, m, d, h, w = leave.iter_values
+    n, g, m, *q = leave.iter_values[:6]
     kind, analyzer = lane.loop_var.ty.dtype, Analyzer()
     analyzer.bind(lane.loop_var, Range(0, t.lanes))
-    row = [n, g * (spec.channels_out // spec.groups) + m, d * axis_d.stride + phase[0], h * axis_h.stride + phase[1]]
-    columns = [axis_w.stride * w + f for f in range(axis_w.stride)]
+    _, m_out, _ = divided(spec, t)
+    first_of_row = [i * axis.stride + f for i, axis, f in zip(q, spec.axes, phase, strict=True)]
+    if t.of_channels:
+        # the channel's block, and its place there
+        places = [[n, *first_of_row, g * m_out + m * t.lanes + leave.iter_values[6]]]
+    else:
+        *of_row, column = first_of_row
+        places = [[n, g * m_out + m, *of_row, column + f] for f in range(t.phases_at_once)]
     variables = [v.var for v in writing.iter_vars]
 
     def of_registers(load: Any) -> Any:
@@ -107,21 +116,21 @@ def _writing(
         return load if buffer is None else tirx.BufferLoad(buffer, load.indices)
 
     values = [
-        analyzer.simplify(replaced(writing.body.value, dict(zip(variables, [*row, column], strict=True))))
-        for column in columns
+        analyzer.simplify(replaced(writing.body.value, dict(zip(variables, place, strict=True)))) for place in places
     ]
     vectors = [vector_of(structural_map(value, (TensorLoad, of_registers)), lane.loop_var, t.lanes) for value in values]
-    lanes = t.lanes * axis_w.stride
-    first = analyzer.simplify(replaced(columns[0], {lane.loop_var: tirx.const(0, kind)}))
+    lanes = t.lanes * len(places)
+    *row, begin = places[0]
+    first = analyzer.simplify(replaced(begin, {lane.loop_var: tirx.const(0, kind)}))
     at = tirx.Ramp(first, tirx.const(1, kind), lanes)
     write = in_turn([*later(y, [*row, first], lanes), tirx.BufferStore(y, interlaced(vectors, t.lanes), [*row, at])])
-    of_row = [Range.from_min_extent(i, 1) for i in row]
-    reads = [Range.from_min_extent(i, 1) for i in (n, g, m, d, h)]
-    begin = replaced(w, {lane.loop_var: tirx.const(0, kind)})
+    written = [*(Range.from_min_extent(i, 1) for i in row), Range.from_min_extent(first, lanes)]
+    *reads, last = [replaced(i, {lane.loop_var: tirx.const(0, kind)}) for i in leave.iter_values]
+    of_tile = [*(Range.from_min_extent(i, 1) for i in reads), Range.from_min_extent(last, t.lanes)]
     block = s_tir.SBlock(
         [],
-        [tirx.BufferRegion(b, [*reads, Range.from_min_extent(begin, t.lanes)]) for _, b in local],
-        [tirx.BufferRegion(y, [*of_row, Range.from_min_extent(first, lanes)])],
+        [tirx.BufferRegion(b, of_tile) for _, b in local],
+        [tirx.BufferRegion(y, written)],
         ROW,
         write,
     )

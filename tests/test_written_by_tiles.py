@@ -1,0 +1,119 @@
+"""Channels that come last, written to Y by the register tiles that sum them: right, with no buffer, where they fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+from kernels import HERE, integers, kernel, reals
+from tvm import tirx
+
+from opcompile import lower
+from opcompile.bounds import compare
+from opcompile.compiled import compiled
+from opcompile.record import illegal
+from opcompile.reference import reference
+from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
+from schedules.llvm import Tiles, baseline, candidates
+from schedules.statements import every
+
+WIDE = target("llvm:x86-64-v4")
+TILES = Tiles("channels", 16, 2, 3, 2, 32, 1, 2, 4, "task", woven="tile")
+OF_GROUPS = replace(TILES, vector="groups", chunk=1)
+
+
+def last(text: str) -> ConvTranspose3d:
+    return ConvTranspose3d.parse(f"{text} layout=NDHWC")
+
+
+SMALL = last("in=1x4x2x4x6 co=32 k=3 s=2 p=1 op=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "tiles"),
+    [
+        ("in=1x4x2x4x6 co=32 k=3 s=2 p=1 op=1", TILES),
+        ("in=2x4x2x4x6 co=64 k=2 s=2 act=relu", replace(TILES, bands_h=2, bands_m=2)),
+        ("in=Nx4x3x3x5 co=16 k=3 s=1 p=1", replace(TILES, vectors=1, scalars=5, rows=3, task=16, height=3)),
+        ("in=1x4x2x4x4 co=32 k=4 s=2 p=1 bias=0", replace(TILES, scalars=2, copy="whole", bands_d=2)),
+        ("in=1x8x2x2x6 co=64 k=2 s=2 g=2 act=gelu", TILES),
+        ("in=1x4x1x2x6 co=16 k=1x2x3 s=1x2x3", replace(TILES, vectors=1, task=16, rows=1, height=1)),
+        ("in=1x4x2x4x6 co=32 k=2 s=2 dtype=float16", TILES),
+        ("in=1x4x2x4x6 co=32 k=2 s=2 dtype=bfloat16", replace(TILES, height=4)),
+        ("in=1x32x2x4x6 co=32 k=3 s=2 p=1 op=1 g=32", OF_GROUPS),
+        ("in=1x64x3x2x6 co=64 k=3 s=1 p=1 g=64", replace(OF_GROUPS, bands_m=2, bands_d=3)),
+        ("in=1x32x2x4x6 co=32 k=5 s=2 p=2 op=1 g=32 dtype=float16", replace(OF_GROUPS, copy="whole")),
+    ],
+)
+def test_register_tiles_may_write_channels_that_come_last(text: str, tiles: Tiles) -> None:
+    spec = last(text)
+    assert illegal(asdict(tiles), spec, WIDE) is None
+    integral = spec.activation.name in ("none", "relu")
+    x, w, b = (integers if integral else reals)(spec)
+    compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=integral).require()
+
+
+@pytest.mark.parametrize("store", ["cached", "streamed"])
+def test_they_write_all_of_y_at_any_address_and_nothing_beside_it(store: Any) -> None:
+    tiles = replace(TILES, store=store)
+    function = compiled(lower.scheduled(SMALL, tiles), HERE.tvm())[lower.KERNEL]
+    x, w, b = integers(SMALL)
+    given, wanted = [x, np.ascontiguousarray(lower.packing(SMALL, tiles)(w)), b], reference(SMALL, x, w, b)
+    for offset in (0, 4, 12):
+        memory = np.full(wanted.size + 48, np.nan, np.float32)
+        begin = -memory.ctypes.data % 64 // 4 + offset
+        y = memory[begin : begin + wanted.size].reshape(wanted.shape)
+        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
+        np.testing.assert_array_equal(y, wanted)
+        assert np.isnan(memory).sum() == memory.size - y.size
+
+
+def test_a_kernel_has_no_other_buffer_than_the_copy_of_x() -> None:
+    planes, rows, columns = 1 + 1, 2 + 1, 6 + 1
+    assert lower.workspace_bytes(SMALL, TILES) == 4 * SMALL.channels_in * planes * rows * columns
+    assert lower.workspace_bytes(SMALL, replace(TILES, woven="band")) > lower.workspace_bytes(SMALL, TILES)
+
+
+def test_what_is_written_are_whole_vectors_of_sums() -> None:
+    function = lower.scheduled(SMALL, TILES)[lower.KERNEL]
+    stores = [each for each in every(tirx.BufferStore, function.body) if each.buffer.same_as(function.params[-1])]
+    assert len(stores) == 8, "one a phase, unrolled later"
+    assert all(int(store.value.ty.dtype.lanes) == TILES.lanes for store in stores)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "words"),
+    [
+        ("in=1x4x2x4x6 co=32 k=3 s=2 p=1", {}, "phases that all have taps and as many positions"),
+        ("in=1x4x2x4x6 co=32 k=1 s=2 op=1", {}, "phases that all have taps"),
+        ("in=1x4x2x4x6 co=32 k=4 s=4", {}, "phases that all have taps"),  # 64 of them, axes of one block
+        ("in=1x4x2x4x6 co=32 k=2 s=2 dtype=float64", {"lanes": 8, "task": 16}, "not for float64"),
+        ("in=1x4x2x4x7 co=32 k=2 s=2", {}, "columns over"),
+        ("in=1x4x2x4x6 co=24 k=2 s=2", {}, "leave some channels"),
+        ("in=1x4x2x5x6 co=32 k=2 s=2", {}, "rows or columns over"),
+        ("in=1x4x2x4x6 co=32 k=2 s=2", {"vector": "row", "task": 3}, "that is for channels first"),
+        ("in=1x4x2x4x6 co=32 k=2 s=2", {"vector": "line", "rows": 1, "task": 3}, "along a row or channels"),
+    ],
+)
+def test_tiles_that_cannot_write_channels_say_why(text: str, changes: dict[str, Any], words: str) -> None:
+    assert words in str(illegal({**asdict(TILES), **changes}, last(text), WIDE))
+
+
+def test_where_channels_come_first_vectors_of_channels_are_not_written_so() -> None:
+    spec = replace(SMALL, layout="NCDHW")
+    assert "that is for channels last" in str(illegal(asdict(TILES), spec, WIDE))
+    assert not any(e.tiles.woven == "tile" and e.tiles.of_channels for e in candidates(spec, WIDE.machine))
+
+
+@pytest.mark.parametrize("on", ["llvm:x86-64-v3", "llvm:x86-64-v4", "llvm:znver5", "llvm:apple-m1"])
+def test_they_are_chosen_where_writing_weighs(on: str) -> None:
+    for text in ("in=1x16x12x12x12 co=96 k=2 s=2", "in=1x96x16x16x16 co=96 k=2 s=2 g=96"):
+        spec, machine = last(text), target(on)
+        chosen = baseline(spec, machine.machine)
+        assert chosen.tiles.woven == "tile"
+        assert "a register tile has 1 phase, and writes what it sums" in chosen.why()
+        assert illegal(asdict(chosen.tiles), spec, machine) is None
