@@ -424,7 +424,10 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
     m, weights = spec.channels_out // spec.groups, weights_by_taps(spec)
     if not weights:
-        yield f"vector is {t.vector!r}, but for sums by taps the layer has too many output channels"
+        yield (
+            f"vector is {t.vector!r}, but for sums by taps the layer has too many channels, taps or phases, or its "
+            "rows are not woven"
+        )
     if t.scalars not in weights:
         yield f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
     if t.task != m:

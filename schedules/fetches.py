@@ -44,7 +44,7 @@ def asking(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.Pri
         function = structural_map(function, (tirx.For, lambda loop: _of_next_task(loop, spec, t, x)))
     if ahead := _ahead(spec, t):
         function = structural_map(function, (tirx.For, lambda loop: _asking(loop, t, ahead)))
-    # else the elements of a vector lie apart in Y, or its tile asks as it writes
+    # else the elements of a vector lie apart in Y, or its row or its tile asks as it is written
     if (t.of_channels or spec.layout == "NCDHW") and t.woven == "band":
         function = structural_map(function, (tirx.For, lambda loop: _of_y(loop, spec, t, y)))
     return function

@@ -37,7 +37,7 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import joined, length_of_row, reach, weaves
+from schedules.tiles import LEAST_WOVEN_LAST, joined, length_of_row, reach, weaves
 from schedules.woven import written_by_tiles
 
 if TYPE_CHECKING:
@@ -397,9 +397,12 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     of_row = 2 if spec.layout == "NCDHW" else 4  # columns and phases, groups and channels
     if len(loops) != of_row or not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != WRITING:
         return loop
-    some_channels = spec.layout == "NDHWC" and math.prod(int(each.extent) for each in loops[2:]) < spec.channels_out
-    if not weaves(spec) or some_channels:
+    if not weaves(spec):
         return loop
+    if spec.layout == "NDHWC":
+        some_channels = math.prod(int(each.extent) for each in loops[2:]) < spec.channels_out
+        if some_channels or t.lanes < LEAST_WOVEN_LAST:
+            return loop
     if t.vector == "plane" and not _among_sums(block.block, spec, t):
         return loop
     lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))

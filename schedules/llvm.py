@@ -261,9 +261,7 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         return
     if _in_their_order(spec, t):
         sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
-        if (t.task * t.bands_m if t.vector == "groups" else spec.channels_in // spec.groups) % (
-            _POWER * t.products
-        ) == 0:
+        if (spec.channels_in // spec.groups) % (_POWER * t.products) == 0:
             sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
         return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))

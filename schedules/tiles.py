@@ -31,9 +31,14 @@ MOST_PHASES = 27
 _MOST_BY_TAPS = (8, 64, MOST_PHASES)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
-# Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels.
+# Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and where
+# all that is unrolled, three phases of planes and rows and one of those vectors, would be too much code: for an
+# activation that is more than a few selections, and for any.
 MOST_WOVEN = 4
 _MOST_WOVEN_LAST = 8
+_MOST_OF_ROWS_LAST = (32, 64)
+# There vectors of fewer sums are shuffled more slowly than their elements are written one by one.
+LEAST_WOVEN_LAST = 8
 # Workspaces of a task are so many times smaller than X and Y.
 _SMALL = 10
 # So many bytes of Y, and the layer that reads it finds little of it in any cache.
@@ -241,7 +246,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     vectors = ("channels", "groups", "row", "line", "taps", "plane")
     stores = {vector: _store(spec, vector, machine) for vector in vectors}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
-    if takes_groups(spec):
+    if takes_groups(spec) and spec.groups >= sums_of_a_vector(spec, machine):  # in pieces, vectors are slower than rows
         own = _Layer.of(spec, 1, own=True)
         choices += [(own, machine, tiles) for tiles in _sensible(own, machine, stores)]
     choices += [(whole, machine, tiles) for tiles in _by_taps(spec, whole, machine, stores)]
@@ -349,7 +354,9 @@ def weaves(spec: ConvTranspose3d) -> bool:
     axis = spec.axes[2]
     few = axis.stride <= MOST_WOVEN
     if spec.layout == "NDHWC":
+        vectors = math.prod(a.stride for a in spec.axes) * spec.channels_out
         few = axis.stride * spec.channels_out <= _MOST_WOVEN_LAST
+        few &= vectors <= _MOST_OF_ROWS_LAST[spec.activation.name in _SELECTIONS]
     return few and axis.out >= 2 * axis.stride
 
 
@@ -633,6 +640,8 @@ def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
 def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Each tap summed by itself, so that a vector of X is loaded once for many: where output channels are few."""
     lanes = machine.vector_bytes // layer.itemsize
+    if spec.layout == "NDHWC" and lanes < LEAST_WOVEN_LAST:
+        return
     spans = [("taps", *span) for span in _spans(layer, "line", 1)]
     spans += [("plane", depth, layer.height) for depth in sorted({_over(layer.depth, n) for n in _PARTS})]
     for scalars, vectors in product(weights_by_taps(spec), range(1, 7)):
@@ -852,7 +861,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Writing one element of Y; a new stretch is a new page and a new stream for the prefetcher."""
     transposed = t.of_channels == layer.channels_first
     if not layer.channels_first and not t.of_channels:
-        transposed = not layer.woven or t.task < layer.m
+        transposed = not layer.woven or t.task < layer.m or t.lanes < LEAST_WOVEN_LAST
     in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.by_taps:  # those of its phase are added up

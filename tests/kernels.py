@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tvm
+import tvm_ffi
 from numpy.typing import NDArray
 
 from opcompile import lower
@@ -66,6 +69,29 @@ def _tensor(array: NDArray[Any], dtype: str) -> Any:
     tensor = tvm.runtime.empty(array.shape, dtype)
     tensor.copyfrom(array)
     return tensor
+
+
+def guarded(array: NDArray[Any], *, end: bool) -> NDArray[Any]:
+    """A copy that ends, or begins, at a page that no one may touch: who reads or writes beyond it dies there."""
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first + page * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    begin = (pages + 1) * mmap.PAGESIZE - array.nbytes if end else mmap.PAGESIZE
+    copy = np.frombuffer(memory, array.dtype, array.size, begin).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def within_guards(spec: ConvTranspose3d, tiles: Tiles, *, end: bool, on: Target = HERE) -> NDArray[Any]:
+    """Y of small integers (`integers`), where X, W, B and Y lie beside pages that no one may touch."""
+    function = callable_in(scheduled(spec, tiles), lower.KERNEL, optimised=False, on=on)
+    x, w, b = integers(spec)
+    y = guarded(np.full((x.shape[0], *spec.y_shape[1:]), np.nan, dtype_of(spec)), end=end)
+    given = [x, lower.packing(spec, tiles)(w), *([b] if spec.bias else [])]
+    function(*(tvm_ffi.from_dlpack(a, require_alignment=1) for a in (*(guarded(a, end=end) for a in given), y)))
+    return y
 
 
 def integers(spec: ConvTranspose3d, seed: int = 0, batch: int = 2) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

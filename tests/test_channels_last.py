@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
-from kernels import HERE, integers, kernel, reals, scheduled
+from kernels import HERE, integers, kernel, reals, scheduled, within_guards
 from tvm import s_tir, tirx
 from tvm.sym import Analyzer
 
 from opcompile.bounds import compare
 from opcompile.lower import KERNEL
 from opcompile.record import illegal
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, baseline, candidates
@@ -72,6 +74,22 @@ def test_rows_of_few_channels_are_right(text: str) -> None:
         compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=integral).require()
 
 
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("text", ["in=1x8x3x5x7 co=2 k=3 s=2 p=1 op=1", "in=2x4x3x3x19 co=3 k=3 s=1 p=1"])
+def test_nothing_is_read_or_written_beyond_the_tensors(text: str, end: bool) -> None:
+    spec = last(text)
+    x, w, b = integers(spec)
+    for vector, change in (
+        ("row", {}),
+        ("line", {"copy": "whole"}),
+        ("taps", {}),
+        ("plane", {}),
+        ("plane", {"depth": 3}),
+    ):
+        y = within_guards(spec, tiles_of(spec, vector, **change), end=end)
+        np.testing.assert_array_equal(y, reference(spec, x, w, b))
+
+
 @pytest.mark.parametrize("width", [4, 5, 8, 15, 16, 31, 33])
 @pytest.mark.parametrize(("channels", "stride"), [(1, 2), (2, 2), (3, 2), (4, 2), (3, 1), (8, 1), (2, 4)])
 def test_a_row_is_written_by_vectors_of_all_its_channels(channels: int, stride: int, width: int) -> None:
@@ -98,6 +116,7 @@ def test_a_row_is_written_by_vectors_of_all_its_channels(channels: int, stride: 
         ("in=1x2x2x3x16 co=5 k=2 s=2", {}),  # ten vectors
         ("in=1x2x2x3x16 co=9 k=3 s=1", {}),
         ("in=1x2x2x3x1 co=2 k=2 s=2", {}),  # a row shorter than two columns of each phase
+        ("in=1x2x2x3x16 co=8 k=5x5x3 s=5x5x1 p=0x0x1 act=relu", {}),  # 200 vectors to unroll
         ("in=1x2x2x3x16 co=4 k=2 s=2", {"scalars": 2, "task": 2}),  # tasks of some of the channels
         ("in=1x2x2x3x16 co=3 k=2 s=2", {"scalars": 1, "task": 1}),  # of one
     ],
@@ -142,9 +161,31 @@ def test_few_channels_that_come_last_are_no_vectors(text: str, vectors: set[str]
         assert baseline(last(text), target(name).machine).tiles.vector in vectors
 
 
+def test_rows_of_activations_that_are_much_code_are_woven_where_they_are_few() -> None:
+    for channels, activation, few in ((8, "relu", True), (4, "mish", True), (8, "mish", False), (1, "tanh", True)):
+        assert weaves(last(f"in=1x2x2x3x16 co={channels} k=3x3x1 s=3x2x1 act={activation}")) == few
+
+
+@pytest.mark.parametrize("on", ["llvm:x86-64-v2", "llvm:neoverse-n1"])
+def test_vectors_of_four_sums_are_not_woven(on: str) -> None:
+    spec = last("in=1x8x3x4x18 co=2 k=3 s=2 p=1 op=1")
+    assert not any(e.tiles.by_taps for e in candidates(spec, target(on).machine))
+    body = scheduled(spec, Tiles("row", 4, 1, 2, 1, 2, 1, 2, 8, "task"))[KERNEL].body
+    assert {at.block.name_hint for at, _ in statements(body) if isinstance(at, s_tir.SBlockRealize)} >= {"output"}
+
+
+def test_rows_that_are_woven_cost_less() -> None:
+    woven, apart = last("in=1x32x16x16x16 co=4 k=2 s=2"), last("in=1x32x16x16x16 co=5 k=2 s=2")
+    costs = [
+        next(e.storing for e in candidates(s, V4.machine) if e.tiles.vector == "row") / s.channels_out
+        for s in (woven, apart)
+    ]
+    assert costs[0] < 0.6 * costs[1]
+
+
 def test_sums_by_taps_are_for_rows_that_are_woven() -> None:
     spec = last("in=1x4x3x4x20 co=5 k=3 s=2")
     assert not weights_by_taps(spec)
     assert not any(e.tiles.by_taps for e in candidates(spec, V4.machine))
     tiles = Tiles("taps", 16, 1, 9, 1, 5, 1, 2, 4, "task")
-    assert "for sums by taps the layer has too many output channels" in str(illegal(asdict(tiles), spec, V4))
+    assert "for sums by taps the layer has too many channels, taps or phases" in str(illegal(asdict(tiles), spec, V4))

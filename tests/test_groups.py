@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernels import HERE, integers, kernel, reals, scheduled
+from kernels import HERE, integers, kernel, reals, scheduled, within_guards
 from tvm import s_tir, tirx
 
 from opcompile.bounds import compare
 from opcompile.lower import KERNEL
 from opcompile.record import illegal
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, baseline, candidates
@@ -33,12 +34,12 @@ def depthwise(channels: int, rest: str) -> ConvTranspose3d:
 
 LAYERS = [
     depthwise(20, "in=1x3x4x7 k=3 s=2 p=1 op=1"),  # a vector and a quarter
-    depthwise(3, "in=2x3x4x5 k=3 s=1 p=1 act=relu"),  # less than a vector
+    depthwise(18, "in=2x3x4x5 k=3 s=1 p=1 act=relu"),
     depthwise(48, "in=Nx2x5x6 k=4 s=2 p=1 bias=0"),
     depthwise(32, "in=1x3x3x9 k=2 s=2 act=gelu"),
     depthwise(17, "in=1x4x3x5 k=3x1x5 s=1x2x3 d=2x1x1 p=1:0x0x2"),  # each axis another, and a phase without taps
     depthwise(19, "in=1x2x3x3 k=4 s=4"),  # 64 phases, as axes
-    depthwise(5, "in=1x4x2x2 k=1x3x7 s=4x3x5 p=2:1x2:3x3:3 op=0x2x0 d=1x1x3"),  # no tap meets Y
+    depthwise(21, "in=1x4x2x2 k=1x3x7 s=4x3x5 p=2:1x2:3x3:3 op=0x2x0 d=1x1x3"),  # no tap meets Y
     depthwise(24, "in=1x3x4x5 k=5 s=2 p=2 op=1 dtype=float16"),
     depthwise(24, "in=1x3x4x5 k=3 s=1 p=1 dtype=bfloat16"),
     depthwise(12, "in=1x3x4x5 k=3 s=2 p=1 dtype=float64"),
@@ -72,6 +73,7 @@ def test_vectors_may_run_along_groups(spec: ConvTranspose3d) -> None:
         (LAYERS[3], Tiles("groups", 16, 2, 4, 2, 32, 2, 4, 1, "whole")),
         (LAYERS[5], Tiles("groups", 16, 2, 3, 1, 32, 1, 1, 1, "task", 2, 1, 1)),
         (LAYERS[10], Tiles("groups", 16, 2, 3, 1, 32, 1, 1, 1, "whole", 1, 1, 2)),
+        (depthwise(3, "in=1x3x4x5 k=3 s=1 p=1"), Tiles("groups", 16, 1, 5, 2, 16, 1, 2, 1, "task")),  # part of a vector
         (LAYERS[10], Tiles("groups", 16, 1, 9, 3, 16, 1, 3, 1, "task", 1, 1, 1)),  # a task of each vector; all rows
     ],
     ids=str,
@@ -88,6 +90,16 @@ def test_first_choices_of_all_machines_are_right(on: Any) -> None:
     spec = depthwise(40, "in=1x4x6x7 k=3 s=2 p=1 op=1 act=relu")
     x, w, b = integers(spec)
     compare(spec, kernel(spec, of_groups(spec, on)[0], on=on)(x, w, b), x, w, b, exact=True).require()
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("text", ["in=1x3x4x7 k=3 s=2 p=1 op=1", "in=2x3x3x4 k=3 s=1 p=1", "in=1x3x4x6 k=2 s=2"])
+@pytest.mark.parametrize("channels", [19, 32])
+def test_nothing_is_read_or_written_beyond_the_tensors(channels: int, text: str, end: bool) -> None:
+    spec = depthwise(channels, text)
+    for tiles in {(t.copy, t.bands_m > 1, t.woven): t for t in reversed(of_groups(spec))}.values():
+        x, w, b = integers(spec)
+        np.testing.assert_array_equal(within_guards(spec, tiles, end=end), reference(spec, x, w, b))
 
 
 def test_x_and_y_are_vectors_of_channels_and_nothing_is_transposed() -> None:
@@ -108,6 +120,12 @@ def test_depthwise_layers_with_channels_last_are_vectors_of_groups(channels: int
     for rest in ("in=1x8x8x8 k=3 s=2 p=1 op=1", "in=1x16x24x24 k=3 p=1", "in=1x16x16x16 k=2 s=2"):
         spec = depthwise(channels, rest)
         assert baseline(spec, target(on).machine).tiles.vector == "groups"
+
+
+def test_fewer_channels_than_a_vector_has_sums_are_no_vectors_of_groups() -> None:
+    for channels, on in ((15, "llvm:znver5"), (7, "llvm:x86-64-v3"), (3, "llvm:x86-64-v2")):
+        assert not of_groups(depthwise(channels, "in=1x8x8x8 k=3 s=2 p=1 op=1"), target(on))
+        assert of_groups(depthwise(channels + 1, "in=1x8x8x8 k=3 s=2 p=1 op=1"), target(on))
 
 
 @pytest.mark.parametrize(
