@@ -34,7 +34,8 @@ candidates = lru_cache(llvm.candidates)
 
 
 def tiles_of(spec: ConvTranspose3d, vector: str) -> Tiles:
-    return next(e.tiles for e in candidates(spec, MACHINE) if e.tiles.vector == vector)
+    """The first choice of a kind whose bands write Y."""
+    return next(e.tiles for e in candidates(spec, MACHINE) if (e.tiles.vector, e.tiles.woven) == (vector, "band"))
 
 
 def statements(at: Any, *, woven: bool = True) -> Iterator[tuple[Any, tuple[tirx.For, ...]]]:
