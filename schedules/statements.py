@@ -20,7 +20,7 @@ OF_PHASE = re.compile(r"phase_(\d+)_(\d+)_(\d+)")
 LEAVING = re.compile(r"phase_\d+_\d+_\d+_local")
 # The block that writes Y, one element at a time.
 WRITING = "output"
-# The block that writes vectors of a row of Y.
+# The block that writes vectors of a row of Y, or of a position's channels.
 ROW = "row"
 
 

@@ -255,7 +255,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
         choices += [
             (layer, on, replace(t, woven="tile"))
             for layer, on, t in choices
-            if t.of_channels and t.products == 1 and covers(spec, t)
+            if t.of_channels and t.products == 1 and covers(spec, t) and _returns_soon(spec, t)
         ]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half, stores) if tiles.vector == "channels"]
@@ -678,6 +678,14 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
             tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
             if covers(spec, tiles) and _worthwhile(layer, machine, tiles):
                 yield tiles
+
+
+def _returns_soon(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether tiles that write some channels of a row soon write the others.
+
+    Of groups, which have few products for each element of Y, they are else up to twice as slow as bands.
+    """
+    return t.vector == "channels" or t.channels >= spec.channels_out or (t.depth, t.height) == (1, 1)
 
 
 def _chunks_of_taps(layer: _Layer, fits: int) -> list[int]:

@@ -74,7 +74,7 @@ def _row(
         begins += begin
         sums = summing if sums is None else _together(sums, summing)
         leaves.append(leaving)
-    return within(around, in_turn([*begins, sums, _writing(leaves, writing, spec, t, y)]))
+    return within(around, in_turn([*begins, sums, _writing(leaves, writing, spec, t, y, around)]))
 
 
 def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
@@ -90,9 +90,17 @@ def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
 
 
 def _writing(
-    leaves: Sequence[tirx.Stmt], writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer
+    leaves: Sequence[tirx.Stmt],
+    writing: s_tir.SBlock,
+    spec: ConvTranspose3d,
+    t: Tiles,
+    y: tirx.Buffer,
+    around: Sequence[tirx.For],
 ) -> tirx.Stmt:
-    """Where the sums of the phases would leave their registers for a band's buffers, write them to Y."""
+    """Where the sums of the phases would leave their registers for a band's buffers, write them to Y.
+
+    What the loops ``around`` can be tells which group a channel is of.
+    """
     local = [(store.buffer, store.value.source) for leaving in leaves for store in every(tirx.BufferStore, leaving)]
     loops, leave = nest(leaves[0])
     *loops, lane = loops
@@ -101,6 +109,8 @@ def _writing(
     n, g, m, *q = leave.iter_values[:6]
     kind, analyzer = lane.loop_var.ty.dtype, Analyzer()
     analyzer.bind(lane.loop_var, Range(0, t.lanes))
+    for loop in [*around, *loops]:
+        analyzer.bind(loop.loop_var, Range.from_min_extent(loop.min, loop.extent))
     _, m_out, _ = divided(spec, t)
     first_of_row = [i * axis.stride + f for i, axis, f in zip(q, spec.axes, phase, strict=True)]
     if t.of_channels:

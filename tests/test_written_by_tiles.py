@@ -41,6 +41,8 @@ SMALL = last("in=1x4x2x4x6 co=32 k=3 s=2 p=1 op=1")
         ("in=Nx4x3x3x5 co=16 k=3 s=1 p=1", replace(TILES, vectors=1, scalars=5, rows=3, task=16, height=3)),
         ("in=1x4x2x4x4 co=32 k=4 s=2 p=1 bias=0", replace(TILES, scalars=2, copy="whole", bands_d=2)),
         ("in=1x8x2x2x6 co=64 k=2 s=2 g=2 act=gelu", TILES),
+        ("in=1x8x2x2x6 co=128 k=2 s=2 g=2", replace(TILES, task=64)),  # several tiles a group
+        ("in=1x12x2x2x6 co=96 k=3 s=2 p=1 op=1 g=3", replace(TILES, vectors=1)),
         ("in=1x4x1x2x6 co=16 k=1x2x3 s=1x2x3", replace(TILES, vectors=1, task=16, rows=1, height=1)),
         ("in=1x4x2x4x6 co=32 k=2 s=2 dtype=float16", TILES),
         ("in=1x4x2x4x6 co=32 k=2 s=2 dtype=bfloat16", replace(TILES, height=4)),
@@ -101,6 +103,24 @@ def test_what_is_written_are_whole_vectors_of_sums() -> None:
 )
 def test_tiles_that_cannot_write_channels_say_why(text: str, changes: dict[str, Any], words: str) -> None:
     assert words in str(illegal({**asdict(TILES), **changes}, last(text), WIDE))
+
+
+@pytest.mark.parametrize("on", ["llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:znver5"])
+@pytest.mark.parametrize("text", ["in=1x128x8x8x8 co=256 k=2 s=2 g=2", "in=1x64x4x8x8 co=128 k=3 s=2 p=1 op=1 g=4"])
+def test_first_choices_of_groups_can_be_scheduled(text: str, on: str) -> None:
+    spec, machine = last(text), target(on)
+    chosen = {e.tiles.woven: e.tiles for e in reversed(candidates(spec, machine.machine)) if e.tiles.of_channels}
+    for tiles in chosen.values():
+        assert illegal(asdict(tiles), spec, machine) is None
+        lower.scheduled(spec, tiles)
+    assert "tile" in chosen
+
+
+def test_tiles_of_groups_write_rows_of_whole_positions_or_soon_go_on() -> None:
+    spec = last("in=1x256x8x8x8 co=256 k=3 s=2 p=1 op=1 g=256")
+    choices = [e.tiles for e in candidates(spec, WIDE.machine) if e.tiles.woven == "tile"]
+    assert choices[0].vectors >= 4, "few lines of a position at a time are slower"
+    assert all((t.depth, t.height) == (1, 1) for t in choices if t.channels < 256)
 
 
 def test_where_channels_come_first_vectors_of_channels_are_not_written_so() -> None:
