@@ -31,9 +31,9 @@ MOST_PHASES = 27
 _MOST_BY_TAPS = (8, 64, MOST_PHASES)
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
-# Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and where
-# all that is unrolled, three phases of planes and rows and one of those vectors, would be too much code: for an
-# activation that is more than a few selections, and for any.
+# Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and those
+# of which more vectors would be unrolled, over the phases of planes and rows: with an activation that is more than a
+# few selections, and with one that is not.
 MOST_WOVEN = 4
 _MOST_WOVEN_LAST = 8
 _MOST_OF_ROWS_LAST = (32, 64)
