@@ -58,6 +58,9 @@ _SELECTIONS = ("none", "relu", "relu6", "leaky_relu")
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
+# What vectors run along where they are of output channels.
+_OF_CHANNELS = ("channels", "groups")
+
 Store = Literal["cached", "streamed"]
 
 
@@ -113,7 +116,7 @@ class Tiles:
     @property
     def of_channels(self) -> bool:
         """Whether vectors run along output channels, of a group or of groups that have one each."""
-        return self.vector in ("channels", "groups")
+        return self.vector in _OF_CHANNELS
 
     @property
     def columns(self) -> int:
@@ -384,7 +387,7 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     return (
         machine.streams
         and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
-        and (vector in ("channels", "groups")) != channels_first
+        and (vector in _OF_CHANNELS) != channels_first
         and in_vectors
         and side_by_side * spec.itemsize % CACHE_LINE == 0
         and math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
@@ -393,7 +396,7 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
     """How many weights and how many elements of X a register tile multiplies, in registers."""
-    return (vectors, scalars * rows) if vector in ("channels", "groups") else (scalars, vectors * rows)
+    return (vectors, scalars * rows) if vector in _OF_CHANNELS else (scalars, vectors * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -601,7 +604,7 @@ def _sensible(layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> I
         # beside the sums: the factors of one side, and one of the other at a time
         if vectors * scalars * rows + min(factors(vector, vectors, scalars, rows)) + 1 > machine.registers:
             continue
-        of_channels = vector in ("channels", "groups")
+        of_channels = vector in _OF_CHANNELS
         channels, columns = (vectors * lanes, scalars) if of_channels else (scalars, vectors * lanes)
         if channels >= layer.m + (lanes if of_channels else 1):
             continue
@@ -769,7 +772,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
     So many for all planes, though a plane at a time is read: twice as many gained nothing on most layers measured.
     """
     taps_d, taps_h, taps_w = layer.most_taps
-    if layer.c == 1 or vector == "channels" or taps_d * taps_h * taps_w == 1:
+    if vector in _OF_CHANNELS or taps_d * taps_h * taps_w == 1:
         return layer.c
     fits = max(1, machine.l1_bytes // (taps_d * (rows + taps_h - 1) * (columns * layer.itemsize + CACHE_LINE)))
     return largest_divisor(layer.c, fits)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from opcompile import lower
 from opcompile.compiled import compiled
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, target
 from schedules.llvm import Tiles
@@ -92,6 +93,20 @@ def within_guards(spec: ConvTranspose3d, tiles: Tiles, *, end: bool, on: Target 
     given = [x, lower.packing(spec, tiles)(w), *([b] if spec.bias else [])]
     function(*(tvm_ffi.from_dlpack(a, require_alignment=1) for a in (*(guarded(a, end=end) for a in given), y)))
     return y
+
+
+def assert_writes_y_alone(spec: ConvTranspose3d, tiles: Tiles) -> None:
+    """The kernel is right for a Y of float32 at any address, and writes nothing beside it."""
+    function = compiled(lower.scheduled(spec, tiles), HERE.tvm())[lower.KERNEL]
+    x, w, b = integers(spec)
+    given, wanted = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), b], reference(spec, x, w, b)
+    for offset in (0, 4, 12):
+        memory = np.full(wanted.size + 48, np.nan, np.float32)
+        begin = -memory.ctypes.data % 64 // 4 + offset
+        y = memory[begin : begin + wanted.size].reshape(wanted.shape)
+        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
+        np.testing.assert_array_equal(y, wanted)
+        assert np.isnan(memory).sum() == memory.size - y.size
 
 
 def integers(spec: ConvTranspose3d, seed: int = 0, batch: int = 2) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

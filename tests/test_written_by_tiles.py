@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import pytest
-import tvm_ffi
-from kernels import HERE, integers, kernel, reals
+from kernels import assert_writes_y_alone, integers, kernel, reals
 from tvm import tirx
 
 from opcompile import lower
 from opcompile.bounds import compare
-from opcompile.compiled import compiled
 from opcompile.record import illegal
-from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, baseline, candidates
@@ -61,17 +57,7 @@ def test_register_tiles_may_write_channels_that_come_last(text: str, tiles: Tile
 
 @pytest.mark.parametrize("store", ["cached", "streamed"])
 def test_they_write_all_of_y_at_any_address_and_nothing_beside_it(store: Any) -> None:
-    tiles = replace(TILES, store=store)
-    function = compiled(lower.scheduled(SMALL, tiles), HERE.tvm())[lower.KERNEL]
-    x, w, b = integers(SMALL)
-    given, wanted = [x, np.ascontiguousarray(lower.packing(SMALL, tiles)(w)), b], reference(SMALL, x, w, b)
-    for offset in (0, 4, 12):
-        memory = np.full(wanted.size + 48, np.nan, np.float32)
-        begin = -memory.ctypes.data % 64 // 4 + offset
-        y = memory[begin : begin + wanted.size].reshape(wanted.shape)
-        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
-        np.testing.assert_array_equal(y, wanted)
-        assert np.isnan(memory).sum() == memory.size - y.size
+    assert_writes_y_alone(SMALL, replace(TILES, store=store))
 
 
 def test_a_kernel_has_no_other_buffer_than_the_copy_of_x() -> None:
