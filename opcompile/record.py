@@ -38,6 +38,7 @@ from schedules.tiles import (
     divided,
     halved,
     streams,
+    streams_stretches,
     sums_of_a_vector,
     takes_groups,
     takes_pairs,
@@ -356,8 +357,12 @@ def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     yield from _broken_by_bands(t, spec)
     if t.copy == "chunk":
         yield from _broken_by_chunks(t, spec)
-    if t.store == "streamed" and not streams(spec, t.vector, target.machine):
-        yield f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
+    together = t.woven == "tile" and t.depth == 1 and streams_stretches(spec, target.machine)
+    if t.store == "streamed" and not (streams(spec, t.vector, target.machine) or together):
+        yield (
+            f"store is 'streamed', but on {target.name} that is for large Y written in whole cache lines"
+            + (", or plane by plane by tiles of rows" if target.machine.stretch else "")
+        )
     if t.woven == "tile":
         yield from _broken_by_weaving(t, spec, target)
     if t.products > 1:
@@ -406,13 +411,16 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
         where = (
             "channels last, and phases that all have taps and as many positions"
             if t.of_channels
-            else "channels first, a kernel that is the stride, 2 along W, all of Y kept"
+            else "channels first, phases that all have taps, two along W"
         )
         yield f"woven is 'tile', but for vector {t.vector!r} that is for {where}, and not for float64"
     if t.copy == "chunk":
         yield "woven is 'tile', but that is for a copy of all channels, and copy is 'chunk'"
-    if not covers(spec, t):
-        yield "woven is 'tile', but its tasks and register tiles leave some channels, planes, rows or columns over"
+    if t.of_channels and not covers(spec, t):
+        yield (
+            "woven is 'tile', but with vectors of channels its tasks and register tiles leave some channels, planes, "
+            "rows or columns over"
+        )
     sums = t.vectors * t.scalars * t.rows * t.phases_at_once
     if sums >= target.machine.registers:
         yield (
@@ -457,6 +465,8 @@ def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
     ):
         if bands % several:
             yield f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
+    if spec.groups > 1 and 1 < t.bands_m < -(-m // t.task):
+        yield f"bands_m is {t.bands_m}, but must be 1, or cover the {m} channels of a group, where there are several"
 
 
 def _broken_by_pairs(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:

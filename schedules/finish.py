@@ -15,7 +15,7 @@ from tvm.ir.expr import Call, TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from schedules import pairs, streams
+from schedules import pairs, streams, stretches
 from schedules.chunks import by_chunks
 from schedules.fetches import asking, channels_ahead, later, of_later_channel
 from schedules.imported import importing
@@ -37,7 +37,7 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import LEAST_WOVEN_LAST, joined, length_of_row, reach, weaves
+from schedules.tiles import LEAST_WOVEN_LAST, joined, length_of_row, puts_together, reach, weaves
 from schedules.woven import written_by_tiles
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         in_llvm += pairs.FUNCTIONS
     if tiles.store == "streamed":
         function = _past_caches(function, y)
-        in_llvm += streams.FUNCTIONS
+        in_llvm += streams.FUNCTIONS + (stretches.FUNCTIONS if puts_together(spec, tiles) else "")
     if in_llvm:
         root = function.body
         body = _with_body(root.block, importing(root.block.body, in_llvm))
@@ -201,7 +201,7 @@ def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
 
     def asked(statement: tirx.Evaluate) -> tirx.Stmt:
         of_y = [load for load in every(TensorLoad, statement.value) if load.source.same_as(y)]
-        return streams.asked(*of_y) if of_y else statement
+        return streams.asked(*of_y) if of_y and streams.asks(statement) else statement
 
     def arrived(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.PARALLEL or not any(

@@ -144,7 +144,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         if tiles.by_taps:
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
-            _tile(sch, tiles, p, sch.get_loops(p)[len(around) :])
+            _tile(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
     if phases and tiles.copy != "whole":
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
@@ -322,11 +322,13 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
         sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])  # with channels last they lie apart in X
 
 
-def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
+def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: list[Any]) -> None:
     """Cut one phase's loops ``(n, g, m, [phases,] d, h, w, taps, c)`` into register tiles."""
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
-    if t.unrolls(int(sch.get(t_h).extent) * int(sch.get(t_w).extent)):
+    # phases that are summed in one loop take as many channels in a turn
+    of_row = spec.axes[2].most_taps if t.phases_at_once > 1 else int(sch.get(t_w).extent)
+    if t.unrolls(int(sch.get(t_h).extent) * of_row):
         # the taps of a channel share vectors of X
         of_taps, at_once = [t_d], [t_h, t_w]
     elif not t.of_channels:
@@ -334,7 +336,7 @@ def _tile(sch: Schedule, t: Tiles, phase: Any, loops: list[Any]) -> None:
         of_taps, at_once = [t_d, t_h], [t_w]
     else:
         of_taps, at_once = [t_d, t_h, t_w], []
-    of_turn = t.channels_of_turn(math.prod(int(sch.get(loop).extent) for loop in at_once))
+    of_turn = t.channels_of_turn(math.prod(of_row if loop is t_w else int(sch.get(loop).extent) for loop in at_once))
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.of_channels:

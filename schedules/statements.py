@@ -87,6 +87,24 @@ def within(loops: Sequence[tirx.For], body: tirx.Stmt) -> tirx.Stmt:
     return body
 
 
+def allocating(function: tirx.PrimFunc, buffer: tirx.Buffer) -> tirx.PrimFunc:
+    """The function with one buffer more."""
+    root, block = function.body, function.body.block
+    buffers = [*block.alloc_buffers, buffer]
+    more = s_tir.SBlock(
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        block.name_hint,
+        block.body,
+        block.init,
+        buffers,
+        block.match_buffers,
+        block.annotations,
+    )
+    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, more))
+
+
 def vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
     """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
     kind = lane.ty.dtype

@@ -47,12 +47,13 @@ _FAR = 32 << 20
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
 _FEW_CHANNELS = 63
-# With fewer, a register tile of two phases has too few sums: 12 with AVX2, 5 % faster to 10 slower than bands.
+# With fewer, a register tile of two phases has too few sums: 12 with AVX2, with several input channels up to a half
+# slower than bands.
 _MANY_REGISTERS = 32
 # For so few elements of X, weights come from memory, and multiplying is no matter.
 _FEW_ELEMENTS = 16
-# Of fewer output channels and more input channels, bands are up to 15 % faster than tiles that write Y; and where an
-# activation is more than a few selections.
+# Where each phase has one tap, bands are up to 15 % faster than tiles that write Y of fewer output channels and more
+# input channels; and where an activation is more than a few selections.
 _FEW_BY_TILES = 4
 _SELECTIONS = ("none", "relu", "relu6", "leaky_relu")
 # Into how many lines a plane may be cut.
@@ -317,28 +318,33 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
 
 
 def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
-    """Whether register tiles may write Y.
+    """Whether register tiles may write Y: where each phase has taps.
 
-    Vectors of positions may where two phases fill a row, each has one tap, and all read the same of X; vectors of
-    channels, which come last, where each phase has taps and all of its positions. Functions of float64 are the
-    library's, for one element at a time.
+    Vectors of positions may where two phases fill a row; vectors of channels, which come last, where all phases have
+    as many positions. Functions of float64 are the library's, for one element at a time.
     """
     phases = math.prod(axis.stride for axis in spec.axes)
     if spec.sum_dtype == "float64" or phases > MOST_PHASES or of_channels != (spec.layout == "NDHWC"):
         return False
-    if of_channels:
-        whole = all(a.out == a.stride * a.positions for a in spec.axes)
-        return whole and all(phase.taps for a in spec.axes for phase in a.phases)
-    one_tap = all(a.kernel == a.stride and a.out == a.stride * a.size and a.reads == (0, 0) for a in spec.axes)
-    return one_tap and spec.axes[2].stride == 2
+    if not all(phase.taps for axis in spec.axes for phase in axis.phases):
+        return False
+    return all(a.out == a.stride * a.positions for a in spec.axes) if of_channels else len(spec.axes[2].phases) == 2
+
+
+def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
+    """Whether tasks go beyond the channels of a group, the planes and the rows of Y."""
+    _, m, _ = divided(spec, t)
+    depth, height, _ = spec.axes
+    return (
+        m % t.task > 0,
+        depth.out % (depth.stride * t.depth * t.bands_d) > 0,
+        height.out % (height.stride * t.height * t.bands_h) > 0,
+    )
 
 
 def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
-    """Whether tasks, and register tiles, leave nothing over: all that they sum is of Y."""
-    planes, rows, columns = (axis.positions for axis in spec.axes)
-    depth, height = t.depth * t.bands_d, t.height * t.bands_h
-    _, m, _ = divided(spec, t)
-    return m % t.task == planes % depth == rows % height == columns % t.columns == 0
+    """Whether all that tasks and register tiles sum is of Y."""
+    return spec.axes[2].out % (spec.axes[2].stride * t.columns) == 0 and not any(left_over(spec, t))
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -390,8 +396,38 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
         and (vector in _OF_CHANNELS) != channels_first
         and in_vectors
         and side_by_side * spec.itemsize % CACHE_LINE == 0
-        and math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
+        and _far(spec)
     )
+
+
+def streams_stretches(spec: ConvTranspose3d, machine: Machine) -> bool:
+    """Whether tiles may put rows together that share cache lines, to write them past the caches."""
+    return machine.stretch > 0 and _shares_lines(spec) and woven_by_tiles(spec, of_channels=False)
+
+
+def puts_together(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether these tiles stream rows that share cache lines."""
+    return t.woven == "tile" and t.store == "streamed" and not t.of_channels and _rows_share_lines(spec)
+
+
+def _rows_share_lines(spec: ConvTranspose3d) -> bool:
+    return spec.layout == "NCDHW" and spec.axes[2].out * spec.itemsize % CACHE_LINE > 0
+
+
+def _shares_lines(spec: ConvTranspose3d) -> bool:
+    """Whether rows of a Y that would be streamed are no whole lines."""
+    return spec.dtype == "float32" and _rows_share_lines(spec) and _far(spec)
+
+
+def _far(spec: ConvTranspose3d) -> bool:
+    """Whether little of Y is in any cache when it is read."""
+    return math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
+
+
+def elements_of_stretch(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many elements of a plane of Y lie side by side in a band of rows."""
+    _, axis_h, axis_w = spec.axes
+    return min(t.height * axis_h.stride, axis_h.out) * axis_w.out
 
 
 def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, int]:
@@ -428,6 +464,7 @@ class _Layer:
     taps: int
     most_taps: tuple[int, int, int]
     beside: tuple[float, float, float]
+    shared: float
     phases: int
     outputs: int
     row: int
@@ -441,6 +478,7 @@ class _Layer:
     in_squares: bool
     own: bool
     woven: bool
+    shares_lines: bool
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -462,6 +500,7 @@ class _Layer:
             taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
             most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
+            shared=_shared(spec.axes[2]),
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
@@ -475,6 +514,7 @@ class _Layer:
             in_squares=products == 1 and square(spec, spec.axes[2].size) > 0,
             own=own,
             woven=weaves(spec),
+            shares_lines=_shares_lines(spec),
         )
 
     def tasks(self, t: Tiles) -> int:
@@ -552,8 +592,9 @@ class _Layer:
 
     def held(self, t: Tiles) -> int:
         """Bytes of the phases of a band, or the sums of its taps; of all bands, where each chunk goes through them."""
-        if t.woven == "tile":
-            return 0
+        if t.woven == "tile":  # rows put together, where they are
+            together = self.shares_lines and t.store == "streamed"
+            return together * self.itemsize * t.task * min(t.height, self.height) * self.strides[1] * self.row
         each = self.kernel if t.by_taps else self.phases
         bands = t.bands_d * t.bands_h * t.bands_m if t.copy == "chunk" else 1
         return self.together * self.itemsize * each * t.task * self.band(t) * bands
@@ -584,6 +625,12 @@ def _beside(axis: Axis) -> float:
     """Which part of the products of positions with taps reads beside X."""
     reads = [q + offset for phase in axis.phases for offset in phase.offsets() for q in range(axis.positions)]
     return sum(not 0 <= i < axis.size for i in reads) / max(1, len(reads))
+
+
+def _shared(axis: Axis) -> float:
+    """How many vectors of X two phases of a row load together, for each tap of one."""
+    offsets = [offset for phase in axis.phases for offset in phase.offsets()]
+    return 2 * len(set(offsets)) / max(1, len(offsets))
 
 
 def _store(spec: ConvTranspose3d, vector: str, machine: Machine) -> Store:
@@ -666,21 +713,34 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
 
 def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Register tiles that write rows of Y, each channel in a band of its own or all in one."""
-    slower = layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS
-    if slower or machine.registers < _MANY_REGISTERS or not woven_by_tiles(spec, of_channels=False):
+    one_tap = layer.most_taps == (1, 1, 1)
+    slower = one_tap and (layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS)
+    slower |= machine.registers < _MANY_REGISTERS and (one_tap or layer.c > 1)
+    if slower or not woven_by_tiles(spec, of_channels=False):
         return
-    lanes = machine.vector_bytes // layer.itemsize
-    for vectors, scalars, rows in product(range(1, 7), range(1, machine.registers // 2), range(1, 5)):
-        sums = 2 * vectors * scalars * rows
-        few, many = sums < 2 * machine.fma_in_flight, sums + min(2 * scalars, vectors * rows) >= machine.registers
-        if few or many or layer.m % scalars:
+    lanes, together = machine.vector_bytes // layer.itemsize, streams_stretches(spec, machine)
+    planes = (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
+    of_rows = (range(1, 7), range(1, machine.registers // 2), range(1, min(8, layer.height) + 1))
+    for vectors, scalars, rows in product(*of_rows):
+        many = 2 * vectors * scalars * rows + min(2 * scalars, vectors * rows) >= machine.registers
+        if many or layer.m % scalars or vectors * lanes >= layer.width + lanes:
             continue
-        ways = [("whole", 1, scalars), *product(("task",), (1, 2, 4, 8, 16), sorted({scalars, layer.m}))]
-        for (copy, bands, task), height in product(ways, (rows, 2 * rows, 4 * rows)):
-            span = (1, height, layer.c, copy, 1, bands, layer.m // task)
-            tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
-            if covers(spec, tiles) and _worthwhile(layer, machine, tiles):
-                yield tiles
+        plane = _up(layer.height, rows)
+        for height in sorted({min(rows * n, plane) for n in (1, 2, 4, *((8, 16) if together else ()))} | {plane}):
+            of_plane = _over(layer.height, height)
+            ways = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), sorted({scalars, layer.m}))
+            for copy, bands_d, bands_h, task in (("whole", 1, 1, scalars), *ways):
+                if layer.depth % bands_d or of_plane % bands_h:
+                    continue
+                span = (1, height, layer.c, copy, bands_d, bands_h, layer.m // task)
+                tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
+                if (
+                    together
+                    and machine.stretch <= 4 * elements_of_stretch(spec, tiles) <= machine.l1_bytes // 2 // task
+                ):
+                    tiles = replace(tiles, store="streamed")
+                if _worthwhile(layer, machine, tiles):
+                    yield tiles
 
 
 def _returns_soon(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -843,10 +903,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     if t.copy == "chunk":  # sums are put down and taken up
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
     if t.woven == "tile":  # sums do not leave their registers
-        moved = 2 * sums + 27
-    if t.phases_at_once > 1:
-        phases, products = phases // t.phases_at_once, products / t.phases_at_once
-        t = replace(t, scalars=t.phases_at_once * t.scalars)
+        moved = 2 * sums + 10
+    phases, products = phases // t.phases_at_once, products / t.phases_at_once
     moving = tiles * phases * moved + _reading(layer, machine, t, sizes)
     return tiles * products * _step(layer, machine, t, sizes.band), moving
 
@@ -881,6 +939,8 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     if by_tiles or (layer.own and t.bands_m > 1):  # few lines of each position at a time, far apart, or half a line
         of_position = (t.channels if by_tiles else t.task) * layer.itemsize
         weaving += 100 / of_position * (1 if of_position < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024))
+    if machine.stretch and layer.shares_lines and t.store == "cached":  # each line is read before it is written
+        weaving += 1.5
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 
 
@@ -927,8 +987,10 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
 
 
 def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
-    """The products of one channel, or of a pair, added to one register tile."""
+    """The products of one channel, or of a pair, added to one register tile: of a tap of each phase that it sums."""
     _, taps_h, taps_w = layer.most_taps
+    together = t.phases_at_once
+    scalars = together * t.scalars
     of_plane = t.unrolls(taps_h * taps_w)
     unrolled = of_plane or (not t.of_channels and t.scalars == layer.c == 1)
     shares_rows = of_plane and t.shares_rows
@@ -970,24 +1032,26 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
             a_load, straddling = 0.3 * machine.fma_units, 1.1
         if shares_rows:  # each row is lines of its own
             a_load, straddling = 0.4 * machine.fma_units, 1 + 0.7 / t.vectors
-        vectors = straddling * t.vectors * rows
-        loads, loading = vectors + t.scalars * a_broadcast, vectors / machine.fma_units + t.scalars / 2
-        passing, waiting = 0.0, t.scalars * a_weight
+        vectors = straddling * t.vectors * rows * (layer.shared if together > 1 else 1)
+        loads, loading = vectors + scalars * a_broadcast, vectors / machine.fma_units + scalars / 2
+        passing, waiting = 0.0, scalars * a_weight
         if layer.read(t, 1, 1) > machine.l1_bytes:  # a phase has passed it all by before the next one reads it
             passing = t.vectors * rows * machine.vector_bytes / (1 if unrolled else taps_w)
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
-    sums, chunk = t.vectors * t.scalars * t.rows, t.chunk // t.products
+    sums, chunk = t.vectors * scalars * t.rows, t.chunk // t.products
     if shares_rows:
         # beside the sums: the weights of a column of taps, and some vectors of X
         waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
+        if together > 1:  # of both phases some of the weights, which all rows multiply, and more of X
+            waiting += 6 * max(0, sums + taps_h * (2 * taps_w - 1) / 4 + 13 - machine.registers)
     elif unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
         waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
     elif 1 < chunk < 16:
         # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
-        held = sums + sum(factors(t.vector, t.vectors, t.scalars, t.rows))
+        held = sums + sum(factors(t.vector, t.vectors, scalars, t.rows))
         waiting += 1.5 * max(0, held - machine.registers)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)

@@ -2,14 +2,13 @@
 
 Vectors of channels that come last are written as they lie in Y, by the tiles of each phase.
 
-Vectors of positions are woven. Where the kernel is the stride, all phases multiply the same elements of X, each by a
-weight of its own: two phases that are neighbours in a row are summed in one loop, so that each vector of X is loaded
-once for both, and their sums are woven into a row of Y while they are still in registers.
+Vectors of positions are woven. Two phases that are neighbours in a row are summed in one loop, so that a vector of X
+that both multiply is loaded once, and their sums are woven into a row of Y while they are still in registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm import s_tir, tirx
@@ -23,6 +22,7 @@ from schedules.statements import (
     OF_PHASE,
     ROW,
     WRITING,
+    allocating,
     every,
     in_turn,
     interlaced,
@@ -32,7 +32,8 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import divided
+from schedules.stretches import in_stretches, stretches
+from schedules.tiles import divided, left_over, puts_together
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -> tirx.PrimFunc:
     """Let the tiles write what they have summed; nothing is left that a band's buffers are for."""
     y = function.params[-1]
+    buffer = stretches(spec, t) if puts_together(spec, t) else None
 
     def band(statements: tirx.SeqStmt) -> tirx.Stmt:
         *phases, writing = statements.seq
@@ -51,9 +53,11 @@ def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -
         width = t.phases_at_once
         rows = [phases[first : first + width] for first in range(0, len(phases), width)]
         _, realize = nest(writing)
-        return in_turn([_row(row, realize.block, spec, t, y) for row in rows])
+        written = [_row(row, realize.block, spec, t, y) for row in rows]
+        return in_turn(written) if buffer is None else in_stretches(written, writing, spec, t, y, buffer)
 
-    return structural_map(function, (tirx.SeqStmt, band))
+    function = structural_map(function, (tirx.SeqStmt, band))
+    return function if buffer is None else allocating(function, buffer)
 
 
 def _first_block(statement: tirx.Stmt) -> str:
@@ -78,14 +82,19 @@ def _row(
 
 
 def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
-    """One nest of both: their loops are the same, down to the lanes of a vector."""
-    if isinstance(first, tirx.For) and first.kind != tirx.ForKind.VECTORIZED:
+    """One nest of both, as far as their loops are the same: down to the lanes of a vector, or to the taps of a row."""
+    if isinstance(first, tirx.IfThenElse):  # what lies beside X for one phase of a row does for the other
+        return tirx.IfThenElse(first.condition, _together(first.then_case, second.then_case), None)
+    if isinstance(first, tirx.SeqStmt):  # what a turn asks for, and what it adds, row by row of X
+        return in_turn([_together(one, other) for one, other in zip(first.seq, second.seq, strict=True)])
+    if not isinstance(first, tirx.For) or first.kind == tirx.ForKind.VECTORIZED:
+        return in_turn([first, second])
+    if int(first.extent) == int(second.extent):
         body = replaced(second.body, {second.loop_var: first.loop_var})
         return with_turns(first, _together(first.body, body))
-    if isinstance(first, tirx.SeqStmt):  # what a turn asks for, and what it adds
-        *asked, adding = first.seq
-        *also_asked, also_adding = second.seq
-        return in_turn([*asked, *also_asked, _together(adding, also_adding)])
+    if isinstance(first.body, tirx.SeqStmt):
+        of_rows = zip(first.body.seq, second.body.seq, strict=True)
+        return in_turn([_together(with_turns(first, one), with_turns(second, other)) for one, other in of_rows])
     return in_turn([first, second])
 
 
@@ -129,19 +138,57 @@ def _writing(
         analyzer.simplify(replaced(writing.body.value, dict(zip(variables, place, strict=True)))) for place in places
     ]
     vectors = [vector_of(structural_map(value, (TensorLoad, of_registers)), lane.loop_var, t.lanes) for value in values]
-    lanes = t.lanes * len(places)
-    *row, begin = places[0]
-    first = analyzer.simplify(replaced(begin, {lane.loop_var: tirx.const(0, kind)}))
-    at = tirx.Ramp(first, tirx.const(1, kind), lanes)
-    write = in_turn([*later(y, [*row, first], lanes), tirx.BufferStore(y, interlaced(vectors, t.lanes), [*row, at])])
-    written = [*(Range.from_min_extent(i, 1) for i in row), Range.from_min_extent(first, lanes)]
-    *reads, last = [replaced(i, {lane.loop_var: tirx.const(0, kind)}) for i in leave.iter_values]
+    first_lane = {lane.loop_var: tirx.const(0, kind)}
+    *row, first = [analyzer.simplify(replaced(i, first_lane)) for i in places[0]]
+    *reads, last = [replaced(i, first_lane) for i in leave.iter_values]
     of_tile = [*(Range.from_min_extent(i, 1) for i in reads), Range.from_min_extent(last, t.lanes)]
-    block = s_tir.SBlock(
-        [],
-        [tirx.BufferRegion(b, of_tile) for _, b in local],
-        [tirx.BufferRegion(y, written)],
-        ROW,
-        write,
-    )
-    return within(loops, s_tir.SBlockRealize([], tirx.const(1, "bool"), block))
+
+    def written(offset: int, size: int) -> s_tir.SBlockRealize:
+        """So many elements of the woven vector, from the one at ``offset`` on."""
+        begin = first + offset
+        at = tirx.Ramp(begin, tirx.const(1, kind), size) if size > 1 else begin
+        write = tirx.BufferStore(y, interlaced(vectors, t.lanes, offset, size), [*row, at])
+        of_y = [*(Range.from_min_extent(i, 1) for i in row), Range.from_min_extent(begin, size)]
+        block = s_tir.SBlock(
+            [],
+            [tirx.BufferRegion(b, of_tile) for _, b in local],
+            [tirx.BufferRegion(y, of_y)],
+            ROW,
+            in_turn([*later(y, [*row, begin], size), write]),
+        )
+        return s_tir.SBlockRealize([], tirx.const(1, "bool"), block)
+
+    if t.of_channels:
+        return within(loops, written(0, t.lanes))
+    *loops, of_row = loops
+    places_and_ends = zip((m, *row[2:]), (m_out, spec.axes[0].out, spec.axes[1].out), left_over(spec, t), strict=True)
+    tests = [place < end for place, end, over in places_and_ends if over]
+    part = _to_the_end(of_row, written, first, spec.axes[2].out, t)
+    return within(loops, tirx.IfThenElse(tirx.all(*tests), part, None) if tests else part)
+
+
+def _to_the_end(
+    of_row: tirx.For, written: Callable[[int, int], tirx.Stmt], first: Any, out: int, t: Tiles
+) -> tirx.Stmt:
+    """The vectors that a tile writes, the first of them at ``first``, as far as the row of ``out`` elements goes."""
+    start, lanes = of_row.min, t.lanes * t.phases_at_once
+
+    def vectors(elements: int) -> tirx.Stmt:
+        whole, left = divmod(elements, lanes)
+        parts: list[tirx.Stmt] = []
+        if whole:
+            count = tirx.const(whole, start.ty.dtype)
+            turns = tirx.For(of_row.loop_var, start, count, of_row.kind, of_row.body)
+            parts.append(within([turns], written(0, lanes)))
+        if left:  # two that may overlap: the second ends where the row does
+            size = 1 << (left.bit_length() - 1)
+            ends = in_turn([written(offset, size) for offset in sorted({0, left - size})])
+            parts.append(replaced(ends, {of_row.loop_var: start + whole}))
+        return in_turn(parts)
+
+    of_tile = lanes * t.vectors
+    left = out % of_tile
+    if left in (0, out):
+        return vectors(left or of_tile)
+    last = replaced(first, {of_row.loop_var: start}) + of_tile > out
+    return tirx.IfThenElse(last, vectors(left), vectors(of_tile))

@@ -21,7 +21,7 @@ from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, target
 from schedules import llvm
 from schedules.llvm import Tiles
-from schedules.tiles import CACHE_LINE, streams
+from schedules.tiles import CACHE_LINE, elements_of_stretch, puts_together, streams
 
 candidates = lru_cache(llvm.candidates)
 V4, V3 = target("llvm:x86-64-v4"), target("llvm:x86-64-v3")
@@ -128,6 +128,84 @@ def test_a_large_y_in_whole_lines_is_streamed(text: str, vector: str, on: str, f
         assert illegal(tiles, spec, target(on)) is None
         error = illegal({**tiles, "store": "streamed"}, spec, target(on))
         assert error is None if far else error and "for large Y written in whole cache lines" in error
+
+
+# Tiles of rows that are no whole lines, and far too small to be streamed so.
+STRETCHES = Tiles("row", 16, 1, 1, 1, 1, 1, 4, 1, "task", bands_h=1, store="streamed", woven="tile")
+
+
+@pytest.mark.parametrize("on", {on.machine.vector_bytes: on for on in (V3, HERE)}.values(), ids=lambda on: on.name)
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("in=2x3x3x9x20 co=3 k=3 s=2 p=1 g=3", {}),  # 17 rows: eight, eight and one
+        ("in=2x3x3x9x20 co=3 k=3 s=2 p=1 g=3 act=relu", {"bands_d": 3, "bands_h": 3}),
+        ("in=1x4x3x9x20 co=6 k=3 s=2 p=1", {"scalars": 3, "task": 6, "chunk": 4, "rows": 2}),
+        ("in=1x4x3x5x20 co=7 k=3 s=2 p=1", {"scalars": 2, "task": 2, "chunk": 4, "bands_m": 4}),  # a channel left over
+        ("in=1x4x3x5x20 co=10 k=3 s=2 p=1 g=2", {"scalars": 2, "task": 6, "chunk": 2}),  # beside the next group
+        ("in=1x2x2x2x1 co=3 k=2 s=2", {"chunk": 2, "height": 1, "bands_m": 3}),  # of less than a line
+        ("in=1x2x2x5x7 co=3 k=3x1x2 s=3x1x2 bias=0", {"chunk": 2, "height": 5, "bands_m": 3}),
+        ("in=1x2x1x3x7 co=2 k=4x2x2 s=3x2x2 p=1x0x0", {"chunk": 2, "height": 3, "bands_m": 2}),  # two planes of three
+    ],
+)
+def test_rows_that_share_lines_are_put_together_and_streamed(text: str, changes: dict[str, Any], on: Target) -> None:
+    spec = ConvTranspose3d.parse(text)
+    tiles = replace(STRETCHES, lanes=on.machine.vector_bytes // 4, **changes)
+    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
+    x, w, b = integers(spec)
+    given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
+    for offset in (0, 4, 60):
+        y, memory = at(offset, spec.y_shape, dtype_of(spec))  # type: ignore[arg-type]
+        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
+        np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
+        assert np.isnan(memory).sum() == memory.size - y.size
+
+
+@pytest.mark.parametrize("on", [V4, V3], ids=lambda on: on.name)
+def test_what_is_put_together_goes_past_the_caches_and_is_waited_for(on: Target) -> None:
+    spec, tiles = (
+        ConvTranspose3d.parse("in=1x3x3x9x20 co=3 k=3 s=2 p=1 g=3"),
+        replace(STRETCHES, lanes=on.machine.vector_bytes // 4),
+    )
+    streamed, cached = (
+        str(compiled(lower.scheduled(spec, t), on.tvm()).mod.inspect_source("asm"))
+        for t in (tiles, replace(tiles, store="cached"))
+    )
+    for instruction in ("vmovntps", "sfence"):
+        assert instruction in streamed
+        assert instruction not in cached
+    # of eight rows of 39 elements, in whole lines, and one more to begin anywhere in the first
+    assert lower.workspace_bytes(spec, tiles) - lower.workspace_bytes(spec, replace(tiles, store="cached")) == 4 * (
+        320 + 16
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "on", "wanted"),
+    [
+        ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "llvm:znver5", True),
+        ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "llvm:znver4", False),  # not measured
+        ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 op=1 g=64", "llvm:znver5", False),  # whole lines
+        ("in=1x64x32x32x32 co=64 k=3 s=2 p=1 g=64", "llvm:znver5", True),
+        ("in=1x64x24x24x24 co=64 k=3 s=2 p=1 g=64", "llvm:znver5", False),  # 25 MiB
+        ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64 dtype=float16", "llvm:znver5", False),
+        ("in=1x64x64x64x64 co=64 k=3 s=3 p=0x0x1 g=64", "llvm:znver5", False),  # not by tiles
+    ],
+)
+def test_a_large_y_whose_rows_share_lines_is_streamed(text: str, on: str, wanted: bool) -> None:
+    spec, machine = ConvTranspose3d.parse(text), target(on).machine
+    found = [e.tiles for e in candidates(spec, machine) if puts_together(spec, e.tiles)]
+    assert bool(found) == wanted
+    assert all(machine.stretch <= 4 * elements_of_stretch(spec, t) <= machine.l1_bytes // 2 // t.task for t in found)
+    assert all(illegal(asdict(t), spec, target(on)) is None for t in found[:1])
+    assert not wanted or found[0] == candidates(spec, machine)[0].tiles
+
+
+def test_what_is_put_together_is_of_one_plane_and_by_tiles() -> None:
+    spec, on = ConvTranspose3d.parse("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64"), target("llvm:znver5")
+    tiles = candidates(spec, on.machine)[0].tiles
+    for changes in ({"woven": "band"}, {"depth": 2, "bands_d": 1}):
+        assert "or plane by plane by tiles of rows" in str(illegal({**asdict(tiles), **changes}, spec, on))
 
 
 def test_records_from_before_are_of_cached_stores() -> None:

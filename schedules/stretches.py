@@ -1,0 +1,147 @@
+"""Rows of Y that are no whole cache lines, written past the caches: what a band has of a plane, put together first.
+
+Such rows cannot be streamed one by one (`schedules.streams`): two that are neighbours share a line. But all rows that
+a band writes of a plane of a channel lie side by side. Register tiles write these to a buffer in the first cache,
+whose lines end where those of Y do; then they go out, whole lines past the caches, and what they share with the rows
+before and behind them as ever. Where Y begins does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm import s_tir, tirx
+from tvm.ir import Range
+from tvm_ffi import structural_map
+
+from schedules.statements import ROW, begin, every, in_turn, nest, replaced
+from schedules.tiles import CACHE_LINE, elements_of_stretch, left_over
+
+if TYPE_CHECKING:
+    from opcompile.spec import ConvTranspose3d
+    from schedules.tiles import Tiles
+
+# float32 elements of a cache line.
+_A_LINE = CACHE_LINE // 4
+
+
+def stretches(spec: ConvTranspose3d, t: Tiles) -> tirx.Buffer:
+    """The buffer of a band: rows of a plane of each channel, and room for them to begin anywhere in a line."""
+    pitch = -(-elements_of_stretch(spec, t) // _A_LINE) * _A_LINE + _A_LINE
+    return tirx.decl_buffer((tirx.const(t.task, "int64"), tirx.const(pitch, "int64")), "float32", "stretches")
+
+
+def in_stretches(
+    rows: Sequence[tirx.Stmt], writing: tirx.Stmt, spec: ConvTranspose3d, t: Tiles, y: tirx.Buffer, to: tirx.Buffer
+) -> tirx.Stmt:
+    """Let ``rows``, which write those of each phase in turn, write to the buffer, and each plane be streamed from it.
+
+    ``writing`` would write all that the band has.
+    """
+    loops, realize = nest(writing)
+    n, m, d, h, w = [replaced(i, begin(loops)) for i in realize.iter_values]
+    axis_d, axis_h, axis_w = spec.axes
+    kind = w.ty.dtype
+    everything = [Range.from_min_extent(tirx.const(0, kind), extent) for extent in to.shape]
+
+    def first(channel: Any, phase: int) -> Any:
+        """The address of what the band writes of a channel in a plane."""
+        return tirx.address_of(tirx.BufferLoad(y, [n, channel, d + phase, h, tirx.const(0, kind)]))
+
+    def place(channel: Any, phase: int) -> Any:
+        """Where the buffer has it: as far behind a line as Y."""
+        return tirx.call_extern(kind, "opcompile_behind_a_line", first(channel, phase))
+
+    def put(block: s_tir.SBlock, phase: int) -> s_tir.SBlock:
+        if block.name_hint != ROW:
+            return block
+        (store,) = every(tirx.BufferStore, block.body)
+        _, channel, _, row, at = store.indices
+        base = place(channel, phase) + (row - h) * axis_w.out
+        at = tirx.Ramp(base + at.base, at.stride, at.lanes) if isinstance(at, tirx.Ramp) else base + at
+        write = tirx.BufferStore(to, store.value, [channel - m, at])
+        return s_tir.SBlock([], block.reads, [tirx.BufferRegion(to, everything)], ROW, write)
+
+    def stream(phase: int) -> tirx.Stmt:
+        """All channels of a plane, one after the other, as far as Y has them."""
+        channel = tirx.Var("channel", kind)
+        count = tirx.min(tirx.const(elements_of_stretch(spec, t), kind), (axis_h.out - h) * axis_w.out)
+        source = tirx.address_of(tirx.BufferLoad(to, [channel, place(m + channel, phase)]))
+        call = tirx.call_extern("void", "opcompile_stretch", first(m + channel, phase), source, count)
+        reads = [tirx.BufferRegion(to, everything)]
+        writes = [tirx.BufferRegion(y, [Range.from_min_extent(tirx.const(0, i.ty.dtype), i) for i in y.shape])]
+        block = s_tir.SBlock([], reads, writes, "stretch", tirx.Evaluate(call))
+        of_group, planes, beyond_rows = left_over(spec, t)
+        end = (tirx.floordiv(m, spec.channels_out // spec.groups) + 1) * (spec.channels_out // spec.groups)
+        tests = [
+            *([m + channel < end] if of_group else []),
+            *([d + phase < axis_d.out] if planes else []),
+            *([h < axis_h.out] if beyond_rows else []),
+        ]
+        body: tirx.Stmt = s_tir.SBlockRealize([], tirx.const(1, "bool"), block)
+        body = tirx.IfThenElse(tirx.all(*tests), body, None) if tests else body
+        return tirx.For(channel, tirx.const(0, kind), tirx.const(t.task, kind), tirx.ForKind.SERIAL, body)
+
+    statements, count = [], len(rows) // len(axis_d.phases)
+    for phase in range(len(axis_d.phases)):
+        of_plane = rows[phase * count : (phase + 1) * count]
+        statements += [structural_map(row, (s_tir.SBlock, lambda block: put(block, phase))) for row in of_plane]  # noqa: B023
+        statements.append(stream(phase))
+    return in_turn(statements)
+
+
+# What LLVM needs for `in_stretches`.
+FUNCTIONS = f"""
+define i64 @opcompile_behind_a_line(ptr %y) alwaysinline {{
+  %at = ptrtoint ptr %y to i64
+  %bytes = and i64 %at, {CACHE_LINE - 1}
+  %elements = lshr i64 %bytes, 2
+  ret i64 %elements
+}}
+
+define void @opcompile_stretch(ptr %y, ptr %from, i64 %count) alwaysinline {{
+entry:
+  %behind = call i64 @opcompile_behind_a_line(ptr %y)
+  %before = sub i64 {_A_LINE}, %behind
+  %to_line = and i64 %before, {_A_LINE - 1}
+  %short = icmp ult i64 %count, %to_line
+  %first = select i1 %short, i64 %count, i64 %to_line
+  br label %ahead
+ahead:
+  %a = phi i64 [ 0, %entry ], [ %a_next, %one ]
+  %a_more = icmp ult i64 %a, %first
+  br i1 %a_more, label %one, label %lines
+one:
+  %a_from = getelementptr float, ptr %from, i64 %a
+  %a_to = getelementptr float, ptr %y, i64 %a
+  %a_value = load float, ptr %a_from, align 4
+  store float %a_value, ptr %a_to, align 4
+  %a_next = add i64 %a, 1
+  br label %ahead
+lines:
+  %b = phi i64 [ %first, %ahead ], [ %b_next, %line ]
+  %b_next = add i64 %b, {_A_LINE}
+  %b_more = icmp ule i64 %b_next, %count
+  br i1 %b_more, label %line, label %behind_lines
+line:
+  %b_from = getelementptr float, ptr %from, i64 %b
+  %b_to = getelementptr float, ptr %y, i64 %b
+  %b_value = load <{_A_LINE} x float>, ptr %b_from, align {CACHE_LINE}
+  store <{_A_LINE} x float> %b_value, ptr %b_to, align {CACHE_LINE}, !nontemporal !{{i32 1}}
+  br label %lines
+behind_lines:
+  %c = phi i64 [ %b, %lines ], [ %c_next, %last ]
+  %c_more = icmp ult i64 %c, %count
+  br i1 %c_more, label %last, label %done
+last:
+  %c_from = getelementptr float, ptr %from, i64 %c
+  %c_to = getelementptr float, ptr %y, i64 %c
+  %c_value = load float, ptr %c_from, align 4
+  store float %c_value, ptr %c_to, align 4
+  %c_next = add i64 %c, 1
+  br label %behind_lines
+done:
+  ret void
+}}
+"""
