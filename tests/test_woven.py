@@ -153,7 +153,9 @@ def test_tiles_that_cannot_write_rows_say_why(text: str, changes: dict[str, Any]
         ("in=1x32x16x32x32 co=32 k=2 s=2", "x86-64-v3", False),  # 16 registers
         ("in=1x32x16x32x30 co=32 k=2 s=2", "x86-64-v4", True),
         ("in=1x32x16x32x32 co=32 k=4 s=2 p=1", "x86-64-v4", True),
-        ("in=1x32x16x32x32 co=32 k=3 s=2 p=1", "x86-64-v3", True),
+        ("in=1x32x16x32x32 co=32 k=3 s=2 p=1", "x86-64-v3", False),  # of several channels
+        ("in=1x32x16x32x32 co=32 k=3 s=2 p=1 g=32", "x86-64-v3", True),
+        ("in=1x32x16x32x32 co=32 k=3 s=2 p=1 act=gelu", "x86-64-v4", True),
         ("in=1x32x16x32x32 co=32 k=3 s=2 d=2 p=2", "x86-64-v4", False),  # no taps in one phase
         ("in=1x32x16x32x32 co=32 k=2 s=2 act=gelu", "x86-64-v4", False),
         ("in=1x32x16x32x32 co=2 k=2 s=2", "x86-64-v4", False),
