@@ -32,11 +32,13 @@ from opcompile.target import BF16, Target
 from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.tiles import (
     LATER,
+    MOST_WOVEN,
     Tiles,
     copies_chunks,
     covers,
     divided,
     halved,
+    phases_at_once,
     streams,
     streams_stretches,
     sums_of_a_vector,
@@ -411,7 +413,7 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
         where = (
             "channels last, and phases that all have taps and as many positions"
             if t.of_channels
-            else "channels first, phases that all have taps, two along W"
+            else f"channels first, phases that all have taps, {MOST_WOVEN} along W at most"
         )
         yield f"woven is 'tile', but for vector {t.vector!r} that is for {where}, and not for float64"
     if t.copy == "chunk":
@@ -421,10 +423,12 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
             "woven is 'tile', but with vectors of channels its tasks and register tiles leave some channels, planes, "
             "rows or columns over"
         )
-    sums = t.vectors * t.scalars * t.rows * t.phases_at_once
+    phases = phases_at_once(spec, t)
+    sums = t.vectors * t.scalars * t.rows * phases
     if sums >= target.machine.registers:
         yield (
-            f"woven is 'tile', but the {sums} sums of two phases fill all registers, and {target.name} has "
+            f"woven is 'tile', but the {sums} sums of the {phases} phases of a row fill all registers, and "
+            f"{target.name} has "
             f"{target.machine.registers}"
         )
 

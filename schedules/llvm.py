@@ -44,6 +44,7 @@ from schedules.tiles import (
     factors,
     joined,
     length_of_row,
+    phases_at_once,
     reach,
     square,
 )
@@ -327,7 +328,8 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
     n, g, m, *of_phases, d, h, w, t_d, t_h, t_w, c = loops
     h, h_in = sch.split(h, [None, t.rows])
     # phases that are summed in one loop take as many channels in a turn
-    of_row = spec.axes[2].most_taps if t.phases_at_once > 1 else int(sch.get(t_w).extent)
+    phases = phases_at_once(spec, t)
+    of_row = spec.axes[2].most_taps if phases > 1 else int(sch.get(t_w).extent)
     if t.unrolls(int(sch.get(t_h).extent) * of_row):
         # the taps of a channel share vectors of X
         of_taps, at_once = [t_d], [t_h, t_w]
@@ -336,7 +338,8 @@ def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: lis
         of_taps, at_once = [t_d, t_h], [t_w]
     else:
         of_taps, at_once = [t_d, t_h, t_w], []
-    of_turn = t.channels_of_turn(math.prod(of_row if loop is t_w else int(sch.get(loop).extent) for loop in at_once))
+    taps = math.prod(of_row if loop is t_w else int(sch.get(loop).extent) for loop in at_once)
+    of_turn = t.channels_of_turn(taps, phases)
     pair = [t.products] if t.products > 1 else []
     c, c_in, turn, *pair = sch.split(c, [None, t.chunk // t.products // of_turn, of_turn, *pair])
     if t.of_channels:

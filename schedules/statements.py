@@ -121,4 +121,4 @@ def interlaced(vectors: Sequence[Any], lanes: int, first: int = 0, size: int | N
     count = len(vectors)
     elements = range(first, first + (lanes * count if size is None else size))
     order = [tirx.const(i % count * lanes + i // count, "int32") for i in elements]
-    return vectors[0] if count == 1 else tirx.Shuffle(vectors, order)
+    return vectors[0] if len(order) == lanes and count == 1 else tirx.Shuffle(vectors, order)

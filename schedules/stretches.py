@@ -127,7 +127,7 @@ lines:
 line:
   %b_from = getelementptr float, ptr %from, i64 %b
   %b_to = getelementptr float, ptr %y, i64 %b
-  %b_value = load <{_A_LINE} x float>, ptr %b_from, align {CACHE_LINE}
+  %b_value = load <{_A_LINE} x float>, ptr %b_from, align 4
   store <{_A_LINE} x float> %b_value, ptr %b_to, align {CACHE_LINE}, !nontemporal !{{i32 1}}
   br label %lines
 behind_lines:

@@ -125,23 +125,19 @@ class Tiles:
         return self.scalars if self.of_channels else self.vectors * self.lanes
 
     @property
-    def phases_at_once(self) -> int:
-        """How many phases a register tile sums in one loop: two where it weaves their rows."""
-        return 2 if self.woven == "tile" and not self.of_channels else 1
-
-    @property
     def block(self) -> int:
         """Channels that lie side by side in the packed weight."""
         return self.lanes if self.of_channels else self.scalars
 
-    def channels_of_turn(self, taps: int) -> int:
-        """How many channels, with ``taps`` of each, a turn of a loop takes: several, for each turn costs instructions.
+    def channels_of_turn(self, taps: int, phases: int = 1) -> int:
+        """How many channels, with ``taps`` of each of ``phases``, a turn of a loop takes.
 
+        Several, for each turn costs instructions.
         Where two threads share a core, each fetches instructions every other cycle, and 12 multiply-adds, their 8 loads
         and what goes on to the next channel would take longer to fetch than to compute; several channels a turn were
         measured to gain most in such minutes. And their weights are one line, to be asked for once.
         """
-        sums = self.vectors * self.scalars * self.rows * self.phases_at_once
+        sums = self.vectors * self.scalars * self.rows * phases
         if self.vector == "channels" and self.vectors == 1 and sums > _FEW_SUMS:
             return 1
         return largest_divisor(self.chunk // self.products, _MOST_OF_TURN // (sums * taps))
@@ -215,7 +211,10 @@ class Estimate:
             "plane": "elements of planes of X as they lie, multiplied by many taps at once",
         }
         beside = "column" if t.vector == "groups" else "broadcast value"
-        summed, phases = "tap" if t.by_taps else "phase", counted(t.phases_at_once, "phase")
+        summed, phases = (
+            "tap" if t.by_taps else "phase",
+            counted(self.accumulators // (t.vectors * t.scalars * t.rows), "phase"),
+        )
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
         ]
@@ -320,15 +319,17 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
 def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
     """Whether register tiles may write Y: where each phase has taps.
 
-    Vectors of positions may where two phases fill a row; vectors of channels, which come last, where all phases have
-    as many positions. Functions of float64 are the library's, for one element at a time.
+    Vectors of positions may where the phases of a row are few enough to be woven; vectors of channels, which come last,
+    where all phases have as many positions. Functions of float64 are the library's, for one element at a time.
     """
     phases = math.prod(axis.stride for axis in spec.axes)
     if spec.sum_dtype == "float64" or phases > MOST_PHASES or of_channels != (spec.layout == "NDHWC"):
         return False
     if not all(phase.taps for axis in spec.axes for phase in axis.phases):
         return False
-    return all(a.out == a.stride * a.positions for a in spec.axes) if of_channels else len(spec.axes[2].phases) == 2
+    if of_channels:
+        return all(a.out == a.stride * a.positions for a in spec.axes)
+    return len(spec.axes[2].phases) == spec.axes[2].stride <= MOST_WOVEN
 
 
 def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
@@ -340,6 +341,11 @@ def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
         depth.out % (depth.stride * t.depth * t.bands_d) > 0,
         height.out % (height.stride * t.height * t.bands_h) > 0,
     )
+
+
+def phases_at_once(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many phases a register tile sums in one loop: those of a row, where it weaves them."""
+    return _layer(spec, t).at_once(t)
 
 
 def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -465,6 +471,8 @@ class _Layer:
     most_taps: tuple[int, int, int]
     beside: tuple[float, float, float]
     shared: float
+    taps_of_row: int
+    phases_of_row: int
     phases: int
     outputs: int
     row: int
@@ -501,6 +509,8 @@ class _Layer:
             most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             shared=_shared(spec.axes[2]),
+            taps_of_row=sum(phase.taps for phase in spec.axes[2].phases),
+            phases_of_row=len(spec.axes[2].phases),
             phases=math.prod(len(a.phases) for a in spec.axes),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
@@ -516,6 +526,10 @@ class _Layer:
             woven=weaves(spec),
             shares_lines=_shares_lines(spec),
         )
+
+    def at_once(self, t: Tiles) -> int:
+        """How many phases a register tile sums in one loop: those of a row, where it weaves them."""
+        return self.phases_of_row if t.woven == "tile" and not t.of_channels else 1
 
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
@@ -628,9 +642,9 @@ def _beside(axis: Axis) -> float:
 
 
 def _shared(axis: Axis) -> float:
-    """How many vectors of X two phases of a row load together, for each tap of one."""
+    """How many vectors of X the phases of a row load together, for each tap of one."""
     offsets = [offset for phase in axis.phases for offset in phase.offsets()]
-    return 2 * len(set(offsets)) / max(1, len(offsets))
+    return len(axis.phases) * len(set(offsets)) / max(1, len(offsets))
 
 
 def _store(spec: ConvTranspose3d, vector: str, machine: Machine) -> Store:
@@ -722,7 +736,8 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
     planes = (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     of_rows = (range(1, 7), range(1, machine.registers // 2), range(1, min(8, layer.height) + 1))
     for vectors, scalars, rows in product(*of_rows):
-        many = 2 * vectors * scalars * rows + min(2 * scalars, vectors * rows) >= machine.registers
+        weights = layer.phases_of_row * scalars
+        many = weights * vectors * rows + min(weights, vectors * rows) >= machine.registers
         if many or layer.m % scalars or vectors * lanes >= layer.width + lanes:
             continue
         plane = _up(layer.height, rows)
@@ -884,7 +899,7 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     if t.woven == "band":
         storing += machine.settling * layer.images * bands * _over(layer.m, t.task)
     used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
-    return Estimate(t, computing + storing, computing, storing, used, sums * t.phases_at_once)
+    return Estimate(t, computing + storing, computing, storing, used, sums * layer.at_once(t))
 
 
 def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
@@ -904,7 +919,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
         moved += (layer.c * t.products // t.chunk - 1) * (2 * sums + 40)
     if t.woven == "tile":  # sums do not leave their registers
         moved = 2 * sums + 10
-    phases, products = phases // t.phases_at_once, products / t.phases_at_once
+    at_once = layer.at_once(t)
+    phases, products = phases // at_once, products / at_once
     moving = tiles * phases * moved + _reading(layer, machine, t, sizes)
     return tiles * products * _step(layer, machine, t, sizes.band), moving
 
@@ -951,7 +967,7 @@ def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
     a_phase = layer.itemsize * rows * (t.task if layer.own else layer.c) * layer.width
-    phases = layer.phases // t.phases_at_once
+    phases = layer.phases // layer.at_once(t)
     reading = a_phase * (phases * (1 / 240 + far_of_band) + far_of_task / t.bands_m)
     if t.copy == "whole" and t.of_channels and not layer.channels_first:
         # a few columns of all channels at a time, too short for the prefetcher, from where all of the copy is
@@ -989,7 +1005,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
 def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     """The products of one channel, or of a pair, added to one register tile: of a tap of each phase that it sums."""
     _, taps_h, taps_w = layer.most_taps
-    together = t.phases_at_once
+    together = layer.at_once(t)
     scalars = together * t.scalars
     of_plane = t.unrolls(taps_h * taps_w)
     unrolled = of_plane or (not t.of_channels and t.scalars == layer.c == 1)
@@ -1045,7 +1061,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         # beside the sums: the weights of a column of taps, and some vectors of X
         waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
         if together > 1:  # of both phases some of the weights, which all rows multiply, and more of X
-            waiting += 6 * max(0, sums + taps_h * (2 * taps_w - 1) / 4 + 13 - machine.registers)
+            waiting += 6 * max(0, sums + taps_h * layer.taps_of_row / 4 + 13 - machine.registers)
     elif unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack
         waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)

@@ -2,8 +2,8 @@
 
 Vectors of channels that come last are written as they lie in Y, by the tiles of each phase.
 
-Vectors of positions are woven. Two phases that are neighbours in a row are summed in one loop, so that a vector of X
-that both multiply is loaded once, and their sums are woven into a row of Y while they are still in registers.
+Vectors of positions are woven. The phases of a row are summed in one loop, so that a vector of X that several multiply
+is loaded once, and their sums are woven into a row of Y while they are still in registers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from schedules.statements import (
     within,
 )
 from schedules.stretches import in_stretches, stretches
-from schedules.tiles import divided, left_over, puts_together
+from schedules.tiles import divided, left_over, phases_at_once, puts_together
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -50,7 +50,7 @@ def written_by_tiles(function: tirx.PrimFunc, spec: ConvTranspose3d, t: Tiles) -
         names = [_first_block(each) for each in statements.seq]
         if names[-1] != WRITING or not all(OF_PHASE.match(name) for name in names[:-1]):
             return statements
-        width = t.phases_at_once
+        width = phases_at_once(spec, t)
         rows = [phases[first : first + width] for first in range(0, len(phases), width)]
         _, realize = nest(writing)
         written = [_row(row, realize.block, spec, t, y) for row in rows]
@@ -70,32 +70,35 @@ def _row(
 ) -> tirx.Stmt:
     """The tiles of one phase, or of those of a row, which all have the same loops, and what these write."""
     around, _ = nest(phases[0])
-    begins, sums, leaves = [], None, []
+    begins, sums, leaves = [], [], []
     for phase in phases:
         loops, tile = nest(phase)
         same = {own.loop_var: loop.loop_var for own, loop in zip(loops, around, strict=True)}
         *begin, summing, leaving = (replaced(each, same) for each in tile.seq)
         begins += begin
-        sums = summing if sums is None else _together(sums, summing)
+        sums.append(summing)
         leaves.append(leaving)
-    return within(around, in_turn([*begins, sums, _writing(leaves, writing, spec, t, y, around)]))
+    return within(around, in_turn([*begins, _together(sums), _writing(leaves, writing, spec, t, y, around)]))
 
 
-def _together(first: tirx.Stmt, second: tirx.Stmt) -> tirx.Stmt:
-    """One nest of both, as far as their loops are the same: down to the lanes of a vector, or to the taps of a row."""
-    if isinstance(first, tirx.IfThenElse):  # what lies beside X for one phase of a row does for the other
-        return tirx.IfThenElse(first.condition, _together(first.then_case, second.then_case), None)
+def _together(phases: Sequence[tirx.Stmt]) -> tirx.Stmt:
+    """One nest of all, as far as their loops are the same: down to the lanes of a vector, or to the taps of a row."""
+    first = phases[0]
+    if len(phases) == 1:
+        return first
+    if isinstance(first, tirx.IfThenElse):  # what lies beside X for one phase of a row does for all
+        return tirx.IfThenElse(first.condition, _together([each.then_case for each in phases]), None)
     if isinstance(first, tirx.SeqStmt):  # what a turn asks for, and what it adds, row by row of X
-        return in_turn([_together(one, other) for one, other in zip(first.seq, second.seq, strict=True)])
+        return in_turn([_together(parts) for parts in zip(*(each.seq for each in phases), strict=True)])
     if not isinstance(first, tirx.For) or first.kind == tirx.ForKind.VECTORIZED:
-        return in_turn([first, second])
-    if int(first.extent) == int(second.extent):
-        body = replaced(second.body, {second.loop_var: first.loop_var})
-        return with_turns(first, _together(first.body, body))
+        return in_turn(list(phases))
+    if len({int(each.extent) for each in phases}) == 1:
+        bodies = [replaced(each.body, {each.loop_var: first.loop_var}) for each in phases]
+        return with_turns(first, _together(bodies))
     if isinstance(first.body, tirx.SeqStmt):
-        of_rows = zip(first.body.seq, second.body.seq, strict=True)
-        return in_turn([_together(with_turns(first, one), with_turns(second, other)) for one, other in of_rows])
-    return in_turn([first, second])
+        of_rows = zip(*([with_turns(each, row) for row in each.body.seq] for each in phases), strict=True)
+        return in_turn([_together(rows) for rows in of_rows])
+    return in_turn(list(phases))
 
 
 def _writing(
@@ -127,7 +130,7 @@ def _writing(
         places = [[n, *first_of_row, g * m_out + m * t.lanes + leave.iter_values[6]]]
     else:
         *of_row, column = first_of_row
-        places = [[n, g * m_out + m, *of_row, column + f] for f in range(t.phases_at_once)]
+        places = [[n, g * m_out + m, *of_row, column + f] for f in range(phases_at_once(spec, t))]
     variables = [v.var for v in writing.iter_vars]
 
     def of_registers(load: Any) -> Any:
@@ -163,15 +166,15 @@ def _writing(
     *loops, of_row = loops
     places_and_ends = zip((m, *row[2:]), (m_out, spec.axes[0].out, spec.axes[1].out), left_over(spec, t), strict=True)
     tests = [place < end for place, end, over in places_and_ends if over]
-    part = _to_the_end(of_row, written, first, spec.axes[2].out, t)
+    part = _to_the_end(of_row, written, first, spec, t)
     return within(loops, tirx.IfThenElse(tirx.all(*tests), part, None) if tests else part)
 
 
 def _to_the_end(
-    of_row: tirx.For, written: Callable[[int, int], tirx.Stmt], first: Any, out: int, t: Tiles
+    of_row: tirx.For, written: Callable[[int, int], tirx.Stmt], first: Any, spec: ConvTranspose3d, t: Tiles
 ) -> tirx.Stmt:
-    """The vectors that a tile writes, the first of them at ``first``, as far as the row of ``out`` elements goes."""
-    start, lanes = of_row.min, t.lanes * t.phases_at_once
+    """The vectors that a tile writes, the first of them at ``first``, as far as the row goes."""
+    start, out, lanes = of_row.min, spec.axes[2].out, t.lanes * phases_at_once(spec, t)
 
     def vectors(elements: int) -> tirx.Stmt:
         whole, left = divmod(elements, lanes)

@@ -35,7 +35,7 @@ def allocated(statements: Sequence[tirx.Stmt]) -> int:
 
 def test_threads_allocate_workspaces_and_tasks_none() -> None:
     cpu = tvm.target.Target(MACHINE.tvm())
-    function = kernel("L34-mednext-up0")[KERNEL].with_attr("target", cpu.with_host(cpu))
+    function = kernel("L33-surroundocc-deblock")[KERNEL].with_attr("target", cpu.with_host(cpu))
     passes, _, _ = get_tir_pipeline("opcompile")
     (function,) = passes(tvm.IRModule({KERNEL: function})).functions.values()
     tasks = [loop for loop in every(tirx.For, function.body) if loop.kind == tirx.ForKind.PARALLEL]

@@ -68,6 +68,17 @@ TILES = Tiles("row", 16, 2, 3, 1, 3, 1, 2, 4, "task", 1, 2, 2, woven="tile")
             replace(TILES, vectors=1, scalars=1, rows=2, task=1, chunk=2, bands_m=2),
         ),
         ("in=1x4x2x4x20 co=3 k=2x3x3 s=2x1x2 d=1x2x3 p=0x2x2 dtype=float16", replace(TILES, bands_m=1)),
+        # one phase; three, and four, with taps two and one
+        ("in=1x4x3x4x37 co=6 k=3 s=1 p=1 act=relu", replace(TILES, rows=2, bands_d=3, bands_h=2)),
+        (
+            "in=1x3x3x5x20 co=3 k=5 s=1 p=2 g=3",
+            replace(TILES, scalars=1, rows=2, task=1, chunk=1, bands_h=3, bands_m=1),
+        ),
+        ("in=1x4x2x4x20 co=3 k=2x3x5 s=2x3x3 p=0x0x1", replace(TILES, scalars=1, task=1, bands_m=3)),
+        (
+            "in=1x2x2x3x17 co=2 k=1x1x7 s=1x1x4 p=0x0x2 g=2",
+            replace(TILES, vectors=1, scalars=1, rows=3, task=1, height=3, chunk=1, bands_h=1, bands_m=1),
+        ),
     ],
 )
 def test_register_tiles_may_write_rows_of_y(text: str, tiles: Tiles) -> None:
@@ -130,14 +141,18 @@ def test_a_loop_over_channels_sums_both_phases_of_a_row() -> None:
 @pytest.mark.parametrize(
     ("text", "changes", "words"),
     [
-        ("in=1x4x2x4x32 co=6 k=3 s=3", {}, "two along W"),
-        ("in=1x4x2x4x1 co=6 k=2 s=2 p=0x0x1:0", {"vectors": 1}, "two along W"),
+        ("in=1x4x2x4x32 co=6 k=5 s=5", {}, "4 along W at most"),
+        ("in=1x4x2x4x1 co=6 k=2 s=2 p=0x0x1:0", {"vectors": 1}, "4 along W at most"),  # one of two
         ("in=1x4x2x4x32 co=6 k=2 s=2 d=2", {"bands_h": 1}, "phases that all have taps"),
         ("in=1x4x2x4x32 co=6 k=2 s=2 layout=NDHWC", {}, "channels first"),
         ("in=1x4x2x4x16 co=6 k=2 s=2 dtype=float64", {"lanes": 8}, "not for float64"),
         ("in=1x4x2x4x32 co=6 k=2 s=2", {"vector": "line"}, "vectors along a row"),
         ("in=1x4x2x4x32 co=6 k=2 s=2", {"copy": "chunk", "chunk": 2}, "a copy of all channels"),
-        ("in=1x4x2x4x32 co=6 k=2 s=2", {"scalars": 6, "task": 6, "rows": 2, "bands_m": 1}, "48 sums of two phases"),
+        (
+            "in=1x4x2x4x32 co=6 k=2 s=2",
+            {"scalars": 6, "task": 6, "rows": 2, "bands_m": 1},
+            "48 sums of the 2 phases of a row",
+        ),
         ("in=1x4x2x4x32 co=6 k=2 s=2", {"woven": "elsewhere"}, "woven is 'elsewhere', but must be 'band' or 'tile'"),
     ],
 )
