@@ -740,14 +740,14 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
         many = weights * vectors * rows + min(weights, vectors * rows) >= machine.registers
         if many or layer.m % scalars or vectors * lanes >= layer.width + lanes:
             continue
-        plane = _up(layer.height, rows)
+        plane, chunk = _up(layer.height, rows), _chunk(layer, machine, "row", rows, vectors * lanes)
         for height in sorted({min(rows * n, plane) for n in (1, 2, 4, *((8, 16) if together else ()))} | {plane}):
             of_plane = _over(layer.height, height)
             ways = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), sorted({scalars, layer.m}))
             for copy, bands_d, bands_h, task in (("whole", 1, 1, scalars), *ways):
                 if layer.depth % bands_d or of_plane % bands_h:
                     continue
-                span = (1, height, layer.c, copy, bands_d, bands_h, layer.m // task)
+                span = (1, height, chunk, copy, bands_d, bands_h, layer.m // task)
                 tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
                 if (
                     together
@@ -1053,6 +1053,8 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         passing, waiting = 0.0, scalars * a_weight
         if layer.read(t, 1, 1) > machine.l1_bytes:  # a phase has passed it all by before the next one reads it
             passing = t.vectors * rows * machine.vector_bytes / (1 if unrolled else taps_w)
+            if together > 1 and straddling > 1:  # and the line behind them, that one of the taps reads
+                passing += rows * CACHE_LINE / (1 if unrolled else taps_w)
         a_row = t.columns * layer.itemsize + CACHE_LINE
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
