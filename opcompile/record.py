@@ -428,8 +428,7 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
     if sums >= target.machine.registers:
         yield (
             f"woven is 'tile', but the {sums} sums of the {phases} phases of a row fill all registers, and "
-            f"{target.name} has "
-            f"{target.machine.registers}"
+            f"{target.name} has {target.machine.registers}"
         )
 
 

@@ -176,7 +176,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
-    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40, l2_rate=28, stretch=6 << 10),
+    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40, l2_rate=28, stretch=5 << 10),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),

@@ -34,6 +34,7 @@ from schedules.statements import (
     over_channels,
     replaced,
     vector_of,
+    with_body,
     with_turns,
     within,
 )
@@ -90,11 +91,15 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = structural_map(function, (s_tir.SBlock, _narrowing))
         in_llvm += pairs.FUNCTIONS
     if tiles.store == "streamed":
-        function = _past_caches(function, y)
-        in_llvm += streams.FUNCTIONS + (stretches.FUNCTIONS if puts_together(spec, tiles) else "")
+        if puts_together(spec, tiles):
+            in_llvm += stretches.FUNCTIONS
+        else:
+            function = _past_caches(function, y)
+        function = structural_map(function, (tirx.For, _arriving))
+        in_llvm += streams.FUNCTIONS
     if in_llvm:
         root = function.body
-        body = _with_body(root.block, importing(root.block.body, in_llvm))
+        body = with_body(root.block, importing(root.block.body, in_llvm))
         function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
     return tvm.IRModule({name.name_hint: function})
 
@@ -113,7 +118,7 @@ def _as_it_lies(copy: s_tir.SBlockRealize, spec: ConvTranspose3d, end_to_end: bo
     n, c, d, *_ = load.indices if channels_first else [load.indices[0], load.indices[-1], *load.indices[1:-1]]
     at = [zero if end_to_end else d, zero, i]
     element = tirx.BufferLoad(load.source, [n, c, *at] if channels_first else [n, *at, c])
-    body = _with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
+    body = with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
     if end_to_end:
         return s_tir.SBlockRealize(copy.iter_values, copy.predicate, body)
     values = dict(zip((v.var for v in block.iter_vars), copy.iter_values, strict=True))
@@ -152,7 +157,7 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     loads = {str(load.source.name): load for load in every(TensorLoad, block.body.value)}
     x, w, sums = loads["pad"], loads["W"], elements(block.body, t.lanes)
     factors = (vector(w), broadcast(x)) if t.vector == "channels" else (vector(x), broadcast(w))
-    adding = _with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
+    adding = with_body(block, tirx.BufferStore(sums.source, added(sums, *factors), sums.indices))
     return s_tir.SBlockRealize(
         [replaced(value, begin((loop, pair))) for value in realize.iter_values], realize.predicate, adding
     )
@@ -174,11 +179,11 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
     tested = any(var.same_as(lane) for each in alike for var in every(tirx.Var, each))
     vector = None if tested else vector_of(value, lane, lanes)
     if vector is None:
-        left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, _with_body(block, block.body, "lanes"))
+        left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, with_body(block, block.body, "lanes"))
         return tirx.For(lane, zero, loop.extent, loop.kind, left)
     *others, last = block.body.indices
     at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes)]
-    written = _with_body(block, tirx.BufferStore(block.body.buffer, vector, at))
+    written = with_body(block, tirx.BufferStore(block.body.buffer, vector, at))
     return s_tir.SBlockRealize([replaced(i, {lane: zero}) for i in realize.iter_values], realize.predicate, written)
 
 
@@ -190,43 +195,29 @@ def _narrowing(block: s_tir.SBlock) -> s_tir.SBlock:
     def rounded(cast: tirx.Cast) -> Any:
         return narrowed(cast.value) if str(cast.ty.dtype).startswith("bfloat16") else cast
 
-    return _with_body(block, structural_map(block.body, (tirx.Cast, rounded)))
+    return with_body(block, structural_map(block.body, (tirx.Cast, rounded)))
 
 
 def _past_caches(function: tirx.PrimFunc, y: Any) -> tirx.PrimFunc:
-    """Stream what is stored to Y, ask for its lines only where it is not, and wait for it at the end of a task."""
+    """Stream what is stored to Y, and ask for its lines only where it is not."""
 
     def streamed(store: tirx.BufferStore) -> tirx.Stmt:
         return streams.streamed(store) if store.buffer.same_as(y) else store
 
     def asked(statement: tirx.Evaluate) -> tirx.Stmt:
         of_y = [load for load in every(TensorLoad, statement.value) if load.source.same_as(y)]
-        return streams.asked(*of_y) if of_y and streams.asks(statement) else statement
-
-    def arrived(loop: tirx.For) -> tirx.Stmt:
-        if loop.kind != tirx.ForKind.PARALLEL or not any(
-            block.name_hint in (WRITING, ROW) for block in every(s_tir.SBlock, loop.body)
-        ):
-            return loop
-        return with_turns(loop, in_turn([loop.body, streams.arrived()]))
+        return streams.asked(*of_y) if of_y else statement
 
     function = structural_map(function, (tirx.Evaluate, asked))  # before there are others that name Y
-    return structural_map(structural_map(function, (tirx.BufferStore, streamed)), (tirx.For, arrived))
+    return structural_map(function, (tirx.BufferStore, streamed))
 
 
-def _with_body(block: s_tir.SBlock, body: tirx.Stmt, name: str = "") -> s_tir.SBlock:
-    """The block with other statements, and maybe another name."""
-    return s_tir.SBlock(
-        block.iter_vars,
-        block.reads,
-        block.writes,
-        name or block.name_hint,
-        body,
-        block.init,
-        block.alloc_buffers,
-        block.match_buffers,
-        block.annotations,
-    )
+def _arriving(loop: tirx.For) -> tirx.Stmt:
+    """Let each task wait for what it has streamed."""
+    written = any(block.name_hint in (WRITING, ROW) for block in every(s_tir.SBlock, loop.body))
+    if loop.kind != tirx.ForKind.PARALLEL or not written:
+        return loop
+    return with_turns(loop, in_turn([loop.body, streams.arrived()]))
 
 
 def _in_vectors(loop: tirx.For, channels: int, ahead: int) -> tirx.Stmt:
@@ -283,7 +274,7 @@ def _interleaved(
     *others, last = [analyzer.simplify(replaced(i, first)) for i in store.indices]
     at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
     woven = tirx.BufferStore(store.buffer, interlaced(vectors, lanes), at)
-    return s_tir.SBlockRealize(copy.iter_values, copy.predicate, _with_body(copy.block, woven))
+    return s_tir.SBlockRealize(copy.iter_values, copy.predicate, with_body(copy.block, woven))
 
 
 def _trimmed(loop: tirx.For, spec: ConvTranspose3d, along: int) -> tirx.Stmt:

@@ -87,22 +87,28 @@ def within(loops: Sequence[tirx.For], body: tirx.Stmt) -> tirx.Stmt:
     return body
 
 
-def allocating(function: tirx.PrimFunc, buffer: tirx.Buffer) -> tirx.PrimFunc:
-    """The function with one buffer more."""
-    root, block = function.body, function.body.block
-    buffers = [*block.alloc_buffers, buffer]
-    more = s_tir.SBlock(
+def with_body(
+    block: s_tir.SBlock, body: tirx.Stmt, name: str = "", buffers: Sequence[tirx.Buffer] = ()
+) -> s_tir.SBlock:
+    """The block with other statements, and maybe another name, and more buffers."""
+    return s_tir.SBlock(
         block.iter_vars,
         block.reads,
         block.writes,
-        block.name_hint,
-        block.body,
+        name or block.name_hint,
+        body,
         block.init,
-        buffers,
+        [*block.alloc_buffers, *buffers],
         block.match_buffers,
         block.annotations,
     )
-    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, more))
+
+
+def allocating(function: tirx.PrimFunc, buffer: tirx.Buffer) -> tirx.PrimFunc:
+    """The function with one buffer more."""
+    root = function.body
+    block = with_body(root.block, root.block.body, buffers=[buffer])
+    return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, block))
 
 
 def vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:

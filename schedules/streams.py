@@ -49,11 +49,6 @@ def streamed(store: tirx.BufferStore) -> tirx.Stmt:
     return tirx.Evaluate(tirx.call_extern("void", f"opcompile_streamed_x{int(last.lanes)}", first, store.value))
 
 
-def asks(statement: tirx.Evaluate) -> bool:
-    """Whether a statement asks for a line, and does not write what it names."""
-    return str(statement.value.op.name) == "tirx.call_llvm_intrin"
-
-
 def asked(at: Any) -> tirx.Stmt:
     """Ask for the line of the element ``at`` of Y into the second cache, where Y is not streamed."""
     begin = tirx.BufferLoad(at.source, [tirx.const(0, i.ty.dtype) for i in at.indices])

@@ -3,12 +3,14 @@
 Such rows cannot be streamed one by one (`schedules.streams`): two that are neighbours share a line. But all rows that
 a band writes of a plane of a channel lie side by side. Register tiles write these to a buffer in the first cache,
 whose lines end where those of Y do; then they go out, whole lines past the caches, and what they share with the rows
-before and behind them as ever. Where Y begins does not matter.
+before and behind them as ever. These two lines are asked for before the rows are summed: a store that waits for memory
+holds up all that come after it, the streamed ones first. Where Y begins does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tvm import s_tir, tirx
@@ -16,7 +18,7 @@ from tvm.ir import Range
 from tvm_ffi import structural_map
 
 from schedules.statements import ROW, begin, every, in_turn, nest, replaced
-from schedules.tiles import CACHE_LINE, elements_of_stretch, left_over
+from schedules.tiles import CACHE_LINE, divided, elements_of_stretch, left_over
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
@@ -63,36 +65,51 @@ def in_stretches(
         write = tirx.BufferStore(to, store.value, [channel - m, at])
         return s_tir.SBlock([], block.reads, [tirx.BufferRegion(to, everything)], ROW, write)
 
-    def stream(phase: int) -> tirx.Stmt:
-        """All channels of a plane, one after the other, as far as Y has them."""
+    def ask(channel: Any, phase: int, count: Any) -> tirx.Stmt:
+        """Ask for the lines at both ends."""
+        return tirx.Evaluate(tirx.call_extern("void", "opcompile_ends", first(channel, phase), count))
+
+    def stream(channel: Any, phase: int, count: Any) -> tirx.Stmt:
+        """Write out what was put together."""
+        source = tirx.address_of(tirx.BufferLoad(to, [channel - m, place(channel, phase)]))
+        call = tirx.call_extern("void", "opcompile_stretch", first(channel, phase), source, count)
+        of_y = [Range.from_min_extent(tirx.const(0, i.ty.dtype), i) for i in y.shape]
+        read, written = [tirx.BufferRegion(to, everything)], [tirx.BufferRegion(y, of_y)]
+        block = s_tir.SBlock([], read, written, "stretch", tirx.Evaluate(call))
+        return s_tir.SBlockRealize([], tirx.const(1, "bool"), block)
+
+    def of_channels(act: Callable[[Any, int, Any], tirx.Stmt], phase: int) -> tirx.Stmt:
+        """Do it for each channel of the band in a plane, as far as Y has them."""
         channel = tirx.Var("channel", kind)
         count = tirx.min(tirx.const(elements_of_stretch(spec, t), kind), (axis_h.out - h) * axis_w.out)
-        source = tirx.address_of(tirx.BufferLoad(to, [channel, place(m + channel, phase)]))
-        call = tirx.call_extern("void", "opcompile_stretch", first(m + channel, phase), source, count)
-        reads = [tirx.BufferRegion(to, everything)]
-        writes = [tirx.BufferRegion(y, [Range.from_min_extent(tirx.const(0, i.ty.dtype), i) for i in y.shape])]
-        block = s_tir.SBlock([], reads, writes, "stretch", tirx.Evaluate(call))
-        of_group, planes, beyond_rows = left_over(spec, t)
-        end = (tirx.floordiv(m, spec.channels_out // spec.groups) + 1) * (spec.channels_out // spec.groups)
+        _, of_group, _ = divided(spec, t)
+        more_channels, more_planes, _ = left_over(spec, t)
         tests = [
-            *([m + channel < end] if of_group else []),
-            *([d + phase < axis_d.out] if planes else []),
-            *([h < axis_h.out] if beyond_rows else []),
+            *([tirx.floormod(m, of_group) + channel < of_group] if more_channels else []),
+            *([d + phase < axis_d.out] if more_planes else []),
         ]
-        body: tirx.Stmt = s_tir.SBlockRealize([], tirx.const(1, "bool"), block)
+        body = act(m + channel, phase, count)
         body = tirx.IfThenElse(tirx.all(*tests), body, None) if tests else body
         return tirx.For(channel, tirx.const(0, kind), tirx.const(t.task, kind), tirx.ForKind.SERIAL, body)
 
-    statements, count = [], len(rows) // len(axis_d.phases)
+    statements: list[tirx.Stmt] = []
+    width = len(rows) // len(axis_d.phases)
     for phase in range(len(axis_d.phases)):
-        of_plane = rows[phase * count : (phase + 1) * count]
-        statements += [structural_map(row, (s_tir.SBlock, lambda block: put(block, phase))) for row in of_plane]  # noqa: B023
-        statements.append(stream(phase))
+        of_plane = rows[phase * width : (phase + 1) * width]
+        put_together = [structural_map(row, (s_tir.SBlock, partial(put, phase=phase))) for row in of_plane]
+        statements += [of_channels(ask, phase), *put_together, of_channels(stream, phase)]
     return in_turn(statements)
 
 
 # What LLVM needs for `in_stretches`.
 FUNCTIONS = f"""
+define void @opcompile_ends(ptr %y, i64 %count) alwaysinline {{
+  %end = getelementptr float, ptr %y, i64 %count
+  call void @llvm.prefetch.p0(ptr %y, i32 1, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %end, i32 1, i32 3, i32 1)
+  ret void
+}}
+
 define i64 @opcompile_behind_a_line(ptr %y) alwaysinline {{
   %at = ptrtoint ptr %y to i64
   %bytes = and i64 %at, {CACHE_LINE - 1}

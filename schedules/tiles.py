@@ -47,7 +47,7 @@ _FAR = 32 << 20
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
 _FEW_CHANNELS = 63
-# With fewer, a register tile of two phases has too few sums: 12 with AVX2, with several input channels up to a half
+# With fewer, a register tile of several phases has too few sums: 12 with AVX2, with several input channels up to a half
 # slower than bands.
 _MANY_REGISTERS = 32
 # For so few elements of X, weights come from memory, and multiplying is no matter.
@@ -77,8 +77,9 @@ class Tiles:
     rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
     or all tasks together before the first. ``products`` of neighbouring input channels are
     added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
-    written: into the caches, or past them where it begins at a cache line. ``woven`` says by what Y is written: from
-    the buffers of a band, or by each register tile, of the phases side by side, or the channels, that it sums.
+    written: into the caches, or past them, where it begins at a cache line or tiles put rows together. ``woven`` says
+    by what Y is written: from the buffers of a band, or by each register tile, of the phases of a row, or the channels,
+    that it sums.
     """
 
     vector: Literal["channels", "groups", "row", "line", "taps", "plane"]
@@ -336,11 +337,7 @@ def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
     """Whether tasks go beyond the channels of a group, the planes and the rows of Y."""
     _, m, _ = divided(spec, t)
     depth, height, _ = spec.axes
-    return (
-        m % t.task > 0,
-        depth.out % (depth.stride * t.depth * t.bands_d) > 0,
-        height.out % (height.stride * t.height * t.bands_h) > 0,
-    )
+    return m % t.task > 0, depth.out % (depth.stride * t.depth) > 0, height.out % (height.stride * t.height) > 0
 
 
 def phases_at_once(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -395,12 +392,14 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     channels_first = spec.layout == "NCDHW"
     channels = spec.channels_out if vector == "groups" else spec.channels_out // spec.groups
     side_by_side = spec.axes[2].out if channels_first else channels
-    in_vectors = weaves(spec) if channels_first else machine.vector_bytes == CACHE_LINE
+    # what is written at once, woven of all phases of a row, must be whole lines too
+    of_lines = machine.vector_bytes * (spec.axes[2].stride if channels_first else 1) % CACHE_LINE == 0
     return (
         machine.streams
         and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
         and (vector in _OF_CHANNELS) != channels_first
-        and in_vectors
+        and of_lines
+        and (weaves(spec) or not channels_first)
         and side_by_side * spec.itemsize % CACHE_LINE == 0
         and _far(spec)
     )
@@ -1062,7 +1061,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     if shares_rows:
         # beside the sums: the weights of a column of taps, and some vectors of X
         waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
-        if together > 1:  # of both phases some of the weights, which all rows multiply, and more of X
+        if together > 1:  # of all phases some of the weights, which all rows multiply
             waiting += 6 * max(0, sums + taps_h * layer.taps_of_row / 4 + 13 - machine.registers)
     elif unrolled:
         # LLVM loads what all taps read at once, and puts some of it on the stack

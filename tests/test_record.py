@@ -295,6 +295,9 @@ def test_tasks_that_straddle_groups_are_illegal() -> None:
     tiles |= {"bands_d": 1, "bands_h": 1, "bands_m": 1}
     assert "must divide the 6 channels of a group" in str(illegal(tiles, grouped, MACHINE))
     assert illegal(tiles | {"task": 2}, grouped, MACHINE) is None
+    wider = ConvTranspose3d.parse("in=1x6x3x4x5 co=24 k=2 s=2 g=3")
+    assert "bands_m is 2, but must be 1, or cover" in str(illegal(tiles | {"task": 2, "bands_m": 2}, wider, MACHINE))
+    assert illegal(tiles | {"task": 2, "bands_m": 4}, wider, MACHINE) is None
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_lines_of_y_are_asked_for_only_where_it_is_not_streamed() -> None:
         ("in=4x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", True),
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "row", "llvm:x86-64-v4", False),  # rows of 127
         ("in=1x32x48x48x48 co=32 k=5 s=5", "row", "llvm:x86-64-v4", False),  # rows that are not woven
+        ("in=1x32x64x64x64 co=32 k=3 s=1 p=1", "row", "llvm:x86-64-v4", True),
+        ("in=1x32x64x64x64 co=32 k=3 s=1 p=1", "row", "llvm:x86-64-v3", False),  # half a line at a time
         ("in=1x32x64x64x64 co=32 k=2 s=2 dtype=float16", "row", "llvm:x86-64-v4", False),
         ("in=1x32x64x64x64 co=32 k=2 s=2 dtype=float64", "row", "llvm:x86-64-v4", False),
         ("in=1x32x48x48x48 co=32 k=2 s=2 layout=NDHWC", "channels", "llvm:x86-64-v4", True),
@@ -171,7 +173,7 @@ def test_what_is_put_together_goes_past_the_caches_and_is_waited_for(on: Target)
         str(compiled(lower.scheduled(spec, t), on.tvm()).mod.inspect_source("asm"))
         for t in (tiles, replace(tiles, store="cached"))
     )
-    for instruction in ("vmovntps", "sfence"):
+    for instruction in ("vmovntps", "sfence", "prefetcht0"):  # the last for both ends
         assert instruction in streamed
         assert instruction not in cached
     # of eight rows of 39 elements, in whole lines, and one more to begin anywhere in the first

@@ -1,4 +1,4 @@
-"""Rows of Y that register tiles write: right, to their ends alone, without a buffer, both phases in one loop."""
+"""Rows of Y that register tiles write: right, to their ends alone, without a buffer, all phases in one loop."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def test_every_activation_is_of_whole_vectors(activation: str) -> None:
         ("in=1x4x2x4x17 co=6 k=3 s=2 p=1", {"vectors": 1}),  # 33: a vector, and one element
         ("in=1x4x2x4x1 co=6 k=2 s=2", {"vectors": 1}),
         ("in=1x4x2x3x32 co=7 k=3 s=2 p=1", {"bands_h": 2, "bands_m": 3}),  # channels, planes and rows
+        ("in=1x4x2x4x32 co=6 k=2 s=2", {"scalars": 2, "task": 4}),  # whole tiles of channels, and no whole task
         ("in=1x4x3x5x32 co=10 k=3 s=2 p=1 g=2", {"chunk": 2, "task": 6, "depth": 2, "bands_h": 3, "bands_m": 1}),
     ],
 )
@@ -127,15 +128,42 @@ def test_a_kernel_has_no_other_buffer_than_the_copy_of_x() -> None:
     assert lower.workspace_bytes(SMALL, replace(TILES, woven="band")) > of_task
 
 
-def test_a_loop_over_channels_sums_both_phases_of_a_row() -> None:
-    summed = []
-    for loop in every(tirx.For, lower.scheduled(SMALL, TILES)[lower.KERNEL].body):
-        names = [block.name_hint for block in every(s_tir.SBlock, loop)]
-        if loop.kind == tirx.ForKind.UNROLLED and len(names) == 2 and names[0].endswith("_update"):
-            summed.append(names)
-    rows = [[f"phase_{d}_{h}_{w}_update" for w in (0, 1)] for d in (0, 1) for h in (0, 1)]
-    assert all(row in summed for row in rows)
-    assert all(names in rows for names in summed)
+def summed_in_a_loop(text: str, tiles: Tiles) -> set[tuple[str, ...]]:
+    """The sums of each loop over channels, in their order."""
+    found = set()
+    for loop in every(tirx.For, lower.scheduled(ConvTranspose3d.parse(text), tiles)[lower.KERNEL].body):
+        inner = loop.body.seq[0] if isinstance(loop.body, tirx.SeqStmt) else loop.body
+        names = [str(block.name_hint) for block in every(s_tir.SBlock, loop)]
+        unrolled = isinstance(inner, tirx.For) and inner.kind == tirx.ForKind.UNROLLED
+        if loop.kind == tirx.ForKind.SERIAL and unrolled and all(name.endswith("_update") for name in names):
+            found.add(tuple(name.removesuffix("_update") for name in names))
+    return found
+
+
+def test_a_loop_over_channels_sums_all_phases_of_a_row() -> None:
+    rows = {tuple(f"phase_{d}_{h}_{w}" for w in (0, 1)) for d in (0, 1) for h in (0, 1)}
+    assert summed_in_a_loop("in=1x4x2x4x32 co=6 k=2 s=2", TILES) == rows
+    assert summed_in_a_loop("in=1x4x2x4x32 co=6 k=3 s=2 p=1 op=1", TILES) == rows  # of one tap, and of two
+    assert summed_in_a_loop("in=1x4x2x4x32 co=6 k=1x1x4 s=1x1x3", replace(TILES, scalars=1, task=1, bands_m=6)) == {
+        ("phase_0_0_0", "phase_0_0_1", "phase_0_0_2")
+    }
+
+
+def test_with_one_channel_products_of_a_row_of_x_follow_each_other() -> None:
+    tiles = replace(TILES, scalars=1, rows=2, task=1, chunk=1, bands_m=1, bands_h=2)
+    (row,) = summed_in_a_loop("in=1x3x2x4x32 co=3 k=1x3x3 s=1x1x2 p=0x1x1 op=0x0x1 g=3", tiles)
+    # two rows of Y, three taps between them: of each row of X both phases, and then of the next
+    assert row == ("phase_0_0_0", "phase_0_0_1") * 6
+
+
+def test_taps_at_planes_beside_x_are_left_out() -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x4x32 co=6 k=3 s=2 p=1 op=1")
+    left_out = [
+        each
+        for each in every(tirx.IfThenElse, lower.scheduled(spec, TILES)[lower.KERNEL].body)
+        if any(block.name_hint.endswith("_update") for block in every(s_tir.SBlock, each))
+    ]
+    assert len(left_out) == 4  # a row of each phase of planes and rows, all of its phases together
 
 
 @pytest.mark.parametrize(
@@ -172,13 +200,17 @@ def test_tiles_that_cannot_write_rows_say_why(text: str, changes: dict[str, Any]
         ("in=1x32x16x32x32 co=32 k=3 s=2 p=1 g=32", "x86-64-v3", True),
         ("in=1x32x16x32x32 co=32 k=3 s=2 p=1 act=gelu", "x86-64-v4", True),
         ("in=1x32x16x32x32 co=32 k=3 s=2 d=2 p=2", "x86-64-v4", False),  # no taps in one phase
+        ("in=1x32x16x32x32 co=32 k=3 s=1 p=1", "x86-64-v4", True),
+        ("in=1x32x16x32x32 co=32 k=3 s=3", "x86-64-v4", True),
+        ("in=1x32x16x32x32 co=32 k=1x1x4 s=1x1x4", "x86-64-v4", True),
+        ("in=1x32x16x32x32 co=32 k=1x1x5 s=1x1x5", "x86-64-v4", False),  # rows that are not woven
         ("in=1x32x16x32x32 co=32 k=2 s=2 act=gelu", "x86-64-v4", False),
         ("in=1x32x16x32x32 co=2 k=2 s=2", "x86-64-v4", False),
         ("in=1x32x16x32x32 co=2 k=3 s=2 p=1", "x86-64-v4", True),
         ("in=1x32x16x32x32 co=32 k=2 s=2 g=32 act=relu", "x86-64-v4", True),
     ],
 )
-def test_they_are_candidates_where_two_phases_of_a_row_have_taps(text: str, on: str, wanted: bool) -> None:
+def test_they_are_candidates_where_all_phases_have_taps(text: str, on: str, wanted: bool) -> None:
     spec, machine = ConvTranspose3d.parse(text), target(f"llvm:{on}")
     found = [e for e in candidates(spec, machine.machine) if e.tiles.woven == "tile"]
     assert bool(found) == wanted
