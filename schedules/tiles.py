@@ -867,7 +867,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # reading a copy of all X costs with channels last, copying squares and weights from the third cache were fitted to 856
 # of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best. On Zen 5 all
 # but multiplying takes a quarter of the cycles (`Machine.overhead`, fitted with `Machine.settling`, what a load takes
-# and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best.
+# and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best, and so it
+# is where tiles write rows of Y, fitted to 1372 of 87 there.
 
 
 # Bytes of X that come from the second cache in a cycle where vectors are of positions; of channels, `Machine.l2_rate`.
