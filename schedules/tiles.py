@@ -212,10 +212,8 @@ class Estimate:
             "plane": "elements of planes of X as they lie, multiplied by many taps at once",
         }
         beside = "column" if t.vector == "groups" else "broadcast value"
-        summed, phases = (
-            "tap" if t.by_taps else "phase",
-            counted(self.accumulators // (t.vectors * t.scalars * t.rows), "phase"),
-        )
+        summed = "tap" if t.by_taps else "phase"
+        phases = counted(self.accumulators // (t.vectors * t.scalars * t.rows), "phase")
         bands = [
             (n, axis) for n, axis in ((t.bands_m, "channels"), (t.bands_d, "planes"), (t.bands_h, "rows")) if n > 1
         ]
@@ -448,10 +446,12 @@ class _Layer:
     ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
     around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
     output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
-    is with zeros beside X. ``tensors`` is the bytes of X and Y, ``together`` how many groups a task computes,
-    ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of channels and columns.
-    ``woven`` says whether vectors of positions are woven to rows of Y. With ``own``, vectors run along groups, as if
-    all were one: each channel has an X of its own, and ``c`` is 1.
+    is with zeros beside X. ``phases_of_row`` phases have ``taps_of_row`` taps along a row, which load
+    ``shared`` vectors of X for each tap of one phase. ``tensors`` is the bytes of X and Y, ``together`` how many groups
+    a task computes, ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of
+    channels and columns. ``woven`` says whether vectors of positions are woven to rows of Y, ``shares_lines`` whether
+    rows of a large Y are no whole cache lines. With ``own``, vectors run along groups, as if all were one: each channel
+    has an X of its own, and ``c`` is 1.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -731,7 +731,7 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
     slower |= machine.registers < _MANY_REGISTERS and (one_tap or layer.c > 1)
     if slower or not woven_by_tiles(spec, of_channels=False):
         return
-    lanes, together = machine.vector_bytes // layer.itemsize, streams_stretches(spec, machine)
+    lanes, put_together = machine.vector_bytes // layer.itemsize, streams_stretches(spec, machine)
     planes = (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     of_rows = (range(1, 7), range(1, machine.registers // 2), range(1, min(8, layer.height) + 1))
     for vectors, scalars, rows in product(*of_rows):
@@ -740,7 +740,8 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
         if many or layer.m % scalars or vectors * lanes >= layer.width + lanes:
             continue
         plane, chunk = _up(layer.height, rows), _chunk(layer, machine, "row", rows, vectors * lanes)
-        for height in sorted({min(rows * n, plane) for n in (1, 2, 4, *((8, 16) if together else ()))} | {plane}):
+        parts = (1, 2, 4, 8, 16) if put_together else (1, 2, 4)
+        for height in sorted({min(rows * n, plane) for n in parts} | {plane}):
             of_plane = _over(layer.height, height)
             ways = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), sorted({scalars, layer.m}))
             for copy, bands_d, bands_h, task in (("whole", 1, 1, scalars), *ways):
@@ -748,10 +749,8 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
                     continue
                 span = (1, height, chunk, copy, bands_d, bands_h, layer.m // task)
                 tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
-                if (
-                    together
-                    and machine.stretch <= 4 * elements_of_stretch(spec, tiles) <= machine.l1_bytes // 2 // task
-                ):
+                stretch = elements_of_stretch(spec, tiles) * layer.itemsize
+                if put_together and machine.stretch <= stretch <= machine.l1_bytes // 2 // task:
                     tiles = replace(tiles, store="streamed")
                 if _worthwhile(layer, machine, tiles):
                     yield tiles
