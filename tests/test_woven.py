@@ -149,9 +149,12 @@ def test_a_loop_over_channels_sums_all_phases_of_a_row() -> None:
     }
 
 
-def test_with_one_channel_products_of_a_row_of_x_follow_each_other() -> None:
+@pytest.mark.parametrize(
+    "columns", ["3 s=1x1x2 p=0x1x1 op=0x0x1", "4 s=1x1x2 p=0x1x1"]
+)  # phases of one and two taps, of two each
+def test_with_one_channel_products_of_a_row_of_x_follow_each_other(columns: str) -> None:
     tiles = replace(TILES, scalars=1, rows=2, task=1, chunk=1, bands_m=1, bands_h=2)
-    (row,) = summed_in_a_loop("in=1x3x2x4x32 co=3 k=1x3x3 s=1x1x2 p=0x1x1 op=0x0x1 g=3", tiles)
+    (row,) = summed_in_a_loop(f"in=1x3x2x4x32 co=3 g=3 k=1x3x{columns}", tiles)
     # two rows of Y, three taps between them: of each row of X both phases, and then of the next
     assert row == ("phase_0_0_0", "phase_0_0_1") * 6
 
