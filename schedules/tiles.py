@@ -234,7 +234,7 @@ class Estimate:
                 "time through all its sums",
                 "whole": "X is copied, and padded, before the first task",
             }[t.copy],
-            *(["Y is written past the caches, where it begins at a cache line"] if t.store == "streamed" else []),
+            *(["Y is written past the caches, in whole cache lines"] if t.store == "streamed" else []),
             f"estimated cycles: {self.computing:.3g} computing, {self.storing:.3g} storing",
         )
 
