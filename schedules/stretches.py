@@ -117,6 +117,24 @@ define i64 @opcompile_behind_a_line(ptr %y) alwaysinline {{
   ret i64 %elements
 }}
 
+define void @opcompile_elements(ptr %y, ptr %from, i64 %begin, i64 %end) alwaysinline {{
+entry:
+  br label %next
+next:
+  %i = phi i64 [ %begin, %entry ], [ %after, %one ]
+  %more = icmp ult i64 %i, %end
+  br i1 %more, label %one, label %done
+one:
+  %source = getelementptr float, ptr %from, i64 %i
+  %place = getelementptr float, ptr %y, i64 %i
+  %value = load float, ptr %source, align 4
+  store float %value, ptr %place, align 4
+  %after = add i64 %i, 1
+  br label %next
+done:
+  ret void
+}}
+
 define void @opcompile_stretch(ptr %y, ptr %from, i64 %count) alwaysinline {{
 entry:
   %behind = call i64 @opcompile_behind_a_line(ptr %y)
@@ -124,41 +142,21 @@ entry:
   %to_line = and i64 %before, {_A_LINE - 1}
   %short = icmp ult i64 %count, %to_line
   %first = select i1 %short, i64 %count, i64 %to_line
-  br label %ahead
-ahead:
-  %a = phi i64 [ 0, %entry ], [ %a_next, %one ]
-  %a_more = icmp ult i64 %a, %first
-  br i1 %a_more, label %one, label %lines
-one:
-  %a_from = getelementptr float, ptr %from, i64 %a
-  %a_to = getelementptr float, ptr %y, i64 %a
-  %a_value = load float, ptr %a_from, align 4
-  store float %a_value, ptr %a_to, align 4
-  %a_next = add i64 %a, 1
-  br label %ahead
-lines:
-  %b = phi i64 [ %first, %ahead ], [ %b_next, %line ]
-  %b_next = add i64 %b, {_A_LINE}
-  %b_more = icmp ule i64 %b_next, %count
-  br i1 %b_more, label %line, label %behind_lines
+  call void @opcompile_elements(ptr %y, ptr %from, i64 0, i64 %first)
+  br label %next
+next:
+  %i = phi i64 [ %first, %entry ], [ %after, %line ]
+  %after = add i64 %i, {_A_LINE}
+  %more = icmp ule i64 %after, %count
+  br i1 %more, label %line, label %left
 line:
-  %b_from = getelementptr float, ptr %from, i64 %b
-  %b_to = getelementptr float, ptr %y, i64 %b
-  %b_value = load <{_A_LINE} x float>, ptr %b_from, align 4
-  store <{_A_LINE} x float> %b_value, ptr %b_to, align {CACHE_LINE}, !nontemporal !{{i32 1}}
-  br label %lines
-behind_lines:
-  %c = phi i64 [ %b, %lines ], [ %c_next, %last ]
-  %c_more = icmp ult i64 %c, %count
-  br i1 %c_more, label %last, label %done
-last:
-  %c_from = getelementptr float, ptr %from, i64 %c
-  %c_to = getelementptr float, ptr %y, i64 %c
-  %c_value = load float, ptr %c_from, align 4
-  store float %c_value, ptr %c_to, align 4
-  %c_next = add i64 %c, 1
-  br label %behind_lines
-done:
+  %source = getelementptr float, ptr %from, i64 %i
+  %place = getelementptr float, ptr %y, i64 %i
+  %value = load <{_A_LINE} x float>, ptr %source, align 4
+  store <{_A_LINE} x float> %value, ptr %place, align {CACHE_LINE}, !nontemporal !{{i32 1}}
+  br label %next
+left:
+  call void @opcompile_elements(ptr %y, ptr %from, i64 %i, i64 %count)
   ret void
 }}
 """

@@ -95,14 +95,18 @@ def within_guards(spec: ConvTranspose3d, tiles: Tiles, *, end: bool, on: Target 
     return y
 
 
-def assert_writes_y_alone(spec: ConvTranspose3d, tiles: Tiles) -> None:
-    """The kernel is right for a Y of float32 at any address, and writes nothing beside it."""
-    function = compiled(lower.scheduled(spec, tiles), HERE.tvm())[lower.KERNEL]
+def assert_writes_y_alone(
+    spec: ConvTranspose3d, tiles: Tiles, *, on: Target = HERE, offsets: tuple[int, ...] = (0, 16, 48)
+) -> None:
+    """The kernel is right for a Y of float32 so many bytes behind a cache line, and writes nothing beside it."""
+    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
     x, w, b = integers(spec)
-    given, wanted = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), b], reference(spec, x, w, b)
-    for offset in (0, 4, 12):
-        memory = np.full(wanted.size + 48, np.nan, np.float32)
-        begin = -memory.ctypes.data % 64 // 4 + offset
+    given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
+    wanted = reference(spec, x, w, b if spec.bias else None)
+    for offset in offsets:
+        memory = np.full(wanted.size + 64, np.nan, np.float32)
+        # a line at least before and behind
+        begin = 16 + (offset - memory.ctypes.data) % 64 // 4
         y = memory[begin : begin + wanted.size].reshape(wanted.shape)
         function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
         np.testing.assert_array_equal(y, wanted)

@@ -6,17 +6,13 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pytest
-import tvm_ffi
-from kernels import HERE, dtype_of, integers
-from numpy.typing import NDArray
+from kernels import HERE, assert_writes_y_alone, integers
 
 import opcompile as oc
 from opcompile import lower
 from opcompile.compiled import compiled
 from opcompile.record import illegal
-from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, target
 from schedules import llvm
@@ -36,14 +32,6 @@ def streaming(spec: ConvTranspose3d, vector: str, on: Target) -> Tiles:
         )
         return of_taps if vector == "taps" else replace(of_taps, vector="plane", height=spec.axes[1].positions)
     return replace(next(e.tiles for e in candidates(spec, on.machine) if e.tiles.vector == vector), store="streamed")
-
-
-def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """An array of NaN so many bytes behind a cache line, and all memory around it."""
-    count = int(np.prod(shape))
-    memory = np.full(count + 4 * CACHE_LINE, np.nan, dtype)
-    first = (offset - memory.ctypes.data % CACHE_LINE) % CACHE_LINE // dtype.itemsize + CACHE_LINE // dtype.itemsize
-    return memory[first : first + count].reshape(shape), memory
 
 
 # of each width of vectors one
@@ -67,14 +55,7 @@ def at(offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArr
 def test_what_is_streamed_is_right_at_any_address(vector: str, text: str, on: Target) -> None:
     spec = ConvTranspose3d.parse(text)
     tiles = streaming(spec, vector, on)
-    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
-    x, w, b = integers(spec)
-    given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
-    for offset in (0, 16, 8):
-        y, memory = at(offset, spec.y_shape, dtype_of(spec))  # type: ignore[arg-type]
-        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
-        np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
-        assert np.isnan(memory).sum() == memory.size - y.size
+    assert_writes_y_alone(spec, tiles, on=on, offsets=(0, 16, 8))
 
 
 @pytest.mark.parametrize("on", [V4, V3], ids=lambda on: on.name)
@@ -153,14 +134,7 @@ STRETCHES = Tiles("row", 16, 1, 1, 1, 1, 1, 4, 1, "task", bands_h=1, store="stre
 def test_rows_that_share_lines_are_put_together_and_streamed(text: str, changes: dict[str, Any], on: Target) -> None:
     spec = ConvTranspose3d.parse(text)
     tiles = replace(STRETCHES, lanes=on.machine.vector_bytes // 4, **changes)
-    function = compiled(lower.scheduled(spec, tiles), on.tvm())[lower.KERNEL]
-    x, w, b = integers(spec)
-    given = [x, np.ascontiguousarray(lower.packing(spec, tiles)(w)), *([b] if spec.bias else [])]
-    for offset in (0, 4, 60):
-        y, memory = at(offset, spec.y_shape, dtype_of(spec))  # type: ignore[arg-type]
-        function(*(tvm_ffi.from_dlpack(each, require_alignment=1) for each in (*given, y)))
-        np.testing.assert_array_equal(y, reference(spec, x, w, b if spec.bias else None))
-        assert np.isnan(memory).sum() == memory.size - y.size
+    assert_writes_y_alone(spec, tiles, on=on, offsets=(0, 4, 60))
 
 
 @pytest.mark.parametrize("on", [V4, V3], ids=lambda on: on.name)
