@@ -24,17 +24,16 @@ from opcompile.meant import meant
 class Machine:
     """What a schedule's arithmetic needs to know of a processor.
 
-    ``vector_bytes`` is the width of a vector register, ``registers`` their number, ``fma_in_flight``
-    how many multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and
-    ``l2_bytes`` the caches of one core, ``cores`` how many cores a layer should keep busy,
-    ``fma_units`` how many vectors are multiplied and added in one cycle. ``pairs``: whether kernels may
-    multiply bfloat16 as it is, two channels by one instruction. ``streams``: whether a large Y is written
-    past the caches; ``stretch``: of rows that are no whole cache lines, how many bytes at least are put together for
-    that, 0 where it was not measured. ``loading``: how many cycles a load takes from the multiply-adds beside it, as
-    measured; ``overhead``: how many times as long as on most cores takes what is neither: copies, sums that leave
-    registers, rows woven, waits for weights. ``settling``: cycles until what was stored last can be read by vectors
-    that begin elsewhere, for the stores before it come first. ``l2_rate``: how many bytes come from the second cache in
-    a cycle where vectors are of channels.
+    ``vector_bytes`` is the width of a vector register, ``registers`` their number, ``fma_in_flight`` how many
+    multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and ``l2_bytes`` the caches of one core,
+    ``cores`` how many cores a layer should keep busy, ``fma_units`` how many vectors are multiplied and added in one
+    cycle. ``pairs``: whether kernels may multiply bfloat16 as it is, two channels by one instruction. ``streams``: of
+    how many bytes on Y is written past the caches, 0 where that was not measured; ``stretch``: of rows that are no
+    whole cache lines, how many bytes at least are put together for that, 0 likewise. ``loading``: how many cycles a
+    load takes from the multiply-adds beside it, as measured; ``overhead``: how many times as long as on most cores
+    takes what is neither: copies, sums that leave registers, rows woven, waits for weights. ``settling``: cycles until
+    what was stored last can be read by vectors that begin elsewhere, for the stores before it come first. ``l2_rate``:
+    how many bytes come from the second cache in a cycle where vectors are of channels.
     """
 
     vector_bytes: int
@@ -45,7 +44,7 @@ class Machine:
     cores: int = 8
     fma_units: int = 2
     pairs: bool = False
-    streams: bool = False
+    streams: int = 0
     stretch: int = 0
     loading: float = 0.32
     overhead: float = 1.0
@@ -147,8 +146,8 @@ def _x86(
         vector_bytes, registers, fma_in_flight = (32, 16, 8)
     if "avx512f" in features:
         vector_bytes, registers, fma_in_flight = (64, 32, 4 * fma_units)
-    measured = {"fma_units": fma_units, "loading": loading * fma_units, **more}
-    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, streams=True, **measured)
+    measured = {"fma_units": fma_units, "loading": loading * fma_units, "streams": 32 << 20, **more}
+    machine = Machine(vector_bytes, registers, fma_in_flight, l1 * _KIB, l2 * _KIB, **measured)
     mattr = _WIDE if vector_bytes == 64 else ()
     return lambda name: Target(name, "x86_64-unknown-linux-gnu", mcpu, mattr, features, machine)
 
@@ -176,7 +175,18 @@ _NAMED: dict[str, Callable[[str], Target]] = {
     "znver3": _x86("znver3", _V3, 32, 512, loading=0.22),
     # two halves of a vector of 64 bytes, each in a unit of its own
     "znver4": _x86("znver4", _ZEN4, 32, 1024, fma_units=1),
-    "znver5": _x86("znver5", _ZEN5, 48, 1024, loading=0.02, overhead=0.25, settling=40, l2_rate=28, stretch=5 << 10),
+    "znver5": _x86(
+        "znver5",
+        _ZEN5,
+        48,
+        1024,
+        loading=0.02,
+        overhead=0.25,
+        settling=40,
+        l2_rate=28,
+        streams=16 << 20,
+        stretch=5 << 10,
+    ),
     "aarch64": _arm("generic", _NEON, 32, 512, 8),
     "cortex-a72": _arm("cortex-a72", _NEON, 32, 512, 8),
     "cortex-a76": _arm("cortex-a76", _ARM82, 64, 512, 8),

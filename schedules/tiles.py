@@ -41,8 +41,6 @@ _MOST_OF_ROWS_LAST = (32, 64)
 LEAST_WOVEN_LAST = 8
 # Workspaces of a task are so many times smaller than X and Y.
 _SMALL = 10
-# So many bytes of Y, and the layer that reads it finds little of it in any cache.
-_FAR = 32 << 20
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
@@ -393,19 +391,19 @@ def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     # what is written at once, woven of all phases of a row, must be whole lines too
     of_lines = machine.vector_bytes * (spec.axes[2].stride if channels_first else 1) % CACHE_LINE == 0
     return (
-        machine.streams
-        and spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
+        spec.dtype == "float32"  # LLVM has no such store for vectors of 16-bit floats; float64 was not measured
         and (vector in _OF_CHANNELS) != channels_first
         and of_lines
         and (weaves(spec) or not channels_first)
         and side_by_side * spec.itemsize % CACHE_LINE == 0
-        and _far(spec)
+        and _far(spec, machine)
     )
 
 
 def streams_stretches(spec: ConvTranspose3d, machine: Machine) -> bool:
     """Whether tiles may put rows together that share cache lines, to write them past the caches."""
-    return machine.stretch > 0 and _shares_lines(spec) and woven_by_tiles(spec, of_channels=False)
+    shared = _shares_lines(spec) and _far(spec, machine)
+    return machine.stretch > 0 and shared and woven_by_tiles(spec, of_channels=False)
 
 
 def puts_together(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -418,13 +416,13 @@ def _rows_share_lines(spec: ConvTranspose3d) -> bool:
 
 
 def _shares_lines(spec: ConvTranspose3d) -> bool:
-    """Whether rows of a Y that would be streamed are no whole lines."""
-    return spec.dtype == "float32" and _rows_share_lines(spec) and _far(spec)
+    """Whether rows of a Y that would be streamed, were it large, are no whole lines."""
+    return spec.dtype == "float32" and _rows_share_lines(spec)
 
 
-def _far(spec: ConvTranspose3d) -> bool:
-    """Whether little of Y is in any cache when it is read."""
-    return math.prod(n or 1 for n in spec.y_shape) * spec.itemsize >= _FAR
+def _far(spec: ConvTranspose3d, machine: Machine) -> bool:
+    """Whether little of Y would be in any cache when it is read, or was when it is written."""
+    return 0 < machine.streams <= math.prod(n or 1 for n in spec.y_shape) * spec.itemsize
 
 
 def elements_of_stretch(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -442,16 +440,15 @@ def factors(vector: str, vectors: int, scalars: int, rows: int) -> tuple[int, in
 class _Layer:
     """What the arithmetic needs of a spec.
 
-    ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``,
-    ``height`` and ``width`` positions; ``reach`` is what all phases together read of each axis, zeros
-    around X included. ``kernel`` counts the weights of a pair of channels, ``taps`` those that meet an
-    output, ``most_taps`` the most of one phase along each axis, ``beside`` which part of their products
-    is with zeros beside X. ``phases_of_row`` phases have ``taps_of_row`` taps along a row, which load
-    ``shared`` vectors of X for each tap of one phase. ``tensors`` is the bytes of X and Y, ``together`` how many groups
-    a task computes, ``in_chunks`` whether it may copy X by chunks of channels, ``in_squares`` whether squares of
-    channels and columns. ``woven`` says whether vectors of positions are woven to rows of Y, ``shares_lines`` whether
-    rows of a large Y are no whole cache lines. With ``own``, vectors run along groups, as if all were one: each channel
-    has an X of its own, and ``c`` is 1.
+    ``m`` and ``c`` are channels of a group, ``images`` the groups of all batch elements, ``depth``, ``height`` and
+    ``width`` positions; ``reach`` is what all phases together read of each axis, zeros around X included. ``kernel``
+    counts the weights of a pair of channels, ``taps`` those that meet an output, ``most_taps`` the most of one phase
+    along each axis, ``beside`` which part of their products is with zeros beside X. ``phases_of_row`` phases have
+    ``taps_of_row`` taps along a row, which load ``shared`` vectors of X for each tap of one phase. ``tensors`` is the
+    bytes of X and Y, ``together`` how many groups a task computes, ``in_chunks`` whether it may copy X by chunks of
+    channels, ``in_squares`` whether squares of channels and columns. ``woven`` says whether vectors of positions are
+    woven to rows of Y, ``shares_lines`` whether these are of float32 and no whole cache lines. With ``own``, vectors
+    run along groups, as if all were one: each channel has an X of its own, and ``c`` is 1.
     Where ``products`` are 2, a pair of channels is one of ``c``: X and W are as wide as a sum, then.
     """
 
@@ -954,7 +951,8 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     if by_tiles or (layer.own and t.bands_m > 1):  # few lines of each position at a time, far apart, or half a line
         of_position = (t.channels if by_tiles else t.task) * layer.itemsize
         weaving += 100 / of_position * (1 if of_position < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024))
-    if machine.stretch and layer.shares_lines and t.store == "cached":  # each line is read before it is written
+    far = layer.outputs * layer.itemsize >= machine.streams
+    if machine.stretch and far and layer.shares_lines and t.store == "cached":  # a line is read before it is written
         weaving += 1.5
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)
 

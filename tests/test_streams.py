@@ -88,6 +88,8 @@ def test_lines_of_y_are_asked_for_only_where_it_is_not_streamed() -> None:
         ("in=1x32x48x48x48 co=32 k=2 s=2", "channels", "llvm:x86-64-v4", False),  # its elements lie apart
         ("in=1x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", False),  # 27 MiB
         ("in=4x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", True),
+        ("in=1x32x48x48x48 co=8 k=2 s=2", "row", "llvm:znver5", True),  # measured there: from 16 MiB on
+        ("in=1x32x48x48x48 co=4 k=2 s=2", "row", "llvm:znver5", False),
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "row", "llvm:x86-64-v4", False),  # rows of 127
         ("in=1x32x48x48x48 co=32 k=5 s=5", "row", "llvm:x86-64-v4", False),  # rows that are not woven
         ("in=1x32x64x64x64 co=32 k=3 s=1 p=1", "row", "llvm:x86-64-v4", True),
@@ -163,7 +165,7 @@ def test_what_is_put_together_goes_past_the_caches_and_is_waited_for(on: Target)
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "llvm:znver4", False),  # not measured
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 op=1 g=64", "llvm:znver5", False),  # whole lines
         ("in=1x64x32x32x32 co=64 k=3 s=2 p=1 g=64", "llvm:znver5", True),
-        ("in=1x64x24x24x24 co=64 k=3 s=2 p=1 g=64", "llvm:znver5", False),  # 25 MiB
+        ("in=1x32x24x24x24 co=32 k=3 s=2 p=1 g=32", "llvm:znver5", False),  # 13 MiB
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64 dtype=float16", "llvm:znver5", False),
         ("in=1x16x32x32x32 co=16 k=5 s=5 p=0x0x1 g=16", "llvm:znver5", False),  # not by tiles
     ],
