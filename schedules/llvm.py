@@ -317,10 +317,11 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
         if t.vector == "plane":  # what is left is no square: one that ends with it would lie in two register tiles
             columns = [0, high // size * size]
         sch.annotate(side_by_side, SQUARES, [*columns, size])
-    elif spec.layout == "NCDHW" and (
-        extent < row or t.vector == "plane" or (low < high and not _tiled(spec, t, length))
-    ):
-        sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])  # with channels last they lie apart in X
+    elif spec.layout == "NCDHW":  # with channels last they lie apart in X
+        # whole rows of a tile are copied as fast by LLVM, which does not ask for X: a task has, for the one after it
+        of_tile = extent < row or (t.copy == "whole" and t.lanes % row == 0)
+        if t.vector == "plane" or (low < high and (of_tile or not _tiled(spec, t, length))):
+            sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])
 
 
 def _tile(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phase: Any, loops: list[Any]) -> None:

@@ -350,6 +350,14 @@ def test_x_is_asked_for_a_page_or_some_channels_before_it_is_copied(
     assert all(f" + {ahead}, {channels - 1})" in each for each in of_x)
 
 
+@pytest.mark.parametrize(("copy", "width", "asked"), [("whole", 4, True), ("whole", 5, False), ("task", 4, False)])
+def test_x_in_rows_that_no_two_tiles_share_is_asked_for_where_no_task_did(copy: Any, width: int, asked: bool) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x64x4x8x{width} co=8 k=2 s=2")
+    tiles = Tiles("line", 16, 1, 8, 1, 8, 2, 8, 64, copy)
+    elements = [e for at, _ in statements(scheduled(spec, tiles)[KERNEL].body) if (e := fetched(at)) is not None]
+    assert asked == any(e.source.name == "X" and "T.min(" in words(e.indices[1]) for e in elements)
+
+
 BF16 = target("llvm:sapphirerapids+bf16").machine
 
 
