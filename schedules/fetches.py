@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.ir.expr import TensorLoad
+from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
@@ -275,11 +276,17 @@ def _of_next_chunk(loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
 def _of_next_tap(spec: ConvTranspose3d, loop: tirx.For, t: Tiles) -> list[tirx.Stmt]:
     """The weights of these channels for the next tap, or row of taps, which follow in memory.
 
-    The prefetcher begins anew with each, and only the first of the tiles that read a weight waits for it.
+    The prefetcher begins anew with each, and only the first of the tiles that read a weight waits for it. Behind the
+    last tap of a block of them follows the next block. Where a band has all positions, that is one of its own: so there
+    the block is asked for that the next band begins with.
     """
     w, values = _first(loop, "W")
     channels = 7 if by_rows(spec, t) else 8
     at = _at(w, values)
+    axis_d, axis_h, _ = spec.axes
+    if t.depth >= axis_d.positions and t.height >= axis_h.positions:
+        is_last = tirx.all(*(at[i] == w.source.shape[i] - 1 for i in range(2, channels)))
+        at[1] = Analyzer().simplify(at[1] + tirx.Select(is_last, t.task // t.block - 1, 0))
     at[channels] = at[channels] + int(w.source.shape[channels])
     elements = _of_turn(loop, t) // t.products * math.prod(int(n) for n in w.source.shape[channels + 1 :])
     a_line = CACHE_LINE * 8 // tvm.DataType(w.source.dtype).bits
