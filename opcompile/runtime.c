@@ -10,15 +10,18 @@
 #define _GNU_SOURCE /* sched_getaffinity, RTLD_DEFAULT, RTLD_NODELETE */
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "layer.h"
 
 #define MOST_THREADS 1024
+#define LOOK_NS 100000 /* to wake a thread takes up to 50 us, in a virtual machine more */
 
 /* What this thread is doing. */
 static __thread struct {
@@ -53,7 +56,9 @@ EXPORTED const char *opcompile_error(void) { return self.text; }
 /* --- parallel loops: a pool of sleeping workers that grows on demand ---
  *
  * One loop at a time has the pool. A caller that finds it taken (another thread has it, or this loop
- * is inside a task) runs its own tasks one after the other: it would only wait for the cores otherwise. */
+ * is inside a task) runs its own tasks one after the other: it would only wait for the cores otherwise.
+ * Between two loops of a call, and at the end of one, threads look for what they wait for before they
+ * sleep, for they wait less than it takes to wake them; between two calls, workers sleep. */
 
 struct job {
   task_fn run;
@@ -70,8 +75,39 @@ static struct {
   pthread_mutex_t lock;
   pthread_cond_t work, done;
   int workers;
+  int calls;       /* that run and may use workers */
+  int events;      /* counts what a thread may wait for */
   struct job *job; /* NULL: the pool is free */
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, NULL};
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, NULL};
+
+static int64_t now_ns(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* Tells threads that look that something happened. Lock held. */
+static void happened(void) { __atomic_store_n(&pool.events, pool.events + 1, __ATOMIC_RELEASE); }
+
+/* Returns when something happened, or `condition` was signalled. Lock held, except while it waits. */
+static void wait_for(pthread_cond_t *condition) {
+  int seen = pool.events;
+  if (pool.calls) {
+    pthread_mutex_unlock(&pool.lock);
+    int64_t end = now_ns() + LOOK_NS;
+    while (__atomic_load_n(&pool.events, __ATOMIC_ACQUIRE) == seen && now_ns() < end) sched_yield();
+    pthread_mutex_lock(&pool.lock);
+  }
+  if (pool.events == seen) pthread_cond_wait(condition, &pool.lock);
+}
+
+/* A call begins (1) or ends (-1). */
+static void count_call(int more) {
+  pthread_mutex_lock(&pool.lock);
+  pool.calls += more;
+  happened();
+  pthread_mutex_unlock(&pool.lock);
+}
 
 /* Runs tasks until none is left to begin, or one failed. Lock held, except while a task runs. */
 static void run_tasks(struct job *job) {
@@ -95,14 +131,17 @@ static void *work(void *unused) {
   for (;;) {
     struct job *job = pool.job;
     if (!job || !job->helpers || job->status || job->next >= job->environment.num_task) {
-      pthread_cond_wait(&pool.work, &pool.lock);
+      wait_for(&pool.work);
       continue;
     }
     job->helpers--;
     job->running++;
     run_tasks(job);
     release_until(NULL);
-    if (--job->running == 0) pthread_cond_signal(&pool.done);
+    if (--job->running == 0) {
+      happened();
+      pthread_cond_signal(&pool.done);
+    }
   }
   return NULL;
 }
@@ -168,9 +207,10 @@ static int launch(task_fn run, void *closure, int requested) {
   struct job job = {.run = run, .closure = closure, .environment = {NULL, tasks}, .helpers = helpers};
   grow(helpers);
   pool.job = &job;
+  happened();
   for (int i = 0; i < helpers; i++) pthread_cond_signal(&pool.work);
   run_tasks(&job);
-  while (job.running) pthread_cond_wait(&pool.done, &pool.lock);
+  while (job.running) wait_for(&pool.done);
   pool.job = NULL;
   pthread_mutex_unlock(&pool.lock);
   if (job.status) fail(job.kind, job.text); /* again: the error may have happened on another thread */
@@ -194,7 +234,7 @@ static void after_fork_in_child(void) {
   pthread_mutex_init(&cache_lock, NULL);
   pthread_cond_init(&pool.work, NULL);
   pthread_cond_init(&pool.done, NULL);
-  pool.workers = 0;
+  pool.workers = pool.calls = 0;
   pool.job = NULL;
   used = 0;
 }
@@ -250,7 +290,10 @@ EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void
     tensors[count] = borrow(y, layer.y, batch, sizes[count]), count++;
     struct value arguments[4], result = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
+    int parallel = self.threads > 1;
+    if (parallel) count_call(1);
     status = layer.run(NULL, arguments, count, &result);
+    if (parallel) count_call(-1);
     if (status) release_until(NULL);
     if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");
   }

@@ -447,6 +447,22 @@ def test_threads_by_argument_and_by_variable(
     assert found == workers
 
 
+def test_workers_sleep_between_calls(layers: dict[str, Artifact]) -> None:
+    used = run_alone(
+        """
+        import sys, time, opcompile
+        layer = opcompile.load(sys.argv[1], threads=3)
+        g = layer.golden()
+        layer(g.x, g.w, g.b)
+        before = time.process_time()
+        time.sleep(1)
+        print(time.process_time() - before, end="")
+        """,
+        layers["parallel"].directory,
+    )
+    assert float(used) < 0.5  # seconds of processor time, of all threads
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "4096"])
 def test_a_malformed_variable(layers: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("OPCOMPILE_NUM_THREADS", text)
