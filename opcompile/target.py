@@ -111,7 +111,10 @@ class Target:
 
     def tvm(self) -> dict[str, object]:
         """The configuration that ``tvm.target.Target`` takes."""
-        config: dict[str, object] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "cl-opt": [_SLP, _LICM]}
+        options = [_SLP, _LICM]
+        if self.mcpu in _LIKE_SKYLAKE:
+            options.append(_LATENCIES)
+        config: dict[str, object] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "cl-opt": options}
         if self.mattr:
             config["mattr"] = list(self.mattr)
         return config
@@ -136,6 +139,10 @@ _SLP = "-slp-threshold:int=15"
 # Constants of an activation stay where Y is written: LLVM would load them before all loops, and keep them in registers
 # that a register tile needs for its sums, which it then puts onto the stack in each turn.
 _LICM = "-disable-machine-licm:bool=true"
+# By the latencies of Skylake, which it takes for those of these names, LLVM loads what a turn multiplies last before
+# its first product: 27 sums then have no registers left, and are read and written in each turn.
+_LIKE_SKYLAKE = ("x86-64-v4", "skylake-avx512", "cascadelake", "icelake-server")
+_LATENCIES = "-schedmodel:bool=false"
 
 
 def _x86(

@@ -471,6 +471,18 @@ def test_products_of_a_register_tile_compute_no_addresses(text: str) -> None:
     assert all(sum(op.startswith(("lea", "mov")) for op in loop[: loop.index("jne")]) <= 2 for loop in products)
 
 
+@pytest.mark.parametrize("on", [f"llvm:{name}" for name in ("x86-64-v4", "icelake-server", "sapphirerapids", "znver5")])
+def test_sums_of_a_register_tile_stay_in_registers(on: str) -> None:
+    """27 sums, three vectors of X and a weight, two channels a turn: LLVM once loaded all vectors of X first."""
+    spec = ConvTranspose3d.parse("in=1x192x4x8x16 co=8 k=3 p=1 layout=NDHWC")
+    tiles = llvm.Tiles("plane", 16, 3, 9, 1, 8, 1, 8, 192, "whole")
+    assembly = str(compiled(lower.scheduled(spec, tiles), target(on).tvm()).mod.inspect_source("asm"))
+    turns = [block.split("\tjne\t")[0] for block in re.split(r"^\.LBB", assembly, flags=re.M)]
+    products = [turn for turn in turns if turn.count("vfmadd") >= 2 * 27]
+    assert products
+    assert not any("(%rsp)" in turn for turn in products)
+
+
 def test_an_element_beyond_2_31_is_read() -> None:
     """X of 4.4 GB, of which one element is non-zero and one output is wanted: untouched pages cost nothing."""
     spec = ConvTranspose3d.parse("in=1x1x1291x1300x1300 co=1 k=1 p=1290:0x1299:0x1299:0 bias=0 dtype=float16")
