@@ -21,7 +21,7 @@
 #include "layer.h"
 
 #define MOST_THREADS 1024
-#define LOOK_NS 100000 /* to wake a thread takes up to 50 us, in a virtual machine more */
+#define POLL_NS 100000 /* to wake a thread takes 20 to 50 us in a virtual machine */
 
 /* What this thread is doing. */
 static __thread struct {
@@ -53,12 +53,12 @@ EXPORTED const char *opcompile_error(void) { return self.text; }
 
 #include "kernel.h" /* how a kernel is called, and what it calls */
 
-/* --- parallel loops: a pool of sleeping workers that grows on demand ---
+/* --- parallel loops: a pool of workers that grows on demand ---
  *
  * One loop at a time has the pool. A caller that finds it taken (another thread has it, or this loop
  * is inside a task) runs its own tasks one after the other: it would only wait for the cores otherwise.
- * Between two loops of a call, and at the end of one, threads look for what they wait for before they
- * sleep, for they wait less than it takes to wake them; between two calls, workers sleep. */
+ * Between two loops of a call, and at the end of one, threads poll before they sleep, for they wait less
+ * than it takes to wake them; between two calls, workers sleep. */
 
 struct job {
   task_fn run;
@@ -86,7 +86,7 @@ static int64_t now_ns(void) {
   return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* Tells threads that look that something happened. Lock held. */
+/* Tells threads that poll that something happened. Lock held. */
 static void happened(void) { __atomic_store_n(&pool.events, pool.events + 1, __ATOMIC_RELEASE); }
 
 /* Returns when something happened, or `condition` was signalled. Lock held, except while it waits. */
@@ -94,18 +94,18 @@ static void wait_for(pthread_cond_t *condition) {
   int seen = pool.events;
   if (pool.calls) {
     pthread_mutex_unlock(&pool.lock);
-    int64_t end = now_ns() + LOOK_NS;
+    int64_t end = now_ns() + POLL_NS;
     while (__atomic_load_n(&pool.events, __ATOMIC_ACQUIRE) == seen && now_ns() < end) sched_yield();
     pthread_mutex_lock(&pool.lock);
   }
   if (pool.events == seen) pthread_cond_wait(condition, &pool.lock);
 }
 
-/* A call begins (1) or ends (-1). */
+/* A call begins (1) or ends (-1). After the last one workers sleep. */
 static void count_call(int more) {
   pthread_mutex_lock(&pool.lock);
   pool.calls += more;
-  happened();
+  if (!pool.calls) happened();
   pthread_mutex_unlock(&pool.lock);
 }
 

@@ -28,12 +28,12 @@ class Machine:
     multiply-adds hide the latency of one (latency times units), ``l1_bytes`` and ``l2_bytes`` the caches of one core,
     ``cores`` how many cores a layer should keep busy, ``fma_units`` how many vectors are multiplied and added in one
     cycle. ``pairs``: whether kernels may multiply bfloat16 as it is, two channels by one instruction. ``streams``: of
-    how many bytes on Y is written past the caches, 0 where that was not measured; ``stretch``: of rows that are no
-    whole cache lines, how many bytes at least are put together for that, 0 likewise. ``loading``: how many cycles a
-    load takes from the multiply-adds beside it, as measured; ``overhead``: how many times as long as on most cores
-    takes what is neither: copies, sums that leave registers, rows woven, waits for weights. ``settling``: cycles until
-    what was stored last can be read by vectors that begin elsewhere, for the stores before it come first. ``l2_rate``:
-    how many bytes come from the second cache in a cycle where vectors are of channels.
+    how many bytes on Y is written past the caches; ``stretch``: of rows that are no whole cache lines, how many bytes
+    at least are put together for that; 0: never. ``loading``: how many cycles a load takes from the multiply-adds
+    beside it, as measured; ``overhead``: how many times as long as on most cores takes what is neither: copies, sums
+    that leave registers, rows woven, waits for weights. ``settling``: cycles until what was stored last can be read by
+    vectors that begin elsewhere, for the stores before it come first. ``l2_rate``: how many bytes come from the second
+    cache in a cycle where vectors are of channels.
     """
 
     vector_bytes: int

@@ -277,14 +277,16 @@ def _of_next_tap(spec: ConvTranspose3d, loop: tirx.For, t: Tiles) -> list[tirx.S
     """The weights of these channels for the next tap, or row of taps, which follow in memory.
 
     The prefetcher begins anew with each, and only the first of the tiles that read a weight waits for it. Behind the
-    last tap of a block of them follows the next block. Where a band has all positions, that is one of its own: so there
-    the block is asked for that the next band begins with.
+    last tap of a block of them follows the next block. Where a band has all positions, and takes taps as they lie,
+    that is one of its own: so there the block is asked for that the next band begins with.
     """
     w, values = _first(loop, "W")
     channels = 7 if by_rows(spec, t) else 8
     at = _at(w, values)
     axis_d, axis_h, _ = spec.axes
-    if t.depth >= axis_d.positions and t.height >= axis_h.positions:
+    firsts = [[phase.first_tap % axis.tap_step for phase in axis.phases] for axis in spec.axes]
+    as_they_lie = all(taps == sorted(taps) for taps in firsts)
+    if as_they_lie and t.depth >= axis_d.positions and t.height >= axis_h.positions:
         is_last = tirx.all(*(at[i] == w.source.shape[i] - 1 for i in range(2, channels)))
         at[1] = Analyzer().simplify(at[1] + tirx.Select(is_last, t.task // t.block - 1, 0))
     at[channels] = at[channels] + int(w.source.shape[channels])

@@ -318,7 +318,7 @@ def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: A
             columns = [0, high // size * size]
         sch.annotate(side_by_side, SQUARES, [*columns, size])
     elif spec.layout == "NCDHW":  # with channels last they lie apart in X
-        # whole rows of a tile are copied as fast by LLVM, which does not ask for X: a task has, for the one after it
+        # LLVM copies whole rows of a tile as fast, but asks for nothing; of X for a task, the one before it has asked
         of_tile = extent < row or (t.copy == "whole" and t.lanes % row == 0)
         if t.vector == "plane" or (low < high and (of_tile or not _tiled(spec, t, length))):
             sch.annotate(side_by_side, VECTORS, [*columns, t.lanes])

@@ -416,13 +416,17 @@ def _rows_share_lines(spec: ConvTranspose3d) -> bool:
 
 
 def _shares_lines(spec: ConvTranspose3d) -> bool:
-    """Whether rows of a Y that would be streamed, were it large, are no whole lines."""
+    """Whether rows of Y are of float32 and no whole cache lines."""
     return spec.dtype == "float32" and _rows_share_lines(spec)
 
 
 def _far(spec: ConvTranspose3d, machine: Machine) -> bool:
-    """Whether little of Y would be in any cache when it is read, or was when it is written."""
-    return 0 < machine.streams <= math.prod(n or 1 for n in spec.y_shape) * spec.itemsize
+    """Whether Y is so large that this machine writes it past the caches."""
+    return _so_large(math.prod(n or 1 for n in spec.y_shape) * spec.itemsize, machine)
+
+
+def _so_large(y_bytes: int, machine: Machine) -> bool:
+    return 0 < machine.streams <= y_bytes
 
 
 def elements_of_stretch(spec: ConvTranspose3d, t: Tiles) -> int:
@@ -951,7 +955,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     if by_tiles or (layer.own and t.bands_m > 1):  # few lines of each position at a time, far apart, or half a line
         of_position = (t.channels if by_tiles else t.task) * layer.itemsize
         weaving += 100 / of_position * (1 if of_position < CACHE_LINE else min(1, layer.m * layer.itemsize / 1024))
-    far = layer.outputs * layer.itemsize >= machine.streams
+    far = _so_large(layer.outputs * layer.itemsize, machine)
     if machine.stretch and far and layer.shares_lines and t.store == "cached":  # a line is read before it is written
         weaving += 1.5
     return weaving + 300 / (layer.stretch(t) * layer.itemsize)

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -24,7 +25,7 @@ import opcompile
 from opcompile import runtime
 from opcompile.artifact import header
 from opcompile.errors import ArtifactError, CallError
-from opcompile.link import link
+from opcompile.link import link, link_library
 from opcompile.packing import Packing
 from opcompile.reference import reference
 from opcompile.runtime import Artifact, Packed, load
@@ -447,22 +448,6 @@ def test_threads_by_argument_and_by_variable(
     assert found == workers
 
 
-def test_workers_sleep_between_calls(layers: dict[str, Artifact]) -> None:
-    used = run_alone(
-        """
-        import sys, time, opcompile
-        layer = opcompile.load(sys.argv[1], threads=3)
-        g = layer.golden()
-        layer(g.x, g.w, g.b)
-        before = time.process_time()
-        time.sleep(1)
-        print(time.process_time() - before, end="")
-        """,
-        layers["parallel"].directory,
-    )
-    assert float(used) < 0.5  # seconds of processor time, of all threads
-
-
 @pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "4096"])
 def test_a_malformed_variable(layers: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("OPCOMPILE_NUM_THREADS", text)
@@ -548,6 +533,7 @@ KERNEL = r"""
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 struct environment { void *sync_handle; int32_t num_task; };
 typedef int (*task_fn)(int, struct environment *, void *);
@@ -559,6 +545,8 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char *, const char **, int32_t);
 struct tensor { float *data; };
 struct value { int32_t type, unused; struct tensor *tensor; };
 struct closure { float *x, *y; };
+
+static int met;
 
 static int task(int index, struct environment *environment, void *closure) {
   float *x = ((struct closure *)closure)->x, *y = ((struct closure *)closure)->y;
@@ -580,6 +568,11 @@ static int task(int index, struct environment *environment, void *closure) {
   } else if (wanted == 5) { /* leaves without freeing */
     if (!__TVMBackendAllocWorkspace(1, 0, 1 << 20, 2, 32)) return -2;
     return -1;
+  } else if (wanted == 6) { /* waits for all, ten seconds at most */
+    __atomic_add_fetch(&met, 1, __ATOMIC_SEQ_CST);
+    int all = environment->num_task, tries = 10000;
+    while (__atomic_load_n(&met, __ATOMIC_SEQ_CST) < all && tries--) usleep(1000);
+    return tries < 0 ? -9 : 0;
   }
   return 0;
 }
@@ -589,6 +582,16 @@ int __tvm_ffi_conv_transpose3d(void *handle, const struct value *arguments, int3
   struct closure closure = {x, y};
   if (x[0] < 10) return __TVMBackendParallelLaunch(task, &closure, (int)x[1]);
   if (x[0] == 11) return -3; /* without a word */
+  if (x[0] == 12) { /* all meet, sleep, and meet again; y[0]: milliseconds of processor time in between */
+    struct closure meet = {(float[]){6}, y};
+    met = 0;
+    int status = __TVMBackendParallelLaunch(task, &meet, (int)x[1]);
+    met = 0;
+    clock_t before = clock();
+    usleep(300000);
+    y[0] = (float)(clock() - before) * 1000 / CLOCKS_PER_SEC;
+    return status ? status : __TVMBackendParallelLaunch(task, &meet, (int)x[1]);
+  }
   /* workspaces of x[1], x[2], ... bytes, all at once; their addresses go to y */
   void *spaces[8];
   int n = 0;
@@ -608,7 +611,7 @@ class Stub:
     """The C kernel above, called the way `Artifact` calls a real one."""
 
     def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+        self.folder, self.library = library.parent, ctypes.CDLL(str(library))
         self.library.opcompile_error.restype = ctypes.c_char_p
         self.library.opcompile_run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self.y = np.zeros(4096, np.float32)
@@ -639,6 +642,32 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
     code = (folder / "kernel.o").read_bytes()
     (folder / "stub.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), target("llvm")))
     return Stub(folder / "stub.so")
+
+
+@pytest.fixture(scope="module")
+def polling(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The same, whose threads poll for a minute instead of 0.1 ms."""
+    folder, own = tmp_path_factory.mktemp("polling"), Path(opcompile.__file__).parent
+    text = (own / "runtime.c").read_text()
+    (folder / "runtime.c").write_text(text.replace("POLL_NS 100000", "POLL_NS 60000000000"))
+    assert (folder / "runtime.c").read_text() != text
+    spec = ConvTranspose3d.parse("in=1x1x16x16x16 co=1 k=9 p=4")
+    texts = {runtime.HEADER: header(spec, Packing.identity(spec.w_shape)), "layer.c": (own / "layer.c").read_text()}
+    code = (stub.folder / "kernel.o").read_bytes()
+    common = [folder / "runtime.c", own / "layer.h"]
+    (folder / "stub.so").write_bytes(
+        link_library(common, texts, [code], (runtime.KERNEL, *runtime.EXPORTS), target("llvm"))
+    )
+    return Stub(folder / "stub.so")
+
+
+def test_threads_poll_within_a_call_and_sleep_after_it(polling: Stub) -> None:
+    for threads in (2, 3):
+        assert polling(12, threads, threads=threads) == 0  # one who polls takes part in the next loop
+        assert polling.y[0] > 30, "milliseconds: nobody has polled"
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

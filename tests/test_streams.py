@@ -88,8 +88,11 @@ def test_lines_of_y_are_asked_for_only_where_it_is_not_streamed() -> None:
         ("in=1x32x48x48x48 co=32 k=2 s=2", "channels", "llvm:x86-64-v4", False),  # its elements lie apart
         ("in=1x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", False),  # 27 MiB
         ("in=4x32x48x48x48 co=8 k=2 s=2", "row", "llvm:x86-64-v4", True),
-        ("in=1x32x48x48x48 co=8 k=2 s=2", "row", "llvm:znver5", True),  # measured there: from 16 MiB on
-        ("in=1x32x48x48x48 co=4 k=2 s=2", "row", "llvm:znver5", False),
+        ("in=1x8x16x32x64 co=32 k=2 s=2", "row", "llvm:x86-64-v4", True),  # 32 MiB
+        ("in=1x8x16x32x64 co=31 k=2 s=2", "row", "llvm:x86-64-v4", False),
+        ("in=1x8x16x32x64 co=16 k=2 s=2", "row", "llvm:znver5", True),  # measured there: from 16 MiB on
+        ("in=1x8x16x32x64 co=15 k=2 s=2", "row", "llvm:znver5", False),
+        ("in=1x8x48x48x48 co=16 k=4 s=4", "row", "llvm:aarch64", False),  # in whole lines, of four vectors
         ("in=1x64x64x64x64 co=64 k=3 s=2 p=1 g=64", "row", "llvm:x86-64-v4", False),  # rows of 127
         ("in=1x32x48x48x48 co=32 k=5 s=5", "row", "llvm:x86-64-v4", False),  # rows that are not woven
         ("in=1x32x64x64x64 co=32 k=3 s=1 p=1", "row", "llvm:x86-64-v4", True),
