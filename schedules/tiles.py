@@ -868,7 +868,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # of 39 there, with turns of several channels: the first of the ranking is 2 to 5 % slower than the best. On Zen 5 all
 # but multiplying takes a quarter of the cycles (`Machine.overhead`, fitted with `Machine.settling`, what a load takes
 # and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best, and so it
-# is where tiles write rows of Y, fitted to 1372 of 87 there.
+# is where tiles write rows of Y, fitted to 1372 of 87 there; 5 % for few output channels whose taps overlap, with
+# copies of planes fitted to 200 of 13 there.
 
 
 # Bytes of X that come from the second cache in a cycle where vectors are of positions; of channels, `Machine.l2_rate`.
@@ -983,13 +984,17 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     a_plane = layer.itemsize * (layer.m if layer.own else layer.c) * height * width
     in_their_order = t.of_channels and not layer.channels_first
     a_row = 4 / (width * layer.channels_read(t) if in_their_order else width)
+    # where taps overlap, as measured on Zen 5: each plane as one row, and by chunks what several tasks read
+    planes = t.vector == "plane" and layer.c > 1 and max(layer.most_taps) > 1 and machine.overhead < 1
+    if planes:
+        a_row = 8 / (height * width)
     if not layer.channels_first and not in_their_order:  # transposed
         a_row += 0.2 if layer.in_squares else 0.6
     far = min(1, depth * a_plane / (8 * machine.l2_bytes))
     if t.copy == "whole":
         # lines that share rows have each its own copy of them
         shared = _over(layer.height, t.height) * (t.height + height - layer.height) / height if t.line else 1
-        return layer.images * depth * a_plane * shared * (0.4 + 0.8 * far + a_row)
+        return layer.images * depth * a_plane * shared * ((0.1 if planes else 0.4) + 0.8 * far + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
     # the rows of each channel and plane are in pages of their own
@@ -999,7 +1004,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     if layer.channels_first:
         a_byte = min(a_byte, 0.05 + 0.3 * (2 * sizes.window / machine.l2_bytes) ** 2)
     # a chunk is copied while it is near: the one before it has asked for it
-    window = sizes.window * (0.5 * layer.c * t.products / t.chunk if t.copy == "chunk" else 1)
+    a_chunk = 2 if planes else 0.5
+    window = sizes.window * (a_chunk * layer.c * t.products / t.chunk if t.copy == "chunk" else 1)
     return layer.tasks(t) * (window * (a_byte + a_row + 0.17 * missed) + 30 * far * pages)
 
 

@@ -163,6 +163,19 @@ def test_a_task_may_copy_x_by_chunks_of_its_channels(text: str, vector: Any) -> 
     compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
+@pytest.mark.parametrize(
+    ("text", "on", "copy"),
+    [
+        ("in=1x128x12x12x20 co=2 k=3 p=1", "llvm:znver5", "whole"),
+        ("in=1x128x12x12x20 co=2 k=3 p=1", "llvm:znver4", "chunk"),  # not measured there
+        ("in=1x128x14x14x14 co=3 k=2 s=2", "llvm:znver5", "chunk"),  # no tap overlaps another
+    ],
+)
+def test_planes_that_several_tasks_read_are_copied_first_on_zen_5(text: str, on: str, copy: str) -> None:
+    first = candidates(ConvTranspose3d.parse(text), target(on).machine)[0].tiles
+    assert (first.vector, first.copy) == ("plane", copy)
+
+
 @HALVES
 @pytest.mark.parametrize(
     ("text", "through"),
