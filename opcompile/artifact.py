@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
     from opcompile.lower import Lowered
     from opcompile.lower_gpu import LoweredGpu
+    from opcompile.verify import Report
 
 
 def write(
@@ -137,6 +138,20 @@ def _cpu_files(lowered: Lowered) -> tuple[dict[str, bytes], str]:
     library = link(lowered.object_code, text, lowered.target)
     name = library_name(library, lowered.target.system)
     return {name: library, HEADER: text.encode()}, name
+
+
+def store(place: Path, report: Report) -> None:
+    """Store what verification found; a report without any answer would say less than the one that is there.
+
+    Raises `ArtifactError`.
+    """
+    if report.unanswered is not None:
+        return
+    try:
+        add_report(place, report.to_json())
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArtifactError(f"{place} takes no report: {reason}; give it space, or make it yours") from error
 
 
 def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
@@ -267,6 +282,15 @@ def put(beside: Path, place: Path, require: Callable[[Path], None] | None = None
             if not beside.exists():
                 raise
             # another writer was between its own two steps
+
+
+def remove(place: Path) -> None:
+    """Remove the artifact at ``place``, if there is one. Raises `ArtifactError` where there is anything else."""
+    require_replaceable(place)
+    if place.exists():
+        beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        place.rename(beside)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

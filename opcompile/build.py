@@ -30,7 +30,7 @@ from opcompile.gradients.lower import lower as lower_gradient
 from opcompile.gradients.lower_gpu import LoweredGpuGradient
 from opcompile.gradients.lower_gpu import lower_gpu as lower_gpu_gradient
 from opcompile.gradients.runtime import GradientArtifact
-from opcompile.index import INDEX, directory_names, require_place, write_index
+from opcompile.index import INDEX, begin_index, directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.paths import checked_path
@@ -110,9 +110,10 @@ def compile(
     loaded = load_any(written)
     if verify:
         report = check(loaded)
-        artifact.add_report(written, report.to_json())
-        if not report.passed:
+        artifact.store(written, report)
+        if report.failures:
             raise VerificationError(f"{written}: outputs lie beyond the error bound; report.json has the details")
+        report.require()
     return loaded
 
 
@@ -127,7 +128,7 @@ def _require_runs_here(machine: Target | GpuTarget) -> None:
     if reason:
         raise TargetError(
             f"code for {machine.name} does not run on this machine{reason}, so that its artifact cannot be loaded "
-            "here; opcompile.build.write writes the directory alone, as does the command line"
+            "here; opcompile.build.write, or opcompile compile, writes the directory alone"
         )
 
 
@@ -287,7 +288,7 @@ def compile_all(
 
         one = _Job(layer, place if alone else place / name, machine, plan, derivative, verify, report)
         try:
-            built.append(one.run(lowered))
+            built.append(one.run(lowered, None if alone else place))
         except (EngineError, TargetError):
             raise  # of this machine, and so of every node
         except OpcompileError as error:
@@ -296,6 +297,9 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
+        for b, name in zip(built, names, strict=True):
+            if b.directory is None:  # what an older model had there
+                artifact.remove(place / name)
         fields = {**_origin(given, machine, plan), "derivative": derivative}
         fields["shapes"] = {name: list(shape) for name, shape in (shapes or {}).items()}
         write_index(place, fields, [b.to_json() for b in built])
@@ -314,14 +318,19 @@ class _Job:
     verify: bool
     report: Callable[[str], None]
 
-    def run(self, lowered: dict[ConvTranspose3d, AnyLowered]) -> Built:
-        """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before."""
+    def run(self, lowered: dict[ConvTranspose3d, AnyLowered], model: Path | None) -> Built:
+        """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before.
+
+        The index of ``model``, a directory of several, says from then on that they are being replaced.
+        """
         layer, spec = self.layer, self.layer.spec
         if spec is None:
             return Built(layer.name, None, reason=layer.reason)
         self.report("compile")
         if spec not in lowered:
             lowered[spec] = _lowered(spec, self.machine, self.plan, self.derivative)
+        if model:
+            begin_index(model)
         place = _written(lowered[spec], self.place, layer.weight, layer.bias)
         found, reason = self._verified(place, spec) if self.verify else (None, "it was not asked for")
         manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
@@ -340,7 +349,7 @@ class _Job:
             return None, f"code for {self.machine.name} does not run on this machine"
         self.report("verify")
         found = check(simulated(place) if on_gpu else load_any(place))
-        artifact.add_report(place, found.to_json())
+        artifact.store(place, found)
         return found, found.unanswered or ""
 
 

@@ -8,7 +8,7 @@ stdout carries the result (with ``--json`` nothing else), stderr messages and pr
 2     bad input: the message names what was given, the rule, and the way out
 3     a target, package or program that is needed is not available
 70    a mistake of ours; OPCOMPILE_DEBUG=1 shows where
-130   interrupted
+130   interrupted (143: by SIGTERM)
 141   whoever read the output has gone
 ====  ====================================================================================
 
@@ -119,7 +119,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         code, message = _outcome(command, seen)
     if seen:
         # whatever a compiler or a linker made of it
-        code, message = INTERRUPTED, "interrupted"
+        code, message = 128 + seen[0], "interrupted" if seen[0] == signal.SIGINT else "terminated"
     if message:
         with suppress(OSError):  # the code tells it where stderr cannot
             click.echo(f"opcompile: {message}", err=True)
@@ -164,9 +164,16 @@ def _missing(error: Exception) -> str | None:
     return package if package not in ("", "opcompile", "schedules") else None
 
 
+# What each signal finds where nobody else waits for it.
+_ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Remember Ctrl-C while raising `KeyboardInterrupt` as ever: TVM turns that into an error without a name."""
+    """Remember Ctrl-C and SIGTERM, and raise `KeyboardInterrupt`, so that nothing temporary stays behind.
+
+    TVM turns that into an error without a name.
+    """
     seen: list[int] = []
 
     def note(number: int, _frame: object) -> NoReturn:
@@ -175,14 +182,14 @@ def _interrupts() -> Iterator[list[int]]:
 
     here = threading.current_thread() is threading.main_thread()
     # a host with a handler of its own, or a shell that runs us in the background, keeps what it has
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-    signal.signal(signal.SIGINT, note)
+    ours = {number: before for number, before in _ENDING.items() if here and signal.getsignal(number) is before}
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, before in ours.items():
+            signal.signal(number, before)
 
 
 # --- words that several commands share ---
@@ -352,7 +359,7 @@ def run(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Run the artifact in DIR on arrays in NumPy files. No compiler is needed.
+    """Run the artifact in DIR on arrays in NumPy files. No compiler is needed: NumPy, apache-tvm-ffi, click and rich.
 
     A layer takes X, W and B; a derivative dY, and W or X (and Y) as it was compiled.
     """
@@ -713,7 +720,8 @@ def replace(
 
     Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
     whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower,
-    three times in a row and not for other work on the machine; 2: no node could be compiled.
+    three times in a row and not for other work on the machine; 2: no node could be compiled; 3: the whole could not be
+    run.
     """
     from opcompile.replace import replace as replace_nodes
 
@@ -733,8 +741,10 @@ def replace(
             progress=show,
         )
     _emit(as_json, report.to_json(), report.renderables)
-    if not report.passed or report.slower:
+    if report.wrong or report.slower:
         return 1
+    if report.unanswered is not None:
+        return 3
     return 2 if all(node.status == "refused" for node in report.nodes) else 0
 
 
@@ -853,7 +863,7 @@ def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], shapes: Shapes,
 
     _, spec = read(source, nodes, shapes).only()
     with _progress("comparing") as show:
-        show(0, 1, "ask every system that is installed")
+        show(0, 1, "compare the words" if no_measure else "ask every system that is installed")
         found = diff(spec, measure=not no_measure)
     _emit(as_json, found.to_json(), found.renderables)
 
@@ -959,11 +969,11 @@ def _require_place(path: str) -> None:
 
 
 def _store(place: Path, report: Report) -> None:
-    from opcompile.artifact import add_report
+    from opcompile.artifact import store
 
     try:
-        add_report(place, report.to_json())
-    except (OSError, ArtifactError) as error:
+        store(place, report)
+    except ArtifactError as error:
         click.echo(f"opcompile: the report was not stored: {error}", err=True)
 
 
@@ -1081,10 +1091,12 @@ def _built_table(built: Sequence[Built], into: str) -> Iterator[RenderableType]:
     yield table
     for words, names in _grouped(built).items():
         yield _plain(f"{', '.join(names)}: {words}")
+    shares = (
+        " Errors are shares of the derived bound, the largest of each node." if any(b.report for b in built) else ""
+    )
     yield _plain(
         f"{into}: {sum(b.directory is not None for b in built)} of {len(built)} compiled, "
-        f"{sum(b.status == 'verified' for b in built)} verified. "
-        "Errors are shares of the derived bound, the largest of each node."
+        f"{sum(b.status == 'verified' for b in built)} verified.{shares}"
     )
 
 

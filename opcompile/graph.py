@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, SpecError
-from opcompile.paths import checked_path
+from opcompile.paths import checked_path, discard
 from opcompile.spec import Activation, Axis, ConvTranspose3d, require_layer
 
 DEFAULT_OPSET = 20
@@ -117,7 +117,7 @@ def export_onnx(
         if not special:
             os.replace(beside, place)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        discard(beside)
         raise ModelError(
             f"cannot write {path}: {error.strerror}; name a file in a folder that exists and is yours"
         ) from error

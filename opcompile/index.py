@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opcompile.errors import ArtifactError
+from opcompile.paths import discard
 
 INDEX = "index.json"
 FORMAT = "opcompile-index"
@@ -64,17 +65,28 @@ def require_place(directory: Path, names: Iterable[str]) -> None:
         )
 
 
+def begin_index(directory: Path) -> None:
+    """Let ``index.json`` say that artifacts are being replaced: of several models, until `write_index` is called."""
+    _write(directory, {"finished": False, "layers": []})
+
+
 def write_index(directory: Path, fields: dict[str, Any], layers: Sequence[dict[str, Any]]) -> Path:
     """Write ``index.json`` as a whole, or not at all, and return its path."""
+    return _write(directory, {"finished": True, **fields, "layers": list(layers)})
+
+
+def _write(directory: Path, content: dict[str, Any]) -> Path:
     path = directory / INDEX
     beside = path.with_name(f".{INDEX}.{uuid.uuid4().hex}")
-    content = {"format": FORMAT, "version": VERSION, **fields, "layers": list(layers)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(beside, path)
+        try:
+            beside.write_text(json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=2) + "\n")
+            os.replace(beside, path)
+        except OSError:
+            discard(beside)
+            raise
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ArtifactError(f"cannot write {path}: {error.strerror}; name a directory that is yours") from error
     return path
 
@@ -104,6 +116,8 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
             f"{path} has format {known[0]!r} {known[1]!r}, and this program reads {FORMAT!r} {VERSION}; "
             "compile the model again"
         )
+    if not content.get("finished", True):
+        raise ArtifactError(f"{place} holds a model that was not compiled to its end; compile it again")
     for name in listed.values():
         if Path(name).name != name:
             raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")

@@ -24,7 +24,7 @@ from opcompile.target import Target
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.
 _SHARED = tuple(_HERE / name for name in ("call.h", "kernel.h"))
-_COMPILE = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-I.")
+_COMPILE = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-I.")
 # Names of files where a compiler works.
 _COMMON, _EXPORTS, _MADE = "common.o", "exports", "made"
 # The oldest C library that both architectures have: what zig links runs on every later one.
@@ -108,9 +108,19 @@ def _linker(target: Target) -> list[str]:
 
 
 def _for_elf(exports: Sequence[str]) -> tuple[str, list[str]]:
-    """Export the entries alone, stay loaded (threads may be in the code), leave no symbol open."""
+    """Export the entries alone, stay loaded (threads may be in the code), leave no symbol open.
+
+    Nothing for a debugger: the C library's own objects have the paths of their sources.
+    """
     listed = f"{{ global: {' '.join(f'{name};' for name in exports)} local: *; }};\n"
-    flags = (f"--version-script={_EXPORTS}", "-z,nodelete", "-z,noexecstack", "-z,defs", "--build-id=none")
+    flags = (
+        f"--version-script={_EXPORTS}",
+        "-z,nodelete",
+        "-z,noexecstack",
+        "-z,defs",
+        "--build-id=none",
+        "--strip-debug",
+    )
     return listed, [*(f"-Wl,{flag}" for flag in flags), "-lm", "-lpthread", "-ldl"]
 
 

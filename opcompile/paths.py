@@ -1,9 +1,10 @@
-"""A path that a caller gives: Python's own error would name neither the argument nor the way out."""
+"""Paths that a caller gives: Python's own errors would name neither the argument nor the way out."""
 
 from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from opcompile.errors import CallError
@@ -23,3 +24,9 @@ def checked_path(given: object, name: str) -> Path:
         if error.errno == errno.ELOOP:
             raise CallError(f"{name} is {text!r}, links that lead back to themselves; name another path") from error
     return path
+
+
+def discard(unfinished: Path) -> None:
+    """Remove a file that was not finished; where that cannot be, the error that came before it says why."""
+    with suppress(OSError):
+        unfinished.unlink(missing_ok=True)

@@ -131,9 +131,12 @@ def key(spec_text: str) -> str:
 
 
 def own_folder() -> Path:
-    """Return where the user's own records are kept; it need not exist."""
+    """Return where the user's own records are kept; it need not exist. Raises `RecordError` for a file."""
     if own := os.environ.get(FOLDER_VARIABLE):
-        return Path(os.path.expanduser(own))
+        folder = Path(os.path.expanduser(own))
+        if folder.is_file():
+            raise RecordError(f"{FOLDER_VARIABLE} names {folder}, which is a file; records are in a directory")
+        return folder
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
     return Path(data) / "opcompile" / "records"
 

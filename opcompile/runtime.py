@@ -755,7 +755,7 @@ def _require_machine(target: dict[str, Any], directory: Path) -> None:
     if needed != host():
         raise TargetError(
             f"{directory} was compiled for {target['name']} ({' '.join(needed)}), and this is {' '.join(host())}; "
-            "compile it for this machine with --target"
+            "take it to such a machine, or compile it for this one"
         )
     # macOS lists no flags; there the architecture alone decides
     present = processor_flags()

@@ -112,7 +112,10 @@ class Simulator:
         except OSError as error:
             raise EngineError(f"the compiler {command[0]!r} cannot be started: {error.strerror}; set CXX") from None
         if done.returncode:
-            raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{done.stderr[:2000]}")
+            raise EngineError(
+                f"{shlex.join(command)} ended with status {done.returncode}; set CXX to a compiler of C++:\n"
+                f"{done.stderr[:2000]}"
+            )
         return str(path)
 
 

@@ -75,13 +75,14 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shap
     text = os.fspath(source)
     if os.path.isfile(text):
         return Source(text, "model", _of_model(text, nodes, shapes))
+    folder = os.path.isdir(text)
+    if not folder and (not text or text.endswith((".onnx", ".pt2", ".keras")) or (os.sep in text and "=" not in text)):
+        raise ModelError(f"there is no file {text!r}; {_SOURCES}")
     for given, said in ((nodes, "a node was chosen"), (shapes, "a shape was given")):
         if given:
             raise ModelError(f"{said}, but {text!r} is not a model file; leave it out, or name an ONNX file")
-    if os.path.isdir(text) and text not in {c.name for c in CASES}:
-        raise ModelError(f"{text} is a directory; name an ONNX file, a layer's text form or a case")
-    if text.endswith((".onnx", ".pt2", ".keras")) or (os.sep in text and "=" not in text):
-        raise ModelError(f"there is no file {text}; name an ONNX file, a layer's text form or a case")
+    if folder and text not in {c.name for c in CASES}:
+        raise ModelError(f"{text} is a directory; {_SOURCES}")
     if "=" in text:
         return Source(text, "text", (Layer("layer", ConvTranspose3d.parse(text)),))
     try:
@@ -90,6 +91,7 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shap
         raise SpecError(f"{text!r} is neither a file nor a layer's text form ({_EXAMPLE}), and {error}") from None
 
 
+_SOURCES = "name a model (.onnx, .pt2, .keras), a layer's text form or a case"
 _EXAMPLE = "like in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"
 
 

@@ -133,7 +133,9 @@ class Axis:
                 raise SpecError(f"{name} is {value}, but must be at least 1; write {name}=1 for no effect")
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
             if value < 0:
-                raise SpecError(f"{name} is {value}, but must be at least 0; crop the output with a positive pad")
+                raise SpecError(
+                    f"{name} is {value}, but must be at least 0; a pad crops the output, output_pad makes it longer"
+                )
         if self.out < 1:
             raise SpecError(
                 f"the output size is {self.out}: (size-1)*stride + dilation*(kernel-1) + 1 = {self.full}, "
@@ -514,6 +516,8 @@ def _per_axis(key: str, text: str) -> list[str]:
 
 def _pad_pair(text: str) -> tuple[int, int]:
     begin, colon, end = text.partition(":")
+    if ":" in end:
+        raise SpecError(f"p= holds {text!r}, but must be one number, or two, begin:end")
     return _integer("p", begin), _integer("p", end if colon else begin)
 
 
@@ -549,6 +553,8 @@ def _text(what: str, given: object, example: str) -> str:
 
 
 def _integer(key: str, text: str) -> int:
+    if text == "N":
+        raise SpecError(f"{key}= holds N, but only the batch may be open, the first size of in=; give a number")
     if not re.fullmatch(r"-?[0-9]+", text):
         raise SpecError(f"{key}= holds {text!r}, but must be a whole number, like {_FIELDS[key]}")
     if len(text) > 12:
@@ -560,7 +566,7 @@ def _number(where: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise SpecError(f"{where}: {text!r} is not a number") from None
+        raise SpecError(f"{where}: {text!r} is not a number, like 0.01") from None
 
 
 def _require_ints(what: str, values: Iterable[object]) -> None:

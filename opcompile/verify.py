@@ -495,7 +495,7 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
     if isinstance(artifact, (str, os.PathLike)):
-        raise CallError(f"{os.fspath(artifact)!r} is a directory; load it by opcompile.load first")
+        raise CallError(f"{os.fspath(artifact)!r} is a path; load the artifact there by opcompile.load first")
     if not hasattr(artifact, "manifest"):
         raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
     if not isinstance(seed, int) or seed < 0:

@@ -22,7 +22,8 @@ progress go to stderr.
 
 - an ONNX file: all its 5-D ConvTranspose nodes, or those that `--node` names; `--shape` gives the sizes that the file
   leaves open;
-- a `torch.export` program (`.pt2`) or a Keras model (`.keras`), likewise, where PyTorch or Keras is installed;
+- a `torch.export` program (`.pt2`) or a Keras model (`.keras`), in the sizes that it has, where PyTorch or Keras is
+  installed;
 - a layer as text, like `"in=1x64x12x16x32 co=64 k=3 s=2 p=1 op=1"` ([the fields](index.md#a-layer));
 - the name of a case, of `opcompile cases`.
 
@@ -33,7 +34,7 @@ progress go to stderr.
 | 2 | bad input: the message names what was given, the rule, and the way out |
 | 3 | a target, package or program that is needed is not available |
 | 70 | a mistake of ours; `OPCOMPILE_DEBUG=1` shows where |
-| 130 | interrupted |
+| 130 | interrupted (143: by SIGTERM) |
 | 141 | whoever read the output has gone |
 
 | Variable | Meaning |

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -662,6 +663,17 @@ def test_another_machine_needs_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
         link(b"", artifact.header(ONE, Packing.identity(ONE.w_shape)), away)
 
 
+def require_no_paths(folder: Path) -> None:
+    """The library, whose name is its hash, has neither paths of this machine nor what a debugger wants."""
+    library = next(folder.glob("conv_transpose3d-*.*")).read_bytes()
+    for path in (tempfile.gettempdir(), sys.prefix, ".debug_", "ziglang"):
+        assert path.encode() not in library
+
+
+def test_a_library_has_no_path_of_this_machine(tmp_path: Path) -> None:
+    require_no_paths(write(lower(ONE, target("llvm"), "baseline"), tmp_path / "it"))
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["llvm:cortex-a72", "llvm:apple-m1", "llvm:x86-64-v3"])
 def test_ziglang_links_for_every_machine(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,8 +687,11 @@ def test_ziglang_links_for_every_machine(tmp_path: Path, name: str, monkeypatch:
     if machine.native:
         assert holds(load(folder))
     else:
-        with pytest.raises(TargetError, match="compile it for this machine"):
+        with pytest.raises(TargetError, match="or compile it for this one"):
             load(folder)
+    again = write(lower(ONE, machine, "baseline"), tmp_path / "again")
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in folder.iterdir())
+    require_no_paths(folder)
 
 
 def test_every_error_is_one_of_ours() -> None:

@@ -27,6 +27,7 @@ from replaced import saved, upsampling
 from test_bench import report_of as bench_report
 
 import opcompile
+from opcompile import artifact
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
@@ -429,19 +430,36 @@ def test_streams_that_are_closed_are_no_mistake(tmp_path: Path, closed: str) -> 
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_is_no_traceback_and_nothing_stays_behind(
+    tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
     command = [sys.executable, "-m", "opcompile", "compile", LAYER, "-o", str(tmp_path / "a")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == b"compile layer\n"  # it is at work
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest = process.stderr.read().decode()
-        assert process.wait() == 130
+        assert process.wait() == code
     assert "Traceback" not in rest
-    assert rest.endswith("opcompile: interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == []
+    assert rest.endswith(f"opcompile: {said}\n")
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+
+
+def test_without_click_the_command_says_what_it_needs() -> None:
+    program = (
+        "import sys\nsys.modules['click'] = None\n"
+        "from opcompile.__main__ import main\nsys.argv[1:] = ['--help']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    needed = "the command line needs the package click, which is missing: pip install click rich"
+    assert done.stderr == f"opcompile: {needed}\n"
 
 
 # --- compile ---
@@ -510,6 +528,54 @@ def test_what_cannot_be_compiled_is_listed_and_the_others_go_on(tmp_path: Path) 
     assert result.exit_code == 0
     assert "dynamic: not compiled: X (U)" in result.stdout
     assert "2 of 3 compiled, 0 verified" in result.stdout
+
+
+def two_layers(folder: Path, seed: int) -> Path:
+    """A model of two layers, with weights of their own."""
+    rng = np.random.default_rng(seed)
+    held = [numpy_helper.from_array(rng.standard_normal((4, 4, 2, 2, 2), np.float32), name) for name in ("V", "W")]
+    nodes = [
+        helper.make_node("ConvTranspose", ["x", "V"], ["a"], "first"),
+        helper.make_node("ConvTranspose", ["a", "W"], ["y"], "second"),
+    ]
+    x, y = value("x", (1, 4, 2, 2, 2)), value("y", (1, 4, 4, 4, 4))
+    return saved(model_of(nodes, [x], [y], initializers=held), folder)
+
+
+def test_a_model_that_was_not_compiled_to_its_end_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its nodes is new, and the other of the model that was there before."""
+    out = tmp_path / "out"
+    words = ["--plan", "baseline", "--no-verify"]
+    assert invoke("compile", two_layers(tmp_path, 0), "-o", out, *words).exit_code == 0
+    first = (out / "first" / "weights.npz").read_bytes()
+    write, written = artifact.write, []
+
+    def interrupted(*given: Any, **named: Any) -> Path:
+        written.append(given)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write(*given, **named)
+
+    monkeypatch.setattr("opcompile.artifact.write", interrupted)
+    assert invoke("compile", two_layers(tmp_path, 1), "-o", out, *words).exit_code == 130
+    assert (out / "first" / "weights.npz").read_bytes() != first
+    for command in ("verify", "inspect"):
+        result = invoke(command, out)
+        assert (result.exit_code, "was not compiled to its end; compile it again" in result.stderr) == (2, True)
+    monkeypatch.undo()
+    assert invoke("compile", tmp_path / "model.onnx", "-o", out, *words).exit_code == 0
+    assert set(artifacts(out)) == {"first", "second"}
+
+
+def test_a_node_that_is_not_compiled_has_no_artifact_of_an_older_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["-o", out, "--plan", "baseline", "--no-verify"]
+    path = saved(upsampling(), tmp_path)
+    assert invoke("compile", path, *words).exit_code == 0
+    assert (out / "up").is_dir()
+    saved(upsampling(("n", 4, "d", "h", "w")), tmp_path)
+    assert invoke("compile", path, *words).exit_code == 2
+    assert [each.name for each in out.iterdir()] == [INDEX]
 
 
 def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -730,8 +796,21 @@ def test_a_report_that_cannot_be_stored_is_said(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("opcompile.artifact.add_report", raising(PermissionError(13, "Permission denied", "/there")))
     result = invoke("verify", folder / "dynamic")
     assert result.exit_code == 0
-    assert "the report was not stored" in result.stderr
-    assert "/there" in result.stderr
+    assert f"the report was not stored: {folder / 'dynamic'} takes no report: Permission denied" in result.stderr
+
+
+def test_a_report_without_answers_leaves_the_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "it"
+    given = ["compile", SMALL, "-o", place, "--target", "metal:apple-m1"]
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert invoke(*given).exit_code == 3
+    assert "not yet" in invoke("inspect", place).stdout
+    monkeypatch.delenv("CXX")
+    assert invoke(*given).exit_code == 0
+    report = (place / "report.json").read_bytes()
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert invoke("verify", place, "--simulate").exit_code == 3
+    assert (place / "report.json").read_bytes() == report
 
 
 def test_run_leaves_no_half_of_an_array(tmp_path: Path) -> None:

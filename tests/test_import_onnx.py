@@ -491,11 +491,8 @@ def test_sizes_that_a_model_does_not_take_are_the_reason() -> None:
             Y = ConvTranspose <strides = [2,2,2]> (both, V)
         }"""
     )
-    first, second = find(model, shapes={"X": (1, 1, 5, 8, 8)})
-    assert first.spec is not None
-    assert second.reason is not None
-    assert "does not take the shapes that were given" in second.reason
-    assert "Concat" in second.reason
+    with pytest.raises(ModelError, match=r"does not take the shapes that were given: .*Concat.*; give sizes that it"):
+        find(model, shapes={"X": (1, 1, 5, 8, 8)})
     assert all(found.spec is not None for found in find(model, shapes={"X": (1, 1, 6, 8, 8)}))
 
 

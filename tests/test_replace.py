@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 import opcompile
 from opcompile.cli import cli
@@ -190,6 +194,39 @@ def test_an_output_that_is_no_tensor(tmp_path: Path) -> None:
     report, _ = replaced(model, tmp_path, verify=True)
     assert report.replaced == 1
     assert "output y is a list" in report.not_asked["the whole model"]
+    assert "the whole model is NOT VERIFIED" in list(report._lines())
+    assert (report.wrong, report.passed) == (False, False)
+
+
+def test_a_model_that_does_not_run_is_not_verified(tmp_path: Path) -> None:
+    """Its open number of channels may be 1 or 6, and 2 is tried as well."""
+    nodes = [helper.make_node("Add", ["up", "other"], ["y"])]
+    model = upsampling(after=nodes)
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ["n", "c", 6, 8, 10]))
+    path = saved(model, tmp_path)
+    result = CliRunner().invoke(cli, ["replace", str(path), "-o", str(tmp_path / "out"), "--no-bench"])
+    assert result.exit_code == 3
+    assert "the whole model is NOT VERIFIED" in result.stdout
+    assert "if that is for its open sizes, give them by --shape" in result.stdout
+
+
+def test_a_table_says_which_shape_a_row_is_for(tmp_path: Path) -> None:
+    shapes = [{"x": (1, 4, 3, 4, width)} for width in (5, 6)]
+    report, _ = replaced(upsampling((1, 4, 3, 4, "w")), tmp_path, shapes=shapes)
+    console = Console(width=160, file=io.StringIO())
+    console.print(report._table())
+    text = console.file.getvalue()
+    assert [f"in=1x4x3x4x{width}" in text for width in (5, 6)] == [True, True]
+
+
+def test_a_full_disk_is_said_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(job, "save", full)
+    with pytest.raises(ArtifactError, match=r"cannot write .*out: No space left on device; name a directory"):
+        replaced(upsampling(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx"]
 
 
 @pytest.mark.parametrize("opset", [7, 11, 20, 22])
@@ -754,8 +791,6 @@ def test_the_job_holds_what_was_asked() -> None:
 
 
 def command(*words: str | Path) -> Any:
-    from click.testing import CliRunner
-
     return CliRunner().invoke(cli, ["replace", *map(str, words)], standalone_mode=False)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import opcompile
 from opcompile import load
 from opcompile.bounds import compare
 from opcompile.cli import cli
@@ -270,6 +271,16 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(tmp_path / "bad.keras")
     with pytest.raises(ModelError, match="is not a Keras model"):
         keras.find(first)
+
+
+def test_a_backend_that_keras_does_not_know() -> None:
+    pytest.importorskip("keras")
+    command = [sys.executable, "-c", "from opcompile.importers import keras\nkeras.find('m.keras')"]
+    environment = {**os.environ, "KERAS_BACKEND": "unknown", "PYTHONPATH": str(Path(opcompile.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    *_, said = done.stderr.splitlines()
+    assert said.startswith("opcompile.errors.EngineError: the package keras is not usable")
+    assert said.endswith("set KERAS_BACKEND to one that is installed, torch or jax")
 
 
 @pytest.mark.parametrize("name", ["w.npz", "w.weights.h5"])

@@ -489,8 +489,9 @@ def _initialized(read: Imported, kernel: Any, bias: Any) -> Imported:
 def _keras() -> Any:
     try:
         import keras
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # it knows no backend of that name
         backend = "set KERAS_BACKEND to one that is installed, torch or jax"
-        way_out = "pip install 'opcompile[words]'" if error.name == "keras" else backend
+        missing = isinstance(error, ImportError) and error.name == "keras"
+        way_out = "pip install 'opcompile[words]'" if missing else backend
         raise EngineError(f"the package keras is not usable ({error}); {way_out}") from error
     return keras

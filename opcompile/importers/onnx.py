@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
@@ -102,8 +102,7 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
         ]
         if shapes and any(f.spec is None for f in found) and (said := _objection(outline)):
-            why = f"the model does not take the shapes that were given: {said}"
-            found = [f if f.spec is not None else replace(f, reason=f"{why}; {f.reason}") for f in found]
+            raise ModelError(f"the model does not take the shapes that were given: {said}; give sizes that it takes")
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
@@ -204,11 +203,15 @@ def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -
         for given, dimension in zip(shape, dimensions, strict=False):
             if dimension.HasField("dim_value") and dimension.dim_value != given:
                 raise ModelError(
-                    f"input {name} has the fixed sizes {[d.dim_value or d.dim_param for d in dimensions]}, "
-                    f"and {shape} is another shape; only open sizes can be given"
+                    f"input {name} is {_sizes_text(d.dim_value or d.dim_param or '?' for d in dimensions)}, and "
+                    f"{_sizes_text(shape)} differs from its fixed sizes; only open sizes can be given"
                 )
         element_type = inputs[name].type.tensor_type.elem_type
         inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, shape))
+
+
+def _sizes_text(sizes: Iterable[int | str]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:

@@ -20,7 +20,7 @@ from opcompile.replace.library import Kernel, Operator, build, compiled, in_one_
 from opcompile.replace.model import Model
 from opcompile.replace.place import LIBRARY, REPORT, require_place, written
 from opcompile.replace.prove import compare_models, prove, race, race_models
-from opcompile.replace.report import KernelReport, NodeReport, OutputCheck, Report, Speed
+from opcompile.replace.report import WHOLE, KernelReport, NodeReport, OutputCheck, Report, Speed
 from opcompile.replace.rewrite import perturbed, rewrite, save
 from opcompile.replace.survey import Node, survey
 from opcompile.target import Target, cores
@@ -259,6 +259,7 @@ class Job:
         ours, library = (folder / self.model.name if self.mode == "rewrite" else self.model), folder / LIBRARY
         if len(not_asked) == 2:
             return checks, speeds
+        sets: list[sessions.InputSet] = []
         try:
             sets = sessions.input_sets(sessions.Session(self.model), self.shapes, self.seed)
             if "verification" not in not_asked:
@@ -269,7 +270,8 @@ class Job:
                 self.progress(1, 2, "time the whole model")
                 speeds = race_models(self.model, ours, library, sets[0].feeds, threads, 2 * self.seconds)
         except EngineError as error:
-            not_asked["the whole model"] = str(error)
+            way_out = "; if that is for its open sizes, give them by --shape" if any(s.open for s in sets) else ""
+            not_asked[WHOLE] = f"{error}{way_out}"
         return checks, speeds
 
     @contextmanager

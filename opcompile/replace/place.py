@@ -31,7 +31,9 @@ def _said(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name a directory of yours") from error
+        raise ArtifactError(
+            f"cannot write {place}: {error.strerror or error}; name a directory of yours, on a disk with space"
+        ) from error
 
 
 @contextmanager
@@ -41,11 +43,11 @@ def written(place: Path) -> Iterator[Path]:
     require_replaceable(place)
     with _said(place):
         beside = new_beside(place)
-    try:
-        yield beside
-        put(beside, place, require_replaceable)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            yield beside
+            put(beside, place, require_replaceable)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def require_replaceable(place: Path) -> None:

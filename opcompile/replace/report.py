@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT = REPLACED
 VERSION = 1
+# What was not asked, where that is the model as a whole.
+WHOLE = "the whole model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +157,21 @@ class Report:
     date: str
 
     @property
+    def unanswered(self) -> str | None:
+        """Why the whole model could not be asked, which was to be verified or timed; None where it could."""
+        return self.not_asked.get(WHOLE)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a kernel or the whole model was found wrong, or of its outputs none could be judged."""
+        unjudged = bool(self.checks) and not any(check.judged for check in self.checks)
+        kernels, checks = (all(each.passed for each in found) for found in (self.kernels, self.checks))
+        return unjudged or not (kernels and checks)
+
+    @property
     def passed(self) -> bool:
-        """Neither a kernel nor the whole model was found wrong; where it was asked, some output could be judged."""
-        judged = not self.checks or any(check.judged for check in self.checks)
-        return judged and all(kernel.passed for kernel in self.kernels) and all(check.passed for check in self.checks)
+        """Neither a kernel nor the whole model was found wrong, and what was to be asked could be."""
+        return not self.wrong and self.unanswered is None
 
     @property
     def slower(self) -> bool:
@@ -217,6 +230,8 @@ class Report:
                 table.add_row(escape(node.name), *["-"] * 5, verdict)
             for number, kernel in enumerate(by_key[key] for key in node.kernels):
                 name = f"{escape(node.name)}{fused}" if number == 0 else ""
+                if len(node.kernels) > 1:  # one for each shape of X
+                    name += f"{name and chr(10)}[dim]{escape(kernel.spec.split()[0])}[/]"
                 times = kernel.speeds or (None,)
                 cells = [[_before(s), _after(s), _ratio(s)] for s in times]
                 columns = ["\n".join(column) for column in zip(*cells, strict=True)]
@@ -230,7 +245,7 @@ class Report:
         judged = [check for check in self.checks if check.judged]
         worst = max(judged, key=lambda c: c.error / c.bound if c.bound else math.inf * c.error, default=None)
         if worst is not None:
-            verdict = "equal to stock ONNX Runtime within the bound" if self.passed else "WRONG"
+            verdict = "WRONG" if self.wrong else "equal to stock ONNX Runtime within the bound"
             yield (
                 f"whole model: {verdict}; largest error {worst.error:.2e} of {worst.bound:.2e} allowed "
                 f"({worst.output} on {worst.inputs}), {len(judged)} comparisons"
@@ -248,9 +263,11 @@ class Report:
                 f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {speed.verdict}{busy}"
             )
         yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
+        if self.unanswered and not self.checks:
+            yield f"{WHOLE} is NOT VERIFIED"
         made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
         yield f"{self.replaced} of {len(self.nodes)} nodes replaced, mode {self.mode}, for {self.target}; {made}"
-        if self.kernels:
+        if any(kernel.proofs or kernel.speeds for kernel in self.kernels):
             yield "Times are those of one node alone inside ONNX Runtime. Errors are shares of the derived bound."
 
 

@@ -128,9 +128,12 @@ def save(model: Model, path: Path, data: Mapping[str, bytes] = MappingProxyType(
             raise ModelError(f"the model keeps data in {name!r}, which is outside of its folder; save it anew")
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(source, place)  # no hard link: onnx refuses data that have several names, in both models
+            source.open("rb").close()
         except OSError as error:
-            raise ModelError(f"{source}, where the model keeps data, cannot be read: {error.strerror}") from error
+            raise ModelError(
+                f"{source}, where the model keeps data, cannot be read: {error.strerror}; bring it there"
+            ) from error
+        shutil.copyfile(source, place)  # no hard link: onnx refuses data that have several names, in both models
     for name, content in data.items():
         (path.parent / name).write_bytes(content)
     path.write_bytes(model.proto.SerializeToString())

@@ -82,10 +82,11 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class InputSet:
-    """Inputs of a model, and what they are called."""
+    """Inputs of a model, and what they are called; whether the model leaves sizes ``open`` that were chosen for it."""
 
     name: str
     feeds: Feeds
+    open: bool = False
 
 
 def input_sets(session: Session, shapes: Sequence[Mapping[str, Sequence[int | str]]], seed: int) -> list[InputSet]:
@@ -106,7 +107,7 @@ def input_sets(session: Session, shapes: Sequence[Mapping[str, Sequence[int | st
                 feeds = {
                     name: _drawn(name, of_type, sizes[name], draw, rng) for name, (of_type, _) in session.inputs.items()
                 }
-                sets.append(InputSet(kind + label, feeds))
+                sets.append(InputSet(kind + label, feeds, is_open))
     return sets
 
 
