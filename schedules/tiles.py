@@ -984,8 +984,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     a_plane = layer.itemsize * (layer.m if layer.own else layer.c) * height * width
     in_their_order = t.of_channels and not layer.channels_first
     a_row = 4 / (width * layer.channels_read(t) if in_their_order else width)
-    # where taps overlap, as measured on Zen 5: each plane as one row, and by chunks what several tasks read
-    planes = t.vector == "plane" and layer.c > 1 and max(layer.most_taps) > 1 and machine.overhead < 1
+    # where taps overlap, as measured: each plane as one row, and by chunks what several tasks read
+    planes = machine.whole_planes and t.vector == "plane" and layer.c > 1 and max(layer.most_taps) > 1
     if planes:
         a_row = 8 / (height * width)
     if not layer.channels_first and not in_their_order:  # transposed
