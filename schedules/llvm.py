@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import tirx
-from tvm.s_tir.schedule import _ffi_api
 
 from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
@@ -48,6 +48,7 @@ from schedules.tiles import (
     reach,
     square,
 )
+from schedules.unchecked import claim
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -73,24 +74,36 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     at once (`by_rows`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
     phases that are axes multiply zeros.
     Channels that are multiplied in pairs lie side by side: ``(..., block, 2)``, of C/g/2 pairs.
+    Where each tap has sums of its own, the weights of a register tile do (`_tap_tile`), in each channel.
     """
     if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
+    cuts, order = _cuts(spec, tiles, shape)
+    return tuple(chain.from_iterable(cuts)), order
+
+
+def _cuts(spec: ConvTranspose3d, t: Tiles, shape: tuple[int, ...]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The parts of each axis of W in the view of `packed`, and their order."""
     c, m, *kernel = shape
     groups = spec.groups
-    if tiles.vector == "groups":
+    if t.vector == "groups":  # of channels with one each, as of one group with all of them
         groups, c, m = 1, m, c
-    if tiles.by_taps:
+    of_c = (groups, c // groups) if t.products == 1 else (groups, c // groups // t.products, t.products)
+    if t.by_taps:
         kd, kh, kw = kernel
-        of_m, of_kh = _tap_tile(tiles, kernel)
-        split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
-        return (groups, c // groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
-    taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
-    view = (groups, c // groups, m // tiles.block, tiles.block, *taps)
-    if tiles.products == 1:
-        return view, (0, 2, 5, 7, 9, 4, 6, *((1, 8) if by_rows(spec, tiles) else (8, 1)), 3)
-    pairs = (groups, c // groups // tiles.products, tiles.products, *view[2:])
-    return pairs, (0, 3, 6, 8, 10, 5, 7, *((1, 9) if by_rows(spec, tiles) else (9, 1)), 4, 2)
+        of_m, of_kh = _tap_tile(t, kernel)
+        return [of_c, (m // of_m, of_m), (kd,), (kh // of_kh, of_kh), (kw,)], (0, 4, 2, 5, 1, 3, 6, 7)
+    taps = [(size // p, p) for size, p in zip(kernel, _periods(spec, kernel), strict=True)]
+    at = len(of_c)
+    of_row = (1, at + 6) if by_rows(spec, t) else (at + 6, 1)
+    order = (0, at, at + 3, at + 5, at + 7, at + 2, at + 4, *of_row, at + 1, *range(2, at))
+    return [of_c, (m // t.block, t.block), *taps], order
+
+
+def _parts(i: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """An index of an axis that is cut into parts of these sizes, the last innermost."""
+    first, *others = [i // math.prod(sizes[n:]) for n in range(1, len(sizes) + 1)]
+    return [first, *(part % size for part, size in zip(others, sizes[1:], strict=True))]
 
 
 def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
@@ -201,24 +214,13 @@ def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None 
 def _lay_out(
     sch: Schedule, spec: ConvTranspose3d, t: Tiles, phases: list[Any], wide: Any | None, as_axes: bool
 ) -> None:
-    c_in = spec.channels_in // spec.groups
-
-    kernel = [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]]
-    p_d, p_h, p_w = _periods(spec, kernel)
+    shape = tuple(int(n) for n in sch.get(phases[0]).reads[1].source.shape)
+    cuts, order = _cuts(spec, t, shape)
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
-        if t.by_taps:
-            of_m, of_kh = _tap_tile(t, kernel)
-            return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
-        if t.vector == "groups":  # of channels with one each, as of one group with all of them
-            c, m = m, c
-        taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h)
-        pairs = c_in // t.products
-        of_row = [kw // p_w, c // t.products % pairs]
-        if by_rows(spec, t):
-            of_row.reverse()
-        pair = [c % t.products] if t.products > 1 else []
-        return c // c_in, m // t.block, *taps, *of_row, m % t.block, *pair
+        whole = (m, c, kd, kh, kw) if t.vector == "groups" else (c, m, kd, kh, kw)
+        parts = [part for i, sizes in zip(whole, cuts, strict=True) for part in _parts(i, sizes)]
+        return tuple(parts[n] for n in order)
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
@@ -451,22 +453,11 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         ]
         if in_channels:
             spans.append(whole(shape[-1]))
-        _claim(sch, output, i, spans)
+        claim(sch, output, i, spans)
 
 
 def _claim_whole_lines(sch: Schedule, phase: Any) -> None:
     """Let each sum claim the lines of X that it reads from whole, so that they are copied row by row."""
     pad = sch.get(phase).reads[0]
     spans = [(r.min, r.min + r.extent) for r in pad.region[:-1]]
-    _claim(sch, phase, 0, [*spans, (tirx.const(0, pad.source.shape[-1].ty.dtype), pad.source.shape[-1])])
-
-
-def _claim(sch: Schedule, block: Any, read: int, spans: Sequence[Span]) -> None:
-    """Say that ``block`` reads ``spans`` (first and end of each axis) of its operand number ``read``."""
-    claim = tirx.IndexMap(
-        initial_indices=[v.var for v in sch.get(block).iter_vars],
-        final_indices=[end for span in spans for end in span],
-        inverse_index_map=None,
-    )
-    # the Python method demands as many ranges as the block has iterators; the function below it does not
-    _ffi_api.ScheduleAnnotateBufferAccess(sch, block, read, 0, claim)
+    claim(sch, phase, 0, [*spans, (tirx.const(0, pad.source.shape[-1].ty.dtype), pad.source.shape[-1])])
