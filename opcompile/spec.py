@@ -289,7 +289,7 @@ class Activation:
 class ConvTranspose3d:
     """One layer. ``batch`` is None when it is known only at run time.
 
-    ``sums`` are accumulated in `sum_dtype`; ``group`` g splits C and M into g independent layers.
+    Sums are accumulated in `sum_dtype`; ``groups`` split C and M into as many independent layers.
     """
 
     batch: int | None
