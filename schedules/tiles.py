@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from schedules.counted import counted
 
@@ -60,6 +60,7 @@ _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 # What vectors run along where they are of output channels.
 _OF_CHANNELS = ("channels", "groups")
 
+Vector = Literal["channels", "groups", "row", "line", "taps", "plane"]
 Store = Literal["cached", "streamed"]
 
 
@@ -80,7 +81,7 @@ class Tiles:
     that it sums.
     """
 
-    vector: Literal["channels", "groups", "row", "line", "taps", "plane"]
+    vector: Vector
     lanes: int
     vectors: int
     scalars: int
@@ -243,8 +244,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    vectors = ("channels", "groups", "row", "line", "taps", "plane")
-    stores = {vector: _store(spec, vector, machine) for vector in vectors}
+    stores = {vector: _store(spec, vector, machine) for vector in get_args(Vector)}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
     if takes_groups(spec) and spec.groups >= sums_of_a_vector(spec, machine):  # in pieces, vectors are slower than rows
         own = _Layer.of(spec, 1, own=True)
@@ -408,16 +408,13 @@ def streams_stretches(spec: ConvTranspose3d, machine: Machine) -> bool:
 
 def puts_together(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether these tiles stream rows that share cache lines."""
-    return t.woven == "tile" and t.store == "streamed" and not t.of_channels and _rows_share_lines(spec)
-
-
-def _rows_share_lines(spec: ConvTranspose3d) -> bool:
-    return spec.layout == "NCDHW" and spec.axes[2].out * spec.itemsize % CACHE_LINE > 0
+    return t.woven == "tile" and t.store == "streamed" and not t.of_channels and _shares_lines(spec)
 
 
 def _shares_lines(spec: ConvTranspose3d) -> bool:
     """Whether rows of Y are of float32 and no whole cache lines."""
-    return spec.dtype == "float32" and _rows_share_lines(spec)
+    of_float = spec.layout == "NCDHW" and spec.dtype == "float32"
+    return of_float and spec.axes[2].out * spec.itemsize % CACHE_LINE > 0
 
 
 def _far(spec: ConvTranspose3d, machine: Machine) -> bool:
