@@ -65,6 +65,7 @@ from opcompile.runtime import (
     X_AMPLITUDE,
     X_SALT,
     digest,
+    elements,
     golden_values,
     identity,
     parse_manifest,
@@ -407,11 +408,11 @@ def _golden(spec: ConvTranspose3d, weight: NDArray[Any] | None, bias: NDArray[An
         crops = [_crop(axis, outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
         reads, (d, h, w_) = [inputs for inputs, _ in crops], (axis for _, axis in crops)
         part = replace(spec, batch=1, channels_out=channels.size, axes=(d, h, w_), layout="NCDHW")
-        read = _elements(spec, spec.x_shape, image, np.arange(spec.channels_in), reads)
+        read = elements(spec, spec.x_shape, [image], np.arange(spec.channels_in), reads)
         x = golden_values(read, X_SALT, X_AMPLITUDE)
         with np.errstate(invalid="ignore"):  # of weights that are not finite
             y = reference(part, x, w[:, picked], b[channels] if spec.bias else None)
-        written = _elements(spec, spec.y_shape, image, channels, corner)
+        written = elements(spec, spec.y_shape, [image], channels, corner)
         expected.update(zip(written.ravel().tolist(), y.ravel().tolist(), strict=True))
     indices = np.array(sorted(expected), np.int64)
     if indices.size > _MOST_OUTPUTS:
@@ -435,17 +436,6 @@ def _crop(axis: Axis, outputs: range) -> tuple[range, Axis]:
     begin = outputs.start + axis.begin - first * axis.stride
     excess = cropped.full - begin - len(outputs)
     return range(first, first + cropped.size), replace(cropped, pad=(begin, max(excess, 0)), output_pad=max(-excess, 0))
-
-
-def _elements(
-    spec: ConvTranspose3d, shape: Sequence[int | None], image: int, channels: NDArray[Any], ranges: Sequence[range]
-) -> NDArray[np.int64]:
-    """Return where the elements of a box of X or Y lie in memory, in the order ``(1, C, D, H, W)``."""
-    box = np.ix_(np.array([image]), channels, *(np.array(r) for r in ranges))
-    strides = [math.prod(n or 1 for n in shape[axis + 1 :]) for axis in range(5)]
-    if spec.layout == "NDHWC":
-        strides = [strides[0], strides[4], *strides[1:4]]
-    return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)
 
 
 # --- the C header ---
