@@ -167,7 +167,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         _, lane = sch.split(sch.fuse(*together), [None, tiles.lanes])
         sch.vectorize(lane)
 
-    # --- spend the cores; a copy of all X is a task a plane ---
+    # --- spend the cores ---
     # fused after the phases have their places: of one loop, group and channel are no longer affine
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
@@ -178,18 +178,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
     if phases:
-        n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
-        length = int(sch.get(row[-1]).extent)
-        if tiles.line:
-            row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        in_their_order, size = _in_their_order(spec, tiles), _square(spec, tiles, length)
-        together = size or (1 if in_their_order else tiles.products)
-        c, *of_c = sch.split(c, [None, together]) if together > 1 else [c]
-        order = [*row, c] if size or in_their_order else [c, *row]
-        sch.reorder(n, g, d, h, *order, *of_c)
-        if tiles.copy == "whole":
-            sch.parallel(sch.fuse(n, g, d))
-        _mark_copied(sch, spec, tiles, c if in_their_order else row[-1], length, size)
+        _order_pad(sch, spec, tiles)
     if phases and _in_their_order(spec, tiles):
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
@@ -307,6 +296,22 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
         if t.lanes % columns:  # a row goes from one register tile to the next anywhere
             return 0
     return square(spec, min(t.lanes, columns))
+
+
+def _order_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
+    """Copy X row by row of each channel, by all channels of a column, or by squares; all of it in a task a plane."""
+    n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
+    length = int(sch.get(row[-1]).extent)
+    if t.line:
+        row = sch.split(row[0], [None, _side_by_side(spec, t, length)])
+    in_their_order, size = _in_their_order(spec, t), _square(spec, t, length)
+    together = size or (1 if in_their_order else t.products)
+    c, *of_c = sch.split(c, [None, together]) if together > 1 else [c]
+    order = [*row, c] if size or in_their_order else [c, *row]
+    sch.reorder(n, g, d, h, *order, *of_c)
+    if t.copy == "whole":
+        sch.parallel(sch.fuse(n, g, d))
+    _mark_copied(sch, spec, t, c if in_their_order else row[-1], length, size)
 
 
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int, size: int) -> None:
@@ -434,9 +439,8 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if not read.source.name.startswith(_SUMS):
             continue
         shape = list(read.source.shape)
-        in_channels = t.of_channels
         channels = (first_m, first_m + t.task)
-        if in_channels:
+        if t.of_channels:
             first_block = tirx.floordiv(first_m, t.lanes)
             channels = (first_block, first_block + t.task // t.lanes)
         groups = one(tirx.floordiv(m, m_out)) if spec.layout == "NCDHW" else whole(shape[1])
@@ -446,13 +450,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if as_axes:
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
             spans += [whole(shape[5])]
-        spans += [
-            planes,
-            rows,
-            whole(shape[-2] if in_channels else shape[-1]),
-        ]
-        if in_channels:
-            spans.append(whole(shape[-1]))
+        spans += [planes, rows, *map(whole, shape[-2:] if t.of_channels else shape[-1:])]
         claim(sch, output, i, spans)
 
 

@@ -1022,8 +1022,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
     if t.vector == "groups":
         loads, loading = float(t.vectors), (t.vectors + t.vectors * t.scalars * t.rows) / machine.fma_units
-        a_load, passing = machine.loading, 0.0
-        waiting = 0.0
+        a_load, passing, waiting = machine.loading, 0.0, 0.0
     elif t.vector == "channels":
         loads, loading = t.vectors + t.scalars * t.rows * a_broadcast, 0.0
         a_load = machine.loading
@@ -1070,7 +1069,10 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
 
 
 def _a_weight(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
-    """A weight that comes from where it is: a neighbouring tile has just used it, or a whole task passed by since."""
+    """Cycles of a weight that a neighbouring tile has just used, or that a whole task passed by since.
+
+    What a tile has of them may be too many for the second cache; the third then has some.
+    """
     near, far = 1 / 200, 1 / (50 if layer.weights(t.task * t.bands_m) <= machine.l2_bytes // 2 else 11)
     third = min(far, 1 / 20)
     again = 1 - t.columns * t.rows / band
