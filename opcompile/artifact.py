@@ -405,10 +405,10 @@ def _golden(spec: ConvTranspose3d, weight: NDArray[Any] | None, bias: NDArray[An
     expected: dict[int, float] = {}
     corners = itertools.product(*(_ends(axis) for axis in spec.axes))
     for image, corner in itertools.product({0, batch - 1}, corners):
-        crops = [_crop(axis, outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
-        reads, (d, h, w_) = [inputs for inputs, _ in crops], (axis for _, axis in crops)
+        crops = [axis.crop(outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
+        d, h, w_ = (axis for axis, _ in crops)
         part = replace(spec, batch=1, channels_out=channels.size, axes=(d, h, w_), layout="NCDHW")
-        read = elements(spec, spec.x_shape, [image], np.arange(spec.channels_in), reads)
+        read = elements(spec, spec.x_shape, [image], np.arange(spec.channels_in), [inputs for _, inputs in crops])
         x = golden_values(read, X_SALT, X_AMPLITUDE)
         with np.errstate(invalid="ignore"):  # of weights that are not finite
             y = reference(part, x, w[:, picked], b[channels] if spec.bias else None)
@@ -425,17 +425,6 @@ def _ends(axis: Axis) -> list[range]:
     """Return the first and the last outputs of an axis: some of every phase, where the stride is below 8."""
     length = min(axis.out, max(4, min(axis.stride + 1, 8)))
     return [range(length), range(axis.out - length, axis.out)][: 1 if length == axis.out else 2]
-
-
-def _crop(axis: Axis, outputs: range) -> tuple[range, Axis]:
-    """Return the inputs that ``outputs`` depend on, and the axis that computes these from those."""
-    reach = axis.dilation * (axis.kernel - 1)
-    first = min(max((outputs.start + axis.begin - reach) // axis.stride, 0), axis.size - 1)
-    last = min((outputs.stop - 1 + axis.begin) // axis.stride, axis.size - 1)
-    cropped = replace(axis, size=max(last - first, 0) + 1, pad=(0, 0), output_pad=0)
-    begin = outputs.start + axis.begin - first * axis.stride
-    excess = cropped.full - begin - len(outputs)
-    return range(first, first + cropped.size), replace(cropped, pad=(begin, max(excess, 0)), output_pad=max(-excess, 0))
 
 
 # --- the C header ---
