@@ -422,7 +422,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
             name="phase_" + "_".join(str(p.index) for p in phases),
         )
 
-    blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if _meets(phases)}
+    blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if meets(phases)}
     return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *scope.grouped(m), *where.place(q)))
 
 
@@ -477,26 +477,31 @@ def _beside(axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> l
     return tests
 
 
-def _meets(phases: Phases) -> bool:
+def meets(phases: Phases) -> bool:
     """Whether any tap meets an output of these phases."""
     return all(phase.taps for phase in phases)
 
 
 def _pick_phase(spec: ConvTranspose3d, of: Callable[[Any, Any, Sequence[Any], Phases], Any]) -> Picker:
-    """Of the phases that taps meet, the value that ``of`` gives for the one of the output; zero for the others."""
-    every = list(product(*(axis.phases for axis in spec.axes)))
-    met = [phases for phases in every if _meets(phases)]
+    """The value of the phase of an output, as `of_phase` picks it."""
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = None if len(met) == len(every) else tirx.const(0, spec.sum_dtype)
-        for phases in reversed(met):
-            tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
-            here = of(n, m, q, phases)
-            value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
-        return value
+        return of_phase(spec, f, lambda phases: of(n, m, q, phases))
 
     return pick
+
+
+def of_phase(spec: ConvTranspose3d, f: Sequence[Any], of: Callable[[Phases], Any]) -> Any:
+    """Of the phases that taps meet, the value that ``of`` gives for the one with numbers ``f``; zero for the others."""
+    every = list(product(*(axis.phases for axis in spec.axes)))
+    met = [phases for phases in every if meets(phases)]
+    value = None if len(met) == len(every) else tirx.const(0, spec.sum_dtype)
+    for phases in reversed(met):
+        tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
+        here = of(phases)
+        value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
+    return value
 
 
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:

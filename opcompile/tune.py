@@ -177,21 +177,12 @@ def tune(
     return replace(record, path=written)
 
 
-# --- which candidates, in which order ---
-
-
-def decided(sch: Schedule, choices: Sequence[Tiles]) -> Tiles:
-    """Read from its trace which tiles a schedule out of `schedules.llvm.space` was made with."""
-    (decision,) = sch.trace.decisions.values()
-    return choices[int(decision)]
+# --- building and measuring ---
 
 
 def _batches(ranks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(ranks), size):
         yield ranks[start : start + size]
-
-
-# --- building and measuring ---
 
 
 @dataclass(frozen=True, slots=True)
