@@ -4,6 +4,7 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 
 * X is copied, zero-padded, to ``(n, g, d, h, c, w)``, or tile by tile where tiles read the same
   positions in all taps: the reduction over channels then walks through neighbouring cache lines.
+  Where channels come last and vectors are of channels, they stay side by side.
 * A band is a block of positions ``(n, g, channels, planes of qD, rows of qH)``: all phases of them are
   computed, tile by tile, and then the interleaved output is written while the phases are still in
   cache, if the tiles do not write it (`schedules.woven`). A task is one band, or several in turn that
