@@ -65,6 +65,7 @@ from opcompile.runtime import (
     X_AMPLITUDE,
     X_SALT,
     digest,
+    elements,
     golden_values,
     identity,
     parse_manifest,
@@ -428,14 +429,14 @@ def _golden(spec: ConvTranspose3d, weight: NDArray[Any] | None, bias: NDArray[An
     expected: dict[int, float] = {}
     corners = itertools.product(*(_ends(axis) for axis in spec.axes))
     for image, corner in itertools.product({0, batch - 1}, corners):
-        crops = [_crop(axis, outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
-        reads, (d, h, w_) = [inputs for inputs, _ in crops], (axis for _, axis in crops)
+        crops = [axis.crop(outputs) for axis, outputs in zip(spec.axes, corner, strict=True)]
+        d, h, w_ = (axis for axis, _ in crops)
         part = replace(spec, batch=1, channels_out=channels.size, axes=(d, h, w_), layout="NCDHW")
-        read = _elements(spec, spec.x_shape, image, np.arange(spec.channels_in), reads)
+        read = elements(spec, spec.x_shape, [image], np.arange(spec.channels_in), [inputs for _, inputs in crops])
         x = golden_values(read, X_SALT, X_AMPLITUDE)
         with np.errstate(invalid="ignore"):  # of weights that are not finite
             y = reference(part, x, w[:, picked], b[channels] if spec.bias else None)
-        written = _elements(spec, spec.y_shape, image, channels, corner)
+        written = elements(spec, spec.y_shape, [image], channels, corner)
         expected.update(zip(written.ravel().tolist(), y.ravel().tolist(), strict=True))
     indices = np.array(sorted(expected), np.int64)
     if indices.size > _MOST_OUTPUTS:
@@ -448,28 +449,6 @@ def _ends(axis: Axis) -> list[range]:
     """Return the first and the last outputs of an axis: some of every phase, where the stride is below 8."""
     length = min(axis.out, max(4, min(axis.stride + 1, 8)))
     return [range(length), range(axis.out - length, axis.out)][: 1 if length == axis.out else 2]
-
-
-def _crop(axis: Axis, outputs: range) -> tuple[range, Axis]:
-    """Return the inputs that ``outputs`` depend on, and the axis that computes these from those."""
-    reach = axis.dilation * (axis.kernel - 1)
-    first = min(max((outputs.start + axis.begin - reach) // axis.stride, 0), axis.size - 1)
-    last = min((outputs.stop - 1 + axis.begin) // axis.stride, axis.size - 1)
-    cropped = replace(axis, size=max(last - first, 0) + 1, pad=(0, 0), output_pad=0)
-    begin = outputs.start + axis.begin - first * axis.stride
-    excess = cropped.full - begin - len(outputs)
-    return range(first, first + cropped.size), replace(cropped, pad=(begin, max(excess, 0)), output_pad=max(-excess, 0))
-
-
-def _elements(
-    spec: ConvTranspose3d, shape: Sequence[int | None], image: int, channels: NDArray[Any], ranges: Sequence[range]
-) -> NDArray[np.int64]:
-    """Return where the elements of a box of X or Y lie in memory, in the order ``(1, C, D, H, W)``."""
-    box = np.ix_(np.array([image]), channels, *(np.array(r) for r in ranges))
-    strides = [math.prod(n or 1 for n in shape[axis + 1 :]) for axis in range(5)]
-    if spec.layout == "NDHWC":
-        strides = [strides[0], strides[4], *strides[1:4]]
-    return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)
 
 
 # --- the C header ---

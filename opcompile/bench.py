@@ -37,11 +37,11 @@ from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.machine import processor, system
 from opcompile.roofline import Roof
+from opcompile.runtime import stored
 from opcompile.source import brief
 from opcompile.spec import ConvTranspose3d, require_layer
 from opcompile.target import cores
 from opcompile.units import binary, duration, scaled
-from opcompile.verify import stored
 from schedules.counted import counted
 
 if TYPE_CHECKING:

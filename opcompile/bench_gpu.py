@@ -28,9 +28,10 @@ from opcompile.engines import OURS, require_torch_can
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.gpus import gpu_target
 from opcompile.roofline import Roof, Sample
+from opcompile.runtime import stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.spec import ConvTranspose3d
-from opcompile.verify import ask_golden, stored
+from opcompile.verify import ask_golden
 
 if TYPE_CHECKING:
     from opcompile.lower import PlanName

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from opcompile.errors import CallError, VerificationError
 from opcompile.reference import activate, linear
-from opcompile.spec import Activation, Axis, ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d
 
 Array = NDArray[np.float64]
 Tensor = NDArray[Any]
@@ -234,20 +234,6 @@ class _Part:
     y: tuple[slice, ...]
 
 
-def _crop(axis: Axis, start: int, stop: int) -> tuple[Axis, slice]:
-    """Return the axis whose whole output is elements ``start`` to ``stop`` of this one, and the input it reads."""
-    low, high = start + axis.begin, stop + axis.begin
-    # input i lands on i*stride .. i*stride + reach; keep one input at least, and none beyond ``low``
-    reach = axis.dilation * (axis.kernel - 1)
-    first = min(max(0, -(-(low - reach) // axis.stride)), low // axis.stride, axis.size - 1)
-    last = max(first + 1, min(axis.size, -(-high // axis.stride)))
-    cropped = replace(axis, size=last - first, pad=(0, 0), output_pad=0)
-    begin = low - first * axis.stride
-    excess = cropped.full - begin - (stop - start)
-    # the spare elements of a crop that lies beyond ``full`` are zeros: output_pad
-    return replace(cropped, pad=(begin, max(0, excess)), output_pad=max(0, -excess)), slice(first, last)
-
-
 def _parts(spec: ConvTranspose3d, batch: int, elements: int = _PART_ELEMENTS) -> Iterator[_Part]:
     """Cut Y into blocks of about ``elements``: by images, then by rows of D, of H, of W."""
     sizes = [batch, *(axis.out for axis in spec.axes)]
@@ -260,9 +246,9 @@ def _parts(spec: ConvTranspose3d, batch: int, elements: int = _PART_ELEMENTS) ->
 
 def _part(spec: ConvTranspose3d, block: Sequence[slice]) -> _Part:
     """Return the part that holds outputs ``block``: images, and rows of D, H and W."""
-    crops = [_crop(axis, s.start, s.stop) for axis, s in zip(spec.axes, block[1:], strict=True)]
+    crops = [axis.crop(range(s.start, s.stop)) for axis, s in zip(spec.axes, block[1:], strict=True)]
     layer = replace(spec, batch=None, axes=(crops[0][0], crops[1][0], crops[2][0]))
-    x, y, channels = [block[0], *(s for _, s in crops)], list(block), slice(0, None)
+    x, y, channels = [block[0], *(slice(at.start, at.stop) for _, at in crops)], list(block), slice(0, None)
     where = 4 if spec.layout == "NDHWC" else 1
     return _Part(layer, (*x[:where], channels, *x[where:]), (*y[:where], channels, *y[where:]))
 

@@ -206,7 +206,7 @@ class _Lines:
         row = tirx.floormod(d, self._planes) * self._rows + tirx.floormod(h, self._rows)
         return [tirx.floordiv(d, self._planes), tirx.floordiv(h, self._rows), row * self.pitch + w]
 
-    def sums(self, _axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
         """Where a tap holds what it adds at ``q``, and no tests: beside X there are zeros."""
         (*line, i), (_, row, column) = self.place(q), self._windows
         return [*line, i + ((offsets[1] - row.start) * self.pitch + offsets[2] - column.start)], []
@@ -218,8 +218,9 @@ class _Planes:
     Sums stand where X does, but for their plane, which is that of qD.
     """
 
-    def __init__(self, spec: ConvTranspose3d, depth: int, columns: int) -> None:
-        self._window, (rows, self.pitch) = _Window.of(spec.axes[0], depth), (axis.size for axis in spec.axes[1:])
+    def __init__(self, axes: Sequence[Axis], depth: int, columns: int) -> None:
+        self._of_row, self._window = axes[1:], _Window.of(axes[0], depth)
+        rows, self.pitch = (axis.size for axis in self._of_row)
         line = round_up(rows * self.pitch, columns)
         self.read_from = (self._window.extent, 1, line)
         self.positions = (self._window.positions, 1, line)
@@ -232,18 +233,18 @@ class _Planes:
         d, line, i = q
         return [d + (offsets[0] - self._window.start), line, i]
 
-    def sums(self, axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
         """Where a tap holds what it adds at ``q``, and the tests for whether X has the row and the column."""
         d, h, w = q
-        tests = _beside(axes[1:], q[1:], offsets[1:])
+        tests = _beside(self._of_row, q[1:], offsets[1:])
         return [d, 0, (h + offsets[1]) * self.pitch + w + offsets[2]], tests
 
 
 class _Volume:
     """All planes of X as they lie, end to end: ``pad (1, 1, D*H*W)``, and sums of a tap, which stand where X does."""
 
-    def __init__(self, spec: ConvTranspose3d, columns: int) -> None:
-        planes, self._rows, self.pitch = (axis.size for axis in spec.axes)
+    def __init__(self, axes: Sequence[Axis], columns: int) -> None:
+        self._axes, (planes, self._rows, self.pitch) = axes, (axis.size for axis in axes)
         self.read_from = self.positions = (1, 1, round_up(planes * self._rows * self.pitch, columns))
 
     def element(self, at: Sequence[Any]) -> list[Any]:
@@ -253,10 +254,10 @@ class _Volume:
     def read(self, q: Sequence[Any], _offsets: Sequence[Any]) -> list[Any]:
         return list(q)
 
-    def sums(self, axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
         """Where a tap holds what it adds at ``q``, and the tests for whether X has it."""
         d, h, w = (i + offset for i, offset in zip(q, offsets, strict=True))
-        return [0, 0, (d * self._rows + h) * self.pitch + w], _beside(axes, q, offsets)
+        return [0, 0, (d * self._rows + h) * self.pitch + w], _beside(self._axes, q, offsets)
 
 
 Where = _Grid | _Lines | _Planes | _Volume
@@ -285,7 +286,7 @@ class Scope:
         where: Where
         depth, _, columns = grain.positions
         if grain.taps and not grain.rows:
-            where = _Planes(spec, depth, columns) if grain.planes == 1 else _Volume(spec, columns)
+            where = _Planes(spec.axes, depth, columns) if grain.planes == 1 else _Volume(spec.axes, columns)
         elif grain.rows:
             windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
             where = _Lines(windows, grain.rows, grain.planes, columns, grain.taps)
@@ -403,9 +404,8 @@ def _widened(spec: ConvTranspose3d, w: Any) -> Any:
 
 def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Positions and phases of an output element."""
-    strides = [a.stride for a in spec.axes]
-    quotients = [tirx.floordiv(i, s) for i, s in zip(o, strides, strict=True)]
-    return quotients, [tirx.floormod(i, s) for i, s in zip(o, strides, strict=True)]
+    at = list(zip(o, (a.stride for a in spec.axes), strict=True))
+    return [tirx.floordiv(i, s) for i, s in at], [tirx.floormod(i, s) for i, s in at]
 
 
 def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
@@ -415,14 +415,14 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     def block(phases: Phases) -> Any:
         taps = scope.reduced([p.taps for p in phases])
         return te.compute(
-            scope.batched(scope.groups, scope.channels, *scope.where.positions),
+            scope.batched(scope.groups, scope.channels, *where.positions),
             lambda n, g, m, *q: scope.contract(
                 pad, w, (n, g, m), q, taps, [(p.first_tap, p.first_offset) for p in phases]
             ),
             name="phase_" + "_".join(str(p.index) for p in phases),
         )
 
-    blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if _meets(phases)}
+    blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if meets(phases)}
     return _pick_phase(spec, lambda n, m, q, phases: blocks[phases](n, *scope.grouped(m), *where.place(q)))
 
 
@@ -453,7 +453,7 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
             beside = not all(axis.reaches(offset) for axis, offset in zip(spec.axes, offsets, strict=True))
             if beside and not isinstance(where, _Lines):
                 continue
-            at, tests = where.sums(spec.axes, q, offsets)
+            at, tests = where.sums(q, offsets)
             term = blocks[kd](n, *scope.grouped(m), kh, kw, *at)
             terms.append(tirx.if_then_else(tirx.all(*tests), term, tirx.const(0, spec.sum_dtype)) if tests else term)
         return sum(terms[1:], terms[0]) if terms else tirx.const(0, spec.sum_dtype)
@@ -477,26 +477,31 @@ def _beside(axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> l
     return tests
 
 
-def _meets(phases: Phases) -> bool:
+def meets(phases: Phases) -> bool:
     """Whether any tap meets an output of these phases."""
     return all(phase.taps for phase in phases)
 
 
 def _pick_phase(spec: ConvTranspose3d, of: Callable[[Any, Any, Sequence[Any], Phases], Any]) -> Picker:
-    """Of the phases that taps meet, the value that ``of`` gives for the one of the output; zero for the others."""
-    every = list(product(*(axis.phases for axis in spec.axes)))
-    met = [phases for phases in every if _meets(phases)]
+    """The value of the phase of an output, as `of_phase` picks it."""
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = None if len(met) == len(every) else tirx.const(0, spec.sum_dtype)
-        for phases in reversed(met):
-            tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
-            here = of(n, m, q, phases)
-            value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
-        return value
+        return of_phase(spec, f, lambda phases: of(n, m, q, phases))
 
     return pick
+
+
+def of_phase(spec: ConvTranspose3d, f: Sequence[Any], of: Callable[[Phases], Any]) -> Any:
+    """Of the phases that taps meet, the value that ``of`` gives for the one with numbers ``f``; zero for the others."""
+    every = list(product(*(axis.phases for axis in spec.axes)))
+    met = [phases for phases in every if meets(phases)]
+    value = None if len(met) == len(every) else tirx.const(0, spec.sum_dtype)
+    for phases in reversed(met):
+        tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
+        here = of(phases)
+        value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
+    return value
 
 
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
@@ -509,7 +514,7 @@ def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
         return scope.contract(pad, w, (n, g, m), fq[3:], taps, firsts)
 
     phases = [len(a.phases) for a in spec.axes]
-    block = te.compute(scope.batched(scope.groups, scope.channels, *phases, *scope.where.positions), at, name="phase")
+    block = te.compute(scope.batched(scope.groups, scope.channels, *phases, *where.positions), at, name="phase")
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)

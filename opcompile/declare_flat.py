@@ -33,7 +33,7 @@ import tvm_ffi
 from tvm import ir, te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from opcompile.declare import Grain, Scope, activate, round_up, sum_type
+from opcompile.declare import Grain, Phases, Scope, activate, meets, of_phase, round_up, sum_type
 from opcompile.elementary import by_exponentials
 from opcompile.spec import Axis, ConvTranspose3d
 
@@ -254,7 +254,7 @@ class _Flat:
         """One pair of blocks a phase; a phase without taps is zero and has none."""
         spec, scope = self.spec, self.scope
 
-        def block(phases: Sequence[Any]) -> Any:
+        def block(phases: Phases) -> Any:
             name = "_".join(str(p.index) for p in phases)
             counts, (c_in, c) = [p.taps for p in phases], self._channel()
 
@@ -276,18 +276,8 @@ class _Flat:
                 name=f"phase_{name}",
             )
 
-        every = list(product(*(axis.phases for axis in spec.axes)))
-        blocks = [(phases, block(phases)) for phases in every if all(p.taps for p in phases)]
-
-        def pick(n: Any, g: Any, m: Any, q: Any, f: Sequence[Any]) -> Any:
-            value = None if len(blocks) == len(every) else tirx.const(0, spec.sum_dtype)
-            for phases, computed in reversed(blocks):
-                here = computed(n, g, m, q)
-                tests = [i == p.index for i, p, a in zip(f, phases, spec.axes, strict=True) if len(a.phases) > 1]
-                value = here if value is None or not tests else tirx.Select(tirx.all(*tests), here, value)
-            return value
-
-        return pick
+        blocks = {phases: block(phases) for phases in product(*(axis.phases for axis in spec.axes)) if meets(phases)}
+        return lambda n, g, m, q, f: of_phase(spec, f, lambda phases: blocks[phases](n, g, m, q))
 
     # --- the phases as axes ---
 

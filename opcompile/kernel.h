@@ -189,6 +189,23 @@ HIDDEN int (*__TVMBackendParallelBarrier)(int, struct environment *) = barrier;
 HIDDEN void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
 HIDDEN int (*__TVMBackendFreeWorkspace)(int, int, void *) = release;
 
+/* A contiguous tensor; `strides` holds room for one of each axis. */
+static struct tensor borrow(void *data, uint8_t code, uint8_t bits, int64_t *shape, int axes, int64_t *strides) {
+  int64_t stride = 1;
+  for (int axis = axes - 1; axis >= 0; axis--) {
+    strides[axis] = stride;
+    if (axis) stride *= shape[axis];
+  }
+  return (struct tensor){.data = data,
+                         .device_type = ON_CPU,
+                         .ndim = axes,
+                         .dtype_code = code,
+                         .dtype_bits = bits,
+                         .dtype_lanes = 1,
+                         .shape = shape,
+                         .strides = strides};
+}
+
 static int usable_cpus(void) {
 #ifdef __linux__
   cpu_set_t set;

@@ -53,7 +53,7 @@ class Lowered:
     """A compiled kernel ``conv_transpose3d(X, W packed[, B], Y)``, not yet linked.
 
     ``object_code`` is one relocatable object for ``target``. ``workspace_bytes`` is what a call
-    allocates with one thread: the padded copy of X, the phases of one band, and what a task widens of 16-bit weights.
+    allocates with one thread: the copy of X, sums that leave their registers, and what a task widens of 16-bit weights.
     """
 
     spec: ConvTranspose3d

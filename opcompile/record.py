@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from opcompile.errors import RecordError
 from opcompile.gpus import GpuTarget
@@ -335,12 +335,7 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
     names = [f.name for f in fields(Tiles) if f.name not in LATER or f.name in tiles]
     if sorted(tiles) != sorted(names):
         return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
-    words = {
-        "vector": ("channels", "groups", "row", "line", "taps", "plane"),
-        "copy": ("task", "chunk", "whole"),
-        "store": ("cached", "streamed"),
-        "woven": ("band", "tile"),
-    }
+    words = {name: get_args(kind) for name, kind in get_type_hints(Tiles).items() if kind is not int}
     for name in names:
         value = tiles[name]
         if name in words and value not in words[name]:

@@ -250,22 +250,11 @@ __attribute__((constructor)) static void loaded(void) {
 
 /* --- the entry for everybody who holds four pointers --- */
 
-/* A contiguous tensor of the layer's dtype; `sizes` holds room for MOST_AXES sizes and as many strides. */
-static struct tensor borrow(const void *data, struct shape shape, int64_t batch, int64_t *sizes) {
-  int64_t *strides = sizes + MOST_AXES, stride = 1;
-  for (int axis = shape.axes - 1; axis >= 0; axis--) {
+/* A tensor of the layer; `sizes` holds room for MOST_AXES sizes and as many strides. */
+static struct tensor of_layer(const void *data, struct shape shape, int64_t batch, int64_t *sizes) {
+  for (int axis = 0; axis < shape.axes; axis++)
     sizes[axis] = shape.sizes[axis] ? shape.sizes[axis] : batch; /* size 0 stands for a dynamic batch */
-    strides[axis] = stride;
-    if (axis) stride *= sizes[axis];
-  }
-  return (struct tensor){.data = (void *)data,
-                         .device_type = ON_CPU,
-                         .ndim = shape.axes,
-                         .dtype_code = layer.dtype_code,
-                         .dtype_bits = layer.dtype_bits,
-                         .dtype_lanes = 1,
-                         .shape = sizes,
-                         .strides = strides};
+  return borrow((void *)data, layer.dtype_code, layer.dtype_bits, sizes, shape.axes, sizes + MOST_AXES);
 }
 
 EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
@@ -284,10 +273,10 @@ EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void
     int64_t sizes[4][2 * MOST_AXES];
     struct tensor tensors[4];
     int count = 0;
-    tensors[count] = borrow(x, layer.x, batch, sizes[count]), count++;
-    if (layer.has_w) tensors[count] = borrow(w, layer.w, batch, sizes[count]), count++;
-    if (layer.has_bias) tensors[count] = borrow(b, layer.b, batch, sizes[count]), count++;
-    tensors[count] = borrow(y, layer.y, batch, sizes[count]), count++;
+    tensors[count] = of_layer(x, layer.x, batch, sizes[count]), count++;
+    if (layer.has_w) tensors[count] = of_layer(w, layer.w, batch, sizes[count]), count++;
+    if (layer.has_bias) tensors[count] = of_layer(b, layer.b, batch, sizes[count]), count++;
+    tensors[count] = of_layer(y, layer.y, batch, sizes[count]), count++;
     struct value arguments[4], result = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
     int parallel = self.threads > 1;

@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -329,6 +329,21 @@ def golden_values(index: NDArray[Any], salt: int, amplitude: int) -> NDArray[np.
     return ((h % np.uint32(2 * amplitude + 1)).astype(np.int64) - amplitude) / 64
 
 
+def elements(
+    spec: ConvTranspose3d,
+    shape: Sequence[int | None],
+    images: Iterable[int],
+    channels: NDArray[np.int64],
+    ranges: Sequence[range],
+) -> NDArray[np.int64]:
+    """Return where the elements of a box of an activation tensor lie in memory, in the order ``(N, C, D, H, W)``."""
+    strides = [math.prod(n or 1 for n in shape[axis + 1 :]) for axis in range(5)]
+    if spec.layout == "NDHWC":
+        strides = [strides[0], strides[4], *strides[1:4]]
+    box = np.ix_(np.array(list(images)), channels, *(np.array(r) for r in ranges))
+    return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)
+
+
 def w_amplitude(spec: ConvTranspose3d) -> int:
     """Return the amplitude of W that gives sums of about unit size, so that no activation saturates or overflows."""
     return max(1, min(128, math.isqrt(192**2 // max(1, spec.terms))))
@@ -511,8 +526,12 @@ def read_golden(
 
 
 def golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:
-    """Return a tensor of `golden_values`. Raises `EngineError` for bfloat16 without ml_dtypes."""
-    values = golden_values(np.arange(math.prod(shape)), salt, amplitude).reshape(shape)
+    """Return a tensor of `golden_values`. Raises as `stored`."""
+    return stored(dtype, golden_values(np.arange(math.prod(shape)), salt, amplitude).reshape(shape))
+
+
+def stored(dtype: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Round to ``dtype``. Raises `EngineError` for bfloat16 without ml_dtypes, for NumPy does not know it."""
     if dtype != "bfloat16":
         return values.astype(dtype)
     try:

@@ -174,6 +174,19 @@ class Axis:
             pairs += max(0, last - first + 1)
         return pairs
 
+    def crop(self, outputs: range) -> tuple[Axis, range]:
+        """The axis whose whole output is ``outputs`` of this one, and the inputs that it reads, one at least."""
+        low, high = outputs.start + self.begin, outputs.stop + self.begin
+        # input i lands on i*stride .. i*stride + reach; keep one input at least, and none beyond ``low``
+        reach = self.dilation * (self.kernel - 1)
+        first = min(max(0, -(-(low - reach) // self.stride)), low // self.stride, self.size - 1)
+        last = max(first + 1, min(self.size, -(-high // self.stride)))
+        cropped = replace(self, size=last - first, pad=(0, 0), output_pad=0)
+        begin = low - first * self.stride
+        excess = cropped.full - begin - len(outputs)
+        # the spare elements of a crop that lies beyond ``full`` are zeros: output_pad
+        return replace(cropped, pad=(begin, max(0, excess)), output_pad=max(0, -excess)), range(first, last)
+
     @property
     def tap_step(self) -> int:
         """Distance between two taps that meet the same output."""
@@ -291,7 +304,7 @@ class Activation:
 class ConvTranspose3d:
     """One layer. ``batch`` is None when it is known only at run time.
 
-    ``sums`` are accumulated in `sum_dtype`; ``group`` g splits C and M into g independent layers.
+    Sums are accumulated in `sum_dtype`; ``groups`` split C and M into as many independent layers.
     """
 
     batch: int | None

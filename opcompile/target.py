@@ -33,7 +33,8 @@ class Machine:
     beside it, as measured; ``overhead``: how many times as long as on most cores takes what is neither: copies, sums
     that leave registers, rows woven, waits for weights. ``settling``: cycles until what was stored last can be read by
     vectors that begin elsewhere, for the stores before it come first. ``l2_rate``: how many bytes come from the second
-    cache in a cycle where vectors are of channels.
+    cache in a cycle where vectors are of channels. ``whole_planes``: whether a plane of X as it lies is copied as one
+    long row, not row by row.
     """
 
     vector_bytes: int
@@ -50,6 +51,7 @@ class Machine:
     overhead: float = 1.0
     settling: int = 250
     l2_rate: int = 17
+    whole_planes: bool = False
 
     @property
     def halved(self) -> Machine | None:
@@ -191,6 +193,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
         overhead=0.25,
         settling=40,
         l2_rate=28,
+        whole_planes=True,
         streams=16 << 20,
         stretch=5 << 10,
     ),

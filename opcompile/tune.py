@@ -28,7 +28,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from opcompile._journal import Journal
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
+from opcompile.machine import processor
 from opcompile.paths import checked_path
 from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
@@ -177,21 +177,12 @@ def tune(
     return replace(record, path=written)
 
 
-# --- which candidates, in which order ---
-
-
-def decided(sch: Schedule, choices: Sequence[Tiles]) -> Tiles:
-    """Read from its trace which tiles a schedule out of `schedules.llvm.space` was made with."""
-    (decision,) = sch.trace.decisions.values()
-    return choices[int(decision)]
+# --- building and measuring ---
 
 
 def _batches(ranks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(ranks), size):
         yield ranks[start : start + size]
-
-
-# --- building and measuring ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,14 +468,7 @@ def _provenance(spec: ConvTranspose3d, site: _Site, seed: int, finals: Sequence[
 
 def _this_device() -> str:
     """Name this machine: processor, instruction set, cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    fields = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.exists() else []
-    processor = next((value.strip() for name, _, value in fields if name.strip() == "model name"), "")
-    if platform.system() == "Darwin":
-        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        processor = told.stdout.strip()
-    processor = processor or platform.processor() or platform.machine()
-    return f"{processor}, {named('llvm').name.removeprefix('llvm:')}, {counted(cores(), 'core')}"
+    return f"{processor()}, {named('llvm').name.removeprefix('llvm:')}, {counted(cores(), 'core')}"
 
 
 _EXTRA = ("psutil", "cloudpickle")

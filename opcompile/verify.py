@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
-from opcompile.runtime import own_weights
+from opcompile.runtime import own_weights, stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
@@ -295,17 +295,6 @@ def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSe
     return rule, asked
 
 
-def stored(dtype: str, values: Tensor) -> Tensor:
-    """Round to the spec's dtype. Raises `EngineError` where NumPy does not know it."""
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes: {error}") from error
-    return values.astype(bfloat16)
-
-
 # --- those who are asked ---
 
 
@@ -480,10 +469,10 @@ def ask_golden(
     y = np.asarray(call(golden.x, golden.w, golden.b)).reshape(-1)[golden.indices]
     inputs = Inputs.of(artifact.spec, golden.x, w, b)
     weights, batch = "compiled" if golden.w is None else "caller", inputs.batch
-    ours, stored = compare_at(inputs, golden.indices, [Answer(y, sums_of(artifact.manifest)), Answer(golden.expected)])
+    ours, vector = compare_at(inputs, golden.indices, [Answer(y, sums_of(artifact.manifest)), Answer(golden.expected)])
     return (
         Row("golden.npz", weights, batch, "opcompile", "reference", ours),
-        Row("golden.npz", weights, batch, "golden.npz", "reference", stored),
+        Row("golden.npz", weights, batch, "golden.npz", "reference", vector),
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import s_tir, tirx
 from tvm_ffi import structural_map
 
-from schedules.statements import every, in_turn, nest, replaced, with_turns, within
+from schedules.statements import bound, channel_of, every, in_turn, nest, replaced, with_turns, within
 
 if TYPE_CHECKING:
     from schedules.tiles import Tiles
@@ -67,7 +67,7 @@ def by_chunks(task: tirx.For, t: Tiles) -> tirx.Stmt:
 def _copied_from(loop: tirx.For, first: Any, count: int) -> tirx.For:
     """The loop over channels that copies X, over ``count`` from ``first`` on; others as they are."""
     (copy, *_) = every(s_tir.SBlockRealize, loop)
-    (channel,) = [i for v, i in zip(copy.block.iter_vars, copy.iter_values, strict=True) if v.var.name == "v_c"]
+    channel = bound(copy)[channel_of(copy)]
     if not channel.same_as(loop.loop_var):
         return loop
     of_chunk = tirx.Var(loop.loop_var.name, loop.loop_var.ty.dtype)

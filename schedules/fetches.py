@@ -14,7 +14,19 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from schedules.statements import ADDING_ANY, LEAVING, begin, every, in_turn, over_channels, replaced, with_turns
+from schedules.statements import (
+    ADDING_ANY,
+    LEAVING,
+    begin,
+    bound,
+    channel_of,
+    every,
+    in_turn,
+    over_channels,
+    phase_of,
+    replaced,
+    with_turns,
+)
 from schedules.tiles import CACHE_LINE, by_rows, divided, joined, length_of_row, reach, tiles_of_band
 
 if TYPE_CHECKING:
@@ -62,9 +74,7 @@ def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
 def of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, ahead: int) -> tirx.Stmt:
     """Ask for what the block copies, some channels further on."""
     (load,) = every(TensorLoad, copy.block.body.value)
-    values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
-    names = [v.var.name for v in copy.block.iter_vars]
-    channel = copy.block.iter_vars[names.index("v_c")].var
+    values, channel = bound(copy), channel_of(copy)
     values[channel] = tirx.min(values[channel] + ahead, tirx.const(channels - 1, channel.ty.dtype))
     first_lane = {lane: tirx.const(0, lane.ty.dtype)}
     return fetch(load.source, [replaced(replaced(i, values), first_lane) for i in load.indices])
@@ -300,9 +310,8 @@ def _of_next_tap(spec: ConvTranspose3d, loop: tirx.For, t: Tiles) -> list[tirx.S
 def _first(loop: tirx.For, name: str) -> tuple[Any, dict[tirx.Var, Any]]:
     """What the block in a loop over channels reads of a buffer, and its variables where its register tile begins."""
     adding, tile = over_channels(loop)  # type: ignore[misc]
-    block = adding.block
-    values = {v.var: replaced(i, begin(tile)) for v, i in zip(block.iter_vars, adding.iter_values, strict=True)}
-    (load,) = (load for load in every(TensorLoad, block.body.value) if load.source.name == name)
+    values = {var: replaced(i, begin(tile)) for var, i in bound(adding).items()}
+    (load,) = (load for load in every(TensorLoad, adding.block.body.value) if load.source.name == name)
     return load, values
 
 
@@ -320,7 +329,7 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     if loop.kind != tirx.ForKind.VECTORIZED or block is None or not LEAVING.fullmatch(block.name_hint):
         return loop
     n, g, m, d, h, w, *_ = [replaced(value, begin([loop])) for value in loop.body.iter_values]
-    phase = [int(f) for f in block.name_hint.split("_")[1:4]]
+    phase = phase_of(block)
     if t.of_channels:
         m = m * t.lanes
     else:

@@ -27,11 +27,14 @@ from schedules.statements import (
     ROW,
     WRITING,
     begin,
+    bound,
+    channel_of,
     every,
     in_turn,
     interlaced,
     nest,
     over_channels,
+    phase_of,
     replaced,
     vector_of,
     with_body,
@@ -121,8 +124,7 @@ def _as_it_lies(copy: s_tir.SBlockRealize, spec: ConvTranspose3d, end_to_end: bo
     body = with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
     if end_to_end:
         return s_tir.SBlockRealize(copy.iter_values, copy.predicate, body)
-    values = dict(zip((v.var for v in block.iter_vars), copy.iter_values, strict=True))
-    plane = replaced(d, values)
+    plane = replaced(d, bound(copy))
     beside = tirx.all(copy.predicate, plane >= 0, plane < spec.axes[0].size)
     return s_tir.SBlockRealize(copy.iter_values, beside, body)
 
@@ -173,8 +175,7 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
         return loop
     analyzer, zero = Analyzer(), tirx.const(0, lane.ty.dtype)
     analyzer.bind(lane, Range(0, lanes))
-    values = dict(zip((v.var for v in block.iter_vars), realize.iter_values, strict=True))
-    value = analyzer.simplify(replaced(block.body.value, values))
+    value = analyzer.simplify(replaced(block.body.value, bound(realize)))
     alike = [realize.predicate, *(i for load in every(TensorLoad, value) for i in load.indices[:-1])]
     tested = any(var.same_as(lane) for each in alike for var in every(tirx.Var, each))
     vector = None if tested else vector_of(value, lane, lanes)
@@ -261,15 +262,14 @@ def _interleaved(
         analyzer.bind(var, extent)
 
     def loaded(copy: s_tir.SBlockRealize) -> Any:
-        values = dict(zip((v.var for v in copy.block.iter_vars), copy.iter_values, strict=True))
-        return vector_of(analyzer.simplify(replaced(copy.block.body.value, values)), lane, lanes)
+        return vector_of(analyzer.simplify(replaced(copy.block.body.value, bound(copy))), lane, lanes)
 
     vectors = [loaded(each) for each in of_channels]
     if any(each is None for each in vectors):
         return None
     count = len(of_channels)
     copy = replaced(of_channels[0], {lane: tirx.const(0, lane.ty.dtype)})
-    store, (channel,) = copy.block.body, [v.var for v in copy.block.iter_vars if v.var.name == "v_c"]
+    store, channel = copy.block.body, channel_of(copy)
     first = {channel: tirx.floordiv(channel, count) * count}
     *others, last = [analyzer.simplify(replaced(i, first)) for i in store.indices]
     at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
@@ -292,7 +292,7 @@ def _trimmed(loop: tirx.For, spec: ConvTranspose3d, along: int) -> tirx.Stmt:
     unrolled = [each for each in loops if each.kind == tirx.ForKind.UNROLLED]
     (positions,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in every(tirx.Var, position))]
     axis = spec.axes[along]
-    phase = axis.phases[int(block.name_hint.split("_")[1 + along])]
+    phase = axis.phases[phase_of(block)[along]]
     read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
     if all(span == (0, int(positions.extent)) for span in read):
         return loop
@@ -323,7 +323,7 @@ def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
     if found is None:
         return loop
     adding, tile = found
-    phase = [int(f) for f in adding.block.name_hint.split("_")[1:4]]
+    phase = phase_of(adding.block)
     _, _, _, d, h, _, tap_d, tap_h, *_ = [replaced(value, begin(tile)) for value in adding.iter_values]
     reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
     tests = []

@@ -30,7 +30,19 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import DataType, tirx
 
-from schedules.gpu_tiles import EDGE, FILLS, PAD, PAD_X, WARP, GpuEstimate, GpuTiles, Sums, baseline, candidates
+from schedules.gpu_tiles import (
+    EDGE,
+    FILLS,
+    PAD,
+    PAD_X,
+    WARP,
+    GpuEstimate,
+    GpuTiles,
+    Sums,
+    at_once,
+    baseline,
+    candidates,
+)
 from schedules.matrix import HOISTED, SCOPES, WIDEST, Unit, intrinsics
 
 if TYPE_CHECKING:
@@ -254,7 +266,7 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
         weights = sch.cache_read(sums, 1, "local", [sums])
     copies = [(columns, 1, t.tile_q if factors.own == 1 else 1)]
     if weights is not None:
-        copies.append((weights, _vector(t.channels) if packed else 1, t.tile_m))
+        copies.append((weights, at_once(t.channels) if packed else 1, t.tile_m))
     for number, (copy, together, tile) in enumerate(copies):
         if not t.chunk:
             sch.set_scope(copy, 0, "local")
@@ -272,8 +284,8 @@ def _to_registers(sch: Schedule, copy: Any, at: Any, length: int) -> None:
     *others, last = _own(sch, copy, at)
     for loop in others:
         sch.unroll(loop)
-    if _vector(length) > 1:
-        last, lane = sch.split(last, [None, _vector(length)])
+    if at_once(length) > 1:
+        last, lane = sch.split(last, [None, at_once(length)])
         sch.vectorize(lane)
     sch.unroll(last)
 
@@ -300,11 +312,6 @@ def _to_shared(sch: Schedule, t: GpuTiles, copy: Any, at: Any, vector: int) -> N
         sch.vectorize(lane)
     for loop, index in zip(reversed(threads), "xy", strict=False):
         sch.bind(loop, f"threadIdx.{index}")
-
-
-def _vector(length: int) -> int:
-    """How many of ``length`` neighbouring elements to move at once."""
-    return next(width for width in (4, 2, 1) if length % width == 0)
 
 
 # --- split: several groups of threads for one tile ---

@@ -364,14 +364,14 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
 def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
     """Issue slots of one thread for a channel of a tap: of all phases where they are alike."""
     rows = t.tile_m * (layer.summed(t) if layer.alike else 1)
-    weights, elements = rows / _vector(t.tile_m), t.tile_q / (_vector(t.tile_q) if t.own == 1 else 1)
+    weights, elements = rows / at_once(t.tile_m), t.tile_q / (at_once(t.tile_q) if t.own == 1 else 1)
     step: float = rows * t.tile_q
     if not t.chunk:
         weights = rows if layer.gathered else weights
         address = _ADDRESS / min(layer.c / t.split, _SERVES[t.tile_q])
         return step + _CACHED_LOAD * (weights + t.tile_q) + address * t.tile_q
     copied = t.positions * (_CACHED_LOAD + _ADDRESS)
-    weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / _vector(t.channels)
+    weight = _CACHED_LOAD + _ADDRESS if layer.gathered else _CACHED_LOAD / at_once(t.channels)
     copied += t.channels * rows / t.tile_m * weight
     if t.family == "matrix":  # a load of a fragment brings 16 channels, of which this is one
         wide = layer.itemsize / 2
@@ -400,7 +400,8 @@ def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
     return max(memory / bytes_per_cycle, read / (_L2 * bytes_per_cycle))
 
 
-def _vector(length: int) -> int:
+def at_once(length: int) -> int:
+    """How many of ``length`` neighbouring elements to move at once."""
     return 4 if length % 4 == 0 else 2 if length % 2 == 0 else 1
 
 

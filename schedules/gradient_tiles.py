@@ -9,6 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from schedules.counted import counted
+from schedules.tiles import largest_divisor
 
 if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
@@ -252,7 +253,7 @@ def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
         if columns >= width + (lanes if vector == "row" else 1):
             continue
         whole = _up(layer.c, channels)
-        turn = _divisor(layer.m, _LINES // layer.taps)
+        turn = largest_divisor(layer.m, _LINES // layer.taps)
         for depth, height in product((1, 2, planes), sorted({rows, 2 * rows, 4 * rows, _up(lines, rows)})):
             if depth > planes or height >= lines + rows:
                 continue
@@ -320,7 +321,7 @@ def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
             continue
         width = layer.size[2] if vector == "channels" else _up(layer.size[2], lanes)
         whole_c, whole_m = _up(layer.c, channels), _up(layer.m, scalars)
-        turn = _divisor(layer.m, _LINES // layer.taps)
+        turn = largest_divisor(layer.m, _LINES // layer.taps)
         seen = set()
         for (depth, height), parts in product(_blocks(layer), (1, 2, 4, 8)):
             slices, task_c, task_m = _spread(layer, machine, depth, (channels, scalars), (whole_c, whole_m), parts)
@@ -403,11 +404,6 @@ def _part_of(whole: int, tile: int, parts: int, *, exact: bool) -> int:
     tiles = whole // tile
     fit = [n for n in _divisors(tiles) if tiles // n >= parts]
     return tile * max(fit, default=1)
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor of ``size`` up to ``most``, at least 1."""
-    return max(n for n in _divisors(size) if n <= max(1, most))
 
 
 def _divisors(size: int) -> list[int]:

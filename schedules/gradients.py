@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
-from tvm.s_tir.schedule import _ffi_api
 
 from schedules.gradient_tiles import (
     BiasTiles,
@@ -27,6 +26,7 @@ from schedules.gradient_tiles import (
     weight_candidates,
 )
 from schedules.tiles import largest_divisor
+from schedules.unchecked import claim
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -171,11 +171,7 @@ def _claim_whole_tiles(sch: Schedule, layer: ConvTranspose3d, t: InputTiles, out
         (first_h, first_h + t.height),
         *((zero, extent) for extent in shape[5:]),
     ]
-    claim = tirx.IndexMap(
-        initial_indices=of, final_indices=[end for span in spans for end in span], inverse_index_map=None
-    )
-    # the Python method demands as many ranges as the block has iterators; the function below it does not
-    _ffi_api.ScheduleAnnotateBufferAccess(sch, output, 0, 0, claim)
+    claim(sch, output, 0, spans)
 
 
 # --- dW ---

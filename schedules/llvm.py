@@ -4,6 +4,7 @@ Every schedule here is the same straight line of moves with other numbers (`Tile
 
 * X is copied, zero-padded, to ``(n, g, d, h, c, w)``, or tile by tile where tiles read the same
   positions in all taps: the reduction over channels then walks through neighbouring cache lines.
+  Where channels come last and vectors are of channels, they stay side by side.
 * A band is a block of positions ``(n, g, channels, planes of qD, rows of qH)``: all phases of them are
   computed, tile by tile, and then the interleaved output is written while the phases are still in
   cache, if the tiles do not write it (`schedules.woven`). A task is one band, or several in turn that
@@ -24,11 +25,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import tirx
-from tvm.s_tir.schedule import _ffi_api
 
 from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
@@ -48,6 +49,7 @@ from schedules.tiles import (
     reach,
     square,
 )
+from schedules.unchecked import claim
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -73,24 +75,36 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     at once (`by_rows`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
     phases that are axes multiply zeros.
     Channels that are multiplied in pairs lie side by side: ``(..., block, 2)``, of C/g/2 pairs.
+    Where each tap has sums of its own, the weights of a register tile do (`_tap_tile`), in each channel.
     """
     if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
         return shape, tuple(range(5))
+    cuts, order = _cuts(spec, tiles, shape)
+    return tuple(chain.from_iterable(cuts)), order
+
+
+def _cuts(spec: ConvTranspose3d, t: Tiles, shape: tuple[int, ...]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The parts of each axis of W in the view of `packed`, and their order."""
     c, m, *kernel = shape
     groups = spec.groups
-    if tiles.vector == "groups":
+    if t.vector == "groups":  # of channels with one each, as of one group with all of them
         groups, c, m = 1, m, c
-    if tiles.by_taps:
+    of_c = (groups, c // groups) if t.products == 1 else (groups, c // groups // t.products, t.products)
+    if t.by_taps:
         kd, kh, kw = kernel
-        of_m, of_kh = _tap_tile(tiles, kernel)
-        split = (m // of_m, of_m, kd, kh // of_kh, of_kh, kw)
-        return (groups, c // groups, *split), (0, 4, 2, 5, 1, 3, 6, 7)
-    taps = [size for k, p in zip(kernel, _periods(spec, kernel), strict=True) for size in (k // p, p)]
-    view = (groups, c // groups, m // tiles.block, tiles.block, *taps)
-    if tiles.products == 1:
-        return view, (0, 2, 5, 7, 9, 4, 6, *((1, 8) if by_rows(spec, tiles) else (8, 1)), 3)
-    pairs = (groups, c // groups // tiles.products, tiles.products, *view[2:])
-    return pairs, (0, 3, 6, 8, 10, 5, 7, *((1, 9) if by_rows(spec, tiles) else (9, 1)), 4, 2)
+        of_m, of_kh = _tap_tile(t, kernel)
+        return [of_c, (m // of_m, of_m), (kd,), (kh // of_kh, of_kh), (kw,)], (0, 4, 2, 5, 1, 3, 6, 7)
+    taps = [(size // p, p) for size, p in zip(kernel, _periods(spec, kernel), strict=True)]
+    at = len(of_c)
+    of_row = (1, at + 6) if by_rows(spec, t) else (at + 6, 1)
+    order = (0, at, at + 3, at + 5, at + 7, at + 2, at + 4, *of_row, at + 1, *range(2, at))
+    return [of_c, (m // t.block, t.block), *taps], order
+
+
+def _parts(i: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """An index of an axis that is cut into parts of these sizes, the last innermost."""
+    first, *others = [i // math.prod(sizes[n:]) for n in range(1, len(sizes) + 1)]
+    return [first, *(part % size for part, size in zip(others, sizes[1:], strict=True))]
 
 
 def _periods(spec: ConvTranspose3d, kernel: Sequence[int]) -> list[int]:
@@ -154,7 +168,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         _, lane = sch.split(sch.fuse(*together), [None, tiles.lanes])
         sch.vectorize(lane)
 
-    # --- spend the cores; a copy of all X is a task a plane ---
+    # --- spend the cores ---
     # fused after the phases have their places: of one loop, group and channel are no longer affine
     sch.parallel(sch.fuse(*of_task))
     for p in phases:
@@ -165,18 +179,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
     if phases:
-        n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
-        length = int(sch.get(row[-1]).extent)
-        if tiles.line:
-            row = sch.split(row[0], [None, _side_by_side(spec, tiles, length)])
-        in_their_order, size = _in_their_order(spec, tiles), _square(spec, tiles, length)
-        together = size or (1 if in_their_order else tiles.products)
-        c, *of_c = sch.split(c, [None, together]) if together > 1 else [c]
-        order = [*row, c] if size or in_their_order else [c, *row]
-        sch.reorder(n, g, d, h, *order, *of_c)
-        if tiles.copy == "whole":
-            sch.parallel(sch.fuse(n, g, d))
-        _mark_copied(sch, spec, tiles, c if in_their_order else row[-1], length, size)
+        _order_pad(sch, spec, tiles)
     if phases and _in_their_order(spec, tiles):
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
@@ -201,24 +204,13 @@ def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None 
 def _lay_out(
     sch: Schedule, spec: ConvTranspose3d, t: Tiles, phases: list[Any], wide: Any | None, as_axes: bool
 ) -> None:
-    c_in = spec.channels_in // spec.groups
-
-    kernel = [int(k) for k in sch.get(phases[0]).reads[1].source.shape[2:]]
-    p_d, p_h, p_w = _periods(spec, kernel)
+    shape = tuple(int(n) for n in sch.get(phases[0]).reads[1].source.shape)
+    cuts, order = _cuts(spec, t, shape)
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
-        if t.by_taps:
-            of_m, of_kh = _tap_tile(t, kernel)
-            return c // c_in, kd, m // of_m, kh // of_kh, c % c_in, m % of_m, kh % of_kh, kw
-        if t.vector == "groups":  # of channels with one each, as of one group with all of them
-            c, m = m, c
-        taps = (kd % p_d, kh % p_h, kw % p_w, kd // p_d, kh // p_h)
-        pairs = c_in // t.products
-        of_row = [kw // p_w, c // t.products % pairs]
-        if by_rows(spec, t):
-            of_row.reverse()
-        pair = [c % t.products] if t.products > 1 else []
-        return c // c_in, m // t.block, *taps, *of_row, m % t.block, *pair
+        whole = (m, c, kd, kh, kw) if t.vector == "groups" else (c, m, kd, kh, kw)
+        parts = [part for i, sizes in zip(whole, cuts, strict=True) for part in _parts(i, sizes)]
+        return tuple(parts[n] for n in order)
 
     _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
@@ -305,6 +297,22 @@ def _square(spec: ConvTranspose3d, t: Tiles, length: int) -> int:
         if t.lanes % columns:  # a row goes from one register tile to the next anywhere
             return 0
     return square(spec, min(t.lanes, columns))
+
+
+def _order_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
+    """Copy X row by row of each channel, by all channels of a column, or by squares; all of it in a task a plane."""
+    n, g, c, d, h, *row = sch.get_loops(sch.get_sblock("pad"))[-6:]
+    length = int(sch.get(row[-1]).extent)
+    if t.line:
+        row = sch.split(row[0], [None, _side_by_side(spec, t, length)])
+    in_their_order, size = _in_their_order(spec, t), _square(spec, t, length)
+    together = size or (1 if in_their_order else t.products)
+    c, *of_c = sch.split(c, [None, together]) if together > 1 else [c]
+    order = [*row, c] if size or in_their_order else [c, *row]
+    sch.reorder(n, g, d, h, *order, *of_c)
+    if t.copy == "whole":
+        sch.parallel(sch.fuse(n, g, d))
+    _mark_copied(sch, spec, t, c if in_their_order else row[-1], length, size)
 
 
 def _mark_copied(sch: Schedule, spec: ConvTranspose3d, t: Tiles, side_by_side: Any, length: int, size: int) -> None:
@@ -432,9 +440,8 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if not read.source.name.startswith(_SUMS):
             continue
         shape = list(read.source.shape)
-        in_channels = t.of_channels
         channels = (first_m, first_m + t.task)
-        if in_channels:
+        if t.of_channels:
             first_block = tirx.floordiv(first_m, t.lanes)
             channels = (first_block, first_block + t.task // t.lanes)
         groups = one(tirx.floordiv(m, m_out)) if spec.layout == "NCDHW" else whole(shape[1])
@@ -444,29 +451,12 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if as_axes:
             spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
             spans += [whole(shape[5])]
-        spans += [
-            planes,
-            rows,
-            whole(shape[-2] if in_channels else shape[-1]),
-        ]
-        if in_channels:
-            spans.append(whole(shape[-1]))
-        _claim(sch, output, i, spans)
+        spans += [planes, rows, *map(whole, shape[-2:] if t.of_channels else shape[-1:])]
+        claim(sch, output, i, spans)
 
 
 def _claim_whole_lines(sch: Schedule, phase: Any) -> None:
     """Let each sum claim the lines of X that it reads from whole, so that they are copied row by row."""
     pad = sch.get(phase).reads[0]
     spans = [(r.min, r.min + r.extent) for r in pad.region[:-1]]
-    _claim(sch, phase, 0, [*spans, (tirx.const(0, pad.source.shape[-1].ty.dtype), pad.source.shape[-1])])
-
-
-def _claim(sch: Schedule, block: Any, read: int, spans: Sequence[Span]) -> None:
-    """Say that ``block`` reads ``spans`` (first and end of each axis) of its operand number ``read``."""
-    claim = tirx.IndexMap(
-        initial_indices=[v.var for v in sch.get(block).iter_vars],
-        final_indices=[end for span in spans for end in span],
-        inverse_index_map=None,
-    )
-    # the Python method demands as many ranges as the block has iterators; the function below it does not
-    _ffi_api.ScheduleAnnotateBufferAccess(sch, block, read, 0, claim)
+    claim(sch, phase, 0, [*spans, (tirx.const(0, pad.source.shape[-1].ty.dtype), pad.source.shape[-1])])

@@ -15,7 +15,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 
 from schedules.fetches import BYTES_AHEAD, fetch
-from schedules.statements import every, in_turn, replaced, vector_of, with_turns, within
+from schedules.statements import bound, every, in_turn, replaced, vector_of, with_turns, within
 from schedules.tiles import CACHE_LINE
 
 # Marks a loop over columns, around two over channels: columns from the first number to the second may be copied with as
@@ -59,9 +59,8 @@ def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
         analyzer.bind(var, Range(0, extent))
 
     def at(expression: Any, column: int, channel: Any) -> Any:
-        of_loops = dict(zip((v.var for v in block.iter_vars), realize.iter_values, strict=True))
         here = {loop.loop_var: square * size + (first + column), of_square.loop_var: channel}
-        return analyzer.simplify(replaced(replaced(expression, of_loops), here))
+        return analyzer.simplify(replaced(replaced(expression, bound(realize)), here))
 
     store = block.body
     (x,) = every(TensorLoad, store.value)

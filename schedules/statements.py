@@ -49,6 +49,21 @@ def every(kind: Any, tree: Any) -> list[Any]:
     return found
 
 
+def phase_of(block: s_tir.SBlock) -> list[int]:
+    """The phase that a block is of, along each axis."""
+    return [int(f) for f in OF_PHASE.match(block.name_hint).groups()]  # type: ignore[union-attr]
+
+
+def bound(realize: s_tir.SBlockRealize) -> dict[tirx.Var, Any]:
+    """The variables of a block, each with its value in the loops around."""
+    return dict(zip((v.var for v in realize.block.iter_vars), realize.iter_values, strict=True))
+
+
+def channel_of(copy: s_tir.SBlockRealize) -> tirx.Var:
+    """The variable of the block that copies X which says of which channel."""
+    return next(v.var for v in copy.block.iter_vars if v.var.name == "v_c")
+
+
 def begin(loops: Sequence[tirx.For]) -> dict[tirx.Var, Any]:
     """The variables of the loops, each at 0."""
     return {loop.loop_var: tirx.const(0, loop.loop_var.ty.dtype) for loop in loops}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from schedules.counted import counted
 
@@ -60,6 +60,7 @@ _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 # What vectors run along where they are of output channels.
 _OF_CHANNELS = ("channels", "groups")
 
+Vector = Literal["channels", "groups", "row", "line", "taps", "plane"]
 Store = Literal["cached", "streamed"]
 
 
@@ -80,7 +81,7 @@ class Tiles:
     that it sums.
     """
 
-    vector: Literal["channels", "groups", "row", "line", "taps", "plane"]
+    vector: Vector
     lanes: int
     vectors: int
     scalars: int
@@ -243,8 +244,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
     Deterministic: the order depends on ``spec`` and ``machine`` alone.
     """
     whole, *pairs = [_Layer.of(spec, products) for products in ((1, 2) if takes_pairs(spec, machine) else (1,))]
-    vectors = ("channels", "groups", "row", "line", "taps", "plane")
-    stores = {vector: _store(spec, vector, machine) for vector in vectors}
+    stores = {vector: _store(spec, vector, machine) for vector in get_args(Vector)}
     choices = [(layer, machine, tiles) for layer in (whole, *pairs) for tiles in _sensible(layer, machine, stores)]
     if takes_groups(spec) and spec.groups >= sums_of_a_vector(spec, machine):  # in pieces, vectors are slower than rows
         own = _Layer.of(spec, 1, own=True)
@@ -408,16 +408,13 @@ def streams_stretches(spec: ConvTranspose3d, machine: Machine) -> bool:
 
 def puts_together(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether these tiles stream rows that share cache lines."""
-    return t.woven == "tile" and t.store == "streamed" and not t.of_channels and _rows_share_lines(spec)
-
-
-def _rows_share_lines(spec: ConvTranspose3d) -> bool:
-    return spec.layout == "NCDHW" and spec.axes[2].out * spec.itemsize % CACHE_LINE > 0
+    return t.woven == "tile" and t.store == "streamed" and not t.of_channels and _shares_lines(spec)
 
 
 def _shares_lines(spec: ConvTranspose3d) -> bool:
     """Whether rows of Y are of float32 and no whole cache lines."""
-    return spec.dtype == "float32" and _rows_share_lines(spec)
+    of_float = spec.layout == "NCDHW" and spec.dtype == "float32"
+    return of_float and spec.axes[2].out * spec.itemsize % CACHE_LINE > 0
 
 
 def _far(spec: ConvTranspose3d, machine: Machine) -> bool:
@@ -565,6 +562,10 @@ class _Layer:
             return t.task * t.bands_m
         return t.chunk // t.products if t.copy == "chunk" else self.c
 
+    def weights(self, channels: int) -> int:
+        """Bytes of the weights of so many output channels."""
+        return self.itemsize * channels * self.c * self.kernel
+
     def planes(self, depth: int) -> int:
         """Planes of X that ``depth`` planes of positions read."""
         return depth + self.reach[0] - self.depth
@@ -621,7 +622,7 @@ class _Layer:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
         if not self.widened or t.of_channels:
             return 0
-        return self.itemsize * t.task * t.bands_m * self.c * self.kernel
+        return self.weights(t.task * t.bands_m)
 
 
 def _layer(spec: ConvTranspose3d, t: Tiles) -> _Layer:
@@ -833,7 +834,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     if tiles == 1 or layer.whole_groups(t):
         return t.channels * tiles
     held = layer.held(t)
-    fits = machine.l2_bytes // 2 // (held + layer.itemsize * layer.together * t.channels * layer.kernel * layer.c)
+    fits = machine.l2_bytes // 2 // (held + layer.together * layer.weights(t.channels))
     small = (layer.tensors // _SMALL - layer.copied(t)) // (held + layer.widening(t))
     spread = layer.spans(t.depth, t.height) * tiles // machine.cores
     most = max(1, min(fits, small, spread))
@@ -984,8 +985,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     a_plane = layer.itemsize * (layer.m if layer.own else layer.c) * height * width
     in_their_order = t.of_channels and not layer.channels_first
     a_row = 4 / (width * layer.channels_read(t) if in_their_order else width)
-    # where taps overlap, as measured on Zen 5: each plane as one row, and by chunks what several tasks read
-    planes = t.vector == "plane" and layer.c > 1 and max(layer.most_taps) > 1 and machine.overhead < 1
+    # where taps overlap, as measured: each plane as one row, and by chunks what several tasks read
+    planes = machine.whole_planes and t.vector == "plane" and layer.c > 1 and max(layer.most_taps) > 1
     if planes:
         a_row = 8 / (height * width)
     if not layer.channels_first and not in_their_order:  # transposed
@@ -1016,23 +1017,12 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     scalars = together * t.scalars
     of_plane = t.unrolls(taps_h * taps_w)
     unrolled = of_plane or (not t.of_channels and t.scalars == layer.c == 1)
-    shares_rows = of_plane and t.shares_rows
-    # cycles a byte of weights: what a neighbouring tile has just used, what the third cache has of it since, and what a
-    # whole task passed by since
-    a_channel = layer.c * layer.kernel * layer.itemsize
-    near, far = 1 / 200, 1 / (50 if t.task * t.bands_m * a_channel <= machine.l2_bytes // 2 else 11)
-    third = min(far, 1 / 20)
-    again = 1 - t.columns * t.rows / band
-    a_tile = t.channels * a_channel // layer.phases
-    lost = min(1, max(0, a_tile / machine.l2_bytes - 0.7))
-    a_weight = layer.itemsize * (again * (near + lost * (third - near)) + (1 - again) * far)
+    a_weight = _a_weight(layer, machine, t, band)
     # beside a single vector a broadcast is folded into its multiply-add, where a unit may have one in each cycle
     a_broadcast = machine.fma_units - 0.5 if t.vectors * (1 if t.vector == "channels" else t.rows) == 1 else 1
     if t.vector == "groups":
         loads, loading = float(t.vectors), (t.vectors + t.vectors * t.scalars * t.rows) / machine.fma_units
-        a_load, passing = machine.loading, 0.0
-        # LLVM keeps what the taps of a row share of X in registers, beside the sums
-        waiting = 1.5 * max(0, 2 * t.vectors * t.scalars * t.rows - machine.registers)
+        a_load, passing, waiting = machine.loading, 0.0, 0.0
     elif t.vector == "channels":
         loads, loading = t.vectors + t.scalars * t.rows * a_broadcast, 0.0
         a_load = machine.loading
@@ -1040,7 +1030,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         weights = t.channels * layer.itemsize
         # half a cache line at either end, where columns are side by side
         x = t.rows * layer.itemsize * (min(layer.reach[2], t.columns + 12) if layer.channels_first else t.columns)
-        passing = 0.0 if a_tile <= machine.l1_bytes // 2 else weights
+        passing = 0.0 if layer.weights(t.channels) // layer.phases <= machine.l1_bytes // 2 else weights
         waiting = passing / layer.itemsize * a_weight
         passing += x if (weights + x) * layer.c > machine.l1_bytes else 0
         if layer.widened:  # as they are loaded, each time
@@ -1053,7 +1043,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         if unrolled:
             rows = (t.rows + taps_h - 1) / taps_h
             a_load, straddling = 0.3 * machine.fma_units, 1.1
-        if shares_rows:  # each row is lines of its own
+        if of_plane and t.shares_rows:  # each row is lines of its own
             a_load, straddling = 0.4 * machine.fma_units, 1 + 0.7 / t.vectors
         vectors = straddling * t.vectors * rows * (layer.shared if together > 1 else 1)
         loads, loading = vectors + scalars * a_broadcast, vectors / machine.fma_units + scalars / 2
@@ -1066,18 +1056,7 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
         if t.rows * a_row * layer.c > machine.l1_bytes:
             waiting += (t.rows + taps_h - 1) * a_row / (200 * taps_h * taps_w)
     sums, chunk = t.vectors * scalars * t.rows, t.chunk // t.products
-    if shares_rows:
-        # beside the sums: the weights of a column of taps, and some vectors of X
-        waiting += 2 * max(0, sums + taps_h + 3 - machine.registers)
-        if together > 1:  # of all phases some of the weights, which all rows multiply
-            waiting += 6 * max(0, sums + taps_h * layer.taps_of_row / 4 + 13 - machine.registers)
-    elif unrolled:
-        # LLVM loads what all taps read at once, and puts some of it on the stack
-        waiting += 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
-    elif 1 < chunk < 16:
-        # LLVM unrolls so short a loop and loads both sides at once, which drives sums out of their registers
-        held = sums + sum(factors(t.vector, t.vectors, scalars, t.rows))
-        waiting += 1.5 * max(0, held - machine.registers)
+    waiting += _on_the_stack(layer, machine, t, sums, unrolled)
     # the longer multiply-adds take, the more loads go beside them; to begin a loop over channels costs a few
     in_flight = machine.fma_in_flight * (_PAIR_LATENCY if t.products > 1 else 1)
     multiplying = max(sums, in_flight) / machine.fma_units
@@ -1087,6 +1066,36 @@ def _step(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
     summing = max(multiplying, loading) + a_load * loads
     summing = max(summing, passing / (machine.l2_rate if t.of_channels else _FROM_SECOND))
     return summing + machine.overhead * (waiting + beginning)
+
+
+def _a_weight(layer: _Layer, machine: Machine, t: Tiles, band: int) -> float:
+    """Cycles of a weight that a neighbouring tile has just used, or that a whole task passed by since.
+
+    What a tile has of them may be too many for the second cache; the third then has some.
+    """
+    near, far = 1 / 200, 1 / (50 if layer.weights(t.task * t.bands_m) <= machine.l2_bytes // 2 else 11)
+    third = min(far, 1 / 20)
+    again = 1 - t.columns * t.rows / band
+    lost = min(1, max(0, layer.weights(t.channels) // layer.phases / machine.l2_bytes - 0.7))
+    return layer.itemsize * (again * (near + lost * (third - near)) + (1 - again) * far)
+
+
+def _on_the_stack(layer: _Layer, machine: Machine, t: Tiles, sums: int, unrolled: bool) -> float:
+    """What LLVM holds beside the sums, and has no registers for."""
+    _, taps_h, taps_w = layer.most_taps
+    if t.vector == "groups":  # what the taps of a row share of X
+        return 1.5 * max(0, 2 * sums - machine.registers)
+    if t.shares_rows and t.unrolls(taps_h * taps_w):  # the weights of a column of taps, and some vectors of X
+        spilled = 2.0 * max(0, sums + taps_h + 3 - machine.registers)
+        if layer.at_once(t) > 1:  # of all phases some of the weights, which all rows multiply
+            spilled += 6 * max(0, sums + taps_h * layer.taps_of_row / 4 + 13 - machine.registers)
+        return spilled
+    if unrolled:  # what all taps read
+        return 0.6 * max(0, sums + t.vectors * (t.rows + taps_h - 1) * taps_w - machine.registers)
+    if 1 < t.chunk // t.products < 16:  # both sides of so short a loop, which is unrolled
+        sides = factors(t.vector, t.vectors, layer.at_once(t) * t.scalars, t.rows)
+        return 1.5 * max(0, sums + sum(sides) - machine.registers)
+    return 0.0
 
 
 def _up(size: int, multiple: int) -> int:

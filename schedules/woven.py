@@ -27,6 +27,7 @@ from schedules.statements import (
     in_turn,
     interlaced,
     nest,
+    phase_of,
     replaced,
     vector_of,
     with_turns,
@@ -117,14 +118,13 @@ def _writing(
     loops, leave = nest(leaves[0])
     *loops, lane = loops
     places: list[list[Any]]
-    phase = [int(f) for f in OF_PHASE.match(leave.block.name_hint).groups()]  # type: ignore[union-attr]
     n, g, m, *q = leave.iter_values[:6]
     kind, analyzer = lane.loop_var.ty.dtype, Analyzer()
     analyzer.bind(lane.loop_var, Range(0, t.lanes))
     for loop in [*around, *loops]:
         analyzer.bind(loop.loop_var, Range.from_min_extent(loop.min, loop.extent))
     _, m_out, _ = divided(spec, t)
-    first_of_row = [i * axis.stride + f for i, axis, f in zip(q, spec.axes, phase, strict=True)]
+    first_of_row = [i * axis.stride + f for i, axis, f in zip(q, spec.axes, phase_of(leave.block), strict=True)]
     if t.of_channels:
         # the channel's block, and its place there
         places = [[n, *first_of_row, g * m_out + m * t.lanes + leave.iter_values[6]]]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from opcompile.gradients.gradient import Gradient, Shape
 from opcompile.gradients.reference import reference
-from opcompile.runtime import W_SALT, X_AMPLITUDE, X_SALT, golden_tensor, golden_values, w_amplitude
+from opcompile.runtime import W_SALT, X_AMPLITUDE, X_SALT, elements, golden_tensor, golden_values, w_amplitude
 from opcompile.spec import Axis, ConvTranspose3d
 
 Array = NDArray[np.float64]
@@ -121,7 +121,7 @@ def _of_input(gradient: Gradient, batch: int) -> Iterable[tuple[NDArray[np.int64
             name: _values(gradient, name, [image], everything, near) for name in gradient.operands if name != "w"
         }
         operands["w"] = weight.reshape(layer.w_shape)[channels]
-        places = _elements(layer, layer.x_shape, [image], channels, corner)
+        places = elements(layer, layer.x_shape, [image], channels, corner)
         yield places, reference(Gradient(part, "x"), operands)
 
 
@@ -144,21 +144,6 @@ def _values(
     ]
     d, h, w = inside
     there = d[:, None, None] & h[:, None] & w
-    places = _elements(layer, shape, images, channels, ranges)
+    places = elements(layer, shape, images, channels, ranges)
     values = golden_values(np.where(there, places, 0), SALTS[name], amplitude(gradient, name))
     return np.where(there, values, 0.0)
-
-
-def _elements(
-    layer: ConvTranspose3d,
-    shape: Shape,
-    images: Iterable[int],
-    channels: NDArray[np.int64],
-    ranges: Sequence[range],
-) -> NDArray[np.int64]:
-    """Where the elements of a box of an activation tensor lie in memory, in the order ``(N, C, D, H, W)``."""
-    strides = [math.prod(n or 1 for n in shape[axis + 1 :]) for axis in range(5)]
-    if layer.layout == "NDHWC":
-        strides = [strides[0], strides[4], *strides[1:4]]
-    box = np.ix_(np.array(list(images)), channels, *(np.array(r) for r in ranges))
-    return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)

@@ -23,8 +23,9 @@ from opcompile.gradients.runtime import Derivative, GradientArtifact
 from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
+from opcompile.runtime import stored
 from opcompile.target import cores
-from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, here, stored
+from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, here
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]

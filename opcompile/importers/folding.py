@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper
 
 from opcompile.errors import ModelError
 
-_DOMAINS = ("", "ai.onnx")
+# How models call the domain of ONNX's own operators.
+DOMAINS = ("", "ai.onnx")
 # ONNX evaluates none of its earlier versions, which mean the same
 _EVALUATED_SINCE = {"DequantizeLinear": 19}
 _STORED = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
@@ -32,14 +33,14 @@ MOST_FOLDED = 64
 
 def folds(node: onnx.NodeProto) -> bool:
     """Whether what a node writes is a constant if all that it reads are."""
-    if node.op_type not in _FOLDED or node.domain not in _DOMAINS or len(node.output) != 1:
+    if node.op_type not in _FOLDED or node.domain not in DOMAINS or len(node.output) != 1:
         return False
     return node.op_type != "Cast" or any(a.name == "to" and a.i in _CONVERTED_ALIKE for a in node.attribute)
 
 
 def stored(node: onnx.NodeProto) -> onnx.TensorProto | None:
     """Return the numbers that a Constant node holds, None of any other node."""
-    for attribute in node.attribute if node.op_type == "Constant" and node.domain in _DOMAINS else ():
+    for attribute in node.attribute if node.op_type == "Constant" and node.domain in DOMAINS else ():
         if attribute.name == "value":
             return attribute.t
         if attribute.name in _STORED:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
-from opcompile.importers.folding import MOST_FOLDED, fold, folds, stored
+from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
 from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
@@ -46,7 +46,6 @@ _DTYPES = {
     onnx.TensorProto.DOUBLE: "float64",
 }
 
-_ONNX_DOMAINS = ("", "ai.onnx")
 _AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
 _ATTRIBUTE_TYPES = {"auto_pad": onnx.AttributeProto.STRING, "group": onnx.AttributeProto.INT}
 
@@ -342,7 +341,7 @@ class _Scope:
 
     @classmethod
     def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
-        opset = next((int(i.version) for i in imports if i.domain in _ONNX_DOMAINS), 1)
+        opset = next((int(i.version) for i in imports if i.domain in DOMAINS), 1)
         return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap())
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
@@ -409,7 +408,7 @@ def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
 
 
 def _is_conv_transpose(node: onnx.NodeProto) -> bool:
-    return node.op_type == "ConvTranspose" and node.domain in _ONNX_DOMAINS
+    return node.op_type == "ConvTranspose" and node.domain in DOMAINS
 
 
 def _is_5d(node: onnx.NodeProto, scope: _Scope) -> bool:

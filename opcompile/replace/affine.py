@@ -13,11 +13,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from opcompile.importers.folding import DOMAINS
 from opcompile.replace.model import Graph, Model
 
 Array = NDArray[Any]
 
-_DOMAINS = ("", "ai.onnx")
 # The opset from which on a BatchNormalization with one output is an inference: earlier ones ask is_test.
 _INFERRING = 7
 
@@ -67,7 +67,7 @@ def affine(model: Model, graph: Graph, value: str, channels: int) -> tuple[onnx.
     if len(readers) != 1 or graph.leaves(value):
         return None
     node = readers[0]
-    if node.domain not in _DOMAINS or list(node.input).count(value) != 1:
+    if node.domain not in DOMAINS or list(node.input).count(value) != 1:
         return None
     if node.op_type == "BatchNormalization":
         found = _of_batch_normalization(model, graph, node, value, channels)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from opcompile.errors import SpecError
+from opcompile.importers.folding import DOMAINS
 from opcompile.reference import activate
 from opcompile.replace.affine import Affine, affine
 from opcompile.replace.model import Graph, Model
@@ -26,7 +27,6 @@ from opcompile.spec import ACTIVATIONS, Activation
 
 Array = NDArray[Any]
 
-_DOMAINS = ("", "ai.onnx")
 _MICROSOFT = "com.microsoft"
 _LONGEST = 12
 # Where functions bend and where they are flat. The constants of models have float32's precision.
@@ -111,12 +111,12 @@ def _recognised(computed: Array) -> Activation | None:
 
 def _computed(model: Model, graph: Graph, node: onnx.NodeProto, values: dict[str, Array]) -> Array | None:
     """Return what an elementwise node makes of the samples; None for any other node."""
-    if len(node.output) != 1 or (node.domain not in _DOMAINS and node.domain != _MICROSOFT):
+    if len(node.output) != 1 or (node.domain not in DOMAINS and node.domain != _MICROSOFT):
         return None
     single = _single(model, graph, node)
     if single is not None:
         return np.asarray(activate(single, values[node.input[0]])) if node.input[0] in values else None
-    formula = _FORMULAS.get(node.op_type) if node.domain in _DOMAINS else None
+    formula = _FORMULAS.get(node.op_type) if node.domain in DOMAINS else None
     if formula is None or node.attribute:
         return None
     given = [values[name] if name in values else _scalar(model, graph, name) for name in node.input]

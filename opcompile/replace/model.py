@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from opcompile.errors import ModelError
-from opcompile.importers.folding import MOST_FOLDED, fold, folds, stored
+from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
 from opcompile.importers.order import reads
 
 # Before this version every initializer is an input of the graph as well, and still a constant.
@@ -69,7 +69,7 @@ class Model:
     @property
     def opset(self) -> int:
         """The version of ONNX's own operators."""
-        return next((int(i.version) for i in self.proto.opset_import if i.domain in ("", "ai.onnx")), 1)
+        return next((int(i.version) for i in self.proto.opset_import if i.domain in DOMAINS), 1)
 
     def graphs(self) -> Iterator[Graph]:
         """Yield the graph, and those inside of its nodes."""
@@ -81,7 +81,7 @@ class Model:
             (node.output[0], Site(graph, node))
             for graph in self.graphs()
             for node in graph.proto.node
-            if node.op_type == "ConvTranspose" and node.domain in ("", "ai.onnx")
+            if node.op_type == "ConvTranspose" and node.domain in DOMAINS
         ]
         written = Counter(output for output, _ in found)
         return {output: site for output, site in found if written[output] == 1}
@@ -153,7 +153,7 @@ class Model:
             gone, names = names - read, set()
             for graph in self.graphs():
                 for values in (graph.proto.initializer, graph.proto.input, graph.proto.value_info):
-                    _remove(values, lambda value, gone=gone: value.name in gone)
+                    remove(values, gone)
                 idle = [n for n in graph.proto.node if (n.op_type == "Constant" or folds(n)) and set(n.output) <= gone]
                 for node in idle:
                     names |= set(node.input)
@@ -180,7 +180,8 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
-def _remove(values: Any, unwanted: Any) -> None:
+def remove(values: Any, names: set[str]) -> None:
+    """Remove those ``values`` of a graph that have one of ``names``."""
     for index in reversed(range(len(values))):
-        if unwanted(values[index]):
+        if values[index].name in names:
             del values[index]

@@ -217,20 +217,9 @@ static OrtStatus *new_packed(const struct kernel *kernel, const struct given *w,
 
 /* --- calling a kernel --- */
 
-static struct tensor borrow(const struct kernel *kernel, void *data, const int64_t *shape, int ndim, int64_t *strides) {
-  int64_t stride = 1;
-  for (int axis = ndim - 1; axis >= 0; axis--) {
-    strides[axis] = stride;
-    stride *= shape[axis];
-  }
-  return (struct tensor){.data = data,
-                         .device_type = ON_CPU,
-                         .ndim = ndim,
-                         .dtype_code = kernel->dtype_code,
-                         .dtype_bits = kernel->dtype_bits,
-                         .dtype_lanes = 1,
-                         .shape = (int64_t *)shape,
-                         .strides = strides};
+static struct tensor of_kernel(const struct kernel *kernel, void *data, const int64_t *shape, int axes,
+                               int64_t *strides) {
+  return borrow(data, kernel->dtype_code, kernel->dtype_bits, (int64_t *)shape, axes, strides);
 }
 
 static size_t packed_shape(const struct packing *packing, int64_t *shape) {
@@ -253,10 +242,10 @@ static OrtStatus *run(const struct kernel *kernel, OrtKernelContext *context, co
   if (batch == 0) return NULL; /* Y has no elements */
   struct tensor tensors[4];
   int count = 0, axes = (int)packed_shape(&kernel->packing, packed);
-  tensors[count] = borrow(kernel, x->data, x->shape, IMAGE_AXES, strides[count]), count++;
-  tensors[count] = borrow(kernel, w, packed, axes, strides[count]), count++;
-  if (kernel->has_bias) tensors[count] = borrow(kernel, b, &kernel->channels_out, 1, strides[count]), count++;
-  tensors[count] = borrow(kernel, data, y, IMAGE_AXES, strides[count]), count++;
+  tensors[count] = of_kernel(kernel, x->data, x->shape, IMAGE_AXES, strides[count]), count++;
+  tensors[count] = of_kernel(kernel, w, packed, axes, strides[count]), count++;
+  if (kernel->has_bias) tensors[count] = of_kernel(kernel, b, &kernel->channels_out, 1, strides[count]), count++;
+  tensors[count] = of_kernel(kernel, data, y, IMAGE_AXES, strides[count]), count++;
   struct value arguments[4], result = {0};
   for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
 
@@ -819,14 +808,12 @@ static OrtStatus *make_domain(const char *version) {
 
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   const OrtApi *api = base->GetApi(ORT_API_VERSION);
-  if (!api) { /* the first function of the table makes a status in every version */
-    OrtStatus *(*create_status)(int, const char *) = (OrtStatus * (*)(int, const char *)) base->GetApi(1)[0];
-    return create_status(ORT_FAIL, "opcompile: this library needs ONNX Runtime 1.17 or later");
-  }
+  /* the first function of the table makes a status in every version */
+  OrtStatus *(*create_status)(int, const char *) = (OrtStatus * (*)(int, const char *)) base->GetApi(1)[0];
+  if (!api) return create_status(ORT_FAIL, "opcompile: this library needs ONNX Runtime 1.17 or later");
   OrtStatus *status = NULL;
   pthread_mutex_lock(&door);
   if (ort && ort != api) {
-    OrtStatus *(*create_status)(int, const char *) = (OrtStatus * (*)(int, const char *)) api[0];
     status = create_status(ORT_FAIL, "opcompile: another ONNX Runtime of this process has registered this library");
   } else {
     ort = api;

@@ -232,8 +232,7 @@ class Report:
                 name = f"{escape(node.name)}{fused}" if number == 0 else ""
                 if len(node.kernels) > 1:  # one for each shape of X
                     name += f"{name and chr(10)}[dim]{escape(kernel.spec.split()[0])}[/]"
-                times = kernel.speeds or (None,)
-                cells = [[_before(s), _after(s), _ratio(s)] for s in times]
+                cells = [_cells(speed) for speed in kernel.speeds] or [["-"] * 3]
                 columns = ["\n".join(column) for column in zip(*cells, strict=True)]
                 table.add_row(name, kernel.plan, _share(kernel.worst), *columns, verdict if number == 0 else "")
         return table
@@ -274,16 +273,9 @@ class Report:
 _COLOURS = {"replaced": "green", "kept": "yellow", "refused": "yellow"}
 
 
-def _before(speed: Speed | None) -> str:
-    return "-" if speed is None else duration(speed.before_us)
-
-
-def _after(speed: Speed | None) -> str:
-    return "-" if speed is None else duration(speed.after_us)
-
-
-def _ratio(speed: Speed | None) -> str:
-    return "-" if speed is None else f"{speed.ratio.ratio:.2f}x on {counted(speed.threads, 'thread')}"
+def _cells(speed: Speed) -> list[str]:
+    ratio = f"{speed.ratio.ratio:.2f}x on {counted(speed.threads, 'thread')}"
+    return [duration(speed.before_us), duration(speed.after_us), ratio]
 
 
 def _share(worst: float | None) -> str:

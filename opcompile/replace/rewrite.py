@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from opcompile.errors import ModelError
-from opcompile.replace.model import Graph, Model, Site
+from opcompile.replace.model import Graph, Model, Site, remove
 from opcompile.replace.survey import Node
 from opcompile.spec import ConvTranspose3d
 
@@ -50,17 +50,14 @@ def rewrite(model: Model, replaced: Sequence[tuple[Node, str, NDArray[Any] | Non
                 name = _new_name(f"{node.output}_bias", taken)
                 model.proto.graph.initializer.append(numpy_helper.from_array(node.bias, name))
                 inputs[2:] = [name]
-        _replace(node, operator, domain, inputs)
+        _replace(node, node.site, operator, domain, inputs)
     model.drop_unread(unread)
     if replaced:
         model.proto.opset_import.append(helper.make_opsetid(domain, 1))
     return {file: bytes(data)} if data else {}
 
 
-def _replace(node: Node, operator: str, domain: str, inputs: Sequence[str]) -> None:
-    site = node.site
-    if site is None:
-        return
+def _replace(node: Node, site: Site, operator: str, domain: str, inputs: Sequence[str]) -> None:
     graph, old = site.graph.proto, site.node
     new = helper.make_node(operator, inputs, [node.fusion.result], name=old.name, domain=domain)
     new.doc_string = " | ".join(str(spec) for spec in node.specs)
@@ -74,9 +71,7 @@ def _replace(node: Node, operator: str, domain: str, inputs: Sequence[str]) -> N
         graph.node.remove(fused)
     old.CopyFrom(new)
     vanished = {node.output, *gone} - {node.fusion.result}
-    for index in reversed(range(len(graph.value_info))):
-        if graph.value_info[index].name in vanished:
-            del graph.value_info[index]
+    remove(graph.value_info, vanished)
     if node.packed and all(value.name != node.fusion.result for value in (*graph.value_info, *graph.output)):
         # nobody else can infer what our operator writes; an open batch has no name here: any may be taken
         shape = list(node.specs[0].y_shape)
