@@ -533,7 +533,6 @@ KERNEL = r"""
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 struct environment { void *sync_handle; int32_t num_task; };
 typedef int (*task_fn)(int, struct environment *, void *);
@@ -547,6 +546,7 @@ struct value { int32_t type, unused; struct tensor *tensor; };
 struct closure { float *x, *y; };
 
 static int met;
+int polls; /* of the library whose threads count them */
 
 static int task(int index, struct environment *environment, void *closure) {
   float *x = ((struct closure *)closure)->x, *y = ((struct closure *)closure)->y;
@@ -582,16 +582,17 @@ int __tvm_ffi_conv_transpose3d(void *handle, const struct value *arguments, int3
   struct closure closure = {x, y};
   if (x[0] < 10) return __TVMBackendParallelLaunch(task, &closure, (int)x[1]);
   if (x[0] == 11) return -3; /* without a word */
-  if (x[0] == 12) { /* all meet, sleep, and meet again; y[0]: milliseconds of processor time in between */
+  if (x[0] == 12) { /* all meet, one sleeps until others have polled, and all meet again */
     struct closure meet = {(float[]){6}, y};
     met = 0;
     int status = __TVMBackendParallelLaunch(task, &meet, (int)x[1]);
     met = 0;
-    clock_t before = clock();
-    usleep(300000);
-    y[0] = (float)(clock() - before) * 1000 / CLOCKS_PER_SEC;
+    int before = polls, last = before + 50;
+    for (int i = 0; i < 10000 && __atomic_load_n(&polls, __ATOMIC_RELAXED) < last; i++) usleep(1000);
+    y[0] = (float)(polls - before);
     return status ? status : __TVMBackendParallelLaunch(task, &meet, (int)x[1]);
   }
+  if (x[0] == 13) return y[0] = (float)polls, 0;
   /* workspaces of x[1], x[2], ... bytes, all at once; their addresses go to y */
   void *spaces[8];
   int n = 0;
@@ -646,11 +647,16 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
 
 @pytest.fixture(scope="module")
 def polling(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Stub:
-    """The same, whose threads poll for a minute instead of 0.1 ms."""
+    """The same, whose threads poll for a minute instead of 0.1 ms, and count how often."""
     folder, own = tmp_path_factory.mktemp("polling"), Path(opcompile.__file__).parent
     text = (own / "runtime.c").read_text()
-    (folder / "runtime.c").write_text(text.replace("POLL_NS 100000", "POLL_NS 60000000000"))
-    assert (folder / "runtime.c").read_text() != text
+    for old, new in (
+        ("#define POLL_NS 100000", "extern int polls;\n#define POLL_NS 60000000000"),
+        ("sched_yield()", "__atomic_add_fetch(&polls, 1, __ATOMIC_RELAXED), sched_yield()"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "runtime.c").write_text(text)
     spec = ConvTranspose3d.parse("in=1x1x16x16x16 co=1 k=9 p=4")
     texts = {runtime.HEADER: header(spec, Packing.identity(spec.w_shape)), "layer.c": (own / "layer.c").read_text()}
     code = (stub.folder / "kernel.o").read_bytes()
@@ -664,10 +670,13 @@ def polling(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Stub:
 def test_threads_poll_within_a_call_and_sleep_after_it(polling: Stub) -> None:
     for threads in (2, 3):
         assert polling(12, threads, threads=threads) == 0  # one who polls takes part in the next loop
-        assert polling.y[0] > 30, "milliseconds: nobody has polled"
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.1
+        assert polling.y[0] >= 50, "nobody has polled"
+    polls = []
+    for _ in range(2):
+        time.sleep(0.1)
+        assert polling(13) == 0
+        polls.append(int(polling.y[0]))
+    assert polls[0] == polls[1] > 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
