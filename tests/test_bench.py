@@ -585,7 +585,7 @@ def test_a_text_is_no_layer_and_a_directory_no_artifact(tmp_path: Path) -> None:
     for call in (compile, tune, bench, lambda text: export_onnx(text, tmp_path / "layer.onnx")):
         with pytest.raises(CallError, match="the layer is a str; read a text by ConvTranspose3d"):
             call(str(SPEC))  # type: ignore[operator]
-    with pytest.raises(CallError, match="is a directory; load it by opcompile"):
+    with pytest.raises(CallError, match="is a path; load the artifact there by opcompile"):
         verify(str(tmp_path))  # type: ignore[arg-type]
 
 
