@@ -24,6 +24,7 @@ from opcompile.gradients.reference import reference, slope
 from opcompile.reference import activate
 from opcompile.reference import reference as forward
 from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
+from opcompile.target import target
 from schedules import gradients
 from schedules.gradients import InputTiles, WeightTiles
 
@@ -283,3 +284,12 @@ def test_rows_of_any_length_are_not_taken_from_the_stack() -> None:
     code = str(compiled(lower.scheduled(gradient, tiles), HERE.tvm()).mod.inspect_source("ll"))
     arrays = re.findall(r"alloca \[(\d+) x (?:<(\d+) x )?float", code)
     assert max((4 * int(count) * int(lanes or 1) for count, lanes in arrays), default=0) <= 4096
+
+
+@pytest.mark.parametrize("name", ["llvm:x86-64-v3", "llvm:x86-64-v4"])
+def test_rows_of_any_length_are_summed_for_db_by_vectors(name: str) -> None:
+    gradient, machine = Gradient(ConvTranspose3d.parse("in=1x4x9x9x11 co=4 k=2 s=2"), "b"), target(name)
+    tiles, _ = lower.choose(gradient, machine, "baseline")
+    text = str(compiled(lower.scheduled(gradient, tiles), machine.tvm()).mod.inspect_source("asm"))
+    register = "ymm" if machine.machine.vector_bytes == 32 else "zmm"
+    assert re.search(rf"vaddps\s+\S*\(.*%{register}", text)  # from where a vector of dY lies, whole

@@ -285,11 +285,16 @@ def _of_weight(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
 
 def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
     layer, grain = scope.layer, scope.grain
-    sizes = [axis.out for axis in layer.axes]
+    positions = math.prod(axis.out for axis in layer.axes)
     inside, k = _slice(scope.gradient, grain), scope.reduced("k", _slice(scope.gradient, grain))
+
+    def term(n: Any, m: Any, position: Any) -> Any:
+        # rows and planes lie end to end: LLVM cannot tell from quotients and rests, and would gather the elements
+        return dz(n, m, 0, 0, position)
+
     part = te.compute(
         scope.batched(grain.slices, layer.channels_out, grain.lanes),
-        lambda n, s, m, lane: te.sum(dz(n, m, *unravel((s * inside + k) * grain.lanes + lane, sizes)), axis=[k]),
+        lambda n, s, m, lane: te.sum(term(n, m, (s * inside + k) * grain.lanes + lane), axis=[k]),
         name="part",
     )
     n, s, lane = scope.reduced("n", scope.batch), scope.reduced("s", grain.slices), scope.reduced("lane", grain.lanes)
@@ -299,11 +304,11 @@ def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
     # what is left over, less than a vector a slice
     begun = inside * grain.slices * grain.lanes
     rest = None
-    if begun < math.prod(sizes):
-        n, k = scope.reduced("n", scope.batch), scope.reduced("k", math.prod(sizes) - begun)
+    if begun < positions:
+        n, k = scope.reduced("n", scope.batch), scope.reduced("k", positions - begun)
         rest = te.compute(
             scope.shape((layer.channels_out,)),
-            lambda m: te.sum(dz(n, m, *unravel(begun + k, sizes)), axis=[n, k]),
+            lambda m: te.sum(term(n, m, begun + k), axis=[n, k]),
             name="rest",
         )
     return te.compute(
