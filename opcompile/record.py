@@ -431,7 +431,7 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
 
 
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    m, weights = spec.channels_out // spec.groups, weights_by_taps(spec)
+    m, weights = spec.channels_out // spec.groups, weights_by_taps(spec, t.vector)
     if not weights:
         yield (
             f"vector is {t.vector!r}, but for sums by taps the layer has too many channels, taps or phases, or its "

@@ -27,8 +27,10 @@ _MOST_OF_TURN = 64
 _FEW_SUMS = 8
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
 MOST_PHASES = 27
-# For so few output channels of a group, taps and phases may each tap have sums of its own.
-_MOST_BY_TAPS = (8, 64, MOST_PHASES)
+# For so few output channels of a group may each tap have sums of its own; of so many taps, where these are summed at
+# lines of padded rows, and at planes of X as they lie.
+_FEW_OUTPUTS = 8
+_MOST_TAPS = {"taps": 64, "plane": 216}
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and those
@@ -39,8 +41,9 @@ _MOST_WOVEN_LAST = 8
 _MOST_OF_ROWS_LAST = (32, 64)
 # There vectors of fewer sums are shuffled more slowly than their elements are written one by one.
 LEAST_WOVEN_LAST = 8
-# Workspaces of a task are so many times smaller than X and Y.
+# Workspaces of a task are so many times smaller than X and Y; sums by taps may have a part of the second cache.
 _SMALL = 10
+_PART_BY_TAPS = 8
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
@@ -686,18 +689,15 @@ def _sensible(layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> I
             yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))
 
 
-def weights_by_taps(spec: ConvTranspose3d) -> list[int]:
+def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
     """How many weights a register tile may take where each tap has sums of its own; none where none may.
 
     Rows of taps of one channel, or all that a plane of the kernel has for some channels.
     """
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
     taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
-    if (
-        (spec.layout == "NDHWC" and not weaves(spec))
-        or not all(axis.landing for axis in spec.axes)
-        or any(n > most for n, most in zip((m, taps, phases), _MOST_BY_TAPS, strict=True))
-    ):
+    many = m > _FEW_OUTPUTS or taps > _MOST_TAPS[vector] or phases > MOST_PHASES
+    if many or (spec.layout == "NDHWC" and not weaves(spec)) or not all(axis.landing for axis in spec.axes):
         return []
     return [kw * n for n in range(1, kh) if kh % n == 0] + [kw * kh * n for n in range(1, m + 1) if m % n == 0]
 
@@ -709,12 +709,12 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
         return
     spans = [("taps", *span) for span in _spans(layer, "line", 1)]
     spans += [("plane", depth, layer.height) for depth in sorted({_over(layer.depth, n) for n in _PARTS})]
-    for scalars, vectors in product(weights_by_taps(spec), range(1, 7)):
-        if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
-            continue
+    for (vector, depth, height), vectors in product(spans, range(1, 7)):
         fits = machine.l1_bytes // 3 // (vectors * machine.vector_bytes + CACHE_LINE)
         ways = [("task", layer.c), ("whole", layer.c), *(("chunk", chunk) for chunk in _chunks_of_taps(layer, fits))]
-        for (vector, depth, height), (copy, chunk) in product(spans, ways):
+        for scalars, (copy, chunk) in product(weights_by_taps(spec, vector), ways):
+            if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
+                continue
             if (copy, vector) == ("chunk", "taps") and layer.c <= max(fits, _FEW_CHANNELS):
                 continue
             for bands in (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,):
@@ -806,8 +806,10 @@ def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
 
 def _fits(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether what a task holds fits into the second cache, and is small beside X and Y."""
-    held = layer.held(t)
-    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= layer.tensors // _SMALL
+    held, small = layer.held(t), layer.tensors // _SMALL
+    if t.by_taps:
+        small = max(small, machine.l2_bytes // _PART_BY_TAPS)
+    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= small
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:

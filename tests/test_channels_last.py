@@ -34,7 +34,7 @@ def tiles_of(spec: ConvTranspose3d, vector: Any, **change: Any) -> Tiles:
     m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
     depth, height, scalars = 1, min(2, spec.axes[1].positions), m
     if vector in ("taps", "plane"):
-        scalars = max(n for n in weights_by_taps(spec) if n < 12)
+        scalars = max(n for n in weights_by_taps(spec, vector) if n < 12)
     if vector == "plane":
         height = spec.axes[1].positions
     return replace(Tiles(vector, lanes, 1, scalars, 1, m, depth, height, c, "task"), **change)
@@ -185,7 +185,7 @@ def test_rows_that_are_woven_cost_less() -> None:
 
 def test_sums_by_taps_are_for_rows_that_are_woven() -> None:
     spec = last("in=1x4x3x4x20 co=5 k=3 s=2")
-    assert not weights_by_taps(spec)
+    assert not weights_by_taps(spec, "taps")
     assert not any(e.tiles.by_taps for e in candidates(spec, V4.machine))
     tiles = Tiles("taps", 16, 1, 9, 1, 5, 1, 2, 4, "task")
     assert "for sums by taps the layer has too many channels, taps or phases" in str(illegal(asdict(tiles), spec, V4))

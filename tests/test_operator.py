@@ -224,7 +224,7 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
     spec = ConvTranspose3d.parse(text)
     x, w, b = integers(spec)
     c, m = spec.channels_in // spec.groups, spec.channels_out // spec.groups
-    weights = weights_by_taps(spec)
+    weights = weights_by_taps(spec, "taps")
     assert weights[-1] == m * spec.axes[1].kernel * spec.axes[2].kernel
     for i, scalars in enumerate(sorted({weights[0], max(n for n in weights if n < 20)}, reverse=True)):
         for j, (copy, bands, chunk) in enumerate((("task", 2, c), ("whole", 1, c), ("chunk", 1, c // 2))):
@@ -254,6 +254,9 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
         ("in=1x2x3x3x6 co=1 k=3x3x7 s=2 p=1x1x3 dtype=float64", [("task", 1, 1)]),
         # taps that read beside X everywhere
         ("in=1x4x2x3x5 co=1 k=3x1x3 d=6x1x1 p=6x0x1", [("task", 2, 1), ("chunk", 1, 2)]),
+        # as many taps as there may be
+        ("in=1x8x2x4x4 co=2 k=5 s=2 p=2 op=1", [("whole", 1, 1), ("chunk", 2, 1)]),
+        ("in=1x4x3x3x5 co=1 k=6 s=2 p=2", [("task", 1, 1)]),
         # nothing to read before the sums of the first tap
         ("in=1x4x3x1x2 co=1 k=1x1x3 d=1x1x17 p=0x0x17", [("task", 1, 1)]),
     ],
@@ -262,7 +265,7 @@ def test_taps_may_be_summed_at_planes_of_x_as_they_lie(text: str, ways: list[tup
     spec = ConvTranspose3d.parse(text)
     x, w, b = integers(spec)
     c, m, rows = spec.channels_in // spec.groups, spec.channels_out // spec.groups, spec.axes[1].positions
-    lanes, scalars = 8 if spec.dtype == "float64" else 16, max(n for n in weights_by_taps(spec) if n < 20)
+    lanes, scalars = 8 if spec.dtype == "float64" else 16, max(n for n in weights_by_taps(spec, "plane") if n < 26)
     for copy, depth, bands in ways:
         chunk = c // 2 if copy == "chunk" else c
         tiles = llvm.Tiles("plane", lanes, 1, scalars, 1, m, depth, rows, chunk, copy, bands)
