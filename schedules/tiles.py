@@ -41,9 +41,9 @@ _MOST_WOVEN_LAST = 8
 _MOST_OF_ROWS_LAST = (32, 64)
 # There vectors of fewer sums are shuffled more slowly than their elements are written one by one.
 LEAST_WOVEN_LAST = 8
-# Workspaces of a task are so many times smaller than X and Y; sums by taps may have a part of the second cache.
+# Workspaces of a task are so many times smaller than X and Y, or than the second cache.
 _SMALL = 10
-_PART_BY_TAPS = 8
+_PART_OF_SECOND = 8
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
@@ -720,8 +720,9 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
             for bands in (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,):
                 span = (depth, height, chunk, copy, bands, 1, 1, 1, stores[vector])
                 tiles = Tiles(vector, lanes, vectors, scalars, 1, layer.m, *span)  # type: ignore[arg-type]
-                # no task is smaller than a plane
-                worthwhile = _fits if vector == "plane" and depth * bands == 1 else _worthwhile
+                # no task is smaller than a plane, nor than a vector
+                least = vector == "plane" and (depth * bands == 1 or math.prod(layer.sizes[1:]) < lanes)
+                worthwhile = _fits if least else _worthwhile
                 if _over(layer.depth, depth) % bands == 0 and worthwhile(layer, machine, tiles):
                     yield tiles
 
@@ -800,16 +801,19 @@ def _chunks(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[int]:
 
 
 def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
-    """Whether tasks of more than a row are enough for all cores, in cache, and small beside X and Y."""
+    """Whether tasks of more than a row are enough for all cores, in cache, and small."""
     return layer.tasks(t) >= machine.cores and _fits(layer, machine, t)
 
 
 def _fits(layer: _Layer, machine: Machine, t: Tiles) -> bool:
-    """Whether what a task holds fits into the second cache, and is small beside X and Y."""
-    held, small = layer.held(t), layer.tensors // _SMALL
-    if t.by_taps:
-        small = max(small, machine.l2_bytes // _PART_BY_TAPS)
-    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= small
+    """Whether what a task holds fits into the second cache, and is small."""
+    held = layer.held(t)
+    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= _small(layer, machine)
+
+
+def _small(layer: _Layer, machine: Machine) -> int:
+    """Bytes that a task may take: few beside X and Y, or beside what a core has near."""
+    return max(layer.tensors // _SMALL, machine.l2_bytes // _PART_OF_SECOND)
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
@@ -837,7 +841,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
         return t.channels * tiles
     held = layer.held(t)
     fits = machine.l2_bytes // 2 // (held + layer.together * layer.weights(t.channels))
-    small = (layer.tensors // _SMALL - layer.copied(t)) // (held + layer.widening(t))
+    small = (_small(layer, machine) - layer.copied(t)) // (held + layer.widening(t))
     spread = layer.spans(t.depth, t.height) * tiles // machine.cores
     most = max(1, min(fits, small, spread))
     return t.channels * largest_divisor(tiles, most)
