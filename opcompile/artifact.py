@@ -87,11 +87,13 @@ def write(
     *,
     weight: NDArray[Any] | None = None,
     bias: NDArray[Any] | None = None,
+    replacing: Callable[[], None] | None = None,
 ) -> Path:
     """Link ``lowered`` and write its artifact, replacing the one that is in ``into``; return the directory.
 
     ``weight`` is canonical; it and ``bias`` are stored packed when given. A reader of ``into`` sees
-    the old artifact or the new one, and of two writers one comes last. Raises `ArtifactError` where
+    the old artifact or the new one, and of two writers one comes last. ``replacing`` is called when
+    all is written, before it takes its place. Raises `ArtifactError` where
     ``into`` holds anything but an artifact, `CallError` for weights that do not fit, `EngineError`
     when the library cannot be linked.
     """
@@ -118,15 +120,17 @@ def write(
         export_onnx(spec, beside / MODEL, weight=weight, bias=bias)
         return _manifest(lowered, name, sorted(stored))
 
-    return publish(place, fill)
+    return publish(place, fill, replacing)
 
 
-def publish(place: Path, fill: Callable[[Path], dict[str, Any]]) -> Path:
+def publish(place: Path, fill: Callable[[Path], dict[str, Any]], replacing: Callable[[], None] | None = None) -> Path:
     """Let ``fill`` write the files of an artifact and return its manifest, then put it into ``place`` as a whole."""
     require_replaceable(place)
     beside = new_beside(place)
     try:
         _write_manifest(beside, fill(beside))
+        if replacing:
+            replacing()
         put(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -283,15 +287,6 @@ def put(beside: Path, place: Path, require: Callable[[Path], None] | None = None
             if not beside.exists():
                 raise
             # another writer was between its own two steps
-
-
-def remove(place: Path) -> None:
-    """Remove the artifact at ``place``, if there is one. Raises `ArtifactError` where there is anything else."""
-    require_replaceable(place)
-    if place.exists():
-        beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-        place.rename(beside)
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -100,8 +101,9 @@ def compile(
     ``(C, M/g, kD, kH, kW)``) and ``bias`` (``(M,)``), when known, are packed into the artifact of a
     layer. Without ``into`` the directory is a temporary one that lives as long as the process. With
     ``verify`` the outputs are checked first: `VerificationError` when they are wrong, and then the
-    directory is left for inspection. Raises `SpecError`, `TargetError` (also for a target whose code
-    does not run here: `write` makes its directory), `EngineError`.
+    directory is left for inspection, and when nothing could be verified. Raises `SpecError`,
+    `TargetError` (also for a target whose code does not run here: `write` makes its directory),
+    `EngineError`, `ArtifactError` where ``into`` cannot be written or must not be.
     """
     require_layer(spec)
     _require_runs_here(any_target(target))
@@ -110,7 +112,11 @@ def compile(
     loaded = load_any(written)
     if verify:
         report = check(loaded)
-        artifact.store(written, report)
+        try:
+            artifact.store(written, report)
+        except ArtifactError:
+            if report.passed:
+                raise
         if report.failures:
             raise VerificationError(f"{written}: outputs lie beyond the error bound; report.json has the details")
         report.require()
@@ -160,11 +166,17 @@ def _lowered(spec: ConvTranspose3d, machine: Target | GpuTarget, plan: PlanName,
     return lower_gradient(gradient, machine, plan)
 
 
-def _written(lowered: AnyLowered, into: Path, weight: NDArray[Any] | None, bias: NDArray[Any] | None) -> Path:
+def _written(
+    lowered: AnyLowered,
+    into: Path,
+    weight: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    replacing: Callable[[], None] | None = None,
+) -> Path:
     try:
         if isinstance(lowered, LoweredGradient | LoweredGpuGradient):
-            return gradient_artifact.write(lowered, into)
-        return artifact.write(lowered, into, weight=weight, bias=bias)
+            return gradient_artifact.write(lowered, into, replacing=replacing)
+        return artifact.write(lowered, into, weight=weight, bias=bias, replacing=replacing)
     except OSError as error:
         raise _unwritable(into, error) from error
 
@@ -297,13 +309,18 @@ def compile_all(
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")
     if not alone:
-        for b, name in zip(built, names, strict=True):
-            if b.directory is None:  # what an older model had there
-                artifact.remove(place / name)
+        built = [_beside_older(b, place / name) for b, name in zip(built, names, strict=True)]
         fields = {**_origin(given, machine, plan), "derivative": derivative}
         fields["shapes"] = {name: list(shape) for name, shape in (shapes or {}).items()}
         write_index(place, fields, [b.to_json() for b in built])
     return built
+
+
+def _beside_older(built: Built, place: Path) -> Built:
+    """Say of a node that was not compiled that an artifact of an older model is where its own would be."""
+    if built.directory is not None or not place.exists():
+        return built
+    return replace(built, reason=f"{built.reason}; {place} is from an earlier time")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -321,7 +338,7 @@ class _Job:
     def run(self, lowered: dict[ConvTranspose3d, AnyLowered], model: Path | None) -> Built:
         """Compile, write and verify; ``lowered`` remembers what was compiled for an equal layer before.
 
-        The index of ``model``, a directory of several, says from then on that they are being replaced.
+        The index of ``model``, a directory of several, says from the first new artifact on that they are replaced.
         """
         layer, spec = self.layer, self.layer.spec
         if spec is None:
@@ -329,9 +346,8 @@ class _Job:
         self.report("compile")
         if spec not in lowered:
             lowered[spec] = _lowered(spec, self.machine, self.plan, self.derivative)
-        if model:
-            begin_index(model)
-        place = _written(lowered[spec], self.place, layer.weight, layer.bias)
+        replacing = partial(begin_index, model) if model else None
+        place = _written(lowered[spec], self.place, layer.weight, layer.bias, replacing)
         found, reason = self._verified(place, spec) if self.verify else (None, "it was not asked for")
         manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
         return Built(layer.name, spec, place, manifest, found, reason or None)
@@ -349,7 +365,10 @@ class _Job:
             return None, f"code for {self.machine.name} does not run on this machine"
         self.report("verify")
         found = check(simulated(place) if on_gpu else load_any(place))
-        artifact.store(place, found)
+        try:
+            artifact.store(place, found)
+        except ArtifactError as error:  # it is there, and was verified
+            return found, str(error)
         return found, found.unanswered or ""
 
 

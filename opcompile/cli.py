@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from opcompile import __version__
+from opcompile import __version__, interrupts
 from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
 from opcompile.gpus import is_gpu
 
@@ -174,7 +174,8 @@ def _interrupts() -> Iterator[list[int]]:
 
     TVM turns that into an error without a name.
     """
-    seen: list[int] = []
+    seen = interrupts.seen
+    seen.clear()
 
     def note(number: int, _frame: object) -> NoReturn:
         seen.append(number)
@@ -308,7 +309,8 @@ def compile_(
 def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.
 
-    The report is stored in the artifact as report.json, unless DIR cannot be written. Exit code 1: an output is wrong;
+    The report is stored in the artifact as report.json, unless DIR cannot be written, or nothing answered.
+    Exit code 1: an output is wrong;
     2: an artifact is missing or was changed; 3: one could not be asked.
     """
     from opcompile.index import artifacts

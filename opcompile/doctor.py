@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import opcompile
 from opcompile.cuda_driver import device
-from opcompile.errors import EngineError, OpcompileError, TargetError
+from opcompile.errors import EngineError, OpcompileError, RecordError, TargetError
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores, flagged, target
@@ -150,6 +150,10 @@ def _nvcc() -> Finding:
 def _records() -> Finding:
     from opcompile.record import own_folder, shipped_folder
 
+    try:
+        own_folder()
+    except RecordError as error:
+        return Finding("tuned records", "missing", str(error))
     own, shipped = (len(list(folder.glob("*/*.json"))) for folder in (own_folder(), shipped_folder()))
     return Finding("tuned records", "ok", f"{own} of your own in {own_folder()}, {shipped} shipped")
 

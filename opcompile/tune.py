@@ -41,6 +41,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opcompile import interrupts
 from opcompile._journal import Journal
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
@@ -237,6 +238,7 @@ class _Bench:
             try:
                 modules[rank] = llvm.finish(self._schedule(rank).mod, self.spec, self.choices[rank])
             except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
+                interrupts.require_none()
                 self._built[rank] = _Built(rank, "", last_line(str(error)))
         compile_one = partial(_compile, self.machine.tvm(), str(self.folder), _linker(self.machine))
         compiling = {rank: self._pool.submit(compile_one, module) for rank, module in modules.items()}
@@ -247,6 +249,7 @@ class _Bench:
                 except TimeoutError:
                     self._built[rank] = _Built(rank, "", f"compiling took longer than {BUILD_S} s")
                 except Exception as error:  # noqa: BLE001 (whatever it is, it is this candidate's result)
+                    interrupts.require_none()
                     self._built[rank] = _Built(rank, "", last_line(str(error)))
         finally:
             for future in compiling.values():

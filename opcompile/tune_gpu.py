@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opcompile import interrupts
 from opcompile.cuda_driver import require_runs_on
 from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
@@ -211,6 +212,7 @@ def _building(
     try:
         return pool.submit(write, emitted(spec, machine, tiles, plan), declaration_hash(spec, tiles))
     except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)
+        interrupts.require_none()
         failed: _Built = Future()
         failed.set_exception(error)
         return failed

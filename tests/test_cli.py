@@ -567,15 +567,43 @@ def test_a_model_that_was_not_compiled_to_its_end_is_none(tmp_path: Path, monkey
     assert set(artifacts(out)) == {"first", "second"}
 
 
-def test_a_node_that_is_not_compiled_has_no_artifact_of_an_older_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "code"), [("OPCOMPILE_RECORDS", __file__, 2), ("CC", "/nonexistent/cc", 3)]
+)
+def test_what_fails_before_anything_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, code: int
+) -> None:
+    out, path = tmp_path / "out", two_layers(tmp_path, 0)
+    assert invoke("compile", path, "-o", out, "--no-verify").exit_code == 0
+    before = {place: place.read_bytes() for place in out.rglob("*") if place.is_file() and place.name != INDEX}
+    monkeypatch.setenv(variable, value)
+    assert invoke("compile", two_layers(tmp_path, 1), "-o", out, "--no-verify").exit_code == code
+    assert {place: place.read_bytes() for place in out.rglob("*") if place.is_file() and place.name != INDEX} == before
+    if code == 3:
+        assert invoke("verify", out).exit_code == 0
+
+
+def test_an_older_artifact_of_a_node_that_is_not_compiled_is_said(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["-o", out, "--plan", "baseline", "--no-verify"]
     path = saved(upsampling(), tmp_path)
     assert invoke("compile", path, *words).exit_code == 0
-    assert (out / "up").is_dir()
     saved(upsampling(("n", 4, "d", "h", "w")), tmp_path)
-    assert invoke("compile", path, *words).exit_code == 2
-    assert [each.name for each in out.iterdir()] == [INDEX]
+    result = invoke("compile", path, *words)
+    assert (result.exit_code, f"{out / 'up'} is from an earlier time" in result.stdout) == (2, True)
+    assert (out / "up" / "manifest.json").is_file()
+    assert "lists no artifact" in invoke("verify", out).stderr
+
+
+def test_an_artifact_whose_report_does_not_fit_is_there_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("opcompile.artifact.add_report", raising(full))
+    out = tmp_path / "out"
+    result = invoke("compile", saved(upsampling(), tmp_path), "-o", out, "--plan", "baseline")
+    assert (result.exit_code, "takes no report: No space left on device" in result.stdout) == (0, True)
+    assert set(artifacts(out)) == {"up"}
 
 
 def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -1036,6 +1064,12 @@ def test_as_fast_as_asked_is_nothing_that_is_not_timed(monkeypatch: pytest.Monke
     assert result.exit_code == 3
     assert "no engine was timed beside layer" in result.stderr
     assert invoke("bench", LAYER).exit_code == 0
+
+
+def test_doctor_says_what_is_wrong_with_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPCOMPILE_RECORDS", __file__)
+    found = {each["what"]: each for each in json.loads(invoke("doctor", "--json").stdout)["findings"]}
+    assert "which is a file" in found["tuned records"]["found"]
 
 
 def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -902,3 +902,19 @@ def test_a_function_that_calls_itself() -> None:
     )
     with pytest.raises(ModelError, match="not valid ONNX"):
         find(parser.parse_model(text))
+
+
+def test_another_flaw_of_a_model_is_not_taken_for_the_shapes_that_were_given() -> None:
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,1,D,8,8] X, float[1,1,E,8,8] Z, float[3,4] A, float[5,6] B)
+        => (float[1,1,a,b,c] Y, float V, float[m,n] C)
+        <float[1,1,2,2,2] W = {1,1,1,1,1,1,1,1}> {
+            Y = ConvTranspose <strides = [2,2,2]> (X, W)
+            V = ConvTranspose <strides = [2,2,2]> (Z, W)
+            C = MatMul(A, B)
+        }"""
+    )
+    given, open_still = find(model, shapes={"X": (1, 1, 6, 8, 8)})
+    assert given.spec is not None
+    assert open_still.spec is None

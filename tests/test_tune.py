@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from opcompile import interrupts
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.lower import KERNEL, choose, declaration_hash, declared, grain, scheduled
 from opcompile.record import PROVENANCE, Record, find_record
@@ -426,3 +427,14 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         tune(SPEC, trials=1, into=tmp_path / "file" / "records")
     with pytest.raises(RecordError, match=r"file/work cannot be written: Not a directory; give another"):
         tune(SPEC, trials=1, work_dir=tmp_path / "file" / "work")
+
+
+def test_an_interrupt_that_tvm_hides_is_no_failure_of_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_tvm_does(*_: object) -> None:
+        interrupts.seen.append(signal.SIGTERM)
+        raise ValueError
+
+    monkeypatch.setattr(interrupts, "seen", [])
+    monkeypatch.setattr(tuning._Bench, "_schedule", as_tvm_does)
+    with pytest.raises(KeyboardInterrupt):
+        tune(SPEC, trials=TRIALS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,16 @@ if TYPE_CHECKING:
     from opcompile.gradients.lower_gpu import LoweredGpuGradient
 
 
-def write(lowered: LoweredGradient | LoweredGpuGradient, into: str | os.PathLike[str]) -> Path:
+def write(
+    lowered: LoweredGradient | LoweredGpuGradient,
+    into: str | os.PathLike[str],
+    *,
+    replacing: Callable[[], None] | None = None,
+) -> Path:
     """Link ``lowered`` and write its artifact, replacing the one that is in ``into``; return the directory.
 
-    Raises `ArtifactError` where ``into`` holds anything but an artifact, `EngineError` when the library
-    cannot be linked.
+    ``replacing`` is called when all is written, before it takes its place. Raises `ArtifactError` where ``into``
+    holds anything but an artifact, `EngineError` when the library cannot be linked.
     """
     gradient, place = lowered.gradient, Path(into).resolve()
     require_replaceable(place)
@@ -53,7 +59,7 @@ def write(lowered: LoweredGradient | LoweredGpuGradient, into: str | os.PathLike
         (beside / GOLDEN).write_bytes(archive(golden(gradient)))
         return _manifest(lowered, name)
 
-    return publish(place, fill)
+    return publish(place, fill, replacing)
 
 
 def _cpu_files(lowered: LoweredGradient) -> tuple[dict[str, bytes], str]:
