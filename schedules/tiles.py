@@ -28,9 +28,11 @@ _FEW_SUMS = 8
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
 MOST_PHASES = 27
 # For so few output channels of a group may each tap have sums of its own; of so many taps, where these are summed at
-# lines of padded rows, and at planes of X as they lie.
+# lines of padded rows, and at planes of X as they lie. Where channels come last, those of a row are added up at once,
+# so many taps of all together.
 _FEW_OUTPUTS = 8
 _MOST_TAPS = {"taps": 64, "plane": 216}
+_MOST_TAPS_LAST = 512
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and those
@@ -697,7 +699,9 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
     taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
     many = m > _FEW_OUTPUTS or taps > _MOST_TAPS[vector] or phases > MOST_PHASES
-    if many or (spec.layout == "NDHWC" and not weaves(spec)) or not all(axis.landing for axis in spec.axes):
+    if spec.layout == "NDHWC":
+        many |= not weaves(spec) or taps * spec.channels_out > _MOST_TAPS_LAST
+    if many or not all(axis.landing for axis in spec.axes):
         return []
     return [kw * n for n in range(1, kh) if kh % n == 0] + [kw * kh * n for n in range(1, m + 1) if m % n == 0]
 

@@ -187,5 +187,7 @@ def test_sums_by_taps_are_for_rows_that_are_woven() -> None:
     spec = last("in=1x4x3x4x20 co=5 k=3 s=2")
     assert not weights_by_taps(spec, "taps")
     assert not any(e.tiles.by_taps for e in candidates(spec, V4.machine))
+    assert weights_by_taps(last("in=1x4x3x4x20 co=4 k=5 s=2"), "plane")
+    assert not weights_by_taps(last("in=1x4x3x4x20 co=5 k=5"), "plane")  # 625 taps of a row
     tiles = Tiles("taps", 16, 1, 9, 1, 5, 1, 2, 4, "task")
     assert "for sums by taps the layer has too many channels, taps or phases" in str(illegal(asdict(tiles), spec, V4))
