@@ -115,8 +115,8 @@ def compile(
         try:
             artifact.store(written, report)
         except ArtifactError:
-            if report.passed:
-                raise
+            report.require()  # what is wrong is worse than what is not stored
+            raise
         if report.failures:
             raise VerificationError(f"{written}: outputs lie beyond the error bound; report.json has the details")
         report.require()

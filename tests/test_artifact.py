@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -27,7 +28,14 @@ import opcompile
 from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
 from opcompile.cases import tagged
-from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, TargetError
+from opcompile.errors import (
+    ArtifactError,
+    CallError,
+    EngineError,
+    OpcompileError,
+    TargetError,
+    VerificationError,
+)
 from opcompile.gradients.artifact import header as header_of_derivative
 from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
@@ -696,3 +704,18 @@ def test_ziglang_links_for_every_machine(tmp_path: Path, name: str, monkeypatch:
 
 def test_every_error_is_one_of_ours() -> None:
     assert all(issubclass(e, OpcompileError) for e in (ArtifactError, CallError, EngineError, TargetError))
+
+
+def test_a_wrong_artifact_is_said_to_be_wrong_where_its_report_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifact, "add_report", full)
+    with pytest.raises(ArtifactError, match="takes no report: No space left on device"):
+        opcompile.compile(ONE, plan="baseline", into=tmp_path / "right", verify=True)
+    call = Artifact.__call__
+    monkeypatch.setattr(Artifact, "__call__", lambda *given, **named: call(*given, **named) + 1)
+    with pytest.raises(VerificationError, match="comparisons failed"):
+        opcompile.compile(ONE, plan="baseline", into=tmp_path / "wrong", verify=True)
