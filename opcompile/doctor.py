@@ -151,11 +151,11 @@ def _records() -> Finding:
     from opcompile.record import own_folder, shipped_folder
 
     try:
-        own_folder()
+        mine = own_folder()
     except RecordError as error:
         return Finding("tuned records", "missing", str(error))
-    own, shipped = (len(list(folder.glob("*/*.json"))) for folder in (own_folder(), shipped_folder()))
-    return Finding("tuned records", "ok", f"{own} of your own in {own_folder()}, {shipped} shipped")
+    own, shipped = (len(list(folder.glob("*/*.json"))) for folder in (mine, shipped_folder()))
+    return Finding("tuned records", "ok", f"{own} of your own in {mine}, {shipped} shipped")
 
 
 def _small_layer() -> Finding:

@@ -709,19 +709,21 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
 def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Each tap summed by itself, so that a vector of X is loaded once for many: where output channels are few."""
     lanes = machine.vector_bytes // layer.itemsize
-    if spec.layout == "NDHWC" and lanes < LEAST_WOVEN_LAST:
+    weights = {vector: weights_by_taps(spec, vector) for vector in _MOST_TAPS}
+    if not any(weights.values()) or (spec.layout == "NDHWC" and lanes < LEAST_WOVEN_LAST):
         return
     spans = [("taps", *span) for span in _spans(layer, "line", 1)]
     spans += [("plane", depth, layer.height) for depth in sorted({_over(layer.depth, n) for n in _PARTS})]
-    for (vector, depth, height), vectors in product(spans, range(1, 7)):
+    for vectors in range(1, 7):
         fits = machine.l1_bytes // 3 // (vectors * machine.vector_bytes + CACHE_LINE)
         ways = [("task", layer.c), ("whole", layer.c), *(("chunk", chunk) for chunk in _chunks_of_taps(layer, fits))]
-        for scalars, (copy, chunk) in product(weights_by_taps(spec, vector), ways):
-            if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
-                continue
+        for (vector, depth, height), (copy, chunk) in product(spans, ways):
             if (copy, vector) == ("chunk", "taps") and layer.c <= max(fits, _FEW_CHANNELS):
                 continue
-            for bands in (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,):
+            several = (1, 2, 4) if copy != "whole" and (vector == "plane" or depth == 1) else (1,)
+            for scalars, bands in product(weights[vector], several):
+                if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
+                    continue
                 span = (depth, height, chunk, copy, bands, 1, 1, 1, stores[vector])
                 tiles = Tiles(vector, lanes, vectors, scalars, 1, layer.m, *span)  # type: ignore[arg-type]
                 # no task is smaller than a plane, nor than a vector

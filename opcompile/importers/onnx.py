@@ -89,7 +89,6 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
         order(outline.graph)
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
-        flawed = _objection(outline) if shapes else None
         if shapes:
             _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
         _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
@@ -101,9 +100,13 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
         ]
-        missing = any(f.spec is None for f in found)
-        if shapes and missing and flawed is None and (said := _objection(outline)):
-            raise ModelError(f"the model does not take the shapes that were given: {said}; give sizes that it takes")
+        if shapes and any(f.spec is None for f in found) and (said := _objection(outline)):
+            as_it_is, _ = _outline(model)
+            order(as_it_is.graph)
+            if _objection(as_it_is) is None:  # else it is another flaw
+                raise ModelError(
+                    f"the model does not take the shapes that were given: {said}; give sizes that it takes"
+                )
         return _uniquely_named([*found, *_in_functions(outline)])
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
