@@ -31,7 +31,7 @@ MOST_PHASES = 27
 # lines of padded rows, and at planes of X as they lie. Where channels come last, those of a row are added up at once,
 # so many taps of all together.
 _FEW_OUTPUTS = 8
-_MOST_TAPS = {"taps": 64, "plane": 216}
+_MOST_TAPS = {"taps": 64, "plane": 343}
 _MOST_TAPS_LAST = 512
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
@@ -43,9 +43,11 @@ _MOST_WOVEN_LAST = 8
 _MOST_OF_ROWS_LAST = (32, 64)
 # There vectors of fewer sums are shuffled more slowly than their elements are written one by one.
 LEAST_WOVEN_LAST = 8
-# Workspaces of a task are so many times smaller than X and Y, or than the second cache.
+# Workspaces of a task are so many times smaller than X and Y, or than the second cache; than that, sums by taps of an X
+# that is copied before.
 _SMALL = 10
 _PART_OF_SECOND = 8
+_PART_FOR_TAPS = 2
 # Of fewer channels at a time, putting sums down and taking them up again costs more than a cache gives back.
 _LEAST_CHUNK = 8
 # So few channels do not go by chunks through lines of padded rows: that gains nothing.
@@ -814,12 +816,13 @@ def _worthwhile(layer: _Layer, machine: Machine, t: Tiles) -> bool:
 def _fits(layer: _Layer, machine: Machine, t: Tiles) -> bool:
     """Whether what a task holds fits into the second cache, and is small."""
     held = layer.held(t)
-    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= _small(layer, machine)
+    part = _PART_FOR_TAPS if t.by_taps and t.copy == "whole" else _PART_OF_SECOND
+    return held <= machine.l2_bytes and held + layer.widening(t) + layer.copied(t) <= _small(layer, machine, part)
 
 
-def _small(layer: _Layer, machine: Machine) -> int:
+def _small(layer: _Layer, machine: Machine, part: int = _PART_OF_SECOND) -> int:
     """Bytes that a task may take: few beside X and Y, or beside what a core has near."""
-    return max(layer.tensors // _SMALL, machine.l2_bytes // _PART_OF_SECOND)
+    return max(layer.tensors // _SMALL, machine.l2_bytes // part)
 
 
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:

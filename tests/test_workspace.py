@@ -40,16 +40,23 @@ def test_the_workspace_of_real_layers_is_a_tenth_of_the_tensors(layer: Case, mac
     assert used <= 1.1 * allowed(spec, tiles.copy == "whole")
 
 
-@pytest.mark.parametrize("text", ["in=1x512x2x4x4 co=2 k=5 s=2 p=2 op=1", "in=1x256x2x8x2 co=2 k=4 s=2 p=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in=1x512x2x4x4 co=2 k=5 s=2 p=2 op=1",
+        "in=1x256x2x8x2 co=2 k=4 s=2 p=1",
+        "in=1x192x2x8x8 co=2 k=7 s=2 p=3 op=1",
+    ],
+)
 @pytest.mark.parametrize("machine", ["llvm:x86-64-v4", "llvm:znver5"])
-def test_the_workspace_of_small_layers_is_an_eighth_of_the_second_cache(text: str, machine: str) -> None:
+def test_the_sums_of_few_positions_are_half_of_the_second_cache(text: str, machine: str) -> None:
     """Sums of all taps of few positions are more than a tenth of X and Y."""
     spec, on = ConvTranspose3d.parse(text), target(machine)
     tiles, _ = choose(spec, on, "baseline")
     assert (tiles.vector, tiles.copy) == ("plane", "whole")
     planes, rows, columns = (axis.size for axis in spec.axes)
     copied = 4 * spec.channels_in * planes * -(-rows * columns // tiles.columns) * tiles.columns
-    assert allowed(spec, copies=False) < workspace_bytes(spec, tiles) - copied <= on.machine.l2_bytes / 8
+    assert allowed(spec, copies=False) < workspace_bytes(spec, tiles) - copied <= on.machine.l2_bytes / 2
 
 
 def test_the_manifest_says_what_is_used(tmp_path: Path) -> None:
