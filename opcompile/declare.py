@@ -45,8 +45,10 @@ from tvm_ffi import structural_map
 from opcompile.elementary import erf
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
-# Above this many phases, one block each would cost more compile time and code than it saves.
+# Above this many phases with taps, a block each would cost more compile time and code than it saves; above this many
+# phases in all, code that writes each.
 MOST_PHASE_BLOCKS = 27
+MOST_PHASES = 64
 # The type of indices.
 INDEX = "int64"
 
@@ -73,7 +75,9 @@ class Grain:
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
     """Whether the phases of ``spec`` are axes of one block rather than a block each."""
-    return math.prod(len(axis.phases) for axis in spec.axes) > MOST_PHASE_BLOCKS
+    counts = [(len(axis.summed), len(axis.phases)) for axis in spec.axes]
+    summed, every = map(math.prod, zip(*counts, strict=True))
+    return summed > MOST_PHASE_BLOCKS or every > MOST_PHASES
 
 
 def round_up(size: int, grain: int) -> int:

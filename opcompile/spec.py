@@ -249,6 +249,11 @@ class Axis:
         """One `Phase` for each ``o mod stride`` that occurs in the output."""
         return tuple(self.phase(index) for index in range(min(self.stride, self.out)))
 
+    @property
+    def summed(self) -> tuple[Phase, ...]:
+        """Those phases that have taps; outputs of the others are sums of nothing."""
+        return tuple(phase for phase in self.phases if phase.taps)
+
 
 @dataclass(frozen=True, slots=True)
 class Activation:

@@ -35,7 +35,6 @@ from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
 from schedules.tiles import (
     CACHE_LINE,
-    MOST_PHASES,
     Estimate,
     Tiles,
     baseline,
@@ -45,6 +44,7 @@ from schedules.tiles import (
     factors,
     joined,
     length_of_row,
+    phases_apart,
     phases_at_once,
     reach,
     square,
@@ -77,7 +77,7 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     Channels that are multiplied in pairs lie side by side: ``(..., block, 2)``, of C/g/2 pairs.
     Where each tap has sums of its own, the weights of a register tile do (`_tap_tile`), in each channel.
     """
-    if not spec.terms and math.prod(len(axis.phases) for axis in spec.axes) <= MOST_PHASES:
+    if not spec.terms and phases_apart(spec):
         return shape, tuple(range(5))
     cuts, order = _cuts(spec, tiles, shape)
     return tuple(chain.from_iterable(cuts)), order

@@ -25,8 +25,8 @@ _MOST_OF_TURN = 64
 # Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
 # moves most of them from one to the next, and two lie on the stack.
 _FEW_SUMS = 8
-# As `opcompile.declare.MOST_PHASE_BLOCKS`: more phases are axes of one block.
-MOST_PHASES = 27
+# As `opcompile.declare.MOST_PHASE_BLOCKS` and `opcompile.declare.MOST_PHASES`.
+MOST_PHASES = (27, 64)
 # For so few output channels of a group may each tap have sums of its own; of so many taps, where these are summed at
 # lines of padded rows, and at planes of X as they lie. Where channels come last, those of a row are added up at once,
 # so many taps of all together.
@@ -320,16 +320,22 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     return _layer(spec, t).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
 
 
+def phases_apart(spec: ConvTranspose3d) -> bool:
+    """Whether each phase that has taps has a block of its own: what `opcompile.declare.phases_as_axes` denies."""
+    counts = [(len(axis.summed), len(axis.phases)) for axis in spec.axes]
+    summed, every = map(math.prod, zip(*counts, strict=True))
+    return summed <= MOST_PHASES[0] and every <= MOST_PHASES[1]
+
+
 def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
     """Whether register tiles may write Y: where each phase has taps.
 
     Vectors of positions may where the phases of a row are few enough to be woven; vectors of channels, which come last,
     where all phases have as many positions. Functions of float64 are the library's, for one element at a time.
     """
-    phases = math.prod(axis.stride for axis in spec.axes)
-    if spec.sum_dtype == "float64" or phases > MOST_PHASES or of_channels != (spec.layout == "NDHWC"):
+    if spec.sum_dtype == "float64" or of_channels != (spec.layout == "NDHWC") or not phases_apart(spec):
         return False
-    if not all(phase.taps for axis in spec.axes for phase in axis.phases):
+    if any(axis.summed != axis.phases for axis in spec.axes):
         return False
     if of_channels:
         return all(a.out == a.stride * a.positions for a in spec.axes)
@@ -377,8 +383,7 @@ def weaves(spec: ConvTranspose3d) -> bool:
 
 def copies_chunks(spec: ConvTranspose3d) -> bool:
     """Whether a task may copy X of ``spec`` by chunks of its channels: each phase has sums, and channels lie apart."""
-    phases = math.prod(len(axis.phases) for axis in spec.axes)
-    return spec.layout == "NCDHW" and spec.terms > 0 and phases <= MOST_PHASES
+    return spec.layout == "NCDHW" and spec.terms > 0 and phases_apart(spec)
 
 
 def square(spec: ConvTranspose3d, columns: int) -> int:
@@ -476,6 +481,7 @@ class _Layer:
     beside: tuple[float, float, float]
     shared: float
     taps_of_row: int
+    apart: bool
     phases_of_row: int
     phases: int
     outputs: int
@@ -495,7 +501,7 @@ class _Layer:
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, spec: ConvTranspose3d, products: int, own: bool = False) -> _Layer:
-        groups = 1 if own else spec.groups
+        groups, apart = 1 if own else spec.groups, phases_apart(spec)
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
             products=products,
@@ -514,8 +520,9 @@ class _Layer:
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             shared=_shared(spec.axes[2]),
             taps_of_row=sum(phase.taps for phase in spec.axes[2].phases),
+            apart=apart,
             phases_of_row=len(spec.axes[2].phases),
-            phases=math.prod(len(a.phases) for a in spec.axes),
+            phases=max(1, math.prod(len(a.summed if apart else a.phases) for a in spec.axes)),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
             strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
@@ -699,8 +706,8 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
     Rows of taps of one channel, or all that a plane of the kernel has for some channels.
     """
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
-    taps, phases = (math.prod(n) for n in zip(*((a.kernel, len(a.phases)) for a in spec.axes), strict=True))
-    many = m > _FEW_OUTPUTS or taps > _MOST_TAPS[vector] or phases > MOST_PHASES
+    taps = math.prod(axis.kernel for axis in spec.axes)
+    many = m > _FEW_OUTPUTS or taps > _MOST_TAPS[vector] or not phases_apart(spec)
     if spec.layout == "NDHWC":
         many |= not weaves(spec) or taps * spec.channels_out > _MOST_TAPS_LAST
     if many or not all(axis.landing for axis in spec.axes):
@@ -924,9 +931,8 @@ def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, size
     positions = layer.images * sizes.bands * sizes.band
     tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
-    told_apart = layer.phases <= MOST_PHASES  # else one block has taps of all phases
-    no_rows = told_apart and t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
-    no_columns = told_apart and t.trims(layer.width, layer.most_taps[2])
+    no_rows = layer.apart and t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
+    no_columns = layer.apart and t.trims(layer.width, layer.most_taps[2])
     trimmed = (1 - beside_h * no_rows) * (1 - beside_w * no_columns)
     if math.prod(layer.sizes) > _FEW_ELEMENTS:  # fewer sums than hide the latency of one are no faster
         trimmed = max(trimmed, min(1, machine.fma_in_flight / sums))

@@ -21,13 +21,14 @@ from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
 from opcompile.compiled import compiled
-from opcompile.declare import MOST_PHASE_BLOCKS, Grain, Scope, declare, phases_as_axes
+from opcompile import declare as declaration
+from opcompile.declare import Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.reference import linear, reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import MOST_PHASES, candidates, copies_chunks, weights_by_taps
+from schedules.tiles import MOST_PHASES, candidates, copies_chunks, phases_apart, weights_by_taps
 
 # whose vectors hold 16 sums, as tiles here do; where they are narrower, LLVM splits them
 WIDE = target("llvm:x86-64-v4")
@@ -256,7 +257,7 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
         ("in=1x4x2x3x5 co=1 k=3x1x3 d=6x1x1 p=6x0x1", [("task", 2, 1), ("chunk", 1, 2)]),
         # as many taps as there may be
         ("in=1x8x2x4x4 co=2 k=5 s=2 p=2 op=1", [("whole", 1, 1), ("chunk", 2, 1)]),
-        ("in=1x4x3x3x5 co=1 k=6 s=2 p=2", [("task", 1, 1)]),
+        ("in=1x4x3x3x5 co=1 k=7 s=3 p=2", [("task", 1, 1)]),
         # nothing to read before the sums of the first tap
         ("in=1x4x3x1x2 co=1 k=1x1x3 d=1x1x17 p=0x0x17", [("task", 1, 1)]),
     ],
@@ -452,7 +453,23 @@ def test_hundreds_of_phases_are_axes_of_one_block() -> None:
     assert phases_as_axes(spec)
     assert declare(spec).script().count('T.sblock("phase') == 1
     assert not phases_as_axes(case("k5-s3").spec)
-    assert MOST_PHASE_BLOCKS == MOST_PHASES == 27
+
+
+@pytest.mark.parametrize(
+    ("layer", "blocks"),
+    [("k=1 s=4", 1), ("k=2 s=4", 8), ("k=3 s=4", 27), ("k=4 s=4 d=2", 8), ("k=1 s=5", 0), ("k=4 s=8 d=2", 0)],
+)
+def test_phases_without_taps_are_not_summed(layer: str, blocks: int) -> None:
+    """Unless all are axes: because those with taps are many, or those to be written."""
+    spec = ConvTranspose3d.parse(f"in=1x4x2x2x3 co=4 {layer}")
+    assert declare(spec).script().count('T.sblock("phase_') == blocks
+    assert phases_as_axes(spec) == (not blocks) != phases_apart(spec)
+    x, w, b = integers(spec)
+    compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=True).require()
+
+
+def test_schedules_know_which_phases_are_axes() -> None:
+    assert (declaration.MOST_PHASE_BLOCKS, declaration.MOST_PHASES) == MOST_PHASES
 
 
 @pytest.mark.parametrize(
