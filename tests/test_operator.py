@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from kernels import HERE, Kernel, integers, kernel, reals
 from strategies import specs
 
+from opcompile import declare as declaration
 from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import Case, case, tagged
 from opcompile.compiled import compiled
-from opcompile import declare as declaration
 from opcompile.declare import Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
 from opcompile.reference import linear, reference
