@@ -7,6 +7,7 @@ compiler and the C libraries of the others, and stands in for ``cc`` where there
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import shutil
 import subprocess
@@ -23,10 +24,10 @@ from opcompile.target import Target
 
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.
-_SHARED = tuple(_HERE / name for name in ("call.h", "kernel.h"))
+_SHARED = tuple(_HERE / name for name in ("call.h", "kernel.h", "processor.h"))
 _COMPILE = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-I.")
 # Names of files where a compiler works.
-_COMMON, _EXPORTS, _MADE = "common.o", "exports", "made"
+_COMMON, _EXPORTS, _MADE, _TARGET = "common.o", "exports", "made", "target.c"
 # The oldest C library that both architectures have: what zig links runs on every later one.
 _OLDEST_GLIBC = "2.17"
 
@@ -55,10 +56,16 @@ def link_library(
     shared = {path.name: path.read_text() for path in (*common, *_SHARED)}
     kernels = {f"kernel{number}.o": code for number, code in enumerate(objects)}
     listed, flags = (_for_mach_o if target.system == "darwin" else _for_elf)(exports)
-    files: dict[str, str | bytes] = {**shared, **own, **kernels, _EXPORTS: listed}
+    files: dict[str, str | bytes] = {**shared, **own, **kernels, _EXPORTS: listed, _TARGET: _words(target)}
     files[_COMMON] = _compiled(linker, tuple(shared.items()), target)
-    linked = [*(name for name in own if name.endswith(".c")), _COMMON, *kernels]
+    linked = [*(name for name in (*own, _TARGET) if name.endswith(".c")), _COMMON, *kernels]
     return _made([*linker, *_COMPILE, "-shared", *linked, "-o", _MADE, *flags], files, target)
+
+
+def _words(target: Target) -> str:
+    """What ``processor.h`` reads of ``target``, in C."""
+    name, features = json.dumps(target.name), json.dumps(" ".join(target.features))
+    return f"const char target_name[] = {name}, target_features[] = {features};\n"
 
 
 @lru_cache(maxsize=16)
@@ -110,6 +117,7 @@ def _linker(target: Target) -> list[str]:
 def _for_elf(exports: Sequence[str]) -> tuple[str, list[str]]:
     """Export the entries alone, stay loaded (threads may be in the code), leave no symbol open.
 
+    The kernel's symbol is the same in every library: each calls its own, whatever the process has loaded before.
     Nothing for a debugger: the C library's own objects have the paths of their sources.
     """
     listed = f"{{ global: {' '.join(f'{name};' for name in exports)} local: *; }};\n"
@@ -118,6 +126,7 @@ def _for_elf(exports: Sequence[str]) -> tuple[str, list[str]]:
         "-z,nodelete",
         "-z,noexecstack",
         "-z,defs",
+        "-Bsymbolic",
         "--build-id=none",
         "--strip-debug",
     )

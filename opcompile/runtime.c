@@ -52,6 +52,7 @@ static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromC
 EXPORTED const char *opcompile_error(void) { return self.text; }
 
 #include "kernel.h" /* how a kernel is called, and what it calls */
+#include "processor.h"
 
 /* --- parallel loops: a pool of workers that grows on demand ---
  *
@@ -173,6 +174,7 @@ static void grow(int wanted) {
   pthread_attr_destroy(&attributes);
 }
 
+static char lacking[64];         /* the first feature of the target that this processor has not */
 static int environment_threads; /* OPCOMPILE_NUM_THREADS when the library was loaded; 0: unset, -1: malformed */
 
 /* The most threads a call may use when it names none; 0 with an error set. */
@@ -241,6 +243,7 @@ static void after_fork_in_child(void) {
 
 __attribute__((constructor)) static void loaded(void) {
   pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+  if (!lacks_feature(lacking, sizeof lacking)) lacking[0] = '\0';
   const char *given = getenv("OPCOMPILE_NUM_THREADS");
   if (!given || !*given) return;
   char *end;
@@ -257,14 +260,33 @@ static struct tensor of_layer(const void *data, struct shape shape, int64_t batc
   return borrow((void *)data, layer.dtype_code, layer.dtype_bits, sizes, shape.axes, sizes + MOST_AXES);
 }
 
+/* Whether a tensor of so many images has more bytes than there are addresses. */
+static int overflows(struct shape shape, int64_t batch) {
+  int64_t bytes = layer.dtype_bits / 8;
+  for (int axis = 0; axis < shape.axes; axis++)
+    if (__builtin_mul_overflow(bytes, shape.sizes[axis] ? shape.sizes[axis] : batch, &bytes)) return 1;
+  return 0;
+}
+
+static void fail_here(void) {
+  char text[256];
+  snprintf(text, sizeof text, "this library was compiled for %s, and this processor has no %s; compile it for this one",
+           target_name, lacking);
+  fail("RuntimeError", text);
+}
+
 EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
   self.text[0] = '\0';
   self.in_run = 1;
   int status = -1;
-  if (threads < 0 || threads > MOST_THREADS)
+  if (lacking[0])
+    fail_here();
+  else if (threads < 0 || threads > MOST_THREADS)
     fail("ValueError", "threads must be 0 (the default) or from 1 to 1024");
   else if (batch < 1 || (layer.x.sizes[0] && batch != layer.x.sizes[0]))
     fail("ValueError", "batch is not the one this layer was compiled for (at least 1 where that is dynamic)");
+  else if (overflows(layer.x, batch) || overflows(layer.y, batch))
+    fail("ValueError", "batch is so large that x or y would have more than 2^63 bytes");
   else if (!x || !w != !layer.has_w || !y || !b != !layer.has_bias)
     fail("ValueError", layer.nulls);
   else if ((self.threads = threads ? threads : default_threads())) {

@@ -282,6 +282,22 @@ def test_the_headers_declare_the_entries_as_they_are_defined(
         subprocess.run(["cc", *flags, here / "runtime.c"], cwd=tmp_path, check=True)
 
 
+def test_each_library_calls_its_own_kernel_whatever_was_loaded_before(tmp_path: Path) -> None:
+    """All have a kernel of the same name, which a library that is loaded for everybody would give to the next one."""
+    libraries = []
+    for name, activation in (("plain", ""), ("double", " act=leaky_relu:2")):
+        layer = opcompile.compile(ConvTranspose3d.parse(f"in=1x1x1x1x4 co=1 k=1{activation}"), into=tmp_path / name)
+        libraries.append(layer.directory / layer.manifest["library"])
+    program = (
+        "import ctypes, sys\n"
+        "ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
+        "x, w, b, y = ((ctypes.c_float * n)(*[value] * n) for n, value in ((4, -1), (1, 1), (1, 0), (4, 0)))\n"
+        "assert ctypes.CDLL(sys.argv[2]).opcompile_run(1, ctypes.c_int64(1), x, w, b, y) == 0\n"
+        "assert list(y) == [-2] * 4, list(y)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, *libraries], check=True)
+
+
 # --- what is refused ---
 
 

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace as changed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -617,12 +618,12 @@ class Stub:
         self.library.opcompile_run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self.y = np.zeros(4096, np.float32)
 
-    def __call__(self, *words: float, threads: int = 4) -> int:
+    def __call__(self, *words: float, threads: int = 4, batch: int = 1) -> int:
         x = np.zeros(4096, np.float32)
         x[: len(words)] = words
         self.y[:] = 0
         data = self.y.ctypes.data
-        status: int = self.library.opcompile_run(threads, 1, x.ctypes.data, data, data, data)
+        status: int = self.library.opcompile_run(threads, batch, x.ctypes.data, data, data, data)
         return status
 
     @property
@@ -746,6 +747,27 @@ def test_a_workspace_beyond_all_memory(stub: Stub) -> None:
 def test_threads_are_checked_in_c_too(stub: Stub, threads: int) -> None:
     assert stub(1, 1, threads=threads) == -1
     assert "threads" in stub.error
+
+
+@pytest.mark.parametrize(("batch", "right"), [(2**61, False), (2**63 - 1, False), (2**40, True)])
+def test_a_batch_of_more_bytes_than_addresses(stub: Stub, tmp_path: Path, batch: int, right: bool) -> None:
+    """Refused, instead of what is left of the size modulo 2^64."""
+    spec, code = ConvTranspose3d.parse("in=Nx1x1x1x1 co=1 k=1"), (stub.folder / "kernel.o").read_bytes()
+    (tmp_path / "open.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), target("llvm")))
+    dynamic = Stub(tmp_path / "open.so")
+    assert (dynamic(1, 1, batch=batch) == 0) == right
+    assert right or "batch is so large that x or y would have more than 2^63 bytes" in dynamic.error
+
+
+def test_another_processor_is_named_in_c_too(stub: Stub, tmp_path: Path) -> None:
+    """A kernel of instructions that this one lacks is not called."""
+    here, spec = target("llvm"), ConvTranspose3d.parse("in=1x1x16x16x16 co=1 k=9 p=4")
+    better = changed(here, name="llvm:better", features=(*here.features, "telepathy"))
+    code = (stub.folder / "kernel.o").read_bytes()
+    (tmp_path / "better.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), better))
+    there = Stub(tmp_path / "better.so")
+    assert there(1, 1) == -1
+    assert "compiled for llvm:better, and this processor has no telepathy" in there.error
 
 
 # --- the library ---

@@ -90,16 +90,15 @@ def build(operators: Sequence[Operator], target: Target) -> bytes:
     # the kernels of an operator stand in a row; one that several operators call stands there for each
     objects = {kernel.symbol: kernel.lowered.object_code for operator in operators for kernel in operator.kernels}
     host = [_HERE / name for name in ("ops.c", "ort.h", "table.h")]
-    return link_library(host, {"table.c": table(operators, target)}, list(objects.values()), EXPORTS, target)
+    return link_library(host, {"table.c": table(operators)}, list(objects.values()), EXPORTS, target)
 
 
-def table(operators: Sequence[Operator], target: Target) -> str:
+def table(operators: Sequence[Operator]) -> str:
     """Return ``table.c``: every kernel and operator as C sees them."""
     rows = [kernel for operator in operators for kernel in operator.kernels]
     lines = [
         "/* Generated: the kernels that are linked in, and the operators that call them. */",
         '#include "table.h"',
-        f"const char target_name[] = {_quoted(target.name)}, target_features[] = {_quoted(' '.join(target.features))};",
         f"const int kernel_count = {len(rows)}, operator_count = {len(operators)};",
         f"_Atomic uint64_t calls[{len(rows) + 1}];",
     ]

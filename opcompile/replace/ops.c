@@ -38,6 +38,7 @@ HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **par
 static void fail(const char *kind, const char *text) { TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1); }
 
 #include "kernel.h" /* how a kernel is called, and what it calls */
+#include "processor.h"
 
 /* --- parallel loops: in the session's own thread pool --- */
 
@@ -728,35 +729,6 @@ static const OrtCustomOp functions = {
     .GetStartVersion = since,
     .GetEndVersion = every_later,
 };
-
-/* --- this processor --- */
-
-static int has_word(const char *words, const char *word, size_t length) {
-  for (const char *at = words; (at = strstr(at, word)); at += length) {
-    int begins = at == words || strchr(" \t:", at[-1]), ends = strchr(" \t\n", at[length]) != NULL; /* '\0' too */
-    if (begins && ends) return 1;
-  }
-  return 0;
-}
-
-/* Writes the first of the target's features that this processor lacks; returns whether there is one. Linux tells,
- * others do not. */
-static int lacks_feature(char *missing, size_t size) {
-  FILE *file = fopen("/proc/cpuinfo", "r");
-  if (!file) return 0;
-  static char line[16384];
-  int found = 0, lacks = 0;
-  while (!found && fgets(line, sizeof line, file))
-    found = !strncmp(line, "flags", 5) || !strncmp(line, "Features", 8);
-  fclose(file);
-  for (const char *word = target_features; found && !lacks && *word;) {
-    size_t length = strcspn(word, " ");
-    snprintf(missing, size, "%.*s", (int)length, word);
-    lacks = !has_word(line, missing, length);
-    word += length + strspn(word + length, " ");
-  }
-  return lacks;
-}
 
 /* --- the door --- */
 

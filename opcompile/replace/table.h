@@ -31,7 +31,6 @@ struct operator {
   int first, count;      /* of its kernels */
 };
 
-extern HIDDEN const char target_name[], target_features[];
 extern HIDDEN const int kernel_count, operator_count;
 extern HIDDEN const struct kernel kernels[];
 extern HIDDEN const struct operator operators[];
