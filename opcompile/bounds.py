@@ -137,15 +137,15 @@ def _carries(activation: Activation) -> _Carries:
             return _Carries(1.5, of_z=_RATIONAL)
         case "mish":
             return _Carries(1.09, of_z=_ELEMENTARY)
-        case "softplus":
-            return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
+        case "softplus" | "log_sigmoid":
+            return _Carries(1.0, of_y=_ELEMENTARY)
         case "softsign":
             return _Carries(1.0, of_y=_RATIONAL)
         case "tanh":
             return _Carries(1.0, own=_ELEMENTARY)
         case "soft_shrink":
             return _Carries(1.0, of_y=_RATIONAL)
-        case "tanh_shrink" | "log_sigmoid":
+        case "tanh_shrink":
             return _Carries(1.0, own=_ELEMENTARY, of_y=_ELEMENTARY)
         case "squareplus":
             # as it is usually written, it cancels for negative z

@@ -42,7 +42,7 @@ from typing import Any, cast
 from tvm import te, tirx
 from tvm_ffi import structural_map
 
-from opcompile.elementary import erf
+from opcompile.elementary import erf, expm1, log1p, tanh
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
 # Above this many phases with taps, a block each would cost more compile time and code than it saves; above this many
@@ -592,11 +592,11 @@ def _hard_sigmoid(z: Any, alpha: Any, beta: Any) -> Any:
 
 
 def _elu(z: Any, alpha: Any) -> Any:
-    return tirx.Select(z < _const(z, 0), alpha * (tirx.exp(tirx.min(z, _const(z, 0))) - _const(z, 1)), z)
+    return tirx.Select(z < _const(z, 0), alpha * expm1(tirx.min(z, _const(z, 0))), z)
 
 
 def _softplus(z: Any) -> Any:
-    return tirx.max(z, _const(z, 0)) + tirx.log(_const(z, 1) + tirx.exp(-tirx.abs(z)))
+    return tirx.max(z, _const(z, 0)) + log1p(tirx.exp(-tirx.abs(z)))
 
 
 def _mish(z: Any) -> Any:
@@ -612,7 +612,7 @@ def _gelu(z: Any) -> Any:
 
 def _gelu_tanh(z: Any) -> Any:
     inner = _const(z, math.sqrt(2 / math.pi)) * (z + _const(z, 0.044715) * z * z * z)
-    return _const(z, 0.5) * z * (_const(z, 1) + tirx.tanh(inner))
+    return _const(z, 0.5) * z * (_const(z, 1) + tanh(inner))
 
 
 def _squareplus(z: Any) -> Any:
@@ -643,12 +643,12 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "mish": _mish,
     "softplus": _softplus,
     "softsign": lambda z: z / (_const(z, 1) + tirx.abs(z)),
-    "tanh": tirx.tanh,
+    "tanh": tanh,
     "exponential": tirx.exp,
     "hard_tanh": lambda z: _clip(z, -1, 1),
     "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
     "hard_shrink": lambda z: tirx.Select(tirx.abs(z) <= _const(z, 0.5), _const(z, 0), z),
-    "tanh_shrink": lambda z: z - tirx.tanh(z),
+    "tanh_shrink": lambda z: z - tanh(z),
     "log_sigmoid": lambda z: -_softplus(-z),
     "squareplus": _squareplus,
     "sparse_plus": _sparse_plus,

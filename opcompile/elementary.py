@@ -35,18 +35,48 @@ _LOWEST, _HIGHEST = (
 )
 
 
-# TVM's own is for scalars: a row of Y with one would not be written by vectors.
-_VECTOR_ERF = "opcompile.erf"
-if _VECTOR_ERF not in tvm.ir.Op.list_op_names():
-    _ffi_api.RegisterOp(_VECTOR_ERF, "The error function, until it is written out.")
-    for attribute in ("TVectorizable", "TCallEffectKind"):
-        register_op_attr(_VECTOR_ERF, attribute, tvm.ir.Op.get("tirx.exp").get_attr(attribute))
-    register_op_attr(_VECTOR_ERF, "TScriptPrinterName", "erf")
+def _vectors_too(name: str, what: str) -> str:
+    """Register an operator that rows of Y which are written by vectors may have, until it is written out."""
+    if name not in tvm.ir.Op.list_op_names():
+        _ffi_api.RegisterOp(name, what)
+        for attribute in ("TVectorizable", "TCallEffectKind"):
+            register_op_attr(name, attribute, tvm.ir.Op.get("tirx.exp").get_attr(attribute))
+        register_op_attr(name, "TScriptPrinterName", name.rpartition(".")[-1])
+    return name
+
+
+# TVM's own erf is for scalars, and it has no other that keeps what 1 + x rounds away.
+_ERF = _vectors_too("opcompile.erf", "The error function.")
+_LOG1P = _vectors_too("opcompile.log1p", "The logarithm of 1 + x, for x from 0 to 1.")
+_EXPM1 = _vectors_too("opcompile.expm1", "exp(x) - 1, for x that are not positive.")
 
 
 def erf(x: Any) -> Any:
-    """The error function, to be written out by one of the next two, unless it is in float64."""
-    return tirx.erf(x) if x.ty.dtype == "float64" else tirx.call_intrin(x.ty.dtype, _VECTOR_ERF, x)
+    """The error function, to be written out by one of the next two, unless it is in float64; as the other three are."""
+    return tirx.erf(x) if _is_double(x) else tirx.call_intrin(x.ty.dtype, _ERF, x)
+
+
+def log1p(x: Any) -> Any:
+    """``log(1 + x)``, for x from 0 to 1."""
+    return _of_library("log1p", x) if _is_double(x) else tirx.call_intrin(x.ty.dtype, _LOG1P, x)
+
+
+def expm1(x: Any) -> Any:
+    """``exp(x) - 1``, for x that are not positive."""
+    return _of_library("expm1", x) if _is_double(x) else tirx.call_intrin(x.ty.dtype, _EXPM1, x)
+
+
+def tanh(x: Any) -> Any:
+    """The hyperbolic tangent: TVM's own of float64 has the error of one, however small it is."""
+    return _of_library("tanh", x) if _is_double(x) else tirx.tanh(x)
+
+
+def _is_double(x: Any) -> bool:
+    return bool(x.ty.dtype == "float64")
+
+
+def _of_library(name: str, x: Any) -> Any:
+    return tirx.call_pure_extern(x.ty.dtype, name, x)
 
 
 def by_polynomials(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
@@ -60,15 +90,14 @@ def by_polynomials(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
 
 
 def by_exponentials(expression: Any) -> Any:
-    """``expression``, or a statement, with its tanh as exponentials and, in float32, its erf as arithmetic.
+    """``expression``, or a statement, with tanh, expm1 and log1p as exponentials and logarithms, and erf as arithmetic.
 
-    For compilers that have no such functions, or slow ones.
+    For compilers that have no such functions, or slow ones. In float32.
     """
 
     def written(call: tvm.ir.Call) -> Any:
-        if _named(call) == "tirx.tanh":
-            return _tanh(call.args[0], tirx.exp(_falling(call.args[0])))
-        return _erf(call.args[0]) if _named(call) == _VECTOR_ERF else call
+        formula = _BY_EXPONENTIALS.get(_named(call))
+        return formula(call.args[0]) if formula else call
 
     return structural_map(expression, (tvm.ir.Call, written))
 
@@ -84,16 +113,40 @@ def _exp(x: Any) -> Any:
     """
 
     def of(rounded: Any) -> Any:
-        n = rounded - _like(x, _ROUNDING)
-        r = x - n * _like(x, _LN2_HIGH) - n * _like(x, _LN2_LOW)
-        value = _let(r, lambda r: _polynomial(r, _exp_terms()))
+        value = _let(_reduced(x, rounded), lambda r: _polynomial(r, _exp_terms()))
         # the low bits of `rounded` are those of n, and the shift drops the others
         scaled = tirx.reinterpret(x.ty.dtype, _bits(value) + (_bits(rounded) << _MANTISSA_BITS))
         # infinity, or NaN, that of x
         beyond = x * _like(x, _HUGE)
         return tirx.Select(x <= _like(x, _HIGHEST), tirx.Select(x >= _like(x, _LOWEST), scaled, _like(x, 0)), beyond)
 
-    return _let(x * _like(x, 1 / math.log(2)) + _like(x, _ROUNDING), of)
+    return _let(_in_powers(x), of)
+
+
+def _in_powers(x: Any) -> Any:
+    """``x / ln 2`` as a whole number, in the low bits."""
+    return x * _like(x, 1 / math.log(2)) + _like(x, _ROUNDING)
+
+
+def _reduced(x: Any, rounded: Any) -> Any:
+    """What remains of ``x``, between -ln(2)/2 and ln(2)/2."""
+    n = rounded - _like(x, _ROUNDING)
+    return x - n * _like(x, _LN2_HIGH) - n * _like(x, _LN2_LOW)
+
+
+def _expm1(x: Any) -> Any:
+    """``2^n * (exp(r) - 1) + (2^n - 1)``, for x that are not positive; -1 below -17, where float32 has nothing nearer.
+
+    Within 3 units of roundoff.
+    """
+    low = tirx.max(_like(x, -17), x)  # in this order, NaN comes through
+
+    def of(rounded: Any) -> Any:
+        scale = tirx.reinterpret(x.ty.dtype, (_bits(rounded) << _MANTISSA_BITS) + _bits_of(x, 1))
+        value = _let(_reduced(low, rounded), lambda r: r + r * r * _polynomial(r, _expm1_terms()))
+        return _let(scale, lambda scale: scale * value + (scale - _like(x, 1)))
+
+    return _let(_in_powers(low), of)
 
 
 def _log(x: Any) -> Any:
@@ -113,15 +166,32 @@ def _log_near_one(f: Any, exponent: Any) -> Any:
     return exponent.astype(f.ty.dtype) * _like(f, math.log(2)) + (f + f * f * _polynomial(f, _log_terms()))
 
 
+def _log1p(x: Any) -> Any:
+    """``x * p(x)`` with a polynomial of degree 11, for x from 0 to 1. Within 3 units of roundoff."""
+    return x * _polynomial(x, _log1p_terms())
+
+
 def _falling(x: Any) -> Any:
-    """``-2*|x|``, whose exponential, of which `_tanh` is made, cannot overflow."""
+    """``-2*|x|``, of whose exponential, less one, `_tanh` is made."""
     return _like(x, -2) * tirx.abs(x)
 
 
-def _tanh(x: Any, e: Any) -> Any:
-    """Of ``x`` and ``e = exp(-2*|x|)``."""
-    magnitude = (_like(x, 1) - e) / (_like(x, 1) + e)
-    return tirx.Select(x >= _like(x, 0), magnitude, -magnitude)
+def _tanh(x: Any, less_one: Any) -> Any:
+    """Of ``x`` and ``exp(-2*|x|) - 1``."""
+    magnitude = -less_one / (_like(x, 2) + less_one)
+    return tirx.Select(x > _like(x, 0), magnitude, -magnitude)
+
+
+def _expm1_by_exp(x: Any) -> Any:
+    """The difference, but near 0, where it cancels, the power series; for x that are not positive."""
+    series = x * _polynomial(x, tuple(1 / math.factorial(n) for n in range(1, 7)))
+    return tirx.Select(x > _like(x, -0.25), series, tirx.exp(x) - _like(x, 1))
+
+
+def _log1p_by_log(x: Any) -> Any:
+    """The same for a logarithm, for x that are not negative."""
+    series = x * _polynomial(x, tuple((-1) ** (n + 1) / n for n in range(1, 6)))
+    return tirx.Select(x < _like(x, 1 / 32), series, tirx.log(_like(x, 1) + x))
 
 
 def _erf(x: Any) -> Any:
@@ -136,8 +206,16 @@ def _erf(x: Any) -> Any:
 _ARITHMETIC: dict[str, Callable[[Any], Any]] = {
     "tirx.exp": _exp,
     "tirx.log": _log,
-    "tirx.tanh": lambda x: _let(_let(_falling(x), _exp), lambda e: _tanh(x, e)),
-    _VECTOR_ERF: _erf,
+    "tirx.tanh": lambda x: _let(_let(_falling(x), _expm1), lambda less_one: _tanh(x, less_one)),
+    _ERF: _erf,
+    _EXPM1: _expm1,
+    _LOG1P: lambda x: _let(x, _log1p),
+}
+_BY_EXPONENTIALS: dict[str, Callable[[Any], Any]] = {
+    "tirx.tanh": lambda x: _tanh(x, _expm1_by_exp(_falling(x))),
+    _ERF: _erf,
+    _EXPM1: _expm1_by_exp,
+    _LOG1P: _log1p_by_log,
 }
 
 
@@ -149,6 +227,19 @@ def _exp_terms() -> tuple[float, ...]:
     """Exponential between -ln(2)/2 and ln(2)/2."""
     half = math.log(2) / 2
     return _interpolated(np.exp, -half, half, 6)
+
+
+@cache
+def _expm1_terms() -> tuple[float, ...]:
+    """``(exp(r) - 1 - r) / r^2`` there."""
+    half = math.log(2) / 2
+    return _interpolated(lambda r: (np.expm1(r) - r) / (r * r), -half, half, 5)
+
+
+@cache
+def _log1p_terms() -> tuple[float, ...]:
+    """``log(1 + x)/x`` between 0 and 1."""
+    return _interpolated(lambda x: np.log1p(x) / x, 0, 1, 11)
 
 
 @cache

@@ -6,16 +6,20 @@ import math
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import tvm
+from gpu_kernels import CUDA, METAL, lowered, simulated
+from kernels import kernel
 from numpy.typing import NDArray
 from tvm import s_tir, te, tirx
 
+from opcompile import elementary
 from opcompile.compiled import compiled
-from opcompile.elementary import erf
 from opcompile.lower import lower
+from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 
@@ -34,7 +38,7 @@ def every_float32(step: int) -> Array:
 @cache
 def function(name: str, lanes: int) -> Callable[[Array], Array]:
     x = te.placeholder((SIZE,), "float32", name="X")
-    y = te.compute((SIZE,), lambda i: (erf if name == "erf" else getattr(tirx, name))(x(i)), name="Y")
+    y = te.compute((SIZE,), lambda i: getattr(elementary if hasattr(elementary, name) else tirx, name)(x(i)), name="Y")
     schedule = s_tir.Schedule(te.create_prim_func([x, y]).with_attr("global_symbol", "main"))
     if lanes > 1:
         (i,) = schedule.get_loops(schedule.get_sblock("Y"))
@@ -97,8 +101,38 @@ def test_hyperbolic_tangent_and_error_function(lanes: int) -> None:
     # of a range of one; what the bound grants is 8
     assert np.all(np.abs(function("tanh", lanes)(x) - np.tanh(x.astype(np.float64))) <= 4 * UNIT)
     assert np.all(np.abs(function("erf", lanes)(x) - exact) <= 4 * UNIT)
-    for name in ("tanh", "erf"):
+    for name in ("tanh", "erf", "expm1", "log1p"):
         assert np.isnan(function(name, lanes)(np.array([np.nan], np.float32))).all()
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_what_is_near_zero_keeps_its_digits(lanes: int) -> None:
+    x = every_float32(4093)
+    x = np.concatenate([x[np.abs(x) >= SMALLEST], np.linspace(0, 1, 1 << 16, dtype=np.float32)[1:]])
+    for name, exact, some in (
+        ("tanh", np.tanh, x),
+        ("expm1", np.expm1, np.concatenate([-np.abs(x), -32 * np.abs(x[np.abs(x) < 1])])),
+        ("log1p", np.log1p, x[(x > 0) & (x <= 1)]),
+    ):
+        right = exact(some.astype(np.float64))
+        assert np.all(np.abs(function(name, lanes)(some) - right) <= 4 * UNIT * np.abs(right)), name
+        assert not function(name, lanes)(np.zeros(1, np.float32)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("on", ["llvm", CUDA, METAL], ids=["llvm", "cuda", "metal"])
+def test_no_activation_loses_what_is_near_zero(dtype: str, on: Any) -> None:
+    """Softplus of -20 is 2e-9, whose logarithm is a number."""
+    if on == METAL and dtype == "float64":
+        return
+    z = np.concatenate([np.logspace(-9, 1.3, 40), -np.logspace(-9, 1.3, 40)]).astype(dtype)
+    unit = UNIT if dtype == "float32" else 2.0**-53
+    for name in ("softplus", "log_sigmoid", "tanh", "elu", "selu"):
+        spec = ConvTranspose3d.parse(f"in=1x1x1x1x{z.size} co=1 k=1 bias=0 act={name} dtype={dtype}")
+        x, w = z.reshape(spec.x_shape), np.ones(spec.w_shape, dtype)
+        exact = reference(spec, x.astype(np.float64), w.astype(np.float64))
+        run = kernel(spec) if on == "llvm" else simulated(lowered(spec, on))
+        assert np.all(np.abs(run(x, w) - exact) <= 64 * unit * np.abs(exact)), name
 
 
 @pytest.mark.parametrize(
