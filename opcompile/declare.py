@@ -612,7 +612,7 @@ def _gelu(z: Any) -> Any:
 
 def _gelu_tanh(z: Any) -> Any:
     inner = _const(z, math.sqrt(2 / math.pi)) * (z + _const(z, 0.044715) * z * z * z)
-    return _const(z, 0.5) * z * (_const(z, 1) + tanh(inner))
+    return _const(z, 0.5) * z * (_const(z, 1) + tirx.tanh(inner))
 
 
 def _squareplus(z: Any) -> Any:

@@ -892,7 +892,7 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 # but multiplying takes a quarter of the cycles (`Machine.overhead`, fitted with `Machine.settling`, what a load takes
 # and lines of X from the second cache to 1500 of 99 layers there): the first is 3 % slower than the best, and so it
 # is where tiles write rows of Y, fitted to 1372 of 87 there; 5 % for few output channels whose taps overlap, with
-# copies of planes fitted to 200 of 13 there.
+# copies of planes fitted to 200 of 13 there, and what adding up masked sums costs to 75 of 29.
 
 
 # Bytes of X that come from the second cache in a cycle where vectors are of positions; of channels, `Machine.l2_rate`.
@@ -973,7 +973,9 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     in_first, in_second = min(1, sizes.held / machine.l1_bytes), min(1, sizes.held / machine.l2_bytes)
     weaving = 4.4 if transposed else 0.8 + 1.2 * in_first + 0.4 * in_second
     if t.by_taps:  # those of its phase are added up
-        weaving += 2.2 * layer.taps / layer.phases / t.lanes
+        summed = layer.taps / layer.phases
+        masked = (0 if layer.channels_first else 8 / layer.phases) + 0.2 * summed if t.vector == "plane" else 0
+        weaving += (2.2 + masked) * summed / t.lanes
     by_tiles = t.woven == "tile" and t.of_channels
     if by_tiles or (layer.own and t.bands_m > 1):  # few lines of each position at a time, far apart, or half a line
         of_position = (t.channels if by_tiles else t.task) * layer.itemsize
