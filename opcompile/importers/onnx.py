@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
@@ -83,19 +84,11 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
     valid ONNX model, `CallError` for a source of another type, and shapes that are none.
     """
-    try:
+    with _texts():
         model, folder = _read(source)
-        outline, tensors = _outline(model)
-        order(outline.graph)
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
-        if shapes:
-            _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
-        _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
-        for step in (_check, _inline, _infer):
-            outline = _refine(outline, step)
-        while _settle(outline.graph, tensors):
-            outline = _refine(outline, _infer)
+        outline, tensors = _understood(model, folder, shapes)
         found = [
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
@@ -108,35 +101,59 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
                     f"the model does not take the shapes that were given: {said}; give sizes that it takes"
                 )
         return _uniquely_named([*found, *_in_functions(outline)])
+
+
+def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
+
+    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
+    Model-local functions are inlined, for each call of one may have paddings of its own. A node that `find` lists
+    with a reason stays as it is. Raises as `find` does.
+    """
+    with _texts():
+        model, folder = _read(source)
+        outline, tensors = _understood(model, folder)
+        for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import)):
+            with suppress(OpcompileError):
+                _write_pads(node, _spec(node, scope))
+    said = onnx.ModelProto()
+    said.CopyFrom(model)
+    for field in ("functions", "opset_import"):
+        said.ClearField(field)
+        getattr(said, field).extend(getattr(outline, field))
+    said.graph.ClearField("node")
+    said.graph.node.extend(outline.graph.node)
+    if folder is not None:
+        onnx.load_external_data_for_model(said, str(folder))
+    return said
+
+
+# --- reading: from a source to an outline that shape inference understands ---
+
+
+@contextmanager
+def _texts() -> Iterator[None]:
+    """Raise `ModelError` where a text in the model cannot be read."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
 
 
-def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
-
-    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
-    A node that cannot be read stays as it is. Raises `ModelError` as `find` does.
-    """
-    specs = {found.output: found.spec for found in find(source) if found.spec is not None}
-    model, folder = _read(source)
-    order(model.graph)
-    if folder is not None:
-        onnx.load_external_data_for_model(model, str(folder))
-
-    def spell_out(graph: onnx.GraphProto) -> None:
-        for node in graph.node:
-            if _is_conv_transpose(node) and node.output[0] in specs:
-                _write_pads(node, specs[node.output[0]])
-            for attribute in node.attribute:
-                for subgraph in _subgraphs(attribute):
-                    spell_out(subgraph)
-
-    spell_out(model.graph)
-    return model
-
-
-# --- reading: from a source to an outline that shape inference understands ---
+def _understood(
+    model: onnx.ModelProto, folder: Path | None, shapes: Shapes | None = None
+) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
+    """Return a model's outline, in order, functions inlined and shapes inferred, and its large tensors by name."""
+    outline, tensors = _outline(model)
+    order(outline.graph)
+    if shapes:
+        _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
+    _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
+    for step in (_check, _inline, _infer):
+        outline = _refine(outline, step)
+    while _settle(outline.graph, tensors):
+        outline = _refine(outline, _infer)
+    return outline, tensors
 
 
 def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | None]:
