@@ -273,6 +273,29 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
         keras.find(first)
 
 
+@pytest.mark.parametrize("ending", ["m.keras", "m.weights.h5"])
+def test_a_layer_of_keras_s_files_by_its_own_name(ending: str, tmp_path: Path) -> None:
+    """The groups count the layers of a class, so that a group may have the name of another layer."""
+    layers, path = pytest.importorskip("keras").layers, tmp_path / ending
+    names = ("conv3d_transpose_1", "up_1", "conv3d_transpose")
+    kernels = [layers.Conv3DTranspose(m, 2, name=name) for m, name in zip((5, 6, 7), names, strict=True)]
+    inside = pytest.importorskip("keras").Sequential([layers.Conv3DTranspose(3, 2, name="up_1")], name="inside")
+    model = pytest.importorskip("keras").Sequential([layers.Input((2, 2, 2, 3)), *kernels, inside])
+    model.save_weights(path) if ending.endswith("h5") else model.save(path)
+    for m, name in ((5, "conv3d_transpose_1"), (6, "layers/up_1"), (7, "layers/conv3d_transpose_2")):
+        weight, bias = files.layer_arrays(path, name)
+        assert (weight.shape[3], bias.shape) == (m, (m,))  # type: ignore[union-attr]
+    both = r"up_1 \(layers/conv3d_transpose_1\)"
+    with pytest.raises(
+        ModelError, match=rf"may mean 2 layers .*conv3d_transpose_1 \(layers/conv3d_tr.*\), {both}; say"
+    ):
+        files.layer_arrays(path, "layers/conv3d_transpose_1")
+    with pytest.raises(ModelError, match=rf"may mean 2 layers .*{both}, up_1 \(layers/sequential/layers/conv3d_tr"):
+        files.layer_arrays(path, "up_1")
+    with pytest.raises(ModelError, match=rf"has no layer 'up'; layers with 5-D weights are: conv3d_.*{both}, conv3d_"):
+        files.layer_arrays(path, "up")
+
+
 def test_a_backend_that_keras_does_not_know() -> None:
     pytest.importorskip("keras")
     command = [sys.executable, "-c", "from opcompile.importers import keras\nkeras.find('m.keras')"]
