@@ -357,6 +357,32 @@ def test_layers_inside_of_others_are_found() -> None:
     assert [f.name for f in keras.find(wrapped)] == ["wrapped"]
 
 
+def test_a_layer_has_the_shapes_that_the_model_calls_it_with() -> None:
+    """Not those it was built with, nor those of another model; once each, under names of their own."""
+    real = pytest.importorskip("keras")
+    layer = real.layers.Conv3DTranspose(2, 2, name="up", kernel_initializer="zeros")
+    layer.build((None, 9, 9, 9, 4))
+    small, large, other = (real.Input((n, n, n, 4)) for n in (2, 3, 5))
+    real.Model(other, layer(other))
+    found = keras.find(real.Model([small, large], [layer(small), layer(large), layer(small)]))
+    assert [f.name for f in found] == ["up", "up_2"]
+    assert [f.layer.spec.x_shape[1:4] for f in found if f.layer] == [(2, 2, 2), (3, 3, 3)]
+    assert not any(f.layer.remarks for f in found if f.layer)
+    inner = real.Sequential([real.Input((2, 2, 2, 4)), layer])
+    (nested,) = keras.find(real.Sequential([inner]))
+    assert nested.layer is not None
+    assert nested.layer.spec.x_shape[1:4] == (2, 2, 2)
+
+
+def test_a_layer_whose_calls_keras_does_not_note_says_so() -> None:
+    real = pytest.importorskip("keras")
+    up = real.layers.Conv3DTranspose(2, 2, kernel_initializer="zeros")
+    (found,) = keras.find(real.Sequential([real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(up)]))
+    assert found.layer is not None
+    assert found.layer.spec.x_shape == (None, 3, 4, 5, 4)
+    assert any("that this one was built with" in remark for remark in found.layer.remarks)
+
+
 def test_a_mixed_policy_computes_in_its_half() -> None:
     real = pytest.importorskip("keras")
     layer, x = real.layers.Conv3DTranspose(2, 2, dtype="mixed_float16"), drawn(1, 2, 2, 2, 4)

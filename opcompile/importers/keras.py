@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from opcompile.importers.imported import (
     kind_name,
     repeated,
     shape_of,
+    unique,
     whole,
 )
 from opcompile.say import keras_words
@@ -228,6 +229,8 @@ def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Importe
 def find(source: Any) -> list[Found]:
     """Return the ``Conv3DTranspose`` layers of a Keras model, or of its ``.keras`` file, nested ones included.
 
+    A layer that the model calls with several shapes comes once for each. Inside of a layer of one's own Keras notes
+    no calls: there it has the sizes that it was built with, which a remark says.
     Loading such a file runs no code of it (Keras's safe mode). Raises `ModelError` for what is no such
     model, `EngineError` without Keras.
     """
@@ -242,15 +245,30 @@ def find(source: Any) -> list[Found]:
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
     # the public `layers` knows nothing of wrapped layers, nor of those inside of a layer of one's own
-    inside = model._flatten_layers(include_self=False)
-    return [_found(layer) for layer in inside if _kind(layer)]
+    inside = model._flatten_layers()
+    graphs = [getattr(part, "_functional", None) or part for part in inside]
+    calls = {id(node) for g in graphs for nodes in getattr(g, "_nodes_by_depth", {}).values() for node in nodes}
+    found = [f for layer in inside if _kind(layer) for f in _found(layer, calls)]
+    names = unique(f.name for f in found)
+    return [replace(f, name=name) for f, name in zip(found, names, strict=True)]
 
 
-def _found(layer: Any) -> Found:
+def _found(layer: Any, calls: Container[int]) -> list[Found]:
+    """Read a layer once for each shape that it is called with in the graphs whose nodes ``calls`` holds."""
+    shapes = [(None, *node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes if id(node) in calls]
+    return [_read(layer, shape) for shape in dict.fromkeys(shapes)] or [_read(layer)]
+
+
+def _read(layer: Any, shape: Any = None) -> Found:
     try:
-        return Found(layer.name, from_layer(layer))
+        read = from_layer(layer, shape)
     except OpcompileError as error:
         return Found(layer.name, None, str(error))
+    remarks = read.remarks if shape else (*read.remarks, _AS_BUILT)
+    return Found(layer.name, replace(read, remarks=remarks))
+
+
+_AS_BUILT = "Keras notes no calls inside of another layer: the sizes are those that this one was built with"
 
 
 def _kind(layer: Any) -> Any:

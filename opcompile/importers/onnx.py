@@ -36,6 +36,7 @@ from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
 from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
+from opcompile.importers.imported import unique
 from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
@@ -100,7 +101,8 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
                 raise ModelError(
                     f"the model does not take the shapes that were given: {said}; give sizes that it takes"
                 )
-        return _uniquely_named([*found, *_in_functions(outline)])
+        found += _in_functions(outline)
+        return [replace(f, name=name) for f, name in zip(found, unique(f.name for f in found), strict=True)]
 
 
 def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.ModelProto:
@@ -708,17 +710,3 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
         for function in outline.functions
         for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)
     ]
-
-
-def _uniquely_named(found: Sequence[Found]) -> list[Found]:
-    """Append _2, _3 ... to a name that was taken before."""
-    taken: set[str] = set()
-    result = []
-    for f in found:
-        name, number = f.name, 1
-        while name in taken:
-            number += 1
-            name = f"{f.name}_{number}"
-        taken.add(name)
-        result.append(replace(f, name=name))
-    return result
