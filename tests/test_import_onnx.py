@@ -350,6 +350,14 @@ def test_a_tensor_with_too_little_data_is_a_reason() -> None:
     assert "W holds no [2, 40, 3, 3, 3] tensor" in reason_of(layer(b="", initializers=[w]))
 
 
+def test_sparse_weights_are_a_reason() -> None:
+    values, indices = tensor("W", np.ones(1, np.float32)), tensor("", np.zeros(1, np.int64))
+    model = one_node((1, 2, 3, 3, 3), None)
+    del model.graph.input[1]
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [2, 1, 2, 2, 2]))
+    assert reason_of(model).startswith("W (W) is a sparse initializer, and such weights are not read; store it as")
+
+
 def test_a_tensor_without_a_type_is_a_reason() -> None:
     w = tensor("W", integers((2, 40, 3, 3, 3)))
     w.data_type = TensorProto.UNDEFINED
@@ -925,6 +933,15 @@ def test_bytes_that_are_no_model(data: bytes, tmp_path: Path) -> None:
         find(path)
     with pytest.raises(ModelError, match="these bytes cannot be read"):
         find(data)
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.keras", "m.h5", "m.weights.h5", "m.pt", "m.npz"])
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 not a model"])
+def test_a_file_of_another_system_names_its_reader(name: str, data: bytes, tmp_path: Path) -> None:
+    readers = {"m.pt2": "importers.torch.find", "m.keras": "importers.keras.find", "m.h5": "as .keras"}
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=rf"{name} is no ONNX model.*{readers.get(name, 'files.layer_arrays')}"):
+        find(tmp_path / name)
 
 
 def test_a_truncated_model() -> None:

@@ -203,6 +203,24 @@ def test_a_state_dict_inside_of_a_checkpoint(tmp_path: Path) -> None:
         files.layer_arrays(tmp_path / "list.pt", "0")
 
 
+def test_files_of_pytorch_that_are_of_another_kind(tmp_path: Path) -> None:
+    """A module or TorchScript where weights are read, and what torch.save wrote where a program is."""
+    real, model = pytest.importorskip("torch"), decoder()
+    for ending in ("pt", "pt2"):
+        real.save(model, tmp_path / f"module.{ending}")
+        real.save(model.state_dict(), tmp_path / f"state.{ending}")
+        real.jit.trace(model, real.ones(1, 4, 3, 4, 5)).save(tmp_path / f"script.{ending}")
+    for name in ("module.pt", "script.pt"):
+        with pytest.raises(ModelError, match=rf"{name} holds more than tensors, .*; save the module's state_dict\(\)$"):
+            files.layer_arrays(tmp_path / name, "0")
+    words = {"script": "it is TorchScript", "state": "it holds a state dict or a pickled module"}
+    for name, said in {**words, "module": words["state"]}.items():
+        with pytest.raises(ModelError, match=rf"{name}\.pt2 as a torch.export program: {said}; save .*export\.save"):
+            torch.find(tmp_path / f"{name}.pt2")
+    with pytest.raises(ModelError, match=r"there is no file '.*none\.pt2'"):
+        torch.find(tmp_path / "none.pt2")
+
+
 def test_a_tensor_that_has_no_plain_values_is_refused() -> None:
     real = pytest.importorskip("torch")
     layer, w = torch.ConvTranspose3d(2, 3, 2, bias=False, input=(1, 2, 2, 2, 2)), real.ones(2, 3, 2, 2, 2)
@@ -269,6 +287,8 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
     (tmp_path / "bad.keras").write_bytes(b"nothing")
     with pytest.raises(ModelError, match=r"bad\.keras"):
         keras.find(tmp_path / "bad.keras")
+    with pytest.raises(ModelError, match=r"there is no file '.*none\.keras'"):
+        keras.find(tmp_path / "none.keras")
     with pytest.raises(ModelError, match="is not a Keras model"):
         keras.find(first)
 

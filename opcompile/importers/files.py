@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     text = os.fspath(path)
     for ending, reader in _READERS.items():
         if text.endswith(ending):
+            if not os.path.isfile(text):
+                raise ModelError(f"there is no file {text!r}; name one of {_ENDINGS}")
             try:
                 return {name: _with_type(a) for name, a in reader(Path(text)).items()}
             except (EngineError, ModelError):
@@ -112,7 +115,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict, or a checkpoint that holds one: as ``state_dict`` or ``model``, or with its key in names."""
     torch = _package("torch", "torch")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError) as error:
+        raise ModelError(
+            f"{path} holds more than tensors, or is damaged, and no pickled objects are read; save the module's "
+            "state_dict()"
+        ) from error
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a state dict; save the module's state_dict()")
     for key in ("state_dict", "model"):

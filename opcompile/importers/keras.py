@@ -8,6 +8,7 @@ the shape that PyTorch gives with padding and output_padding, one voxel further 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -133,7 +134,10 @@ def Conv3DTranspose(
     spatial = [sizes[letter] for letter in "DHW"]
     for n in (*spatial, sizes["C"]):
         if not isinstance(n, int):
-            raise SpecError(f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes")
+            raise SpecError(
+                f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes: to one layer of a "
+                "model by keras.from_layer(layer, input), to all by a keras.Input that has them"
+            )
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     places = [
         _place(i, k, s, same, None if extra is None else extra[at])
@@ -198,6 +202,12 @@ def layer_conv_3d_transpose(
 
 def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -> Imported:
     """Read the configuration of a layer, as ``layer.get_config()`` gives it. Raises as `Conv3DTranspose`."""
+    if not isinstance(config, Mapping):
+        raise WordsError(f"config is of type {kind_name(config)}; give layer.get_config()")
+    try:
+        inspect.signature(Conv3DTranspose).bind(**config, input=input)
+    except TypeError as error:
+        raise WordsError(f"config is not that of a Conv3DTranspose: {error}; give layer.get_config()") from error
     return Conv3DTranspose(**config, input=input, strict=strict)
 
 
@@ -237,6 +247,8 @@ def find(source: Any) -> list[Found]:
     model = source
     if isinstance(source, (str, os.PathLike)):
         keras = _keras()
+        if not os.path.exists(source):
+            raise ModelError(f"there is no file {os.fspath(source)!r}; name a .keras file")
         try:
             model = keras.models.load_model(source, compile=False, safe_mode=True)
         except Exception as error:  # of many kinds, and each means that it cannot be read

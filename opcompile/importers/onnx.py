@@ -172,13 +172,32 @@ def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onn
 
 
 def _parse(data: bytes, what: str) -> onnx.ModelProto:
+    other = next((way_out for ending, way_out in _NOT_ONNX.items() if what.endswith(ending)), None)
     try:
         model = onnx.load_model_from_string(data)
     except DecodeError as error:
+        if other:
+            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}") from error
         raise ModelError(f"{what} cannot be read as an ONNX model: {error}; export or fetch the file again") from error
     if not model.HasField("graph"):
+        if other:
+            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}")
         raise ModelError(f"{what} cannot be read as an ONNX model: there is no graph in it; export it again")
     return model
+
+
+_READ_BY = "opcompile.importers.{} reads {}, and `opcompile compile` takes it"
+_WEIGHTS = "opcompile.importers.files.layer_arrays reads weights from it"
+_NOT_ONNX = {
+    ".pt2": _READ_BY.format("torch.find", "a torch.export program"),
+    ".keras": _READ_BY.format("keras.find", "a Keras model"),
+    ".weights.h5": _WEIGHTS,
+    ".h5": "save a Keras model as .keras, which `opcompile compile` takes",
+    ".pt": f"save a torch.export program as .pt2, which `opcompile compile` takes; {_WEIGHTS}",
+    ".pth": _WEIGHTS,
+    ".safetensors": _WEIGHTS,
+    ".npz": _WEIGHTS,
+}
 
 
 def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
@@ -354,6 +373,9 @@ class _Computed:
     nodes: int  # this one, and those that compute what it reads
 
 
+_SPARSE = "a sparse initializer"
+
+
 @dataclass(frozen=True, slots=True)
 class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
@@ -377,7 +399,7 @@ class _Scope:
             self,
             constants=self.constants.new_child(constants),
             types=self.types.new_child(types),
-            lost=self.lost.new_child(),
+            lost=self.lost.new_child({t.values.name: _SPARSE for t in graph.sparse_initializer}),
         )
 
     def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
@@ -526,6 +548,10 @@ def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
 
 
 def _w_sizes(w: _Value) -> list[int]:
+    if w.lost == _SPARSE:
+        raise ModelError(
+            f"W ({w.name}) is a sparse initializer, and such weights are not read; store it as a dense one"
+        )
     if w.shape is None or any(isinstance(size, str) for size in w.shape):
         raise ModelError(f"W ({w.name}) has the shape {w.shape or 'unknown'}; it must be known, so fix its dimensions")
     if len(w.shape) != 5:
