@@ -109,7 +109,10 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_no_call_says_is_left_aside_aloud() -> None:
     text = "in=Nx4x3x3x3 co=4 k=3 g=2 act=relu dtype=float16"
-    said = "the activation relu, the dtype float16 (differences are float32's), the dynamic batch (where a call says N, it is 1)"
+    said = (
+        "the activation relu, the dtype float16 (differences are float32's), "
+        "the dynamic batch (where a call says N, it is 1)"
+    )
     shown = CliRunner().invoke(cli, ["diff", text, "--no-measure"], catch_exceptions=False).stdout
     assert f"Left aside, for no call says it: {said}.\n" in shown
     done = CliRunner().invoke(cli, ["diff", text, "--no-measure", "--json"], catch_exceptions=False)
