@@ -15,6 +15,7 @@ import numpy as np
 
 from opcompile.errors import EngineError
 from opcompile.importers.imported import Imported, Tensor
+from opcompile.say import openvino_weight
 
 # The module of each system, and the distributions that bring it; R's packages are not reached from Python.
 _PACKAGES = {
@@ -41,10 +42,9 @@ def ask(system: str, call: str, layer: Imported, x: Tensor, w: Tensor, b: Tensor
         raise EngineError("a definition computes nothing" if is_definition else "it is not asked from Python")
     module, found = _package(name)
     own = order(x, "NCDHW", layer.x_layout)
-    groups = layer.spec.groups
-    weight = layer.order.own(w, groups)
-    if name == "OpenVINO" and groups > 1:
-        weight = weight.reshape(groups, -1, *weight.shape[1:])
+    weight = layer.order.own(w, layer.spec.groups)
+    if name == "OpenVINO":
+        weight = _evaluated(openvino_weight(layer.spec), w=weight)
     try:
         y = np.asarray(_RUNNERS[name](module, call, own, weight, b), np.float64)
     except Exception as error:  # they share no base, and each means that it cannot

@@ -278,7 +278,7 @@ def compile_(
 
     A layer becomes the artifact DIR; a model becomes one artifact a node, DIR/<node>, and DIR/index.json.
     A node that cannot be compiled is listed with its reason. Exit code 1: an output is wrong;
-    2: nothing could be compiled; 3: an artifact could not be asked.
+    2: nothing could be compiled; 3: an artifact could not be asked, or holds weights that are infinite or NaN.
     """
     from opcompile.build import compile_all
 
@@ -297,7 +297,7 @@ def compile_(
     _emit(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: _built_table(built, into))
     if any(b.status == "wrong" for b in built):
         return 1
-    if any(b.report and b.report.unanswered is not None for b in built):
+    if any(b.report and b.report.unverified is not None for b in built):
         return 3
     return 0 if any(b.directory for b in built) else 2
 
@@ -311,7 +311,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
     The report is stored in the artifact as report.json, unless DIR cannot be written, or nothing answered.
     Exit code 1: an output is wrong;
-    2: an artifact is missing or was changed; 3: one could not be asked.
+    2: an artifact is missing or was changed; 3: one could not be asked, or holds weights that are infinite or NaN.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -1120,9 +1120,13 @@ def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
 def _report_tables(reports: dict[str, Report], unread: dict[str, str]) -> Iterator[RenderableType]:
     """Show every comparison of one artifact; of several, one line each and the tables of those that failed."""
     several = len(reports) + len(unread) > 1
-    for report in reports.values():
+    for name, report in reports.items():
         if not several or not report.passed:
             yield report.table()
+        if report.unverified is not None and not report.failures:
+            yield _plain(
+                f"{name}: not verified: {report.unverified}" if several else f"not verified: {report.unverified}"
+            )
     if several:
         table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
         for name, report in reports.items():

@@ -244,5 +244,7 @@ def _verdict(report: dict[str, Any] | None) -> str:
     if report is None:
         return "not yet: `opcompile verify` does it"
     word = "passed" if report["passed"] else "FAILED"
+    if (unverified := report.get("unverified")) and all(row["check"]["passed"] for row in report["rows"]):
+        word = f"not verified: {unverified}; with other weights passed"
     against = sorted({row["against"] for row in report["rows"]})
     return f"{word}, {len(report['rows'])} comparisons against {', '.join(against)}, {report['date']}"

@@ -19,7 +19,7 @@ from opcompile.errors import EngineError, SpecError, WordsError
 from opcompile.importers import jax, keras, lucid, mlx, rmlx, tensorflow, torch
 from opcompile.importers.imported import Axes, Imported, Tensor, Triple, WeightOrder, cropped
 from opcompile.reference import reference
-from opcompile.say import SYSTEMS, System, onnx_call, openvino_call
+from opcompile.say import SYSTEMS, System, onnx_call, openvino_call, openvino_weight
 from opcompile.source import brief
 from opcompile.spec import AXIS_NAMES, Activation, ConvTranspose3d
 
@@ -71,7 +71,24 @@ class Comparison:
         """Return plain values."""
         place = {"out": _outs(self.spec.axes), "begin": _begins(self.spec.axes)}
         rows = [asdict(row) for row in self.rows]
-        return {"spec": str(self.spec), **place, "measured_on": str(self.measured_on), "systems": rows}
+        return {
+            "spec": str(self.spec),
+            **place,
+            "left_aside": list(self.left_aside),
+            "measured_on": str(self.measured_on),
+            "systems": rows,
+        }
+
+    @property
+    def left_aside(self) -> tuple[str, ...]:
+        """What of the spec no call says, and no verdict is about."""
+        spec = self.spec
+        said = {
+            f"the activation {spec.activation}": spec.activation != Activation(),
+            f"the dtype {spec.dtype} (differences are float32's)": spec.dtype != "float32",
+            "the dynamic batch (where a call says N, it is 1)": spec.batch is None,
+        }
+        return tuple(text for text, holds in said.items() if holds)
 
     def renderables(self) -> Iterator[Any]:
         """Yield what a terminal shows."""
@@ -81,6 +98,7 @@ class Comparison:
 def diff(spec: ConvTranspose3d, *, measure: bool = True) -> Comparison:
     """Compare every system's way to say ``spec``; its activation is left aside, for it follows the sum in all.
 
+    `Comparison.left_aside` names that, and a dtype and a batch that the calls do not say.
     With ``measure``, systems that are installed compute a small layer of the same geometry.
     """
     layer = replace(spec, activation=Activation(), dtype="float32", batch=spec.batch or 1)
@@ -307,7 +325,7 @@ def _row(way: Way, spec: ConvTranspose3d) -> Row:
         begin=begin,
         shift=(a, b, c),
         x_layout=way.layer.x_layout,
-        weight=str(way.layer.order),
+        weight=openvino_weight(spec) if way.system == "OpenVINO" else str(way.layer.order),
     )
 
 
@@ -403,6 +421,8 @@ def _shown(found: Comparison) -> Iterator[Any]:
     refused = _together((row.why, row.system) for row in found.rows if row.verdict == REFUSED)
     silent = _together((row.not_measured, row.system) for row in found.rows if row.not_measured)
     lines = [f"{names} cannot say it: {why}" for why, names in refused.items()]
+    if found.left_aside:
+        lines.append(f"Left aside, for no call says it: {', '.join(found.left_aside)}.")
     if any(row.own_difference is not None for row in found.rows):
         lines.append(f"Differences were measured on {brief(found.measured_on)}.")
     lines += [f"Not measured: {names}: {why}" for why, names in silent.items()]

@@ -146,6 +146,10 @@ class Slot:
     def _import(self, value: Any) -> Any:
         """``value`` as a `tvm_ffi.Tensor` that shares its memory."""
         if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
+            if type(value).__module__.startswith("jax.") and type(value).__name__.endswith("Tracer"):
+                raise CallError(
+                    f"{self.name} is traced by JAX, and has no values yet; call this layer by jax.pure_callback"
+                )
             raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
         # exporting such a tensor would drop it from the graph without a word
         if getattr(value, "requires_grad", False) is True:

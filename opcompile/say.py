@@ -201,7 +201,7 @@ def onnx_call(spec: ConvTranspose3d, auto_pad: str | None = None) -> str:
 
 
 def openvino_call(spec: ConvTranspose3d) -> str:
-    """Return the call of OpenVINO's opset; with groups its w has them in front, (g, C/g, M/g, kD, kH, kW)."""
+    """Return the call of OpenVINO's opset, whose w is that of `openvino_weight`."""
     name = "convolution_backprop_data" if spec.groups == 1 else "group_convolution_backprop_data"
     words = {
         "strides": [a.stride for a in spec.axes],
@@ -211,3 +211,8 @@ def openvino_call(spec: ConvTranspose3d) -> str:
         "output_padding": [a.output_pad for a in spec.axes],
     }
     return f"opset.{name}(x, w, " + ", ".join(f"{key}={value}" for key, value in words.items()) + ")"
+
+
+def openvino_weight(spec: ConvTranspose3d) -> str:
+    """Return W as that call takes it: with groups these stand in front, (g, C/g, M/g, kD, kH, kW)."""
+    return "w" if spec.groups == 1 else f"w.reshape({spec.groups}, -1, *w.shape[1:])"

@@ -76,6 +76,9 @@ class NotAsked:
     reason: str
 
 
+OWN_WEIGHTS = NotAsked(
+    "opcompile with the weights compiled in", "its weights hold infinities or NaN, for which there is no bound"
+)
 SIMULATED = NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
 
@@ -107,8 +110,13 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether the artifact answered, and no comparison failed."""
-        return not self.failures and self.unanswered is None
+        """Whether the artifact answered, with its own weights where it has any, and no comparison failed."""
+        return not self.failures and self.unverified is None
+
+    @property
+    def unverified(self) -> str | None:
+        """Why nothing is known of the artifact as it is called; None where it was asked so."""
+        return OWN_WEIGHTS.reason if OWN_WEIGHTS in self.not_asked else self.unanswered
 
     @property
     def unanswered(self) -> str | None:
@@ -126,14 +134,18 @@ class Report:
                 f"against {row.against} on {row.inputs} (batch {row.batch}, {row.weights} weights): {row.check}"
             )
         if not self.passed:
-            raise VerificationError(f"nothing was verified: {'; '.join(n.reason for n in self.not_asked)}")
+            raise VerificationError(f"nothing was verified of {self.spec} as it is called: {self.unverified}")
         return self
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dictionaries, lists, strings and numbers; the verdict is ``passed``."""
         rows = [{**asdict(row), "check": row.check.to_json()} for row in self.rows]
         fields = {**asdict(self), "rows": rows, "not_asked": [asdict(n) for n in self.not_asked]}
-        return {"passed": self.passed, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        return {
+            "passed": self.passed,
+            "unverified": self.unverified,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
+        }
 
     def table(self) -> Table:
         """Return the comparisons as a table for a terminal, with what could not be asked below it.
@@ -494,7 +506,7 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
 def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
     """Yield what nobody is asked, for there is no right answer."""
     if not finite:
-        yield NotAsked("the weights compiled in", "they hold infinities or NaN, for which there is no bound")
+        yield OWN_WEIGHTS
     if not _largest_integer(spec):
         yield NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32")
 

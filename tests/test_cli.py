@@ -35,6 +35,7 @@ from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileErr
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
+from opcompile.verify import verify as check
 
 pytestmark = pytest.mark.usefixtures("as_scheduled")
 
@@ -651,13 +652,22 @@ def test_weights_that_are_not_finite_are_compiled_and_not_verified(tmp_path: Pat
     onnx.save(model, tmp_path / "mixed.onnx")
     result = invoke("compile", tmp_path / "mixed.onnx", "-o", out, "--plan", "baseline", "--json")
     good = json.loads(result.stdout)["layers"][0]
-    assert (result.exit_code, good["status"], good["directory"]) == (0, "not verified", "good")
-    assert good["reason"] == "its weights hold infinities or NaN, for which there is no bound"
+    reason = "its weights hold infinities or NaN, for which there is no bound"
+    assert (result.exit_code, good["status"], good["directory"]) == (3, "not verified", "good")
+    assert good["reason"] == reason
+    assert good["worst_share_of_bound"]["reference"] is None
+    shown = invoke("inspect", out / "good")
+    assert f"verified   not verified: {reason}; with other weights passed" in shown.stdout
     result = invoke("verify", out / "good", "--json")
-    assert result.exit_code == 0
+    assert result.exit_code == 3
     report = json.loads(result.stdout)["artifacts"]["good"]
+    assert (report["passed"], report["unverified"]) == (False, reason)
     assert {row["weights"] for row in report["rows"]} == {"caller"}
-    assert "the weights compiled in" in {each["what"] for each in report["not_asked"]}
+    assert "opcompile with the weights compiled in" in {each["what"] for each in report["not_asked"]}
+    for place in (out, out / "good"):
+        assert f"not verified: {reason}\n" in invoke("verify", place).stdout
+    with pytest.raises(VerificationError, match=f"nothing was verified of .*: {reason}"):
+        check(opcompile.load(out / "good")).require()
 
 
 @pytest.mark.parametrize("source", [LAYER, "{models}/unet.onnx"])

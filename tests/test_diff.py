@@ -107,6 +107,25 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) ->
     assert {row["system"] for row in content["systems"]} >= {system.name for system in SYSTEMS}
 
 
+def test_what_no_call_says_is_left_aside_aloud() -> None:
+    text = "in=Nx4x3x3x3 co=4 k=3 g=2 act=relu dtype=float16"
+    said = (
+        "the activation relu, the dtype float16 (differences are float32's), "
+        "the dynamic batch (where a call says N, it is 1)"
+    )
+    shown = CliRunner().invoke(cli, ["diff", text, "--no-measure"], catch_exceptions=False).stdout
+    assert f"Left aside, for no call says it: {said}.\n" in shown
+    done = CliRunner().invoke(cli, ["diff", text, "--no-measure", "--json"], catch_exceptions=False)
+    assert ", ".join(json.loads(done.stdout)["left_aside"]) == said
+    assert diff(QUESTION, measure=False).left_aside == ()
+
+
+def test_openvino_takes_groups_in_front_of_w() -> None:
+    (row,) = rows(ConvTranspose3d.parse("in=1x4x3x3x3 co=4 k=3 g=2"), "OpenVINO")
+    assert row.weight == "w.reshape(2, -1, *w.shape[1:])"
+    assert {row.weight for row in rows(QUESTION, "OpenVINO")} == {"w"}
+
+
 def test_onnx_runtime_is_asked_for_the_very_node() -> None:
     found = {row.system: row for row in diff(QUESTION).rows}
     exact, shifted = found["ONNX Runtime"], found["ONNX 11+, ONNX Runtime SAME_UPPER"]

@@ -19,7 +19,7 @@ from strategies import arrays
 from opcompile.cases import Case, tagged
 from opcompile.errors import CallError, ModelError
 from opcompile.graph import export_onnx, graph
-from opcompile.importers.onnx import Found, find
+from opcompile.importers.onnx import Found, explicit, find
 from opcompile.reference import reference
 from opcompile.replace.survey import survey
 from opcompile.spec import Activation, ConvTranspose3d
@@ -350,6 +350,14 @@ def test_a_tensor_with_too_little_data_is_a_reason() -> None:
     assert "W holds no [2, 40, 3, 3, 3] tensor" in reason_of(layer(b="", initializers=[w]))
 
 
+def test_sparse_weights_are_a_reason() -> None:
+    values, indices = tensor("W", np.ones(1, np.float32)), tensor("", np.zeros(1, np.int64))
+    model = one_node((1, 2, 3, 3, 3), None)
+    del model.graph.input[1]
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [2, 1, 2, 2, 2]))
+    assert reason_of(model).startswith("W (W) is a sparse initializer, and such weights are not read; store it as")
+
+
 def test_a_tensor_without_a_type_is_a_reason() -> None:
     w = tensor("W", integers((2, 40, 3, 3, 3)))
     w.data_type = TensorProto.UNDEFINED
@@ -598,6 +606,52 @@ def test_an_attribute_that_inlining_gave_the_wrong_type_is_a_reason() -> None:
 
 def test_functions_of_another_opset_are_listed() -> None:
     assert "function local.up, whose opset" in reason_of(parser.parse_model(_FUNCTION.replace("OPSET", "18")))
+
+
+# --- paddings in numbers ---
+
+
+def padding_twice() -> onnx.ModelProto:
+    """An If whose branches write one name, with paddings of their own, and a 2-D node that writes it in a third."""
+    up = {"strides": [2, 2, 2]}
+    sides = ("SAME_UPPER", "SAME_LOWER")
+    nodes = [helper.make_node("ConvTranspose", ["X", "W"], ["y"], auto_pad=side, **up) for side in sides]
+    flat = helper.make_node("ConvTranspose", ["F", "V"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2])
+    then, other, third = (helper.make_graph([n], "branch", [], [value("y", None)]) for n in (*nodes, flat))
+    return model_of(
+        [
+            helper.make_node("If", ["c"], ["Y"], then_branch=then, else_branch=other),
+            helper.make_node("If", ["c"], ["Z"], then_branch=third, else_branch=third),
+        ],
+        [value("X", (1, 2, 3, 3, 3)), value("F", (1, 1, 3, 3)), value("c", (), TensorProto.BOOL)],
+        [value("Y", None), value("Z", None)],
+        initializers=[tensor("W", integers((2, 1, 3, 3, 3), seed=1)), tensor("V", integers((1, 1, 3, 3), seed=2))],
+    )
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_paddings_in_numbers_are_each_nodes_own(flag: bool) -> None:
+    model = padding_twice()
+    before = model.SerializeToString()
+    said = explicit(model)
+    assert model.SerializeToString() == before
+    feeds = {"X": integers((1, 2, 3, 3, 3)), "F": integers((1, 1, 3, 3)), "c": np.array(flag)}
+    for ours, theirs in zip(run_onnxruntime(said, feeds), run_onnxruntime(model, feeds), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    branches = [attribute.g.node[0] for attribute in said.graph.node[0].attribute]
+    assert all("auto_pad" not in {a.name for a in node.attribute} for node in branches)
+
+
+def test_paddings_in_numbers_of_a_function_are_each_calls_own() -> None:
+    model = parser.parse_model(
+        _FUNCTION.replace("OPSET", "20").replace("strides:", 'auto_pad = "SAME_UPPER", strides:')
+    )
+    said = explicit(model)
+    assert not said.functions
+    assert [n.op_type for n in said.graph.node] == ["ConvTranspose", "ConvTranspose"]
+    assert [helper.get_node_attr_value(n, "pads") for n in said.graph.node] == [[0] * 6, [0, 0, 0, 1, 1, 1]]
+    feeds = {"X": integers((1, 1, 3, 3, 3))}
+    np.testing.assert_array_equal(run_onnxruntime(said, feeds)[0], run_onnxruntime(model, feeds)[0])
 
 
 # --- order ---
@@ -879,6 +933,15 @@ def test_bytes_that_are_no_model(data: bytes, tmp_path: Path) -> None:
         find(path)
     with pytest.raises(ModelError, match="these bytes cannot be read"):
         find(data)
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.keras", "m.h5", "m.weights.h5", "m.pt", "m.npz"])
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 not a model"])
+def test_a_file_of_another_system_names_its_reader(name: str, data: bytes, tmp_path: Path) -> None:
+    readers = {"m.pt2": "importers.torch.find", "m.keras": "importers.keras.find", "m.h5": "as .keras"}
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=rf"{name} is no ONNX model.*{readers.get(name, 'files.layer_arrays')}"):
+        find(tmp_path / name)
 
 
 def test_a_truncated_model() -> None:

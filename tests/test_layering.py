@@ -48,7 +48,7 @@ BELOW = {
     "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
     "opcompile.importers.imported": {"opcompile.errors", "opcompile.spec"},
-    "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported"},
+    "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported", "opcompile.say"},
     **{
         f"opcompile.importers.{system}": {
             "opcompile.errors",

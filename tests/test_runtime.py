@@ -201,6 +201,19 @@ def test_any_dlpack_tensor_is_taken(layers: dict[str, Artifact]) -> None:
 
 
 @pytest.mark.peers
+def test_what_jax_traces_is_called_back(layers: dict[str, Artifact]) -> None:
+    jax = pytest.importorskip("jax")
+    layer = layers["float32"]
+    x, w, b = whole_numbers(layer.spec)
+    expected = right(layer.spec, x, w, b)
+    for around in (jax.jit, jax.grad, jax.vmap):
+        with pytest.raises(CallError, match=r"x is traced by JAX, and has no values yet; .*jax\.pure_callback"):
+            around(lambda x: layer(x, w, b))(x if around is not jax.grad else 1.0)
+    like = jax.ShapeDtypeStruct(expected.shape, expected.dtype)
+    assert np.array_equal(jax.jit(lambda x: jax.pure_callback(layer, like, x, w, b))(x), expected)
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("name", LAYERS)
 def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
     import torch

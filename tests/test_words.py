@@ -344,8 +344,16 @@ def test_what_nobody_could_compute_stays_refused(groups: int) -> None:
 
 def test_dynamic_sizes_are_refused_but_for_the_batch() -> None:
     assert keras.Conv3DTranspose(2, 3, input=(None, 3, 3, 3, 4)).spec.batch is None
-    with pytest.raises(SpecError, match="only the batch"):
+    with pytest.raises(
+        SpecError, match=r"only the batch .*keras\.from_layer\(layer, input\), to all by a keras\.Input"
+    ):
         keras.Conv3DTranspose(2, 3, input=(None, None, 3, 3, 4))
+
+
+@pytest.mark.parametrize("config", [{"filters": 2}, {"filters": 2, "kernel_size": 3, "rank": 3}, None, [1]])
+def test_a_configuration_that_is_none(config: Any) -> None:
+    with pytest.raises(WordsError, match=r"config is .*; give layer\.get_config\(\)"):
+        keras.from_config(config, (1, 3, 3, 3, 4))
 
 
 # --- values ---
@@ -533,8 +541,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.npz").write_bytes(b"PK no archive")
     with pytest.raises(ModelError, match="cannot read"):
         files.read_arrays(tmp_path / "w.npz")
-    with pytest.raises(ModelError, match="cannot read"):
-        files.read_arrays(tmp_path / "absent.npz")
+    for name in ("absent.npz", "absent.pt", "absent.keras"):
+        with pytest.raises(ModelError, match=rf"there is no file '.*{name}'; name one of "):
+            files.read_arrays(tmp_path / name)
     np.savez(tmp_path / "pickled.npz", weight=np.array([{}], dtype=object))
     with pytest.raises(ModelError, match="allow_pickle"):
         files.read_arrays(tmp_path / "pickled.npz")

@@ -203,6 +203,24 @@ def test_a_state_dict_inside_of_a_checkpoint(tmp_path: Path) -> None:
         files.layer_arrays(tmp_path / "list.pt", "0")
 
 
+def test_files_of_pytorch_that_are_of_another_kind(tmp_path: Path) -> None:
+    """A module or TorchScript where weights are read, and what torch.save wrote where a program is."""
+    real, model = pytest.importorskip("torch"), decoder()
+    for ending in ("pt", "pt2"):
+        real.save(model, tmp_path / f"module.{ending}")
+        real.save(model.state_dict(), tmp_path / f"state.{ending}")
+        real.jit.trace(model, real.ones(1, 4, 3, 4, 5)).save(tmp_path / f"script.{ending}")
+    for name in ("module.pt", "script.pt"):
+        with pytest.raises(ModelError, match=rf"{name} holds more than tensors, .*; save the module's state_dict\(\)$"):
+            files.layer_arrays(tmp_path / name, "0")
+    words = {"script": "it is TorchScript", "state": "it holds a state dict or a pickled module"}
+    for name, said in {**words, "module": words["state"]}.items():
+        with pytest.raises(ModelError, match=rf"{name}\.pt2 as a torch.export program: {said}; save .*export\.save"):
+            torch.find(tmp_path / f"{name}.pt2")
+    with pytest.raises(ModelError, match=r"there is no file '.*none\.pt2'"):
+        torch.find(tmp_path / "none.pt2")
+
+
 def test_a_tensor_that_has_no_plain_values_is_refused() -> None:
     real = pytest.importorskip("torch")
     layer, w = torch.ConvTranspose3d(2, 3, 2, bias=False, input=(1, 2, 2, 2, 2)), real.ones(2, 3, 2, 2, 2)
@@ -269,8 +287,33 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
     (tmp_path / "bad.keras").write_bytes(b"nothing")
     with pytest.raises(ModelError, match=r"bad\.keras"):
         keras.find(tmp_path / "bad.keras")
+    with pytest.raises(ModelError, match=r"there is no file '.*none\.keras'"):
+        keras.find(tmp_path / "none.keras")
     with pytest.raises(ModelError, match="is not a Keras model"):
         keras.find(first)
+
+
+@pytest.mark.parametrize("ending", ["m.keras", "m.weights.h5"])
+def test_a_layer_of_keras_s_files_by_its_own_name(ending: str, tmp_path: Path) -> None:
+    """The groups count the layers of a class, so that a group may have the name of another layer."""
+    layers, path = pytest.importorskip("keras").layers, tmp_path / ending
+    names = ("conv3d_transpose_1", "up_1", "conv3d_transpose")
+    kernels = [layers.Conv3DTranspose(m, 2, name=name) for m, name in zip((5, 6, 7), names, strict=True)]
+    inside = pytest.importorskip("keras").Sequential([layers.Conv3DTranspose(3, 2, name="up_1")], name="inside")
+    model = pytest.importorskip("keras").Sequential([layers.Input((2, 2, 2, 3)), *kernels, inside])
+    model.save_weights(path) if ending.endswith("h5") else model.save(path)
+    for m, name in ((5, "conv3d_transpose_1"), (6, "layers/up_1"), (7, "layers/conv3d_transpose_2")):
+        weight, bias = files.layer_arrays(path, name)
+        assert (weight.shape[3], bias.shape) == (m, (m,))  # type: ignore[union-attr]
+    both = r"up_1 \(layers/conv3d_transpose_1\)"
+    with pytest.raises(
+        ModelError, match=rf"may mean 2 layers .*conv3d_transpose_1 \(layers/conv3d_tr.*\), {both}; say"
+    ):
+        files.layer_arrays(path, "layers/conv3d_transpose_1")
+    with pytest.raises(ModelError, match=rf"may mean 2 layers .*{both}, up_1 \(layers/sequential/layers/conv3d_tr"):
+        files.layer_arrays(path, "up_1")
+    with pytest.raises(ModelError, match=rf"has no layer 'up'; layers with 5-D weights are: conv3d_.*{both}, conv3d_"):
+        files.layer_arrays(path, "up")
 
 
 def test_a_backend_that_keras_does_not_know() -> None:
@@ -332,6 +375,32 @@ def test_layers_inside_of_others_are_found() -> None:
         [real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(kind(2, 2, name="wrapped", **zeros))]
     )
     assert [f.name for f in keras.find(wrapped)] == ["wrapped"]
+
+
+def test_a_layer_has_the_shapes_that_the_model_calls_it_with() -> None:
+    """Not those it was built with, nor those of another model; once each, under names of their own."""
+    real = pytest.importorskip("keras")
+    layer = real.layers.Conv3DTranspose(2, 2, name="up", kernel_initializer="zeros")
+    layer.build((None, 9, 9, 9, 4))
+    small, large, other = (real.Input((n, n, n, 4)) for n in (2, 3, 5))
+    real.Model(other, layer(other))
+    found = keras.find(real.Model([small, large], [layer(small), layer(large), layer(small)]))
+    assert [f.name for f in found] == ["up", "up_2"]
+    assert [f.layer.spec.x_shape[1:4] for f in found if f.layer] == [(2, 2, 2), (3, 3, 3)]
+    assert not any(f.layer.remarks for f in found if f.layer)
+    inner = real.Sequential([real.Input((2, 2, 2, 4)), layer])
+    (nested,) = keras.find(real.Sequential([inner]))
+    assert nested.layer is not None
+    assert nested.layer.spec.x_shape[1:4] == (2, 2, 2)
+
+
+def test_a_layer_whose_calls_keras_does_not_note_says_so() -> None:
+    real = pytest.importorskip("keras")
+    up = real.layers.Conv3DTranspose(2, 2, kernel_initializer="zeros")
+    (found,) = keras.find(real.Sequential([real.Input((2, 3, 4, 5, 4)), real.layers.TimeDistributed(up)]))
+    assert found.layer is not None
+    assert found.layer.spec.x_shape == (None, 3, 4, 5, 4)
+    assert any("that this one was built with" in remark for remark in found.layer.remarks)
 
 
 def test_a_mixed_policy_computes_in_its_half() -> None:

@@ -14,10 +14,11 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     text = os.fspath(path)
     for ending, reader in _READERS.items():
         if text.endswith(ending):
+            if not os.path.isfile(text):
+                raise ModelError(f"there is no file {text!r}; name one of {_ENDINGS}")
             try:
                 return {name: _with_type(a) for name, a in reader(Path(text)).items()}
             except (EngineError, ModelError):
@@ -48,19 +51,42 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def layer_arrays(path: str | os.PathLike[str], name: str = "") -> tuple[Tensor, Tensor | None]:
     """Return the weight and the bias (or None) of the layer ``name`` in a file, as the file's system stores them.
 
-    They are ``<name>.weight`` and ``<name>.bias``, or in Keras's files ``<name>/vars/0`` and ``/vars/1``.
-    Raises as `read_arrays`, and `ModelError` where there is no such layer.
+    They are ``<name>.weight`` and ``<name>.bias``. Keras's files number their groups by class, whatever the layers
+    are called: ``name`` is there a layer's own name, or its group's path, as ``layers/conv3d_transpose``.
+    Raises as `read_arrays`, and `ModelError` where there is no such layer, or several.
     """
     arrays = read_arrays(path)
     dot = "." if name else ""
-    for weight, bias in ((f"{name}{dot}weight", f"{name}{dot}bias"), (f"{name}/vars/0", f"{name}/vars/1")):
-        if weight in arrays:
-            return arrays[weight], arrays.get(bias)
-    known = ", ".join(sorted(_layers(arrays)))
+    if f"{name}{dot}weight" in arrays:
+        return arrays[f"{name}{dot}weight"], arrays.get(f"{name}{dot}bias")
+    own = _own_names(Path(path)) if os.fspath(path).endswith(_BY_KERAS) else {}
+    meant = [group for group in _groups(arrays) if _may_mean(name, group, own.get(group))]
+    if len(meant) == 1:
+        return arrays[f"{meant[0]}/vars/0"], arrays.get(f"{meant[0]}/vars/1")
+    if meant:
+        raise ModelError(
+            f"{name!r} may mean {len(meant)} layers of {os.fspath(path)}: {_listed(meant, own)}; say a name or a group "
+            "that only one has, or take <group>/vars/0 and <group>/vars/1 from read_arrays"
+        )
+    known = _listed(_layers(arrays), own)
     if not known:
         listed = ", ".join(sorted(arrays)) or "none"
         known = f"none; its arrays are: {listed}; read_arrays gives each by its name"
     raise ModelError(f"{os.fspath(path)} has no layer {name!r}; layers with 5-D weights are: {known}")
+
+
+def _groups(arrays: Mapping[str, Tensor]) -> list[str]:
+    return [name.removesuffix("/vars/0") for name in arrays if name.endswith("/vars/0")]
+
+
+def _may_mean(name: str, group: str, own: str | None) -> bool:
+    """Whether ``name`` is the group of a layer, or the layer's ``own`` name, with or without its folder."""
+    folder, _, last = name.rpartition("/")
+    return name == group or (last == own and folder in ("", group.rpartition("/")[0]))
+
+
+def _listed(layers: Iterable[str], own: Mapping[str, str]) -> str:
+    return ", ".join(f"{own[layer]} ({layer})" if layer in own else layer for layer in sorted(layers))
 
 
 def _with_type(a: Tensor) -> Tensor:
@@ -89,7 +115,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict, or a checkpoint that holds one: as ``state_dict`` or ``model``, or with its key in names."""
     torch = _package("torch", "torch")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError) as error:
+        raise ModelError(
+            f"{path} holds more than tensors, or is damaged, and no pickled objects are read; save the module's "
+            "state_dict()"
+        ) from error
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a state dict; save the module's state_dict()")
     for key in ("state_dict", "model"):
@@ -105,22 +137,41 @@ def _tensors(content: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str
             yield f"{before}{name}", array(value)
 
 
-def _h5(source: Path | io.BytesIO) -> dict[str, Tensor]:
+@contextmanager
+def _h5(path: Path) -> Iterator[Any]:
+    """Open the HDF5 file that holds the weights."""
     h5py = _package("h5py", "h5py")
+    content: Path | io.BytesIO = path
+    if path.name.endswith(".keras"):
+        with zipfile.ZipFile(path) as archive:
+            content = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(content, "r") as file:
+        yield file
+
+
+def _by_keras(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
+        if hasattr(item, "dtype"):
             found[name] = np.asarray(item)
 
-    with h5py.File(source, "r") as file:
+    with _h5(path) as file:
         file.visititems(visit)
     return found
 
 
-def _keras(path: Path) -> dict[str, Tensor]:
-    with zipfile.ZipFile(path) as archive:
-        return _h5(io.BytesIO(archive.read("model.weights.h5")))
+def _own_names(path: Path) -> dict[str, str]:
+    """The layers' own names by their groups, which Keras notes where it keeps their variables."""
+    found: dict[str, str] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if name.endswith("/vars") and "name" in item.attrs:
+            found[name.removesuffix("/vars")] = str(item.attrs["name"])
+
+    with _h5(path) as file:
+        file.visititems(visit)
+    return found
 
 
 def _package(module: str, name: str) -> Any:
@@ -135,7 +186,8 @@ _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".safetensors": _safetensors,
     ".pt": _state_dict,
     ".pth": _state_dict,
-    ".weights.h5": _h5,
-    ".keras": _keras,
+    ".weights.h5": _by_keras,
+    ".keras": _by_keras,
 }
+_BY_KERAS = (".weights.h5", ".keras")
 _ENDINGS = ", ".join(_READERS)

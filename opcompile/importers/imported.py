@@ -165,6 +165,18 @@ class Found:
     reason: str | None = None
 
 
+def unique(names: Iterable[str]) -> list[str]:
+    """Append _2, _3 ... to a name that was taken before."""
+    taken: dict[str, None] = {}
+    for given in names:
+        name, number = given, 1
+        while name in taken:
+            number += 1
+            name = f"{given}_{number}"
+        taken[name] = None
+    return list(taken)
+
+
 def _moved(a: Tensor, have: str, want: str) -> Tensor:
     """Reorder axes by letter; a missing N is added in front or taken away."""
     if "N" not in have:

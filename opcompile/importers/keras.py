@@ -8,10 +8,11 @@ the shape that PyTorch gives with padding and output_padding, one voxel further 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from opcompile.importers.imported import (
     kind_name,
     repeated,
     shape_of,
+    unique,
     whole,
 )
 from opcompile.say import keras_words
@@ -132,7 +134,10 @@ def Conv3DTranspose(
     spatial = [sizes[letter] for letter in "DHW"]
     for n in (*spatial, sizes["C"]):
         if not isinstance(n, int):
-            raise SpecError(f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes")
+            raise SpecError(
+                f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes: to one layer of a "
+                "model by keras.from_layer(layer, input), to all by a keras.Input that has them"
+            )
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     places = [
         _place(i, k, s, same, None if extra is None else extra[at])
@@ -197,6 +202,12 @@ def layer_conv_3d_transpose(
 
 def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -> Imported:
     """Read the configuration of a layer, as ``layer.get_config()`` gives it. Raises as `Conv3DTranspose`."""
+    if not isinstance(config, Mapping):
+        raise WordsError(f"config is of type {kind_name(config)}; give layer.get_config()")
+    try:
+        inspect.signature(Conv3DTranspose).bind(**config, input=input)
+    except TypeError as error:
+        raise WordsError(f"config is not that of a Conv3DTranspose: {error}; give layer.get_config()") from error
     return Conv3DTranspose(**config, input=input, strict=strict)
 
 
@@ -228,12 +239,16 @@ def from_layer(layer: Any, input: Any = None, *, strict: bool = True) -> Importe
 def find(source: Any) -> list[Found]:
     """Return the ``Conv3DTranspose`` layers of a Keras model, or of its ``.keras`` file, nested ones included.
 
+    A layer that the model calls with several shapes comes once for each. Inside of a layer of one's own Keras notes
+    no calls: there it has the sizes that it was built with, which a remark says.
     Loading such a file runs no code of it (Keras's safe mode). Raises `ModelError` for what is no such
     model, `EngineError` without Keras.
     """
     model = source
     if isinstance(source, (str, os.PathLike)):
         keras = _keras()
+        if not os.path.exists(source):
+            raise ModelError(f"there is no file {os.fspath(source)!r}; name a .keras file")
         try:
             model = keras.models.load_model(source, compile=False, safe_mode=True)
         except Exception as error:  # of many kinds, and each means that it cannot be read
@@ -242,15 +257,30 @@ def find(source: Any) -> list[Found]:
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
     # the public `layers` knows nothing of wrapped layers, nor of those inside of a layer of one's own
-    inside = model._flatten_layers(include_self=False)
-    return [_found(layer) for layer in inside if _kind(layer)]
+    inside = model._flatten_layers()
+    graphs = [getattr(part, "_functional", None) or part for part in inside]
+    calls = {id(node) for g in graphs for nodes in getattr(g, "_nodes_by_depth", {}).values() for node in nodes}
+    found = [f for layer in inside if _kind(layer) for f in _found(layer, calls)]
+    names = unique(f.name for f in found)
+    return [replace(f, name=name) for f, name in zip(found, names, strict=True)]
 
 
-def _found(layer: Any) -> Found:
+def _found(layer: Any, calls: Container[int]) -> list[Found]:
+    """Read a layer once for each shape that it is called with in the graphs whose nodes ``calls`` holds."""
+    shapes = [(None, *node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes if id(node) in calls]
+    return [_read(layer, shape) for shape in dict.fromkeys(shapes)] or [_read(layer)]
+
+
+def _read(layer: Any, shape: Any = None) -> Found:
     try:
-        return Found(layer.name, from_layer(layer))
+        read = from_layer(layer, shape)
     except OpcompileError as error:
         return Found(layer.name, None, str(error))
+    remarks = read.remarks if shape else (*read.remarks, _AS_BUILT)
+    return Found(layer.name, replace(read, remarks=remarks))
+
+
+_AS_BUILT = "Keras notes no calls inside of another layer: the sizes are those that this one was built with"
 
 
 def _kind(layer: Any) -> Any:

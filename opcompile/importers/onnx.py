@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
@@ -35,6 +36,7 @@ from onnx import helper, numpy_helper
 
 from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
 from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
+from opcompile.importers.imported import unique
 from opcompile.importers.order import order
 from opcompile.paths import checked_path
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
@@ -83,19 +85,11 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
     valid ONNX model, `CallError` for a source of another type, and shapes that are none.
     """
-    try:
+    with _texts():
         model, folder = _read(source)
-        outline, tensors = _outline(model)
-        order(outline.graph)
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
-        if shapes:
-            _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
-        _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
-        for step in (_check, _inline, _infer):
-            outline = _refine(outline, step)
-        while _settle(outline.graph, tensors):
-            outline = _refine(outline, _infer)
+        outline, tensors = _understood(model, folder, shapes)
         found = [
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
@@ -107,36 +101,61 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
                 raise ModelError(
                     f"the model does not take the shapes that were given: {said}; give sizes that it takes"
                 )
-        return _uniquely_named([*found, *_in_functions(outline)])
+        found += _in_functions(outline)
+        return [replace(f, name=name) for f, name in zip(found, unique(f.name for f in found), strict=True)]
+
+
+def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
+
+    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
+    Model-local functions are inlined, for each call of one may have paddings of its own. A node that `find` lists
+    with a reason stays as it is. Raises as `find` does.
+    """
+    with _texts():
+        model, folder = _read(source)
+        outline, tensors = _understood(model, folder)
+        for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import)):
+            with suppress(OpcompileError):
+                _write_pads(node, _spec(node, scope))
+    said = onnx.ModelProto()
+    said.CopyFrom(model)
+    for field in ("functions", "opset_import"):
+        said.ClearField(field)
+        getattr(said, field).extend(getattr(outline, field))
+    said.graph.ClearField("node")
+    said.graph.node.extend(outline.graph.node)
+    if folder is not None:
+        onnx.load_external_data_for_model(said, str(folder))
+    return said
+
+
+# --- reading: from a source to an outline that shape inference understands ---
+
+
+@contextmanager
+def _texts() -> Iterator[None]:
+    """Raise `ModelError` where a text in the model cannot be read."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
 
 
-def explicit(source: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return a model, its weights in it, whose 5-D ConvTranspose nodes say their paddings in numbers.
-
-    ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
-    A node that cannot be read stays as it is. Raises `ModelError` as `find` does.
-    """
-    specs = {found.output: found.spec for found in find(source) if found.spec is not None}
-    model, folder = _read(source)
-    order(model.graph)
-    if folder is not None:
-        onnx.load_external_data_for_model(model, str(folder))
-
-    def spell_out(graph: onnx.GraphProto) -> None:
-        for node in graph.node:
-            if _is_conv_transpose(node) and node.output[0] in specs:
-                _write_pads(node, specs[node.output[0]])
-            for attribute in node.attribute:
-                for subgraph in _subgraphs(attribute):
-                    spell_out(subgraph)
-
-    spell_out(model.graph)
-    return model
-
-
-# --- reading: from a source to an outline that shape inference understands ---
+def _understood(
+    model: onnx.ModelProto, folder: Path | None, shapes: Shapes | None = None
+) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
+    """Return a model's outline, in order, functions inlined and shapes inferred, and its large tensors by name."""
+    outline, tensors = _outline(model)
+    order(outline.graph)
+    if shapes:
+        _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
+    _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
+    for step in (_check, _inline, _infer):
+        outline = _refine(outline, step)
+    while _settle(outline.graph, tensors):
+        outline = _refine(outline, _infer)
+    return outline, tensors
 
 
 def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | None]:
@@ -153,13 +172,32 @@ def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onn
 
 
 def _parse(data: bytes, what: str) -> onnx.ModelProto:
+    other = next((way_out for ending, way_out in _NOT_ONNX.items() if what.endswith(ending)), None)
     try:
         model = onnx.load_model_from_string(data)
     except DecodeError as error:
+        if other:
+            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}") from error
         raise ModelError(f"{what} cannot be read as an ONNX model: {error}; export or fetch the file again") from error
     if not model.HasField("graph"):
+        if other:
+            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}")
         raise ModelError(f"{what} cannot be read as an ONNX model: there is no graph in it; export it again")
     return model
+
+
+_READ_BY = "opcompile.importers.{} reads {}, and `opcompile compile` takes it"
+_WEIGHTS = "opcompile.importers.files.layer_arrays reads weights from it"
+_NOT_ONNX = {
+    ".pt2": _READ_BY.format("torch.find", "a torch.export program"),
+    ".keras": _READ_BY.format("keras.find", "a Keras model"),
+    ".weights.h5": _WEIGHTS,
+    ".h5": "save a Keras model as .keras, which `opcompile compile` takes",
+    ".pt": f"save a torch.export program as .pt2, which `opcompile compile` takes; {_WEIGHTS}",
+    ".pth": _WEIGHTS,
+    ".safetensors": _WEIGHTS,
+    ".npz": _WEIGHTS,
+}
 
 
 def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
@@ -335,6 +373,9 @@ class _Computed:
     nodes: int  # this one, and those that compute what it reads
 
 
+_SPARSE = "a sparse initializer"
+
+
 @dataclass(frozen=True, slots=True)
 class _Scope:
     """The constants and the inferred types that a node sees, those of enclosing graphs included."""
@@ -358,7 +399,7 @@ class _Scope:
             self,
             constants=self.constants.new_child(constants),
             types=self.types.new_child(types),
-            lost=self.lost.new_child(),
+            lost=self.lost.new_child({t.values.name: _SPARSE for t in graph.sparse_initializer}),
         )
 
     def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
@@ -507,6 +548,10 @@ def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
 
 
 def _w_sizes(w: _Value) -> list[int]:
+    if w.lost == _SPARSE:
+        raise ModelError(
+            f"W ({w.name}) is a sparse initializer, and such weights are not read; store it as a dense one"
+        )
     if w.shape is None or any(isinstance(size, str) for size in w.shape):
         raise ModelError(f"W ({w.name}) has the shape {w.shape or 'unknown'}; it must be known, so fix its dimensions")
     if len(w.shape) != 5:
@@ -691,17 +736,3 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
         for function in outline.functions
         for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)
     ]
-
-
-def _uniquely_named(found: Sequence[Found]) -> list[Found]:
-    """Append _2, _3 ... to a name that was taken before."""
-    taken: set[str] = set()
-    result = []
-    for f in found:
-        name, number = f.name, 1
-        while name in taken:
-            number += 1
-            name = f"{f.name}_{number}"
-        taken.add(name)
-        result.append(replace(f, name=name))
-    return result

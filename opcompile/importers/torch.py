@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -186,12 +187,15 @@ def find(source: Any) -> list[Found]:
     torch = _torch()
     program = source
     if isinstance(source, (str, os.PathLike)):
+        if not os.path.isfile(source):
+            raise ModelError(f"there is no file {os.fspath(source)!r}; name a .pt2 file")
         log = logging.getLogger("torch.export")
         before, log.disabled = log.disabled, True  # it logs the traceback of what it raises
         try:
             program = torch.export.load(source)
         except Exception as error:  # of many kinds, and each means that it cannot be read
-            raise ModelError(f"cannot read {source} as a torch.export program: {error}; export it again") from error
+            reason = _other_content(source) or f"{error}; export it again"
+            raise ModelError(f"cannot read {source} as a torch.export program: {reason}") from error
         finally:
             log.disabled = before
     if not hasattr(program, "graph_module"):
@@ -205,6 +209,16 @@ def find(source: Any) -> list[Found]:
         except OpcompileError as error:
             found.append(Found(name, None, str(error)))
     return found
+
+
+def _other_content(path: str | os.PathLike[str]) -> str | None:
+    """Say what PyTorch put into a file other than a program, and the way out; None where it is not known."""
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if not any(name.endswith("/data.pkl") and name.count("/") == 1 for name in names):
+        return None
+    is_script = any("/code/" in name for name in names)
+    kind = "it is TorchScript" if is_script else "it holds a state dict or a pickled module"
+    return f"{kind}; save the program of torch.export.export by torch.export.save"
 
 
 # Operators that run graphs of their own, once, on the operands that follow these graphs.
