@@ -160,7 +160,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
             _tile_of_taps(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
         else:
             _tile(sch, spec, tiles, p, sch.get_loops(p)[len(around) :])
-    if phases and tiles.copy != "whole":
+    if phases and tiles.copy in ("task", "chunk"):
         sch.compute_at(sch.get_sblock("pad"), of_task[-1], preserve_unit_loops=True)
     if wide:
         sch.compute_at(wide, of_task[-1], preserve_unit_loops=True)
@@ -178,7 +178,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     if not as_axes:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
-    if phases:
+    if phases and tiles.copy != "none":
         _order_pad(sch, spec, tiles)
     if phases and _in_their_order(spec, tiles):
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
@@ -212,7 +212,10 @@ def _lay_out(
         parts = [part for i, sizes in zip(whole, cuts, strict=True) for part in _parts(i, sizes)]
         return tuple(parts[n] for n in order)
 
-    _lay_out_pad(sch, spec, t)
+    if t.copy == "none":
+        sch.compute_inline(sch.get_sblock("pad"))
+    else:
+        _lay_out_pad(sch, spec, t)
     sch.transform_layout(phases[0], ("read", 1), blocked)
     if wide:
         sch.transform_layout(wide, ("read", 0), blocked)
