@@ -368,6 +368,35 @@ def test_an_interrupt_in_disguise_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_lets_what_the_first_ends_tidy_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tidy = []
+
+    def interrupted(*_: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            tidy.append(True)
+
+    monkeypatch.setattr("opcompile.cases.tagged", interrupted)
+    result = invoke("cases")
+    assert tidy
+    assert (result.exit_code, result.stderr.strip()) == (130, "opcompile: interrupted")
+
+
+def test_a_third_signal_waits_for_nothing() -> None:
+    program = (
+        "import signal\nimport opcompile.cases\nfrom opcompile.cli import cli\n"
+        "def interrupted(*_):\n    try:\n        signal.raise_signal(signal.SIGTERM)\n    finally:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n        signal.raise_signal(signal.SIGTERM)\n"
+        "        print('late', flush=True)\n"
+        "opcompile.cases.tagged = interrupted\ncli(['cases'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout) == (143, b"")
+
+
 def test_version_and_help_are_light() -> None:
     program = (
         "import sys\nfrom opcompile.cli import cli\n"
