@@ -32,7 +32,8 @@ class Gpu:
     for ``resident`` threads;
     ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
     cores do ``matrix`` multiply-adds a cycle of 16 bits, summing in float32, for factors of ``matrix_types``: as warps'
-    matrix instructions reach them. Where that is no more than ``lanes``, the same units do both.
+    matrix instructions reach them. Where that is no more than ``lanes``, the same units do both. Values of ``widened``
+    types are held as float32, for the device has none of theirs.
     """
 
     example: str
@@ -49,6 +50,7 @@ class Gpu:
     registers: int = 255
     register_file: int = 65536
     warp: int = 32
+    widened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,10 @@ _HALVES = ("float16", "bfloat16")
 
 # 48 KiB is what a block may declare everywhere; more must be asked for at the launch.
 _GPUS: dict[str, tuple[Language, Gpu]] = {
-    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",), shared_file=64 * _KIB)),
+    "cuda:sm_75": (
+        "cuda",
+        Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",), shared_file=64 * _KIB, widened=("bfloat16",)),
+    ),
     "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048, 1024, _HALVES, shared_file=164 * _KIB)),
     "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536, 256, _HALVES)),
     "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536, 256, _HALVES)),

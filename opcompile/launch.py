@@ -12,6 +12,8 @@ from typing import Any
 from opcompile.errors import ArtifactError
 
 LAUNCH = "launch.json"
+# The most thread blocks that CUDA starts at once, and that their number, an int in the text, tells apart.
+MOST_BLOCKS = 2**31 - 1
 SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
 
 _POINTER = re.compile(r"\*\s*(?:__restrict__\s+)?(\w+?)_ptr\b")
@@ -71,6 +73,11 @@ class Launch:
     def grid(self, batch: int) -> int:
         """Thread blocks for ``batch`` images."""
         return self.blocks * batch if self.per_image else self.blocks
+
+    @property
+    def most_images(self) -> int | None:
+        """Images that one launch can have; None where these make no more blocks."""
+        return MOST_BLOCKS // self.blocks if self.per_image else None
 
     def to_json(self, batch: int | None) -> str:
         """Return the text of ``launch.json``. Where the first grid size is null, it is blocks times the batch."""

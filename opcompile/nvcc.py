@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from opcompile.errors import EngineError
+from opcompile.errors import EngineError, KernelError
 from opcompile.gpus import GpuTarget
 
 _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
@@ -24,7 +24,7 @@ _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler
 def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
     """Return the library of a kernel and its host half, in C++, for the architectures of ``target``.
 
-    Raises `EngineError` without nvcc, or with its words.
+    Raises `EngineError` without nvcc, or where it cannot compile at all, and `KernelError` with its words.
     """
     compiler, home = _nvcc(), _tvm_ffi()
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
@@ -43,7 +43,9 @@ def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
             ) from None
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
-            raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{_hint(said)}")
+            hint = _hint(said)
+            refused = EngineError if hint else KernelError
+            raise refused(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{hint}")
         return (Path(name) / "library.so").read_bytes()
 
 

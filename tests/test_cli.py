@@ -31,7 +31,7 @@ from opcompile import artifact
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, VerificationError
+from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -756,6 +756,13 @@ def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: 
     result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "no C compiler" in result.stderr
+
+
+def test_a_kernel_that_a_compiler_refuses_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.artifact.link", raising(KernelError("too much shared memory")))
+    result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline", "--json")
+    assert result.exit_code == 2
+    assert {b["reason"] for b in json.loads(result.stdout)["layers"]} == {"too much shared memory"}
 
 
 def test_equal_layers_are_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
