@@ -22,7 +22,9 @@ _SIGNATURES = {
     "metal": re.compile(r"kernel void (?P<kernel>\w+)\((?P<parameters>.*?)\n\) \{", re.S),
 }
 _SHARED = re.compile(
-    r"^\s*(?:__shared__ (?:alignas\(\d+\) )?|threadgroup )(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];", re.M
+    r"^\s*(?:alignas\(\d+\) )?(?:__shared__|threadgroup) (?:alignas\(\d+\) )?"
+    r"(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];",
+    re.M,
 )
 _BYTES = {"float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
 _ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?$")

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 import tvm_ffi
 from tvm import tirx
@@ -151,12 +152,31 @@ def require_startable(launch: Launch, target: GpuTarget, batch: int | None) -> N
 def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, Callable[[], tuple[bytes, ...]]]:
     """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
     config = {**tvm.transform.PassContext.current().config, **_NO_NAMES}
+    if target.language == "metal":
+        module = _with_exact_constants(module)
     with tvm.target.Target(target.tvm()) as tvm_target, tvm.transform.PassContext(config=config):
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
     if target.language == "cuda":
         return source, host_half(export_cuda_host(built), source), tuple
-    return source, "", partial(_objects, built)
+    return _ARRAY.sub(r"\1alignas(16) \2", source), "", partial(_objects, built)
+
+
+# An array of Metal, which is read and written as vectors: TVM declares it as aligned as its elements are.
+_ARRAY = re.compile(r"^( +)((?:thread|threadgroup) (?:float|half)[24]? \w+\[)", re.M)
+
+
+def _with_exact_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """Give as bits those float32 constants that TVM's text for Metal, of seven digits, would change."""
+
+    def exact(constant: Any) -> Any:
+        value = np.float32(constant.value)
+        if str(constant.ty) != "float32" or np.float32(f"{value:e}") == value:
+            return constant
+        return tirx.reinterpret("float32", tirx.const(int(value.view(np.uint32)), "uint32"))
+
+    bodies = {name: tvm_ffi.structural_map(f.body, (tirx.FloatImm, exact)) for name, f in module.functions.items()}
+    return tvm.IRModule({name: module[name].with_body(body) for name, body in bodies.items()})
 
 
 # The host half only hands pointers on.
