@@ -427,10 +427,11 @@ def tune(
     --work-dir was given. For a GPU that is on another machine: --emit here, `opcompile measure` there, --absorb here;
     or, where it is served by `python -m opcompile.serve`, all at once with --tracker and --key.
     """
-    if (source is None) == (absorb is None) or (emit and (absorb or tracker or key or work_dir)):
-        raise click.UsageError(
-            "give SOURCE, or --absorb with the results of measuring; --emit takes no --tracker, --key or --work-dir"
-        )
+    if (source is None) == (absorb is None):
+        both = ", not both: the layers are in them" if source else ""
+        raise click.UsageError(f"give SOURCE, or --absorb with the results of measuring{both}")
+    if emit and (absorb or tracker or key or work_dir):
+        raise click.UsageError("--emit takes no --absorb, --tracker, --key or --work-dir; leave it, or them, out")
     if absorb:
         from opcompile.tune_gpu import absorb as absorbed
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from opcompile.errors import EngineError, KernelError
 from opcompile.gpus import GpuTarget
+from opcompile.machine import command_in
 
 _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
 
@@ -31,15 +32,15 @@ def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
         # plain names, so that no path of this machine gets into the library
         (Path(name) / "kernel.cu").write_text(kernel)
         (Path(name) / "host.cpp").write_text(host)
-        command = [compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
+        command = [*compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
         command += ["-o", "library.so"]
         command += [f"-L{home / 'lib'}", "-ltvm_ffi"]
-        environment = {**os.environ, "PATH": f"{Path(compiler).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        environment = {**os.environ, "PATH": f"{Path(compiler[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         try:
             done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False, env=environment)
         except OSError as error:
             raise EngineError(
-                f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
+                f"{compiler[0]} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
             ) from None
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
@@ -53,9 +54,9 @@ def nvcc_version() -> str:
     """Return nvcc's version, like ``13.0.48``. Raises `EngineError` without nvcc."""
     compiler = _nvcc()
     try:
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
-        raise EngineError(f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
+        raise EngineError(f"{compiler[0]} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
     found = re.search(r"\bV(\d[\d.]*)", said)
     return found[1] if found else said.strip()[-80:]
 
@@ -71,9 +72,9 @@ def _codes(target: GpuTarget) -> list[str]:
     ]
 
 
-def _nvcc() -> str:
-    if os.environ.get("NVCC", "").strip():
-        return os.environ["NVCC"]
+def _nvcc() -> list[str]:
+    if command := command_in("NVCC"):
+        return command
     found = shutil.which("nvcc")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [Path(home) / "bin" / "nvcc" for home in homes]
@@ -88,7 +89,7 @@ def _nvcc() -> str:
             "building for CUDA needs nvcc, and none is on PATH, in CUDA_HOME or among the installed packages; "
             "install NVIDIA's from PyPI (pip install 'opcompile[cuda]'), or the CUDA toolkit, or set NVCC"
         )
-    return found
+    return [found]
 
 
 def _tvm_ffi() -> Path:

@@ -177,7 +177,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--trials", "0"], 2, ["--trials"]),
         ([LAYER, "--tracker", "localhost:1"], 2, ["key"]),
         ([], 2, ["SOURCE", "--absorb"]),
-        ([LAYER, "--absorb", "{tmp}/r.json"], 2, ["SOURCE", "--absorb"]),
+        ([LAYER, "--absorb", "{tmp}/r.json"], 2, ["SOURCE", "--absorb", "not both"]),
         (["--absorb", "{tmp}/r.json", "--emit", "{tmp}/job"], 2, ["--emit"]),
         (["--absorb", "{tmp}/none.json"], 2, ["none.json"]),
         (["--absorb", "{tmp}/text.onnx"], 2, ["text.onnx", "not JSON"]),
