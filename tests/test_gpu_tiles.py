@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,15 @@ def test_more_blocks_than_one_launch_has_are_refused(target: GpuTarget) -> None:
         gradients.lower_gpu(Gradient(spec, "x"), target)
     # one whose sums are over all images has no more blocks with more of them
     assert gradients.lower_gpu(Gradient(spec, "b"), target).launch.most_images is None
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+def test_the_longest_axis_is_indexed_whole(target: GpuTarget) -> None:
+    """TVM makes its indices 32 bits wide, and kept a shift by 63."""
+    for size in (2**31 - 648, 2**31 - 1):
+        kernel = lowered(ConvTranspose3d.parse(f"in=1x1x1x1x{size} co=1 k=1 bias=0"), target)
+        assert kernel.launch.blocks * 256 >= size
+        assert re.search(rf"- {size - 224}\) >> 31", kernel.source)
 
 
 @pytest.mark.gpu_table
