@@ -72,7 +72,10 @@ def bench_gpu(
     try:
         device()
     except TargetError as error:
-        raise TargetError(f"{target} cannot be timed here: {error}") from error
+        raise TargetError(
+            f"{target} cannot be timed here: {error}; or compile it here (`opcompile compile --target {target}`), and "
+            "time it there with opcompile.bench_gpu.bench_artifact(opcompile.load(DIR))"
+        ) from error
     artifact: Any = compile(spec, target, plan)
     return bench_artifact(artifact, against=against, seconds=seconds, seed=seed)
 

@@ -16,6 +16,7 @@ from opcompile.errors import (
     ArtifactError,
     CallError,
     EngineError,
+    KernelError,
     ModelError,
     OpcompileError,
     TargetError,
@@ -299,10 +300,9 @@ def compile_all(
         one = _Job(layer, place if alone else place / name, machine, plan, derivative, verify, report)
         try:
             built.append(one.run(lowered, None if alone else place))
-        except (EngineError, TargetError):
-            raise  # of this machine, and so of every node
         except OpcompileError as error:
-            if alone:
+            of_every_node = isinstance(error, EngineError | TargetError) and not isinstance(error, KernelError)
+            if alone or of_every_node:
                 raise
             built.append(Built(layer.name, layer.spec, reason=str(error)))
         report("done")

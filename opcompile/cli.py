@@ -167,19 +167,23 @@ def _missing(error: Exception) -> str | None:
 # What each signal finds where nobody else waits for it.
 _ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
+# Two may be one wish: `timeout` sends its signal to the command and to its group.
+_PATIENCE = 2
+
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """Remember Ctrl-C and SIGTERM, and raise `KeyboardInterrupt`, so that nothing temporary stays behind.
 
-    TVM turns that into an error without a name.
+    TVM turns that into an error without a name. Who sends a third does not want to wait for that.
     """
     seen = interrupts.seen
     seen.clear()
 
-    def note(number: int, _frame: object) -> NoReturn:
-        seen.append(number)
-        raise KeyboardInterrupt
+    def note(number: int, _frame: object) -> None:
+        if len(seen) == _PATIENCE:
+            os._exit(128 + seen[0])
+        interrupts.note(number)
 
     here = threading.current_thread() is threading.main_thread()
     # a host with a handler of its own, or a shell that runs us in the background, keeps what it has
@@ -423,10 +427,11 @@ def tune(
     --work-dir was given. For a GPU that is on another machine: --emit here, `opcompile measure` there, --absorb here;
     or, where it is served by `python -m opcompile.serve`, all at once with --tracker and --key.
     """
-    if (source is None) == (absorb is None) or (emit and (absorb or tracker or key or work_dir)):
-        raise click.UsageError(
-            "give SOURCE, or --absorb with the results of measuring; --emit takes no --tracker, --key or --work-dir"
-        )
+    if (source is None) == (absorb is None):
+        both = ", not both: the layers are in them" if source else ""
+        raise click.UsageError(f"give SOURCE, or --absorb with the results of measuring{both}")
+    if emit and (absorb or tracker or key or work_dir):
+        raise click.UsageError("--emit takes no --absorb, --tracker, --key or --work-dir; leave it, or them, out")
     if absorb:
         from opcompile.tune_gpu import absorb as absorbed
 

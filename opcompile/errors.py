@@ -78,5 +78,9 @@ class EngineError(OpcompileError):
     exit_code = 3
 
 
+class KernelError(EngineError):
+    """A kernel that its compiler refuses, or that needs more than its device has: others may be fine."""
+
+
 class VerificationError(OpcompileError):
     """Outputs that lie beyond the derived error bound."""

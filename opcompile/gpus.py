@@ -7,6 +7,7 @@ flags, ``cuda:sm_80+tf32``: what is compiled only for those who ask for it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +33,8 @@ class Gpu:
     for ``resident`` threads;
     ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
     cores do ``matrix`` multiply-adds a cycle of 16 bits, summing in float32, for factors of ``matrix_types``: as warps'
-    matrix instructions reach them. Where that is no more than ``lanes``, the same units do both.
+    matrix instructions reach them. Where that is no more than ``lanes``, the same units do both. Values of ``widened``
+    types are held as float32, for the device has none of theirs.
     """
 
     example: str
@@ -49,6 +51,7 @@ class Gpu:
     registers: int = 255
     register_file: int = 65536
     warp: int = 32
+    widened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Flag:
     dtypes: tuple[str, ...]
     least: tuple[int, int] = (0, 0)
 
+
+# What CPUs may add (`opcompile.target`).
+BF16 = "bf16"
 
 # By default float32 is multiplied as float32, and kernels for Metal use nothing whose rounding Apple does not document.
 FLAGS: dict[str, Flag] = {
@@ -148,7 +154,10 @@ _HALVES = ("float16", "bfloat16")
 
 # 48 KiB is what a block may declare everywhere; more must be asked for at the launch.
 _GPUS: dict[str, tuple[Language, Gpu]] = {
-    "cuda:sm_75": ("cuda", Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",), shared_file=64 * _KIB)),
+    "cuda:sm_75": (
+        "cuda",
+        Gpu("T4", 40, 64, 1.59, 320, 1024, 512, ("float16",), shared_file=64 * _KIB, widened=("bfloat16",)),
+    ),
     "cuda:sm_80": ("cuda", Gpu("A100", 108, 64, 1.41, 1555, 2048, 1024, _HALVES, shared_file=164 * _KIB)),
     "cuda:sm_86": ("cuda", Gpu("RTX 3090", 82, 128, 1.70, 936, 1536, 256, _HALVES)),
     "cuda:sm_89": ("cuda", Gpu("RTX 4090", 128, 128, 2.52, 1008, 1536, 256, _HALVES)),
@@ -209,7 +218,8 @@ def gpu_target(name: str) -> GpuTarget:
     flags = tuple(sorted({part for part in parts if part in FLAGS}))
     devices = list(dict.fromkeys(part for part in parts if part not in FLAGS))
     members = [f"{language}:{device}" for device in devices]
-    if not members or not all(member in _GPUS for member in members) or (language == "metal" and len(members) > 1):
+    _require_of_its_kind(name, language, devices)
+    if not members or not all(member in _GPUS for member in members):
         several = f"several CUDA ones are joined like cuda:sm_80+sm_90, and flags added: {', '.join(_flagged())}"
         hint = _meant(name, language, devices)
         raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(_GPUS)}; {several}")
@@ -226,9 +236,38 @@ def gpu_target(name: str) -> GpuTarget:
 def _meant(name: str, language: str, devices: Sequence[str]) -> str:
     """Say what ``name`` may stand for: of several parts, the first of ``devices`` that is none."""
     strange = next((device for device in devices if f"{language}:{device}" not in _GPUS), "")
+    if language == "cuda" and (hint := meant_capability(strange)):
+        return hint
     if "+" in name and strange:
         return meant(strange, [*_GPUS, *FLAGS], gpu_examples())
     return meant(name, _GPUS, gpu_examples())
+
+
+_CAPABILITY = re.compile(r"(?:sm|compute)_?(\d{2,3})[a-z]?", re.I)
+
+
+def meant_capability(word: str, after: str = "") -> str:
+    """Say which target runs on the compute capability that ``word`` spells; nothing where it spells none.
+
+    ``after`` follows the name, as in `opcompile.meant.meant`.
+    """
+    if not (found := _CAPABILITY.fullmatch(word)):
+        return ""
+    arch = suited(capability(found[1]))
+    if arch is None:
+        return "none runs on a GPU that is earlier than compute capability 7.5; "
+    return f"did you mean cuda:{arch}{after}? "
+
+
+def _require_of_its_kind(name: str, language: str, devices: Sequence[str]) -> None:
+    """Raise `UnknownTargetError` for a part that other targets have, and for several GPUs of Metal."""
+    if BF16 in devices:
+        raise UnknownTargetError(f"target {name!r}: +{BF16} is for llvm targets alone; leave it out")
+    if language == "metal" and len(devices) > 1 and all(f"metal:{device}" in _GPUS for device in devices):
+        raise UnknownTargetError(
+            f"target {name!r}: a library for Metal is for one GPU, and {' and '.join(devices)} are {len(devices)}; "
+            "compile for each of them"
+        )
 
 
 def _flagged() -> list[str]:

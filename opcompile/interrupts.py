@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # Their numbers, as they came.
 seen: list[int] = []
 
@@ -10,3 +13,30 @@ def require_none() -> None:
     """Raise `KeyboardInterrupt` where a signal has come: what looks like a failure is none."""
     if seen:
         raise KeyboardInterrupt
+
+
+# How many are at what must not be left half done.
+_finishing: list[object] = []
+
+
+def note(number: int) -> None:
+    """Raise `KeyboardInterrupt` for the first signal: one that comes while that one ends the command changes nothing.
+
+    TVM's pool of processes holds a lock while it ends, and would wait for it forever if it were kept from that.
+    """
+    seen.append(number)
+    if len(seen) == 1 and not _finishing:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Do what is inside whole; where a first signal came meanwhile, `KeyboardInterrupt` is raised at the end of it."""
+    before = len(seen)
+    _finishing.append(None)
+    try:
+        yield
+    finally:
+        _finishing.pop()
+    if not before:
+        require_none()

@@ -12,6 +12,8 @@ from typing import Any
 from opcompile.errors import ArtifactError
 
 LAUNCH = "launch.json"
+# The most thread blocks that CUDA starts at once, and that their number, an int in the text, tells apart.
+MOST_BLOCKS = 2**31 - 1
 SOURCES = {"cuda": "kernel.cu", "metal": "kernel.metal"}
 
 _POINTER = re.compile(r"\*\s*(?:__restrict__\s+)?(\w+?)_ptr\b")
@@ -20,7 +22,9 @@ _SIGNATURES = {
     "metal": re.compile(r"kernel void (?P<kernel>\w+)\((?P<parameters>.*?)\n\) \{", re.S),
 }
 _SHARED = re.compile(
-    r"^\s*(?:__shared__ (?:alignas\(\d+\) )?|threadgroup )(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];", re.M
+    r"^\s*(?:alignas\(\d+\) )?(?:__shared__|threadgroup) (?:alignas\(\d+\) )?"
+    r"(?P<type>\w+) (?P<name>\w+)\[(?P<count>\d+)\];",
+    re.M,
 )
 _BYTES = {"float": 4, "half": 2, "nv_bfloat16": 2, "double": 8}
 _ELEMENT = re.compile(r"(?P<base>float|half|nv_bfloat16|double)(?P<length>[24])?$")
@@ -71,6 +75,11 @@ class Launch:
     def grid(self, batch: int) -> int:
         """Thread blocks for ``batch`` images."""
         return self.blocks * batch if self.per_image else self.blocks
+
+    @property
+    def most_images(self) -> int | None:
+        """Images that one launch can have; None where these make no more blocks."""
+        return MOST_BLOCKS // self.blocks if self.per_image else None
 
     def to_json(self, batch: int | None) -> str:
         """Return the text of ``launch.json``. Where the first grid size is null, it is blocks times the batch."""

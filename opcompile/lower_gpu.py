@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 import tvm_ffi
 from tvm import tirx
@@ -29,9 +30,9 @@ from tvm.s_tir.transform import (
 from tvm.tirx.transform import StmtSimplify
 
 from opcompile.declare_flat import FlatGrain, declare_flat, extents, only_taps, weight_shape
-from opcompile.errors import TargetError
+from opcompile.errors import KernelError, SpecError, TargetError
 from opcompile.gpus import FLAGS, GpuTarget
-from opcompile.launch import Launch
+from opcompile.launch import MOST_BLOCKS, Launch
 from opcompile.lower import KERNEL, Plan, PlanName, recorded
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
@@ -80,7 +81,7 @@ class LoweredGpu(GpuCode):
 def lower_gpu(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName = "best") -> LoweredGpu:
     """Emit the kernel of ``spec`` for ``target``. Plans are those of `opcompile.lower.lower`.
 
-    Raises `TargetError` for an element type that the target's language has not.
+    Raises `TargetError` for an element type that the target's language has not, and as `require_startable` does.
     """
     tiles, chosen = choose(spec, target, plan)
     return emitted(spec, target, tiles, chosen)
@@ -126,18 +127,56 @@ def emitted(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles, plan: Pla
     with tvm.transform.PassContext(config=config):
         source, host, objects = texts(scheduled(spec, tiles, target), target)
     launch = Launch.of(source, target.language, blocks(spec, tiles), tiles.block)
+    require_startable(launch, target, spec.batch)
     return LoweredGpu(target, plan, source, host, objects, launch, spec, packing(spec, tiles))
+
+
+def require_startable(launch: Launch, target: GpuTarget, batch: int | None) -> None:
+    """Raise `KernelError` for more shared memory than a block may have, `SpecError` for more blocks than can start."""
+    if launch.shared_bytes > target.gpu.shared:
+        raise KernelError(
+            f"{launch.kernel} declares {launch.shared_bytes} bytes of shared memory, and a block of {target.name} has "
+            f"at most {target.gpu.shared}; compile the layer with plan baseline, or for another target"
+        )
+    if launch.grid(batch or 1) <= MOST_BLOCKS:
+        return
+    needs = f"{launch.kernel} needs {launch.blocks} thread blocks"
+    if launch.most_images:
+        raise SpecError(
+            f"batch is {batch}, but {needs} for each image, and one launch has at most {MOST_BLOCKS}; compile it for a "
+            f"batch of at most {launch.most_images}, and call it several times"
+        )
+    raise SpecError(f"{needs}, and one launch has at most {MOST_BLOCKS}; cut the layer into smaller ones")
 
 
 def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, Callable[[], tuple[bytes, ...]]]:
     """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
     config = {**tvm.transform.PassContext.current().config, **_NO_NAMES}
+    if target.language == "metal":
+        module = _with_exact_constants(module)
     with tvm.target.Target(target.tvm()) as tvm_target, tvm.transform.PassContext(config=config):
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
     if target.language == "cuda":
         return source, host_half(export_cuda_host(built), source), tuple
-    return source, "", partial(_objects, built)
+    return _ARRAY.sub(r"\1alignas(16) \2", source), "", partial(_objects, built)
+
+
+# An array of Metal, which is read and written as vectors: TVM declares it as aligned as its elements are.
+_ARRAY = re.compile(r"^( +)((?:thread|threadgroup) (?:float|half)[24]? \w+\[)", re.M)
+
+
+def _with_exact_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """Give as bits those float32 constants that TVM's text for Metal, of seven digits, would change."""
+
+    def exact(constant: Any) -> Any:
+        value = np.float32(constant.value)
+        if str(constant.ty) != "float32" or np.float32(f"{value:e}") == value:
+            return constant
+        return tirx.reinterpret("float32", tirx.const(int(value.view(np.uint32)), "uint32"))
+
+    bodies = {name: tvm_ffi.structural_map(f.body, (tirx.FloatImm, exact)) for name, f in module.functions.items()}
+    return tvm.IRModule({name: module[name].with_body(body) for name, body in bodies.items()})
 
 
 # The host half only hands pointers on.

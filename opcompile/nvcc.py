@@ -15,8 +15,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from opcompile.errors import EngineError
+from opcompile.errors import EngineError, KernelError
 from opcompile.gpus import GpuTarget
+from opcompile.machine import command_in
 
 _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
 
@@ -24,26 +25,28 @@ _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler
 def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
     """Return the library of a kernel and its host half, in C++, for the architectures of ``target``.
 
-    Raises `EngineError` without nvcc, or with its words.
+    Raises `EngineError` without nvcc, or where it cannot compile at all, and `KernelError` with its words.
     """
     compiler, home = _nvcc(), _tvm_ffi()
     with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
         # plain names, so that no path of this machine gets into the library
         (Path(name) / "kernel.cu").write_text(kernel)
         (Path(name) / "host.cpp").write_text(host)
-        command = [compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
+        command = [*compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
         command += ["-o", "library.so"]
         command += [f"-L{home / 'lib'}", "-ltvm_ffi"]
-        environment = {**os.environ, "PATH": f"{Path(compiler).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        environment = {**os.environ, "PATH": f"{Path(compiler[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         try:
             done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False, env=environment)
         except OSError as error:
             raise EngineError(
-                f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
+                f"{compiler[0]} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
             ) from None
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
-            raise EngineError(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{_hint(said)}")
+            hint = _hint(said)
+            refused = EngineError if hint else KernelError
+            raise refused(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{hint}")
         return (Path(name) / "library.so").read_bytes()
 
 
@@ -51,9 +54,9 @@ def nvcc_version() -> str:
     """Return nvcc's version, like ``13.0.48``. Raises `EngineError` without nvcc."""
     compiler = _nvcc()
     try:
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
-        raise EngineError(f"{compiler} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
+        raise EngineError(f"{compiler[0]} cannot be started: {error.strerror}; set NVCC to the CUDA compiler") from None
     found = re.search(r"\bV(\d[\d.]*)", said)
     return found[1] if found else said.strip()[-80:]
 
@@ -69,9 +72,9 @@ def _codes(target: GpuTarget) -> list[str]:
     ]
 
 
-def _nvcc() -> str:
-    if os.environ.get("NVCC", "").strip():
-        return os.environ["NVCC"]
+def _nvcc() -> list[str]:
+    if command := command_in("NVCC"):
+        return command
     found = shutil.which("nvcc")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [Path(home) / "bin" / "nvcc" for home in homes]
@@ -86,7 +89,7 @@ def _nvcc() -> str:
             "building for CUDA needs nvcc, and none is on PATH, in CUDA_HOME or among the installed packages; "
             "install NVIDIA's from PyPI (pip install 'opcompile[cuda]'), or the CUDA toolkit, or set NVCC"
         )
-    return found
+    return [found]
 
 
 def _tvm_ffi() -> Path:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from opcompile.errors import RecordError
-from opcompile.gpus import GpuTarget
+from opcompile.gpus import BF16, GpuTarget
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import BF16, Target
+from opcompile.target import Target
 from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.tiles import (
     LATER,

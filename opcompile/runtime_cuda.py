@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
+from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
 from opcompile.packing import Packing
 from opcompile.runtime import Golden, content, load_again, own_weights, read_golden, sizes_text
 from opcompile.spec import ConvTranspose3d
@@ -43,6 +44,7 @@ class OnGpu:
         self.directory, self.manifest = directory, manifest
         self._dtype = ConvTranspose3d.parse(manifest["spec"]).dtype
         self._suited: set[int] = set()
+        self._most = Launch.from_json((directory / LAUNCH).read_bytes()).most_images
         try:
             import tvm_ffi
 
@@ -78,6 +80,11 @@ class OnGpu:
             least = ", N at least 1" if None in shape else ""
             raise CallError(
                 f"{name} is {tensor.dtype} {given}, but this kernel needs {self._dtype} {sizes_text(shape)}{least}"
+            )
+        if None in shape and self._most is not None and given[0] > self._most:
+            raise CallError(
+                f"{name} has a batch of {given[0]}, but this kernel takes at most {self._most}, for which one launch "
+                f"has {MOST_BLOCKS} thread blocks; call it several times"
             )
         if not tensor.is_contiguous():
             raise CallError(f"{name} is not contiguous in memory; pass {name}.contiguous()")

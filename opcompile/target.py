@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opcompile.errors import TargetError, UnknownTargetError
-from opcompile.gpus import GpuTarget, gpu_examples, gpu_names, gpu_target, is_gpu
+from opcompile.gpus import BF16, FLAGS, GpuTarget, gpu_examples, gpu_names, gpu_target, is_gpu, meant_capability
 from opcompile.meant import meant
 
 
@@ -211,8 +211,7 @@ _NAMED: dict[str, Callable[[str], Target]] = {
 # What a generic name is on a family of AMD's processors.
 _AMD = {("x86-64-v3", "25"): "znver3", ("x86-64-v4", "25"): "znver4", ("x86-64-v4", "26"): "znver5"}
 
-# The flag, and what the processor must list for it: an instruction that multiplies bfloat16.
-BF16 = "bf16"
+# What the processor must list for the flag: an instruction that multiplies bfloat16.
 _BF16_FEATURE = "avx512_bf16"
 # A generic name that lacks the instruction, and takes it on where the flag asks for it.
 _BF16_ADDED = {"x86-64-v4": "+avx512bf16"}
@@ -226,17 +225,24 @@ def target(name: str) -> Target:
     if not isinstance(name, str):
         raise UnknownTargetError(f"target is of type {type(name).__name__}, but must be a str, like 'llvm'")
     base, *flags = name.split("+")
-    if flags and set(flags) == {BF16} and (base in names()):
+    is_cpu = base in names()
+    if is_cpu and set(flags) == {BF16}:
         return _with_bf16(name, target(base), here=base == "llvm")
     kind, _, machine = name.partition(":")
     if is_gpu(name):
         raise TargetError(f"target {name!r} is a GPU, and this works for CPUs: {', '.join(names())}")
+    if is_cpu and (strange := next((flag for flag in flags if flag in FLAGS), "")):
+        raise UnknownTargetError(
+            f"target {name!r}: +{strange} is for {FLAGS[strange].language} targets alone; leave it out"
+        )
     if kind != "llvm":
         every = [*names(), *gpu_names()]
+        after = "".join(f"+{flag}" for flag in flags)
         if flags:
-            hint = meant(base, gpu_names() if flags != [BF16] else names(), gpu_examples(), "+" + "+".join(flags))
+            near = meant(base, gpu_names() if flags != [BF16] else names(), gpu_examples(), after)
         else:
-            hint = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
+            near = meant(name, every, {**gpu_examples(), **dict.fromkeys(("cpu", "host", "native"), "llvm")})
+        hint = meant_capability(base, after) or near
         may = f"; with a flag llvm+{BF16}, {', '.join(flagged())}" if base == "llvm" else ""
         raise UnknownTargetError(f"target {name!r} is unknown; {hint}use one of {', '.join(every)}{may}")
     if not machine and ":" not in name:

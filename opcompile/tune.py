@@ -267,9 +267,10 @@ class _Bench:
 
     def close(self) -> None:
         """End the pool's processes and remove the libraries."""
-        if "_pool" in self.__dict__:
-            self._pool.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with interrupts.finishing():
+            if "_pool" in self.__dict__:
+                self._pool.shutdown()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _schedule(self, rank: int) -> Schedule:
         """Let MetaSchedule make the candidate: one decision in the space of its declaration."""

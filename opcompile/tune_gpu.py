@@ -7,6 +7,7 @@ all three where the GPU is at hand, or serves under a tracker. Nothing heavy is 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from opcompile.cuda_driver import require_runs_on
 from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import GpuTarget, gpu_target, is_gpu
+from opcompile.index import LEFT_BY_BROWSERS
 from opcompile.job import JOB, Candidate, Job, LayerJob
 from opcompile.measure import FORMAT, Machine, measure
 from opcompile.paths import checked_path
@@ -106,6 +108,7 @@ def emit(
     machine, place = _cuda(target), checked_path(into, "into").absolute()
     if type(trials) is not int or trials < 1:
         raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
+    _require_a_job_at_most(place)
     made = _made(specs, machine, trials)
     if _holds(place, machine, seed, made):
         return place
@@ -117,6 +120,18 @@ def emit(
         raise ArtifactError(f"cannot write {place}: {error.strerror or error}; name another directory") from error
     write_atomically(place / JOB, json.dumps(Job(machine.name, seed, made, tuple(layers)).to_json(), indent=1) + "\n")
     return place
+
+
+# What emitting, measuring beside it, and being interrupted leave there: layers have directories by their keys.
+_OF_A_JOB = re.compile(rf"{re.escape(JOB)}|results\.json|[0-9a-f]{{16}}")
+
+
+def _require_a_job_at_most(place: Path) -> None:
+    """Raise `ArtifactError` where ``place`` holds what no job put there."""
+    there = {path.name for path in place.iterdir()} - LEFT_BY_BROWSERS if place.is_dir() else set()
+    strange = sorted(name for name in there if not _OF_A_JOB.fullmatch(name))
+    if strange and JOB not in there:
+        raise ArtifactError(f"{place} holds {strange[0]}, and no job; empty it, or name another directory")
 
 
 def _cuda(target: str) -> GpuTarget:

@@ -38,7 +38,6 @@ from schedules.gpu_tiles import (
     WARP,
     GpuEstimate,
     GpuTiles,
-    Sums,
     at_once,
     baseline,
     candidates,
@@ -215,7 +214,7 @@ def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
     """Whether the phases of a row, neighbours in Y, can be written as one vector: never cut, always aligned."""
     row = spec.axes[2]
     # phases that read the same columns are numbered by their taps
-    in_order = not Sums.of(spec).alike or (row.dilation == 1 and row.begin % row.stride == 0)
+    in_order = not all(a.even_taps for a in spec.axes) or (row.dilation == 1 and row.begin % row.stride == 0)
     return not t.apart and in_order and spec.layout == "NCDHW" and row.stride in (2, 4) and row.out % row.stride == 0
 
 

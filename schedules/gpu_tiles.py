@@ -129,7 +129,7 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
 
     Deterministic: the order depends on ``spec`` and ``gpu`` alone.
     """
-    layer = Sums.of(spec)
+    layer = Sums.of(spec, gpu)
     fragments = _fragments(layer) if spec.dtype in gpu.matrix_types else ()
     return ranked(layer, gpu, [*sensible(layer), *fragments])
 
@@ -150,14 +150,15 @@ def baseline(spec: ConvTranspose3d, gpu: Gpu) -> GpuEstimate:
 class Sums:
     """What the arithmetic needs of a layer, or of a derivative.
 
-    With ``gathered`` weights lie as they come, not packed, and what is staged is widened to the type of the sums.
-    ``m`` and ``c`` are channels of a group, ``images`` the groups of a batch (of one image where N is open),
-    ``positions`` of a phase, ``together`` positions of all of them at once. ``phases`` counts them, ``with_taps``
-    those with taps, ``taps`` the taps of all, ``most_taps`` of the one that has the most; ``alike`` says that together
-    they read the same columns, ``many`` that they must lie apart.
+    With ``gathered`` weights lie as they come, not packed. An element is of ``itemsize`` bytes in memory, and of
+    ``held`` where it is staged, which may be wider. ``m`` and ``c`` are channels of a group, ``images`` the groups of a
+    batch (of one image where N is open), ``positions`` of a phase, ``together`` positions of all of them at once.
+    ``phases`` counts them, ``with_taps`` those with taps, ``taps`` the taps of all, ``most_taps`` of the one that has
+    the most; ``alike`` says that together they read the same columns, ``many`` that they must lie apart.
     """
 
     itemsize: int
+    held: int
     sum_bytes: int
     gathered: bool
     m: int
@@ -178,13 +179,15 @@ class Sums:
     y_bytes: int
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d) -> Sums:
-        """Describe a layer."""
+    def of(cls, spec: ConvTranspose3d, gpu: Gpu) -> Sums:
+        """Describe a layer on a device."""
+        sum_bytes = 8 if spec.sum_dtype == "float64" else 4
         alike = all(a.even_taps for a in spec.axes)
         positions = math.prod(a.positions for a in spec.axes)
         return cls(
             itemsize=spec.itemsize,
-            sum_bytes=8 if spec.sum_dtype == "float64" else 4,
+            held=sum_bytes if spec.dtype in gpu.widened else spec.itemsize,
+            sum_bytes=sum_bytes,
             gathered=False,
             m=spec.channels_out // spec.groups,
             c=spec.channels_in // spec.groups,
@@ -230,7 +233,7 @@ class Sums:
         return words * (sums + weights + t.tile_q) + 32
 
     def shared(self, t: GpuTiles) -> int:
-        """Bytes of shared memory of a block."""
+        """Bytes of shared memory that a block uses."""
         together = self.summed(t)
         sharing = together if self.alike else 1
         if t.family == "matrix":
@@ -240,10 +243,18 @@ class Sums:
             return pairs * factors + together * t.threads_m * EDGE * t.positions * self.sum_bytes
         # rows of shared memory that are set apart
         apart = 2 * 4 if t.lanes == "terms" else 0
-        itemsize = self.sum_bytes if self.gathered else self.itemsize
-        staged = t.chunk * (t.channels * sharing + t.positions + apart) * itemsize
+        staged = t.chunk * (t.channels * sharing + t.positions + apart) * self.held
         parts = together * t.split * t.channels * t.positions * self.sum_bytes
         return staged + (parts if t.family == "split" else 0)
+
+    def declared(self, t: GpuTiles) -> int:
+        """Bytes of shared memory that the text declares: as if threads had whole turns at copying, the last one too."""
+        if t.family == "matrix" or not t.chunk:
+            return self.shared(t)
+        beyond = _beyond(t.chunk, t.positions, t.threads)
+        if not self.alike or self.summed(t) == 1:  # else phases come first, of which there are no more
+            beyond += _beyond(t.chunk, t.channels, t.threads * (1 if self.gathered else at_once(t.channels)))
+        return self.shared(t) + beyond * self.held
 
 
 # As `opcompile.declare.MOST_PHASE_BLOCKS`: with more phases each block of threads sums one.
@@ -310,7 +321,14 @@ def _divisors(number: int, most: int) -> list[int]:
 def _within_limits(layer: Sums, gpu: Gpu, t: GpuTiles) -> bool:
     threads, registers = t.threads, layer.registers(t)
     fits = threads <= gpu.threads and registers <= gpu.registers and registers * threads <= gpu.register_file
-    return fits and layer.shared(t) <= gpu.shared
+    return fits and layer.declared(t) <= gpu.shared
+
+
+def _beyond(rows: int, length: int, turn: int) -> int:
+    """How many elements rows have beyond ``rows`` of ``length`` that are copied in several turns."""
+    if rows * length <= turn:
+        return 0
+    return (_over(_over(rows * length, turn) * turn, length) - rows) * length
 
 
 # --- what they cost ---
@@ -358,7 +376,7 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     computing = max(computing, threads * (most * step + rest) / (rate * alone))
     moving = _moving(layer, gpu, t, blocks)
     cycles = max(computing, moving) + 0.1 * min(computing, moving)
-    return GpuEstimate(t, cycles, computing, moving, blocks, registers, shared)
+    return GpuEstimate(t, cycles, computing, moving, blocks, registers, layer.declared(t))
 
 
 def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:

@@ -57,9 +57,11 @@ def _sums(gradient: Gradient) -> Sums:
         "w": (c, images * sizes, layer.groups, m * taps),
         "b": (1, images * outs, 1, layer.channels_out),
     }[wrt]
+    sum_bytes = 8 if layer.sum_dtype == "float64" else 4
     return Sums(
         itemsize=layer.itemsize,
-        sum_bytes=8 if layer.sum_dtype == "float64" else 4,
+        held=sum_bytes,
+        sum_bytes=sum_bytes,
         gathered=True,
         m=rows,
         c=terms,

@@ -652,8 +652,10 @@ def reach(axis: Axis) -> int:
 
 def _beside(axis: Axis) -> float:
     """Which part of the products of positions with taps reads beside X."""
-    reads = [q + offset for phase in axis.phases for offset in phase.offsets() for q in range(axis.positions)]
-    return sum(not 0 <= i < axis.size for i in reads) / max(1, len(reads))
+    offsets = [offset for phase in axis.phases for offset in phase.offsets()]
+    inside = sum(max(0, min(axis.positions, axis.size - o) - max(0, -o)) for o in offsets)
+    reads = len(offsets) * axis.positions
+    return (reads - inside) / max(1, reads)
 
 
 def _shared(axis: Axis) -> float:

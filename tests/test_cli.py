@@ -31,7 +31,7 @@ from opcompile import artifact
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
 from opcompile.doctor import Finding
-from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError, VerificationError
+from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -178,7 +178,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--trials", "0"], 2, ["--trials"]),
         ([LAYER, "--tracker", "localhost:1"], 2, ["key"]),
         ([], 2, ["SOURCE", "--absorb"]),
-        ([LAYER, "--absorb", "{tmp}/r.json"], 2, ["SOURCE", "--absorb"]),
+        ([LAYER, "--absorb", "{tmp}/r.json"], 2, ["SOURCE", "--absorb", "not both"]),
         (["--absorb", "{tmp}/r.json", "--emit", "{tmp}/job"], 2, ["--emit"]),
         (["--absorb", "{tmp}/none.json"], 2, ["none.json"]),
         (["--absorb", "{tmp}/text.onnx"], 2, ["text.onnx", "not JSON"]),
@@ -367,6 +367,35 @@ def test_an_interrupt_in_disguise_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     result = invoke("cases")
     assert (result.exit_code, result.stderr) == (130, "opcompile: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_lets_what_the_first_ends_tidy_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tidy = []
+
+    def interrupted(*_: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            tidy.append(True)
+
+    monkeypatch.setattr("opcompile.cases.tagged", interrupted)
+    result = invoke("cases")
+    assert tidy
+    assert (result.exit_code, result.stderr.strip()) == (130, "opcompile: interrupted")
+
+
+def test_a_third_signal_waits_for_nothing() -> None:
+    program = (
+        "import signal\nimport opcompile.cases\nfrom opcompile.cli import cli\n"
+        "def interrupted(*_):\n    try:\n        signal.raise_signal(signal.SIGTERM)\n    finally:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n        signal.raise_signal(signal.SIGTERM)\n"
+        "        print('late', flush=True)\n"
+        "opcompile.cases.tagged = interrupted\ncli(['cases'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout) == (143, b"")
 
 
 def test_version_and_help_are_light() -> None:
@@ -737,6 +766,13 @@ def test_what_no_node_could_do_without_is_an_error(tmp_path: Path, monkeypatch: 
     result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "no C compiler" in result.stderr
+
+
+def test_a_kernel_that_a_compiler_refuses_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.artifact.link", raising(KernelError("too much shared memory")))
+    result = invoke("compile", MODELS / "unet.onnx", "-o", tmp_path / "out", "--plan", "baseline", "--json")
+    assert result.exit_code == 2
+    assert {b["reason"] for b in json.loads(result.stdout)["layers"]} == {"too much shared memory"}
 
 
 def test_equal_layers_are_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

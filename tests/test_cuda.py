@@ -60,7 +60,12 @@ def test_nvcc_of_pypi_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
-    assert nvcc._nvcc() == str(compiler)
+    assert nvcc._nvcc() == [str(compiler)]
+
+
+def test_nvcc_is_a_command_as_the_c_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC", f"{sys.executable} -c 'print(\"V12.3\")'")
+    assert nvcc.nvcc_version() == "12.3"
 
 
 def test_a_gpu_is_never_meant_by_accident() -> None:

@@ -160,6 +160,15 @@ def test_an_open_batch_is_at_least_1(layer: CudaArtifact) -> None:
         layer.checked("x", tensor(X[:0])[0], open_batch)
 
 
+def test_more_images_than_one_launch_has_blocks_for_are_refused(layer: CudaArtifact) -> None:
+    open_batch = (None, 1, 8, 8, 8)
+    assert layer._most is not None
+    layer._most = 2
+    assert layer.checked("x", tensor(np.concatenate([X, X]))[0], open_batch)[0] == 2
+    with pytest.raises(CallError, match=r"x has a batch of 3, but this kernel takes at most 2, .* call it several"):
+        layer.checked("x", tensor(np.concatenate([X, X, X]))[0], open_batch)
+
+
 def test_weights_packed_for_another_layer_are_refused(layer: CudaArtifact) -> None:
     given, _ = arguments(layer)
     other = PackedCuda(Packing.identity((2, 1, 1, 1, 1)), given["w"].data)

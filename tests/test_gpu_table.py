@@ -58,7 +58,7 @@ def assert_limits(kernel: LoweredGpu) -> None:
     assert launch.shared_bytes <= gpu.shared
     assert launch.grid(kernel.spec.batch or 1) < 2**31
     # what a thread has to itself is in registers
-    own = re.findall(r"^ +(?:alignas\(\d+\) |thread )\w+ \w+\[(\d+)\];", kernel.source, re.M)
+    own = re.findall(r"^ +alignas\(\d+\) (?:thread )?\w+ \w+\[(\d+)\];", kernel.source, re.M)
     assert own
     assert max(map(int, own)) <= gpu.registers
     if kernel.host_source:

@@ -31,7 +31,7 @@ BELOW = {
     "opcompile.gpus": {"opcompile.errors", "opcompile.meant"},
     "opcompile.target": {"opcompile.errors", "opcompile.gpus", "opcompile.meant"},
     "opcompile.launch": {"opcompile.errors"},
-    "opcompile.nvcc": {"opcompile.errors", "opcompile.gpus"},
+    "opcompile.nvcc": {"opcompile.errors", "opcompile.gpus", "opcompile.machine"},
     "opcompile.cuda_driver": {"opcompile.errors", "opcompile.gpus"},
     "opcompile.trials": set(),
     "opcompile.farm": {"opcompile.errors", "opcompile.trials"},

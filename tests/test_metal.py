@@ -7,10 +7,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from gpu_kernels import METAL, SIMDGROUP, lowered
+from gpu_kernels import METAL, SIMDGROUP, lowered, simulated
 
 from opcompile import artifact
 from opcompile.cases import CASES, Case
@@ -18,7 +20,7 @@ from opcompile.errors import TargetError
 from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.lower_gpu import lower_gpu
 from opcompile.lower_gpu import choose
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d
 from schedules.gpu import candidates
 
 HEADERS = Path(__file__).with_name("metal")
@@ -32,7 +34,8 @@ TYPED += [
 
 def complaints(source: str, folder: Path) -> str:
     """What clang says of MSL text, without the attributes of parameters; shared arrays are static to C++."""
-    text = re.sub(r"(?m)^  threadgroup (?=\w+ \w+\[)", "  static threadgroup ", re.sub(r"\[\[.*?\]\]", "", source))
+    text = re.sub(r"\[\[.*?\]\]", "", source)
+    text = re.sub(r"(?m)^(  (?:alignas\(16\) )?)threadgroup (?=\w+ \w+\[)", r"\1static threadgroup ", text)
     (folder / "kernel.cpp").write_text(text)
     command = [sys.executable, "-m", "ziglang", "clang", "-xc++", "-fsyntax-only", "-w", "-nostdinc", "-ferror-limit=3"]
     done = subprocess.run(
@@ -78,7 +81,10 @@ def test_the_types_of_simdgroup_matrices_are_right(text: str, dtype: str, tmp_pa
     [
         (r"simdgroup_load\(L\[0\], \(&\(W_shared", "simdgroup_load(L[0], (&(phase_shared"),
         (r"simdgroup_half8x8 L\[", "simdgroup_float8x8 L["),
-        (r"(\n  threadgroup float phase_shared\[\d+\];)", r"\n  {\n    threadgroup float inner[8];\n  }\1"),
+        (
+            r"(\n  alignas\(16\) threadgroup float phase_shared\[\d+\];)",
+            r"\n  {\n    threadgroup float inner[8];\n  }\1",
+        ),
     ],
 )
 def test_a_matrix_of_another_type_and_threadgroup_memory_in_a_scope_are_noticed(
@@ -99,6 +105,23 @@ def test_a_pointer_that_loses_its_address_space_is_noticed(tmp_path: Path) -> No
     bent = source.replace(") {\n", ") {\n  float* p = X_ptr;\n", 1)
     assert bent != source
     assert "error" in complaints(bent, tmp_path)
+
+
+def test_arrays_that_vectors_are_read_from_lie_at_multiples_of_16_bytes() -> None:
+    for text in ("in=1x32x4x4x4 co=32 k=2 s=2 dtype=float16", "in=1x64x3x3x3 co=64 k=3 s=2"):
+        source = lowered(ConvTranspose3d.parse(text), METAL).source
+        arrays = re.findall(r"^ +(.*?)\b(?:thread|threadgroup) \w+ \w+\[\d+\];", source, re.M)
+        assert arrays
+        assert set(arrays) == {"alignas(16) "}
+
+
+def test_constants_are_not_cut_to_seven_digits() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x2x3 co=1 k=1 bias=0 act=leaky_relu:0.1000004499")
+    kernel = lowered(spec, METAL)
+    assert "as_type<float>" in kernel.source
+    x, w = -np.ones(spec.x_shape, np.float32), np.ones(spec.w_shape, np.float32)  # type: ignore[arg-type]
+    assert set(simulated(kernel)(x, w).ravel()) == {-np.float32(0.1000004499)}
+    assert "as_type" not in lowered(replace(spec, activation=Activation("leaky_relu", (0.1,))), METAL).source
 
 
 @pytest.mark.peers
@@ -133,3 +156,10 @@ def test_a_runner_reads_what_launch_json_says(name: str) -> None:
         ast.parse(text)
     else:
         assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize("name", ["metal_pyobjc.py", "metal_run.swift"])
+def test_a_runner_believes_no_output_of_a_launch_that_failed(name: str) -> None:
+    before, after = (EXAMPLES / name).read_text().split("waitUntilCompleted()")
+    assert "maxTotalThreadsPerThreadgroup" in before
+    assert re.match(r"\s*if .*command\.error", after)

@@ -20,7 +20,7 @@ from strategies import specs
 from opcompile import declare as declaration
 from opcompile import lower
 from opcompile.bounds import compare
-from opcompile.cases import Case, case, tagged
+from opcompile.cases import CASES, Case, case, tagged
 from opcompile.compiled import compiled
 from opcompile.declare import Grain, Scope, declare, phases_as_axes
 from opcompile.record import illegal
@@ -28,7 +28,7 @@ from opcompile.reference import linear, reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import MOST_PHASES, candidates, copies_chunks, phases_apart, weights_by_taps
+from schedules.tiles import MOST_PHASES, _beside, candidates, copies_chunks, phases_apart, weights_by_taps
 
 # whose vectors hold 16 sums, as tiles here do; where they are narrower, LLVM splits them
 WIDE = target("llvm:x86-64-v4")
@@ -541,3 +541,12 @@ def test_gelu_is_far_within_its_bound() -> None:
     assert np.all(np.abs(y - expected) <= 4 * 2.0**-24 * np.abs(z))
     assert np.all(y[z < -6] == 0)
     assert np.all(y[z > 6] == z[z > 6])
+
+
+def test_reads_beside_x_are_counted_however_long_an_axis_is() -> None:
+    for axis in {axis for each in CASES for axis in each.spec.axes}:
+        offsets = [offset for phase in axis.phases for offset in phase.offsets()]
+        reads = [q + offset for offset in offsets for q in range(axis.positions)]
+        assert _beside(axis) == sum(not 0 <= i < axis.size for i in reads) / max(1, len(reads))
+    longest = ConvTranspose3d.parse(f"in=1x1x1x1x{2**31 - 1} co=1 k=1")
+    assert candidates(longest, HERE.machine)

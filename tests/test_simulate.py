@@ -27,8 +27,8 @@ from schedules.gpu import GpuTiles
 THREADS = 64
 
 
-def run(body: str, language: str = "cuda", type_: str = "float", shared: str = "") -> Any:
-    """Run ``body`` with 64 threads on X of 64 elements 0, 1, ... and return Y of as many."""
+def run(body: str, language: str = "cuda", type_: str = "float", shared: str = "", size: int = THREADS) -> Any:
+    """Run ``body`` with 64 threads on X of ``size`` elements 0, 1, ... and return Y of as many."""
     if language == "cuda":
         source = (
             f'extern "C" __global__ void __launch_bounds__({THREADS}) k({type_}* __restrict__ X_ptr, '
@@ -42,7 +42,7 @@ def run(body: str, language: str = "cuda", type_: str = "float", shared: str = "
             f") {{\n  int i = threadIdx;\n{shared}\n  {body}\n}}\n"
         )
     dtype = np.dtype({"float": "float32", "half": "float16", "nv_bfloat16": ml_dtypes.bfloat16}[type_])
-    x, y = np.arange(THREADS).astype(dtype), np.zeros(THREADS, dtype)
+    x, y = np.arange(size).astype(dtype), np.zeros(size, dtype)
     launch = Launch.of(source, language, 1, (THREADS,))
     Simulator(source, language, replace(launch, blocks=1)).run({"x": x}, y.reshape(1, -1), 1)
     return y
@@ -88,6 +88,14 @@ def test_of_a_number_and_nan_a_device_takes_the_number(language: str) -> None:
 def test_what_a_gpu_would_not_say_is_said(body: str, words: str) -> None:
     with pytest.raises(VerificationError, match=re.escape(words)):
         run(body, shared=SHARED if "s[" in body else "")
+
+
+@pytest.mark.parametrize("size", [61, 62, 63])
+def test_an_access_closer_than_a_vector_to_the_end_is_seen(size: int) -> None:
+    with pytest.raises(VerificationError, match=f"a write close to y, which has {4 * size} bytes"):
+        run(f"if (i <= {size}) output_ptr[i] = 1;", size=size)
+    y = run(f"if (i < {size}) output_ptr[i] = X_ptr[i + 1];", size=size)
+    assert np.isnan(y).tolist() == [False] * (size - 1) + [True]
 
 
 def test_shared_memory_begins_poisoned_and_output_unwritten() -> None:

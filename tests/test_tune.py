@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from opcompile import interrupts
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
@@ -438,3 +439,39 @@ def test_an_interrupt_that_tvm_hides_is_no_failure_of_a_candidate(monkeypatch: p
     monkeypatch.setattr(tuning._Bench, "_schedule", as_tvm_does)
     with pytest.raises(KeyboardInterrupt):
         tune(SPEC, trials=TRIALS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_signals_at_once_end_it_as_one_does(tmp_path: Path, number: signal.Signals) -> None:
+    """As `timeout` sends them, to the command and to its group."""
+    command = [sys.executable, "-m", "opcompile", "tune", str(SPEC), "--trials", "8", "--work-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parents[1])}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        until(lambda: list(tmp_path.rglob("opcompile-build-*")) or process.poll() is not None, "candidates")
+        process.send_signal(number)
+        process.send_signal(number)
+        try:
+            # by the exit code of a shell: the second may come when all is tidy
+            assert process.wait(timeout=600) in (128 + number, -number)
+        finally:
+            process.kill()
+    assert not list(tmp_path.rglob("opcompile-build-*"))
+
+
+def test_what_ends_the_pool_is_not_left_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "seen", [])
+    done = []
+
+    def close() -> None:
+        with interrupts.finishing():
+            interrupts.note(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        close()
+    assert done

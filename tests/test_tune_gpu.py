@@ -123,6 +123,17 @@ def test_the_same_job_is_left_as_it_is_and_another_is_built(tmp_path: Path, gpu:
         measure(place, tmp_path / "results.json")
 
 
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:
+    place = emit([LAYER], TARGET.name, 1, into=tmp_path / "job")
+    artifact = place / Job.read(place).layers[0].directory / "0"
+    before = sorted(artifact.iterdir())
+    with pytest.raises(ArtifactError, match=r"/0 holds .*, and no job; empty it, or name another directory"):
+        emit([LAYER], TARGET.name, 1, into=artifact)
+    assert sorted(artifact.iterdir()) == before
+    (place / "job.json").unlink()  # as one that was interrupted leaves it
+    assert Job.read(emit([LAYER], TARGET.name, 1, into=place)).layers
+
+
 def test_a_job_for_a_flagged_target_has_its_name_and_records_of_its_own(
     tmp_path: Path, gpu: pytest.MonkeyPatch
 ) -> None:

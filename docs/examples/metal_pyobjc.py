@@ -30,6 +30,9 @@ function = library.newFunctionWithName_(launch["kernel"])
 pipeline, error = device.newComputePipelineStateWithFunction_error_(function, None)
 if pipeline is None:
     sys.exit(str(error))
+threads = int(np.prod(launch["block"]))
+if threads > pipeline.maxTotalThreadsPerThreadgroup():
+    sys.exit(f"this GPU runs at most {pipeline.maxTotalThreadsPerThreadgroup()} threads of the kernel, not {threads}")
 
 result = device.newBufferWithLength_options_(y_bytes, Metal.MTLResourceStorageModeShared)
 command = device.newCommandQueue().commandBuffer()
@@ -51,6 +54,8 @@ encoder.dispatchThreadgroups_threadsPerThreadgroup_(
 encoder.endEncoding()
 command.commit()
 command.waitUntilCompleted()
+if command.error() is not None:
+    sys.exit(str(command.error()))
 
 y = np.frombuffer(result.contents().as_buffer(y_bytes), golden.x.dtype)
 print("largest difference from the test vector:", np.abs(y[golden.indices] - golden.expected).max())

@@ -24,6 +24,8 @@ options.fastMathEnabled = false  // the error bound holds for IEEE arithmetic
 let text = try String(contentsOf: place.appendingPathComponent("kernel.metal"), encoding: .utf8)
 let library = try device.makeLibrary(source: text, options: options)
 let pipeline = try device.makeComputePipelineState(function: library.makeFunction(name: launch.kernel)!)
+let most = pipeline.maxTotalThreadsPerThreadgroup
+precondition(launch.block.reduce(1, *) <= most, "this GPU runs at most \(most) threads of the kernel in a threadgroup")
 
 let result = device.makeBuffer(length: yBytes, options: .storageModeShared)!
 let command = device.makeCommandQueue()!.makeCommandBuffer()!
@@ -47,4 +49,5 @@ encoder.dispatchThreadgroups(
 encoder.endEncoding()
 command.commit()
 command.waitUntilCompleted()
+if let error = command.error { throw error }
 try Data(bytes: result.contents(), count: yBytes).write(to: place.appendingPathComponent("y.bin"))

@@ -15,7 +15,7 @@ from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.lower import require_untuned
 from opcompile.launch import Launch
 from opcompile.lower import Plan, PlanName
-from opcompile.lower_gpu import GpuCode, require_dtype, texts
+from opcompile.lower_gpu import GpuCode, require_dtype, require_startable, texts
 from schedules import gpu
 from schedules.gpu import GpuTiles
 from schedules.gradient_gpu_tiles import gpu_candidates, why
@@ -33,7 +33,8 @@ class LoweredGpuGradient(GpuCode):
 def lower_gpu(gradient: Gradient, target: GpuTarget, plan: PlanName = "best") -> LoweredGpuGradient:
     """Emit the kernel of ``gradient`` for ``target``. Plans are those of `opcompile.gradients.lower.lower`.
 
-    Raises `TargetError` for an element type that the target's language has not, `RecordError` for ``tuned``.
+    Raises `TargetError` for an element type that the target's language has not, `RecordError` for ``tuned``, and as
+    `opcompile.lower_gpu.require_startable` does.
     """
     tiles, chosen = choose(gradient, target, plan)
     return emitted(gradient, target, tiles, chosen)
@@ -55,6 +56,7 @@ def emitted(gradient: Gradient, target: GpuTarget, tiles: GpuTiles, plan: Plan) 
     launch = Launch.of(
         source, target.language, blocks(gradient, tiles), tiles.block, gradient.name, gradient.wrt == "x"
     )
+    require_startable(launch, target, gradient.layer.batch)
     found = depth(gradient, _terms(tiles), tiles.split)
     return LoweredGpuGradient(target, plan, source, host, objects, launch, gradient, found)
 

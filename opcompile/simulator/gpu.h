@@ -40,6 +40,7 @@ const int MOST_BUFFERS = 64;
 const size_t GUARD = 1 << 20;   /* bytes on either side of a buffer that must not be touched */
 const size_t ALIGNMENT = 16; /* what callers promise: the longest vector a kernel moves at once */
 const size_t SHARED_ALIGNMENT = 64; /* what arrays in shared memory declare */
+const char SLACK = (char)0xFF;  /* around a buffer: NaN where it is read */
 static Buffer buffers[MOST_BUFFERS];
 static int buffer_count;
 
@@ -56,7 +57,25 @@ static char *guarded(const char *name, size_t bytes, bool upper, size_t alignmen
   Buffer &b = buffers[buffer_count++];
   snprintf(b.name, sizeof b.name, "%s", name);
   b.first = first, b.pages = pages, b.bytes = bytes, b.reserved = inside;
+  memset(pages, SLACK, first - pages);
+  memset(first + bytes, SLACK, pages + inside - first - bytes);
   return first;
+}
+
+static bool untouched(const char *from, const char *to) {
+  for (; from < to; from++)
+    if (*from != SLACK) return false;
+  return true;
+}
+
+/* What lies between a buffer and the ends of its pages can be reached: a write there is seen afterwards. */
+static void require_untouched() {
+  for (int i = 0; i < buffer_count; i++) {
+    const Buffer &b = buffers[i];
+    if (untouched(b.pages, b.first) && untouched(b.first + b.bytes, b.pages + b.reserved)) continue;
+    fprintf(stderr, "a write close to %s, which has %zu bytes\n", b.name, b.bytes);
+    _exit(OUT_OF_BOUNDS);
+  }
 }
 
 /* --- threads --- */
@@ -254,6 +273,7 @@ static void run_grid(int worker, int workers) {
              (unsigned)(b / grid_size.x / grid_size.y)};
     run_block(stacks);
   }
+  require_untouched();
 }
 
 static int simulate(int count, char **words, char **arguments) {

@@ -36,6 +36,12 @@ template <class T> static T simd_shuffle_down(T value, uint by) {
 template <class T> static T simd_shuffle_xor(T value, uint mask) {
   return simulator::shuffle(value, simulator::lane() ^ mask);
 }
+template <class To, class From> static To as_type(From value) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To result;
+  memcpy(&result, &value, sizeof result);
+  return result;
+}
 /* of a number and NaN both give the number, as on a device */
 template <class T> static T max(T a, T b) { return a > b || b != b ? a : b; }
 template <class T> static T min(T a, T b) { return a < b || b != b ? a : b; }
