@@ -39,6 +39,7 @@ from schedules.tiles import (
     divided,
     halved,
     phases_at_once,
+    reads_in_place,
     streams,
     streams_stretches,
     sums_of_a_vector,
@@ -357,6 +358,11 @@ def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
     yield from _broken_by_bands(t, spec)
     if t.copy == "chunk":
         yield from _broken_by_chunks(t, spec)
+    if t.copy == "none" and not reads_in_place(spec, t):
+        yield (
+            "copy is 'none', but that is for float32, tiles that write rows of Y, few output channels in a group, and "
+            "no taps or tiles that reach beyond X"
+        )
     together = t.woven == "tile" and t.depth == 1 and streams_stretches(spec, target.machine)
     if t.store == "streamed" and not (streams(spec, t.vector, target.machine) or together):
         yield (

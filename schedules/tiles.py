@@ -68,6 +68,7 @@ _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 _OF_CHANNELS = ("channels", "groups")
 
 Vector = Literal["channels", "groups", "row", "line", "taps", "plane"]
+Copy = Literal["task", "chunk", "whole", "none"]
 Store = Literal["cached", "streamed"]
 
 
@@ -81,11 +82,11 @@ class Tiles:
     ``bands_d`` by ``bands_h`` by ``bands_m`` of them, along planes, rows and channels. The sums take
     ``chunk`` input channels at a time through the taps of a plane of X. ``copy`` says who copies X: each task the
     rows that it reads, or those of a chunk at a time, which then goes through all taps and bands before the next;
-    or all tasks together before the first. ``products`` of neighbouring input channels are
-    added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y is
-    written: into the caches, or past them, where it begins at a cache line or tiles put rows together. ``woven`` says
-    by what Y is written: from the buffers of a band, or by each register tile, of the phases of a row, or the channels,
-    that it sums.
+    or all tasks together before the first; or none, where tiles can read X where it lies. ``products`` of neighbouring
+    input channels are added to a sum by one instruction: 1 of the type of the sums, 2 of bfloat16. ``store`` says how Y
+    is written: into the caches, or past them, where it begins at a cache line or tiles put rows together. ``woven``
+    says by what Y is written: from the buffers of a band, or by each register tile, of the phases of a row, or the
+    channels, that it sums.
     """
 
     vector: Vector
@@ -97,7 +98,7 @@ class Tiles:
     depth: int
     height: int
     chunk: int
-    copy: Literal["task", "chunk", "whole"]
+    copy: Copy
     bands_d: int = 1
     bands_h: int = 1
     bands_m: int = 1
@@ -180,7 +181,7 @@ class Tiles:
         """Channels, planes of qD and rows of qH that a task covers, with all its bands."""
         return self.task * self.bands_m, self.depth * self.bands_d, self.height * self.bands_h
 
-    def taking(self, copy: Literal["task", "chunk", "whole"], chunk: int, bands: tuple[int, int, int]) -> Tiles:
+    def taking(self, copy: Copy, chunk: int, bands: tuple[int, int, int]) -> Tiles:
         """The same tiles in tasks of so many bands: `dataclasses.replace`, in half its time."""
         tile = (self.vector, self.lanes, self.vectors, self.scalars, self.rows, self.task, self.depth, self.height)
         return Tiles(*tile, chunk, copy, *bands, self.products, self.store, self.woven)
@@ -239,6 +240,7 @@ class Estimate:
                 "chunk": f"each task copies, and pads, the rows of X that it reads, {counted(t.chunk, 'channel')} at a "
                 "time through all its sums",
                 "whole": "X is copied, and padded, before the first task",
+                "none": "X is read where it lies",
             }[t.copy],
             *(["Y is written past the caches, in whole cache lines"] if t.store == "streamed" else []),
             f"estimated cycles: {self.computing:.3g} computing, {self.storing:.3g} storing",
@@ -340,6 +342,18 @@ def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
     if of_channels:
         return all(a.out == a.stride * a.positions for a in spec.axes)
     return len(spec.axes[2].phases) == spec.axes[2].stride <= MOST_WOVEN
+
+
+def reads_in_place(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether tiles that write rows of Y can read X where it lies: all that they read is there, and as wide as sums.
+
+    With more output channels in a group each element would be read many times, from lines that lie far apart.
+    """
+    if t.woven == "band" or t.of_channels or spec.dtype != spec.sum_dtype:
+        return False
+    few = spec.channels_out // spec.groups <= _FEW_OUTPUTS
+    spans = zip(spec.axes, t.positions, strict=True)
+    return few and all(a.reads == (0, 0) and _up(a.positions, multiple) <= a.size for a, multiple in spans)
 
 
 def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
@@ -630,7 +644,7 @@ class _Layer:
 
     def copied(self, t: Tiles) -> int:
         """Bytes of X that a task copies."""
-        return 0 if t.copy == "whole" else self.window(t)
+        return 0 if t.copy in ("whole", "none") else self.window(t)
 
     def widening(self, t: Tiles) -> int:
         """Bytes of the weights that a task widens before its sums, in the type of the sums."""
@@ -747,10 +761,10 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
 def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     """Register tiles that write rows of Y, each channel in a band of its own or all in one."""
     one_tap = layer.most_taps == (1, 1, 1)
-    slower = one_tap and (layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS)
-    slower |= machine.registers < _MANY_REGISTERS and (one_tap or layer.c > 1)
-    if slower or not woven_by_tiles(spec, of_channels=False):
+    few_registers = machine.registers < _MANY_REGISTERS and (one_tap or layer.c > 1)
+    if few_registers or not woven_by_tiles(spec, of_channels=False):
         return
+    copying_is_slower = one_tap and (layer.m < _FEW_BY_TILES < layer.c or spec.activation.name not in _SELECTIONS)
     lanes, put_together = machine.vector_bytes // layer.itemsize, streams_stretches(spec, machine)
     planes = (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     of_rows = (range(1, 7), range(1, machine.registers // 2), range(1, min(8, layer.height) + 1))
@@ -763,12 +777,16 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
         parts = (1, 2, 4, 8, 16) if put_together else (1, 2, 4)
         for height in sorted({min(rows * n, plane) for n in parts} | {plane}):
             of_plane = _over(layer.height, height)
-            ways = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), sorted({scalars, layer.m}))
-            for copy, bands_d, bands_h, task in (("whole", 1, 1, scalars), *ways):
+            tasks = sorted({scalars, layer.m})
+            copying = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), tasks)
+            ways = [] if copying_is_slower else [("whole", 1, 1, scalars), *copying]
+            for copy, bands_d, bands_h, task in [*ways, *(("none", 1, 1, task) for task in tasks)]:
                 if layer.depth % bands_d or of_plane % bands_h:
                     continue
                 span = (1, height, chunk, copy, bands_d, bands_h, layer.m // task)
                 tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
+                if copy == "none" and not reads_in_place(spec, tiles):
+                    continue
                 stretch = elements_of_stretch(spec, tiles) * layer.itemsize
                 if put_together and machine.stretch <= stretch <= machine.l1_bytes // 2 // task:
                     tiles = replace(tiles, store="streamed")
@@ -899,6 +917,8 @@ def _chunk(layer: _Layer, machine: Machine, vector: str, rows: int, columns: int
 
 # Bytes of X that come from the second cache in a cycle where vectors are of positions; of channels, `Machine.l2_rate`.
 _FROM_SECOND = 28
+# A byte of X that is read where it lies, by each row of phases: lines of neighbouring channels lie far apart.
+_IN_PLACE = 0.06
 # Two products take as much longer than one until their sum can be added to: 6 cycles to 4 on Zen 4.
 _PAIR_LATENCY = 1.5
 
@@ -1017,6 +1037,8 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     if not layer.channels_first and not in_their_order:  # transposed
         a_row += 0.2 if layer.in_squares else 0.6
     far = min(1, depth * a_plane / (8 * machine.l2_bytes))
+    if t.copy == "none":
+        return layer.tasks(t) * sizes.window * _IN_PLACE * layer.phases / layer.at_once(t)
     if t.copy == "whole":
         # lines that share rows have each its own copy of them
         shared = _over(layer.height, t.height) * (t.height + height - layer.height) / height if t.line else 1

@@ -271,7 +271,11 @@ def test_a_record_for_another_declaration_is_refused(own: Path) -> None:
         ({"depth": 1, "bands_d": 2}, "bands_d is 2, but must divide the 3 bands that cover the 3 planes"),
         ({"height": 2, "bands_h": 3}, "bands_h is 3, but must divide the 2 bands that cover the 4 rows"),
         ({"bands_m": 2}, "bands_m is 2, but must divide the 1 bands that cover the 24 channels of a group"),
-        ({"copy": "twice"}, "copy is 'twice', but must be 'task', 'chunk' or 'whole'"),
+        ({"copy": "twice"}, "copy is 'twice', but must be 'task', 'chunk', 'whole' or 'none'"),
+        (
+            {"copy": "none"},
+            "copy is 'none', but that is for float32, tiles that write rows of Y, few output",
+        ),
         ({"copy": "chunk"}, "copy is 'chunk', but that is for vectors of elements of X, and vector is 'channels'"),
         ({"colour": 1}, "their fields are bands_d, bands_h, bands_m, chunk, colour, copy, depth"),
     ],
