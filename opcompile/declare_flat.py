@@ -438,8 +438,8 @@ def _like(index: Any, value: int) -> Any:
 
 
 def _negative(index: Any) -> Any:
-    """Test the sign of a number below 2^31.
+    """Test the sign.
 
-    Of 64 bits, too, it is shifted by 31 of them: TVM may make an index of 32, and keeps what it is shifted by.
+    Of 64 bits, too, the number is shifted by 31 of them: TVM may make an index of 32, and keeps what it is shifted by.
     """
-    return tirx.shift_right(index, _like(index, 31)) != 0
+    return tirx.shift_right(index, _like(index, 31)) < 0

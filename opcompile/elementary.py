@@ -135,7 +135,7 @@ def _reduced(x: Any, rounded: Any) -> Any:
 
 
 def _expm1(x: Any) -> Any:
-    """``2^n * (exp(r) - 1) + (2^n - 1)``, for x that are not positive; -1 below -17, where float32 has nothing nearer.
+    """``2^n * (exp(r) - 1) + (2^n - 1)``, for x that are not positive; -1 from -17 on.
 
     Within 3 units of roundoff.
     """
@@ -189,9 +189,9 @@ def _expm1_by_exp(x: Any) -> Any:
 
 
 def _log1p_by_log(x: Any) -> Any:
-    """The same for a logarithm, for x that are not negative."""
-    series = x * _polynomial(x, tuple((-1) ** (n + 1) / n for n in range(1, 6)))
-    return tirx.Select(x < _like(x, 1 / 32), series, tirx.log(_like(x, 1) + x))
+    """The same for a logarithm, for x that are not negative. Within 10 units of roundoff."""
+    series = x * _polynomial(x, tuple((-1) ** (n + 1) / n for n in range(1, 10)))
+    return tirx.Select(x < _like(x, 1 / 8), series, tirx.log(_like(x, 1) + x))
 
 
 def _erf(x: Any) -> Any:

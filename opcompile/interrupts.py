@@ -9,10 +9,14 @@ from contextlib import contextmanager
 seen: list[int] = []
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came. Of the class itself Python may take notice, and end by SIGINT whatever the signal was."""
+
+
 def require_none() -> None:
-    """Raise `KeyboardInterrupt` where a signal has come: what looks like a failure is none."""
+    """Raise `Interrupted` where a signal has come: what looks like a failure is none."""
     if seen:
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 # How many are at what must not be left half done.
@@ -20,18 +24,18 @@ _finishing: list[object] = []
 
 
 def note(number: int) -> None:
-    """Raise `KeyboardInterrupt` for the first signal: one that comes while that one ends the command changes nothing.
+    """Raise `Interrupted` for the first signal: one that comes while that one ends the command changes nothing.
 
     TVM's pool of processes holds a lock while it ends, and would wait for it forever if it were kept from that.
     """
     seen.append(number)
     if len(seen) == 1 and not _finishing:
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Do what is inside whole; where a first signal came meanwhile, `KeyboardInterrupt` is raised at the end of it."""
+    """Do what is inside whole; where a first signal came meanwhile, `Interrupted` is raised at the end of it."""
     before = len(seen)
     _finishing.append(None)
     try:

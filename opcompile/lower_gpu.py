@@ -152,8 +152,7 @@ def require_startable(launch: Launch, target: GpuTarget, batch: int | None) -> N
 def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, Callable[[], tuple[bytes, ...]]]:
     """Compile a scheduled module: ``source``, ``host_source`` and ``host_objects`` of `GpuCode`."""
     config = {**tvm.transform.PassContext.current().config, **_NO_NAMES}
-    if target.language == "metal":
-        module = _with_exact_constants(module)
+    module = _with_exact_constants(module, target)
     with tvm.target.Target(target.tvm()) as tvm_target, tvm.transform.PassContext(config=config):
         built = tvm.compile(module, target=tvm_target).mod
     source = built.imports[0].inspect_source(target.language)
@@ -166,14 +165,15 @@ def texts(module: tvm.IRModule, target: GpuTarget) -> tuple[str, str, Callable[[
 _ARRAY = re.compile(r"^( +)((?:thread|threadgroup) (?:float|half)[24]? \w+\[)", re.M)
 
 
-def _with_exact_constants(module: tvm.IRModule) -> tvm.IRModule:
-    """Give as bits those float32 constants that TVM's text for Metal, of seven digits, would change."""
+def _with_exact_constants(module: tvm.IRModule, target: GpuTarget) -> tvm.IRModule:
+    """Give as bits those constants that TVM's text would change: seven digits for Metal, 15 decimals of a double."""
+    dtype, bits, form = ("float32", "uint32", "e") if target.language == "metal" else ("float64", "uint64", ".15f")
 
     def exact(constant: Any) -> Any:
-        value = np.float32(constant.value)
-        if str(constant.ty) != "float32" or np.float32(f"{value:e}") == value:
+        value = np.dtype(dtype).type(constant.value)
+        if str(constant.ty) != dtype or np.dtype(dtype).type(f"{value:{form}}") == value:
             return constant
-        return tirx.reinterpret("float32", tirx.const(int(value.view(np.uint32)), "uint32"))
+        return tirx.reinterpret(dtype, tirx.const(int(value.view(bits)), bits))
 
     bodies = {name: tvm_ffi.structural_map(f.body, (tirx.FloatImm, exact)) for name, f in module.functions.items()}
     return tvm.IRModule({name: module[name].with_body(body) for name, body in bodies.items()})

@@ -45,7 +45,7 @@ def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             hint = _hint(said)
-            refused = EngineError if hint else KernelError
+            refused = EngineError if hint or "nvcc fatal" in said else KernelError
             raise refused(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{hint}")
         return (Path(name) / "library.so").read_bytes()
 

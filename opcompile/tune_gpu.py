@@ -130,7 +130,7 @@ def _require_a_job_at_most(place: Path) -> None:
     """Raise `ArtifactError` where ``place`` holds what no job put there."""
     there = {path.name for path in place.iterdir()} - LEFT_BY_BROWSERS if place.is_dir() else set()
     strange = sorted(name for name in there if not _OF_A_JOB.fullmatch(name))
-    if strange and JOB not in there:
+    if strange and len(strange) == len(there):
         raise ArtifactError(f"{place} holds {strange[0]}, and no job; empty it, or name another directory")
 
 

@@ -21,7 +21,7 @@ from kernels import integers
 import opcompile
 from opcompile import artifact, build, nvcc
 from opcompile.cases import case
-from opcompile.errors import CallError, EngineError, TargetError
+from opcompile.errors import CallError, EngineError, KernelError, TargetError
 from opcompile.gpus import gpu_target
 from opcompile.lower_gpu import lower_gpu
 from opcompile.runtime_cuda import CudaArtifact
@@ -66,6 +66,27 @@ def test_nvcc_of_pypi_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_nvcc_is_a_command_as_the_c_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC", f"{sys.executable} -c 'print(\"V12.3\")'")
     assert nvcc.nvcc_version() == "12.3"
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("nvcc fatal   : Failed to preprocess host compiler properties.", EngineError),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_75'", EngineError),
+        ("ptxas error   : Entry function 'k' uses too much shared data", KernelError),
+    ],
+)
+def test_a_broken_compiler_is_no_refused_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, refused: type[EngineError]
+) -> None:
+    """Of which others of a model may be fine."""
+    script = tmp_path / "nvcc"
+    script.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(script))
+    with pytest.raises(EngineError, match=said[:10]) as caught:
+        nvcc.nvcc("", "", CUDA)
+    assert type(caught.value) is refused
 
 
 def test_a_gpu_is_never_meant_by_accident() -> None:

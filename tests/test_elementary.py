@@ -135,6 +135,17 @@ def test_no_activation_loses_what_is_near_zero(dtype: str, on: Any) -> None:
         assert np.all(np.abs(run(x, w) - exact) <= 64 * unit * np.abs(exact)), name
 
 
+@pytest.mark.parametrize("on", [CUDA, METAL], ids=["cuda", "metal"])
+def test_power_series_of_gpus_meet_what_they_replace(on: Any) -> None:
+    """Within what the bound grants the formula alone, softplus and log_sigmoid relative to the result."""
+    z = np.linspace(-4, 0, 4001, dtype=np.float32)[:-1]
+    for name, granted in (("softplus", 16), ("elu", 8)):
+        spec = ConvTranspose3d.parse(f"in=1x1x1x1x{z.size} co=1 k=1 bias=0 act={name}")
+        x, w = z.reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
+        exact = reference(spec, x.astype(np.float64), w.astype(np.float64))
+        assert np.all(np.abs(simulated(lowered(spec, on))(x, w) - exact) <= granted * UNIT * np.abs(exact)), name
+
+
 @pytest.mark.parametrize(
     "activation", ["sigmoid", "silu", "tanh", "elu", "selu", "mish", "softplus", "log_sigmoid", "gelu_tanh", "gelu"]
 )

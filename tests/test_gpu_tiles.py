@@ -121,6 +121,14 @@ def test_the_longest_axis_is_indexed_whole(target: GpuTarget) -> None:
         assert re.search(rf"- {size - 224}\) >> 31", kernel.source)
 
 
+def test_what_lies_beyond_x_by_2_31_elements_is_not_before_it() -> None:
+    """X has 2^30 elements, and Y four times as many: the sign of a difference is tested, not its upper bits."""
+    layer = ConvTranspose3d.parse(f"in=1x1x1x1x{2**30} co=1 k=1x1x4 d=1x1x{2**30} bias=0")
+    text = lowered(layer, CUDA).source
+    assert re.search(r">> \(?\(?\w*\)?31\)?\) < ", text)
+    assert not re.search(r">> \(?\(?\w*\)?31\)?\) != ", text)
+
+
 @pytest.mark.gpu_table
 @given(spec=specs(dtypes=("float32", "float16"), most_outputs=4000))
 @settings(max_examples=25)

@@ -391,6 +391,19 @@ def test_missing_external_data_are_a_reason_that_names_the_file(external: Path) 
     assert not any("export it again" in (f.reason or "") for f in found)
 
 
+def test_an_explicit_model_has_its_external_data_in_it(external: Path) -> None:
+    said = explicit(external)
+    assert not any(onnx.external_data_helper.uses_external_data(t) for t in said.graph.initializer)
+    inside = {t.name: numpy_helper.to_array(t) for t in onnx.load(MODELS / "unet.onnx").graph.initializer}
+    assert {t.name for t in said.graph.initializer} == set(inside)
+    assert all(np.array_equal(numpy_helper.to_array(t), inside[t.name]) for t in said.graph.initializer)
+    with pytest.raises(ModelError, match="pass the path of the model"):
+        explicit(external.read_bytes())
+    (external.parent / "unet.weights").unlink()
+    with pytest.raises(ModelError, match="cannot be read beside the model"):
+        explicit(external)
+
+
 def test_short_external_data_are_a_reason(external: Path) -> None:
     weights = external.parent / "unet.weights"
     weights.write_bytes(weights.read_bytes()[:1000])

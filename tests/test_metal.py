@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_kernels import METAL, SIMDGROUP, lowered, simulated
+from gpu_kernels import CUDA, METAL, SIMDGROUP, lowered, simulated
 
 from opcompile import artifact
 from opcompile.cases import CASES, Case
@@ -20,6 +20,7 @@ from opcompile.errors import TargetError
 from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.lower_gpu import lower_gpu
 from opcompile.lower_gpu import choose
+from opcompile.reference import reference
 from opcompile.spec import Activation, ConvTranspose3d
 from schedules.gpu import candidates
 
@@ -122,6 +123,14 @@ def test_constants_are_not_cut_to_seven_digits() -> None:
     x, w = -np.ones(spec.x_shape, np.float32), np.ones(spec.w_shape, np.float32)  # type: ignore[arg-type]
     assert set(simulated(kernel)(x, w).ravel()) == {-np.float32(0.1000004499)}
     assert "as_type" not in lowered(replace(spec, activation=Activation("leaky_relu", (0.1,))), METAL).source
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu:0.001234567890123456", "elu:1.23456789e-10"])
+def test_constants_of_double_precision_are_not_cut_to_fifteen_decimals(activation: str) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x1x1x2x3 co=1 k=1 bias=0 act={activation} dtype=float64")
+    x, w = np.full(spec.x_shape, -100.0), np.ones(spec.w_shape)  # type: ignore[arg-type]
+    y = simulated(lowered(spec, CUDA))(x, w)
+    assert np.allclose(y, reference(spec, x, w), rtol=1e-15, atol=0)
 
 
 @pytest.mark.peers

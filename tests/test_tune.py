@@ -475,3 +475,7 @@ def test_what_ends_the_pool_is_not_left_half_done(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         close()
     assert done
+    close()  # of a signal that came before, and ends the command already, nothing more
+    interrupts.seen.clear()
+    with pytest.raises(interrupts.Interrupted):
+        interrupts.note(signal.SIGINT)

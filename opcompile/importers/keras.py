@@ -136,7 +136,7 @@ def Conv3DTranspose(
         if not isinstance(n, int):
             raise SpecError(
                 f"the input's shape is {x}; only the batch may be dynamic, so give the other sizes: to one layer of a "
-                "model by keras.from_layer(layer, input), to all by a keras.Input that has them"
+                "model by keras.from_layer(layer, input), to all by a keras.Input of the model that holds them"
             )
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     places = [
@@ -205,7 +205,7 @@ def from_config(config: Mapping[str, Any], input: Any, *, strict: bool = True) -
     if not isinstance(config, Mapping):
         raise WordsError(f"config is of type {kind_name(config)}; give layer.get_config()")
     try:
-        inspect.signature(Conv3DTranspose).bind(**config, input=input)
+        inspect.signature(Conv3DTranspose).bind(**config, input=input, strict=strict)
     except TypeError as error:
         raise WordsError(f"config is not that of a Conv3DTranspose: {error}; give layer.get_config()") from error
     return Conv3DTranspose(**config, input=input, strict=strict)

@@ -110,7 +110,8 @@ def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.M
 
     ``auto_pad`` and ``output_shape``, which some importers leave aside, become ``pads`` and ``output_padding``.
     Model-local functions are inlined, for each call of one may have paddings of its own. A node that `find` lists
-    with a reason stays as it is. Raises as `find` does.
+    with a reason stays as it is. Raises as `find` does, and where a tensor's data lie beside the model and cannot be
+    read.
     """
     with _texts():
         model, folder = _read(source)
@@ -120,13 +121,14 @@ def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.M
                 _write_pads(node, _spec(node, scope))
     said = onnx.ModelProto()
     said.CopyFrom(model)
-    for field in ("functions", "opset_import"):
+    for field in ("functions", "opset_import", "training_info"):
         said.ClearField(field)
-        getattr(said, field).extend(getattr(outline, field))
+    said.functions.extend(outline.functions)
+    said.opset_import.extend(outline.opset_import)
     said.graph.ClearField("node")
     said.graph.node.extend(outline.graph.node)
-    if folder is not None:
-        onnx.load_external_data_for_model(said, str(folder))
+    for tensor in filter(_is_external, said.graph.initializer):
+        tensor.CopyFrom(_loaded(tensor, folder))
     return said
 
 
@@ -714,6 +716,8 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
             f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {_first_line(error)}; "
             f"put that file, whole, into {folder}"
         ) from error
+    copy.data_location = onnx.TensorProto.DEFAULT
+    copy.ClearField("external_data")
     return copy
 
 
