@@ -30,6 +30,7 @@ import opcompile
 from opcompile import artifact
 from opcompile.cases import tagged
 from opcompile.cli import _progress, _write_array, cli
+from opcompile.describe import _verdict
 from opcompile.doctor import Finding
 from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
@@ -687,6 +688,9 @@ def test_weights_that_are_not_finite_are_compiled_and_not_verified(tmp_path: Pat
     assert good["worst_share_of_bound"]["reference"] is None
     shown = invoke("inspect", out / "good")
     assert f"verified   not verified: {reason}; with other weights passed" in shown.stdout
+    report = json.loads((out / "good" / "report.json").read_text())
+    report["rows"][0]["check"]["passed"] = False
+    assert _verdict(report).startswith("FAILED, ")
     result = invoke("verify", out / "good", "--json")
     assert result.exit_code == 3
     report = json.loads(result.stdout)["artifacts"]["good"]

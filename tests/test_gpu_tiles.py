@@ -17,7 +17,9 @@ from opcompile.errors import KernelError, SpecError
 from opcompile.gpus import GpuTarget, gpu_names, gpu_target
 from opcompile.gradients import lower_gpu as gradients
 from opcompile.gradients.gradient import Gradient, Wrt
+from opcompile.launch import MOST_BLOCKS
 from opcompile.lower import Plan
+from opcompile.lower_gpu import require_startable
 from opcompile.spec import ConvTranspose3d
 from schedules.gpu import baseline, candidates
 from schedules.gradient_gpu_tiles import gpu_candidates
@@ -108,6 +110,12 @@ def test_more_blocks_than_one_launch_has_are_refused(target: GpuTarget) -> None:
         lowered(spec, target)
     with pytest.raises(SpecError, match=words):
         gradients.lower_gpu(Gradient(spec, "x"), target)
+    kernel = lowered(replace(spec, batch=None), target)
+    most = kernel.launch.most_images or 0
+    assert most * kernel.launch.blocks <= MOST_BLOCKS < (most + 1) * kernel.launch.blocks
+    require_startable(kernel.launch, target, most)
+    with pytest.raises(SpecError, match=f"batch is {most + 1}, .* batch of at most {most}"):
+        require_startable(kernel.launch, target, most + 1)
     # one whose sums are over all images has no more blocks with more of them
     assert gradients.lower_gpu(Gradient(spec, "b"), target).launch.most_images is None
 

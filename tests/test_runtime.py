@@ -762,25 +762,35 @@ def test_threads_are_checked_in_c_too(stub: Stub, threads: int) -> None:
     assert "threads" in stub.error
 
 
-@pytest.mark.parametrize(("batch", "right"), [(2**61, False), (2**63 - 1, False), (2**40, True)])
-def test_a_batch_of_more_bytes_than_addresses(stub: Stub, tmp_path: Path, batch: int, right: bool) -> None:
+@pytest.mark.parametrize(
+    ("layer", "batch", "right"),
+    [
+        ("in=Nx1x1x1x1 co=1 k=1", 2**61, False),
+        ("in=Nx1x1x1x1 co=1 k=1", 2**63 - 1, False),
+        ("in=Nx1x1x1x1 co=1 k=1", 2**40, True),
+        ("in=Nx1x1x1x1 co=1 k=8 s=8", 2**53, False),  # of y
+        ("in=Nx1x8x8x8 co=1 k=1 p=7:0", 2**53, False),  # of x
+    ],
+)
+def test_a_batch_of_more_bytes_than_addresses(stub: Stub, tmp_path: Path, layer: str, batch: int, right: bool) -> None:
     """Refused, instead of what is left of the size modulo 2^64."""
-    spec, code = ConvTranspose3d.parse("in=Nx1x1x1x1 co=1 k=1"), (stub.folder / "kernel.o").read_bytes()
+    spec, code = ConvTranspose3d.parse(layer), (stub.folder / "kernel.o").read_bytes()
     (tmp_path / "open.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), target("llvm")))
     dynamic = Stub(tmp_path / "open.so")
     assert (dynamic(1, 1, batch=batch) == 0) == right
     assert right or "batch is so large that x or y would have more than 2^63 bytes" in dynamic.error
 
 
-def test_another_processor_is_named_in_c_too(stub: Stub, tmp_path: Path) -> None:
-    """A kernel of instructions that this one lacks is not called."""
+@pytest.mark.parametrize("feature", ["telepathy", "f", "avx51", "sim"])
+def test_another_processor_is_named_in_c_too(stub: Stub, tmp_path: Path, feature: str) -> None:
+    """A kernel of instructions that this one lacks is not called: whole words count, the first of them too."""
     here, spec = target("llvm"), ConvTranspose3d.parse("in=1x1x16x16x16 co=1 k=9 p=4")
-    better = changed(here, name="llvm:better", features=(*here.features, "telepathy"))
+    better = changed(here, name="llvm:better", features=(feature, *here.features))
     code = (stub.folder / "kernel.o").read_bytes()
     (tmp_path / "better.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), better))
     there = Stub(tmp_path / "better.so")
     assert there(1, 1) == -1
-    assert "compiled for llvm:better, and this processor has no telepathy" in there.error
+    assert f"compiled for llvm:better, and this processor has no {feature}" in there.error
 
 
 # --- the library ---
