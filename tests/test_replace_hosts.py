@@ -77,7 +77,7 @@ def test_the_c_example(large: Path, host: Path) -> None:
     right = np.abs(run(large / "stock.onnx", np.ones((1, 8, 8, 8, 8), np.float32)), dtype=np.float64).sum()
     name, *_, total = told.split()
     assert (name, "65536 elements" in told) == ("y:", True)
-    assert abs(float(total) - right) < 1e-3
+    assert abs(float(total) - right) < 1e-6 * right  # X is 1 everywhere: most sums are rounded alike
 
 
 def test_the_operators_compile_without_a_warning(tmp_path: Path) -> None:
