@@ -127,7 +127,7 @@ _OF_A_JOB = re.compile(rf"{re.escape(JOB)}|results\.json|[0-9a-f]{{16}}")
 
 
 def _require_a_job_at_most(place: Path) -> None:
-    """Raise `ArtifactError` where ``place`` holds what no job put there."""
+    """Raise `ArtifactError` where ``place`` holds something, and nothing of a job."""
     there = {path.name for path in place.iterdir()} - LEFT_BY_BROWSERS if place.is_dir() else set()
     strange = sorted(name for name in there if not _OF_A_JOB.fullmatch(name))
     if strange and len(strange) == len(there):
