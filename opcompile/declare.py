@@ -75,8 +75,7 @@ class Grain:
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
     """Whether the phases of ``spec`` are axes of one block rather than a block each."""
-    counts = [(len(axis.summed), len(axis.phases)) for axis in spec.axes]
-    summed, every = map(math.prod, zip(*counts, strict=True))
+    summed, every = spec.phases
     return summed > MOST_PHASE_BLOCKS or every > MOST_PHASES
 
 
@@ -307,7 +306,7 @@ class Scope:
         if spec.batch is None:
             return self
         pad = spec.batch * spec.channels_in * math.prod(self.where.read_from)
-        phases = math.prod(len(a.phases) for a in spec.axes) if phases_as_axes(spec) else 1
+        phases = spec.phases[1] if phases_as_axes(spec) else 1
         phase = spec.batch * self.groups * self.channels * math.prod(self.where.positions) * phases
         w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
         sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]

@@ -392,6 +392,13 @@ class ConvTranspose3d:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
+    def phases(self) -> tuple[int, int]:
+        """How many phases have taps, and how many there are."""
+        counts = [(len(axis.summed), len(axis.phases)) for axis in self.axes]
+        summed, every = map(math.prod, zip(*counts, strict=True))
+        return summed, every
+
+    @property
     def terms(self) -> int:
         """The largest number of products summed into one output element."""
         taps = math.prod(max(p.taps for p in axis.phases) for axis in self.axes)

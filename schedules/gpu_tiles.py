@@ -182,7 +182,7 @@ class Sums:
     def of(cls, spec: ConvTranspose3d, gpu: Gpu) -> Sums:
         """Describe a layer on a device."""
         sum_bytes = 8 if spec.sum_dtype == "float64" else 4
-        alike = all(a.even_taps for a in spec.axes)
+        alike, (with_taps, every) = all(a.even_taps for a in spec.axes), spec.phases
         positions = math.prod(a.positions for a in spec.axes)
         return cls(
             itemsize=spec.itemsize,
@@ -195,11 +195,11 @@ class Sums:
             positions=positions,
             together=math.prod(map(_positions_together, spec.axes)) if alike else positions,
             phases=math.prod(a.stride for a in spec.axes),
-            with_taps=math.prod(sum(phase.taps > 0 for phase in a.phases) for a in spec.axes),
+            with_taps=with_taps,
             taps=math.prod(sum(phase.taps for phase in a.phases) for a in spec.axes),
             most_taps=math.prod(max(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
-            many=math.prod(len(a.phases) for a in spec.axes) > MOST_TOGETHER,
+            many=every > MOST_TOGETHER,
             row_stride=spec.axes[2].stride,
             channels_last=spec.layout == "NDHWC",
             x_bytes=math.prod(n or 1 for n in spec.x_shape) * spec.itemsize,

@@ -324,8 +324,7 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
 
 def phases_apart(spec: ConvTranspose3d) -> bool:
     """Whether each phase that has taps has a block of its own: what `opcompile.declare.phases_as_axes` denies."""
-    counts = [(len(axis.summed), len(axis.phases)) for axis in spec.axes]
-    summed, every = map(math.prod, zip(*counts, strict=True))
+    summed, every = spec.phases
     return summed <= MOST_PHASES[0] and every <= MOST_PHASES[1]
 
 
@@ -536,7 +535,7 @@ class _Layer:
             taps_of_row=sum(phase.taps for phase in spec.axes[2].phases),
             apart=apart,
             phases_of_row=len(spec.axes[2].phases),
-            phases=max(1, math.prod(len(a.summed if apart else a.phases) for a in spec.axes)),
+            phases=max(1, spec.phases[0 if apart else 1]),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
             strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
