@@ -35,9 +35,9 @@ from schedules.tiles import (
     MOST_WOVEN,
     Tiles,
     copies_chunks,
-    covers,
     divided,
     halved,
+    left_over,
     phases_at_once,
     reads_in_place,
     streams,
@@ -415,18 +415,15 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
         yield f"woven is 'tile', but that is for vectors along a row or channels, and vector is {t.vector!r}"
     if not woven_by_tiles(spec, t.of_channels):
         where = (
-            "channels last, and phases that all have taps and as many positions"
+            "channels last, and phases that all have taps"
             if t.of_channels
             else f"channels first, phases that all have taps, {MOST_WOVEN} along W at most"
         )
         yield f"woven is 'tile', but for vector {t.vector!r} that is for {where}, and not for float64"
     if t.copy == "chunk":
         yield "woven is 'tile', but that is for a copy of all channels, and copy is 'chunk'"
-    if t.of_channels and not covers(spec, t):
-        yield (
-            "woven is 'tile', but with vectors of channels its tasks and register tiles leave some channels, planes, "
-            "rows or columns over"
-        )
+    if t.of_channels and left_over(spec, t)[0]:
+        yield "woven is 'tile', but with vectors of channels tasks must divide those of a group, and leave some over"
     phases = phases_at_once(spec, t)
     sums = t.vectors * t.scalars * t.rows * phases
     if sums >= target.machine.registers:

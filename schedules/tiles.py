@@ -264,7 +264,7 @@ def candidates(spec: ConvTranspose3d, machine: Machine) -> list[Estimate]:
         choices += [
             (layer, on, replace(t, woven="tile"))
             for layer, on, t in choices
-            if t.of_channels and t.products == 1 and covers(spec, t) and _returns_soon(spec, t)
+            if t.of_channels and t.products == 1 and not left_over(spec, t)[0] and _returns_soon(spec, t)
         ]
     if (half := halved(spec, machine)) is not None:
         choices += [(whole, half, tiles) for tiles in _sensible(whole, half, stores) if tiles.vector == "channels"]
@@ -331,16 +331,14 @@ def phases_apart(spec: ConvTranspose3d) -> bool:
 def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
     """Whether register tiles may write Y: where each phase has taps.
 
-    Vectors of positions may where the phases of a row are few enough to be woven; vectors of channels, which come last,
-    where all phases have as many positions. Functions of float64 are the library's, for one element at a time.
+    Vectors of channels may where these come last, vectors of positions where the phases of a row are few enough to be
+    woven. Functions of float64 are the library's, for one element at a time.
     """
     if spec.sum_dtype == "float64" or of_channels != (spec.layout == "NDHWC") or not phases_apart(spec):
         return False
     if any(axis.summed != axis.phases for axis in spec.axes):
         return False
-    if of_channels:
-        return all(a.out == a.stride * a.positions for a in spec.axes)
-    return len(spec.axes[2].phases) == spec.axes[2].stride <= MOST_WOVEN
+    return of_channels or len(spec.axes[2].phases) == spec.axes[2].stride <= MOST_WOVEN
 
 
 def reads_in_place(spec: ConvTranspose3d, t: Tiles) -> bool:
@@ -365,11 +363,6 @@ def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
 def phases_at_once(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many phases a register tile sums in one loop: those of a row, where it weaves them."""
     return _layer(spec, t).at_once(t)
-
-
-def covers(spec: ConvTranspose3d, t: Tiles) -> bool:
-    """Whether all that tasks and register tiles sum is of Y."""
-    return spec.axes[2].out % (spec.axes[2].stride * t.columns) == 0 and not any(left_over(spec, t))
 
 
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:

@@ -161,13 +161,36 @@ def _writing(
         )
         return s_tir.SBlockRealize([], tirx.const(1, "bool"), block)
 
-    if t.of_channels:
-        return within(loops, written(0, t.lanes))
     *loops, of_row = loops
-    places_and_ends = zip((m, *row[2:]), (m_out, spec.axes[0].out, spec.axes[1].out), left_over(spec, t), strict=True)
-    tests = [place < end for place, end, over in places_and_ends if over]
-    part = _to_the_end(of_row, written, first, spec, t)
+    if t.of_channels:  # position by position: a channel's are so far apart that they compete for places in a cache
+        *loops, of_channels, of_planes, of_rows = loops
+        loops, (_, *at, column) = [*loops, of_planes, of_rows], row
+        of_position = within([of_channels], written(0, t.lanes))
+        part = _columns_to_the_end(of_row, of_position, column, phase_of(leave.block)[2], spec, t)
+    else:
+        _, _, *at = row
+        part = _to_the_end(of_row, written, first, spec, t)
+    ends = zip((m, *at), (m_out, spec.axes[0].out, spec.axes[1].out), left_over(spec, t), strict=True)
+    tests = [place < end for place, end, over in ends if over]
     return within(loops, tirx.IfThenElse(tirx.all(*tests), part, None) if tests else part)
+
+
+def _columns_to_the_end(
+    of_row: tirx.For, write: tirx.Stmt, column: Any, phase: int, spec: ConvTranspose3d, t: Tiles
+) -> tirx.Stmt:
+    """The columns of ``phase`` that a tile writes, as far as the row goes: the last tile may have fewer, or none."""
+    axis, start = spec.axes[2], of_row.min
+    before = t.columns * ((axis.positions - 1) // t.columns)
+    left = len(range(phase, axis.out, axis.stride)) - before
+
+    def columns(count: int) -> tirx.Stmt:
+        turns = tirx.For(of_row.loop_var, start, tirx.const(count, start.ty.dtype), of_row.kind, of_row.body)
+        return within([turns], write)
+
+    if left == t.columns or before == 0:
+        return columns(left)
+    whole = replaced(column, {of_row.loop_var: start}) < before * axis.stride
+    return tirx.IfThenElse(whole, columns(t.columns), columns(left) if left else None)
 
 
 def _to_the_end(
