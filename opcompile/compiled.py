@@ -16,14 +16,13 @@ from typing import Any
 import tvm
 from tvm import tirx
 from tvm.ir.instrument import PassInstrument, pass_instrument
-from tvm.s_tir.analysis import calculate_allocated_bytes
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 from tvm_ffi import structural_map
 
 from opcompile.elementary import by_polynomials
 from opcompile.target import Target
 from schedules.imported import importing
-from schedules.statements import in_turn, with_turns
+from schedules.statements import every, in_turn, with_turns
 
 # All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
 _MOST_ON_STACK = 4096
@@ -63,7 +62,17 @@ def object_code(module: tvm.IRModule, target: Target) -> tuple[bytes, int]:
 def allocated_bytes(module: tvm.IRModule) -> int:
     """Bytes that the one function of ``module`` allocates with one thread, its buffers being compact."""
     (function,) = module.functions.values()
-    return int(calculate_allocated_bytes(function)["main"].get("global", 0))
+    allocations = every(tirx.AllocBuffer, function.body)
+    return sum(_bytes(each.buffer) for each in allocations if each.buffer.scope() == "global")
+
+
+def _bytes(buffer: tirx.Buffer) -> int:
+    """Bytes of a buffer, with what its strides leave between two rows; 0 where an open batch is one of its sizes."""
+    if not all(isinstance(n, tirx.IntImm) for n in buffer.shape):
+        return 0
+    shape, strides = ([int(n) for n in sizes] for sizes in (buffer.shape, buffer.strides))
+    elements = shape[0] * strides[0] if strides else math.prod(shape)
+    return elements * int(tvm.DataType(buffer.dtype).itemsize)
 
 
 @pass_instrument

@@ -257,7 +257,7 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         return
     if _in_their_order(spec, t):
         sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, w, c))
-        if (spec.channels_in // spec.groups) % (_POWER * t.products) == 0:
+        if _channels_copied(spec, t) % (_POWER * t.products) == 0:
             sch.storage_align(pad, 0, 4, _POWER * t.products, t.lanes * t.products)
         return
     sch.transform_layout(pad, ("write", 0), lambda n, g, c, d, h, w: (n, g, d, h, *_beside(t, c, w)))
@@ -265,6 +265,13 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
         itemsize = tvm.DataType(sch.get(pad).writes[0].source.dtype).bits // 8
         aligned = CACHE_LINE // itemsize if _one_offset(spec) else t.lanes * t.products
         sch.storage_align(pad, 0, 4, aligned, 0)
+
+
+def _channels_copied(spec: ConvTranspose3d, t: Tiles) -> int:
+    """How many channels of a group lie side by side in a copy of X: of one with all of them, those of a task."""
+    if t.vector != "groups":
+        return spec.channels_in // spec.groups
+    return t.of_task[0] if t.copy == "task" else spec.channels_in
 
 
 def _in_their_order(spec: ConvTranspose3d, t: Tiles) -> bool:

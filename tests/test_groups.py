@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from kernels import HERE, integers, kernel, reals, scheduled, within_guards
 from tvm import s_tir, tirx
 
 from opcompile.bounds import compare
-from opcompile.lower import KERNEL
+from opcompile.lower import KERNEL, workspace_bytes
 from opcompile.record import illegal
 from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
@@ -112,6 +112,24 @@ def test_x_and_y_are_vectors_of_channels_and_nothing_is_transposed() -> None:
             lanes[at.block.name_hint].add(max(widest, default=1))
     assert lanes["output"] == {16, 8}
     assert lanes["pad"] - {1} == {16, 8}  # scalars are the zeros of lanes that no channel has
+
+
+@pytest.mark.parametrize(
+    ("channels", "changes", "apart"),
+    [
+        (128, {"bands_m": 8}, 128 + 16),
+        (128, {"task": 128}, 128 + 16),
+        (256, {"task": 32, "bands_m": 2}, 64 + 16),
+        (96, {"task": 96}, 96),
+    ],
+)
+def test_columns_of_a_copy_do_not_lie_in_few_places_of_the_first_cache(
+    channels: int, changes: dict[str, Any], apart: int
+) -> None:
+    spec = depthwise(channels, "in=1x2x3x8 k=3 s=1 p=1")
+    tiles = replace(Tiles("groups", 16, 1, 4, 1, 16, 1, 1, 1, "task", woven="tile"), **changes)
+    columns = (1 + 2) * (1 + 2) * (8 + 2)
+    assert workspace_bytes(spec, tiles) == 4 * apart * columns
 
 
 @pytest.mark.parametrize("on", ["llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:x86-64-v4", "llvm:znver5", "llvm:apple-m1"])

@@ -23,10 +23,13 @@ def reach(axis: Axis) -> int:
 
 
 def allowed(spec: ConvTranspose3d, copies: bool) -> float:
-    """A tenth of X and Y, and the padded X where it is copied at once, in bytes."""
+    """A tenth of X and Y, and the padded X where it is copied at once, in bytes.
+
+    The line of a channel is rounded up to whole vectors, and rows, and begins at a cache line.
+    """
     assert spec.dtype == "float32"
     assert spec.batch is not None
-    padded = spec.batch * spec.channels_in * math.prod(map(reach, spec.axes)) if copies else 0
+    padded = spec.batch * spec.channels_in * (math.prod(map(reach, spec.axes)) + 32) if copies else 0
     return 4 * (padded + (math.prod(n or 1 for n in spec.x_shape) + math.prod(n or 1 for n in spec.y_shape)) / 10)
 
 
