@@ -104,13 +104,17 @@ EXACT_ACTIVATIONS = ("none", "relu", "relu6", "hard_tanh", "hard_shrink")
 @dataclass(frozen=True, slots=True)
 class _Carries:
     """How f treats an error: ``slope`` is the largest |f'|, and evaluating f at z costs at most
-    ``own + of_z*|z| + of_y*|f(z)|`` units of roundoff.
+    ``own + of_z*|z| + of_y*|f(z)|`` units of roundoff, and ``floors`` times what is lost below the normal range.
+
+    What is cut off only after it was rounded, as a hard_sigmoid, moves z itself, by ``before*|z|`` units of roundoff.
     """  # noqa: D205
 
     slope: float
     own: float = 0.0
     of_z: float = 0.0
     of_y: float = 0.0
+    floors: float = 1.0
+    before: float = 0.0
 
 
 def _carries(activation: Activation) -> _Carries:
@@ -124,13 +128,19 @@ def _carries(activation: Activation) -> _Carries:
         case "elu":
             return _Carries(max(1.0, alpha), own=_ELEMENTARY * alpha)
         case "selu":
-            return _Carries(second * max(1.0, alpha), own=_ELEMENTARY * alpha * second, of_y=_RATIONAL)
+            # a product with alpha may be flushed, and then multiplied with gamma
+            return _Carries(
+                second * max(1.0, alpha),
+                own=_ELEMENTARY * alpha * second,
+                of_y=_RATIONAL,
+                floors=1.0 + second,
+            )
         case "gelu" | "gelu_tanh":
             return _Carries(1.13, of_z=_ELEMENTARY)
         case "sigmoid":
             return _Carries(0.25, own=_ELEMENTARY)
         case "hard_sigmoid":
-            return _Carries(alpha, own=_RATIONAL * second, of_z=_RATIONAL * alpha)
+            return _Carries(alpha, own=_RATIONAL * second, before=_RATIONAL)
         case "silu":
             return _Carries(1.1, of_z=_ELEMENTARY)
         case "hard_silu":
@@ -155,23 +165,77 @@ def _carries(activation: Activation) -> _Carries:
     raise ValueError(f"activation {activation.name} has no error constants in verify")
 
 
+def _is_monotone(activation: Activation) -> bool:
+    match activation.name:
+        case "leaky_relu" | "elu" | "selu":
+            return activation.parameters[0] >= 0
+        case "gelu" | "gelu_tanh" | "silu" | "hard_silu" | "mish":
+            return False
+    return True
+
+
+def _carried(activation: Activation, f: _Carries, z: Array, y: Array, error: Array) -> Array:
+    """Bound |f(z^) - f(z)|, where |z^ - z| <= error: by the slope, and where f is monotone by f(z +- error)."""
+    by_slope = f.slope * error
+    if activation.name == "none" or not np.any(error) or not _is_monotone(activation):
+        return by_slope
+    farthest = np.zeros_like(z)
+    for end in (np.nextafter(z - error, -np.inf), np.nextafter(z + error, np.inf)):
+        at_end = activate(activation, end)
+        away = np.abs(at_end - y)
+        if activation.name not in EXACT_ACTIVATIONS:  # the oracle errs at both places
+            away += _evaluated(f, end, at_end, FORMATS["float64"]) + _evaluated(f, z, y, FORMATS["float64"])
+        farthest = np.maximum(farthest, away)
+    # beyond the largest number there may be no value, but the slope counts there too
+    return np.fmin(by_slope, farthest * (1 + 4 * FORMATS["float64"].unit))
+
+
+def _evaluated(f: _Carries, z: Array, y: Array, sums: Format) -> Array:
+    """Bound what evaluating f at up to ±z, where it is up to ±y, in ``sums`` costs."""
+    # no infinity: there, what has no part in the cost would make it NaN
+    largest = np.finfo(np.float64).max
+    of_z = sums.unit * f.of_z * np.minimum(np.abs(z), largest)
+    of_y = sums.unit * f.of_y * np.minimum(np.abs(y), largest)
+    cost: Array = sums.unit * f.own + of_z + of_y + sums.floor * f.floors
+    return cost
+
+
 def _through(activation: Activation, z: Array, y: Array, error: Array, sums: Format) -> Array:
     """Bound |f^(z^) - f(z)|, where y = f(z), |z^ - z| <= error, and f^ is f evaluated in ``sums``."""
     if activation.name == "hard_shrink":
         # it jumps by 1/2 at 1/2: where the error reaches that far, z^ may lie on the other side
         return error + 0.5 * ((np.abs(np.abs(z) - 0.5) <= error) & (error > 0))
-    if activation.name in EXACT_ACTIVATIONS:
-        return error
-    # f is evaluated at z^, where |z^| <= |z| + error and |f(z^)| <= |f(z)| + carried
     if activation.name == "exponential":
         # f' = f grows without limit, and reducing the argument costs u*|z|, relative to the result
         carried = y * np.expm1(error)
-        own = _ELEMENTARY * (1 + np.abs(z) + error) * (y + carried)
-    else:
-        f = _carries(activation)
-        carried = f.slope * error
-        own = f.own + f.of_z * (np.abs(z) + error) + f.of_y * (np.abs(y) + carried)
-    return carried + sums.unit * own + sums.floor
+        relative = sums.unit * _ELEMENTARY * (1 + np.abs(z) + error)
+        return carried + relative * y + relative * carried + sums.floor
+    f = _carries(activation)
+    error = error + sums.unit * f.before * (np.abs(z) + error)
+    carried = _carried(activation, f, z, y, error)
+    if activation.name in EXACT_ACTIVATIONS:
+        return carried
+    # f is evaluated at z^, where |z^| <= |z| + error and |f(z^)| <= |f(z)| + carried
+    return carried + _evaluated(f, np.abs(z) + error, np.abs(y) + carried, sums)
+
+
+def _stored(activation: Activation, z: Array, y: Array, error: Array, sums: Format, storage: Format) -> Array:
+    """Take the steps behind the sum, which is off by ``error``: activation, the oracle's own error, storage."""
+    error = _through(activation, z, y, error, sums)
+    if activation.name not in EXACT_ACTIVATIONS:
+        error = error + _through(activation, z, y, np.zeros(()), FORMATS["float64"])
+    if storage.precision < sums.precision:
+        error = error + (storage.unit * (np.abs(y) + error) + storage.floor)
+    return error
+
+
+def _below_limit(activation: Activation, z: Array, error: Array, sums: Format, storage: Format) -> Array:
+    """Bound how far below the largest number a right answer may be, where f(z) is infinite; mostly by nothing."""
+    nearer = np.sign(z) * np.maximum(np.nextafter(np.abs(z) - error, 0), 0)
+    y = activate(activation, nearer)
+    least = np.abs(y) - _stored(activation, nearer, y, np.zeros(()), sums, storage)
+    below = np.nextafter(np.maximum(min(sums.limit, storage.limit) - least, 0), np.inf)
+    return np.where(np.isinf(y), 0.0, below)
 
 
 # --- the bound ---
@@ -301,14 +365,11 @@ class _Truth:
             if sums.factors is not None:
                 overflows |= max(x, w) >= sums.factors.limit
         with np.errstate(over="ignore", invalid="ignore"):
-            error = _through(spec.activation, self.z, self.y, error, sums)
-            if spec.activation.name not in EXACT_ACTIVATIONS:
-                error = error + _through(spec.activation, self.z, self.y, np.zeros(()), double)
-            if storage.precision < sums.precision:
-                error = error + (storage.unit * (np.abs(self.y) + error) + storage.floor)
-        error[np.isinf(self.y)] = 0.0
-        error[overflows] = np.inf
-        return error
+            bound = _stored(spec.activation, self.z, self.y, error, sums, storage)
+            if (beyond := np.isinf(self.y)).any():
+                bound[beyond] = _below_limit(spec.activation, self.z[beyond], error[beyond], sums, storage)
+        bound[overflows] = np.inf
+        return bound
 
 
 def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
@@ -454,7 +515,8 @@ def judge(criterion: str, computed_in: str, actual: Array, expected: Array, boun
         no_bound = np.isinf(bound)
         nearer = np.minimum(np.abs(actual), np.abs(expected))
         either = np.isinf(actual) | np.isinf(expected)
-        overflow = either & (np.sign(actual) == np.sign(expected)) & (nearer + bound >= limit)
+        with np.errstate(over="ignore"):
+            overflow = either & (np.sign(actual) == np.sign(expected)) & (nearer + bound >= limit)
         fine = no_bound | overflow | (actual == expected)
         error[fine], ratio[fine] = 0.0, 0.0
         error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf

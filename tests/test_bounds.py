@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal, localcontext
 
 import ml_dtypes
 import numpy as np
@@ -154,6 +155,97 @@ def test_errors_of_the_sum_are_carried_through(activation: Activation, z: float,
         assert abs(activate(activation, np.array([moved])) - activate(activation, here))[0] <= allowed[0]
 
 
+def of_decimal(activation: Activation, z: Decimal) -> Decimal:
+    """Activations to as many digits as the context has."""
+    first, second, *_ = (*map(Decimal, activation.parameters), Decimal(0), Decimal(0))
+    exponential = (-abs(z)).exp()
+    return {
+        "relu": lambda: max(z, Decimal(0)),
+        "relu6": lambda: min(max(z, Decimal(0)), Decimal(6)),
+        "leaky_relu": lambda: max(z, first * z),
+        "elu": lambda: z if z > 0 else first * (exponential - 1),
+        "selu": lambda: second * (z if z > 0 else first * (exponential - 1)),
+        "sigmoid": lambda: (1 if z > 0 else exponential) / (1 + exponential),
+        "hard_sigmoid": lambda: min(max(first * z + second, Decimal(0)), Decimal(1)),
+        "softplus": lambda: max(z, Decimal(0)) + (1 + exponential).ln(),
+        "softsign": lambda: z / (1 + abs(z)),
+        "tanh": lambda: (1 - exponential**2) / (1 + exponential**2) * (1 if z > 0 else -1),
+        "hard_tanh": lambda: min(max(z, Decimal(-1)), Decimal(1)),
+    }[activation.name]()
+
+
+# sums that are far from 0, near it, and as far as the error reaches; the ends are 1 and 0 of a hard_sigmoid
+PLACES = [
+    (40.0, 1e-3),
+    (-40.0, 45.0),
+    (0.3, 1e-13),
+    (-3.1, 2e-15),
+    (-18.7, 1e-9),
+    (3.0, 1e-16),
+    (-3.0, 0.5),
+    (0.9, 7.0),
+    (-5.0, 5.5),
+]
+
+
+ROUNDED = ("leaky_relu", "elu", "selu", "sigmoid", "hard_sigmoid", "softplus", "softsign", "tanh")
+WITH_PARAMETERS = ("leaky_relu:0.9", "elu:7.5", "elu:-2", "selu:0.1:3.0", "hard_sigmoid:-0.7:0.2")
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "hard_tanh", *ROUNDED, *WITH_PARAMETERS])
+def test_errors_of_the_sum_are_carried_through_to_the_last_digit(act: str) -> None:
+    """Where double precision computes f to fewer digits than the bound has: no more may be cut off it than is true."""
+    activation = Activation.parse(act)
+    for z, error in PLACES:
+        here = np.array([z + step * 2.0**-40 for step in range(6)])
+        y = activate(activation, here)
+        allowed = module._through(activation, here, y, np.full(here.shape, error), FORMATS["float64"])
+        kept = module._carried(activation, module._carries(activation), here, y, np.full(here.shape, error))
+        with localcontext(prec=60):
+            for at, right, most, carried in zip(
+                here.tolist(), y.tolist(), allowed.tolist(), kept.tolist(), strict=True
+            ):
+                true = of_decimal(activation, Decimal(at))
+                assert abs(true - Decimal(right)) <= Decimal(most)
+                for part in ("-1", "0.4", "0.9", "1"):
+                    moved = of_decimal(activation, Decimal(at) + Decimal(part) * Decimal(error))
+                    # the bound's own arithmetic rounds too
+                    assert abs(moved - true) <= Decimal(carried) * (1 + Decimal(2) ** -51), (at, error, part)
+
+
+@pytest.mark.parametrize("z", [64.0, -64.0])
+@pytest.mark.parametrize(
+    ("act", "wrong"),
+    [
+        ("tanh", (5, -5, 0, 0.99)),
+        ("sigmoid", (-3, 0.5)),
+        ("softsign", (1.5, -1.5, 0)),
+        ("hard_tanh", (2, -2, 0)),
+        ("hard_sigmoid", (7, -1, 0.5)),
+        ("relu6", (6.5, -0.5, 3)),
+        ("elu", (-1.5,)),
+    ],
+)
+def test_an_activation_cuts_the_error_of_the_sum_off(act: str, wrong: tuple[float, ...], z: float) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x2x1x1x1 co=1 k=1 bias=0 act={act}")
+    x, w = np.array([1e8 + z, -1e8], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
+    w[0] += np.float32(2.0**-23)  # no exact sum
+    right = reference(spec, x, w)
+    assert compare(spec, right.astype(np.float32), x, w).passed
+    for value in wrong:
+        assert not compare(spec, np.full(x[:, :1].shape, value, np.float32), x, w).passed
+
+
+@pytest.mark.parametrize("act", ["elu:1e30", "elu:-1e30", "selu:1e30:1", "leaky_relu:1e30", "hard_sigmoid:1e30:0.5"])
+def test_no_bound_is_nan_where_the_slope_carries_beyond_the_largest_number(act: str) -> None:
+    spec = ConvTranspose3d.parse(f"in=1x1x1x1x2 co=1 k=1 bias=0 act={act} dtype=float64")
+    x, w = np.array([1e300, 1e295]).reshape(spec.x_shape), np.full(spec.w_shape, 1.1)
+    allowed = bounds(spec, x, w)
+    assert not np.isnan(allowed).any()
+    assert "-" in act or np.isfinite(allowed).all()
+    assert "-" in act or not compare(spec, 1.5 * reference(spec, x, w), x, w).passed
+
+
 def test_a_jump_is_granted_where_the_error_reaches_it_and_nowhere_else() -> None:
     shrink, error = Activation("hard_shrink"), np.array(0.125)
     z = np.linspace(-1, 1, 129)  # multiples of 1/64: nothing rounds
@@ -213,7 +305,8 @@ def test_one_element_bent_by_two_bounds_is_seen(c: Case) -> None:
     y, allowed = reference(spec, x, w, b), bounds(spec, x, w, b)
     assert allowed.shape == y.shape
     assert np.isfinite(allowed).all()
-    at = np.unravel_index(np.random.default_rng(5).integers(y.size), y.shape)
+    # none that an activation cut off: there the one right answer is 0
+    at = tuple(np.random.default_rng(5).choice(np.argwhere(allowed > 0)))
     y[at] += 2 * allowed[at]
     check = compare(spec, y, x, w, b)
     assert not check.passed
@@ -366,12 +459,43 @@ def test_exponential_overflows_where_the_oracle_does() -> None:
         assert compare(spec, bent, x, w).failures == 1
 
 
+def test_a_double_on_either_side_of_the_limit_is_right() -> None:
+    """The oracle's own sum lies beyond the last z with a finite exponential, and the exact one does not."""
+    spec = ConvTranspose3d.parse("in=1x3x1x1x2 co=1 k=1 bias=0 act=exponential dtype=float64")
+    x, w = np.ones(spec.x_shape), np.array([300.1, -400.3, 810.0]).reshape(spec.w_shape)
+    w[2] = np.nextafter(np.log(np.finfo(np.float64).max), np.inf) - (w[0] + w[1])
+    x[..., 1] = 1.01  # far beyond
+    assert np.isinf(reference(spec, x, w)).all()
+    edge = np.finfo(np.float64).max * (1 - 2.0**-45)
+    for value, failures in [(np.inf, 0), (edge, 0), (1.7e308, 1), (-np.inf, 1), (np.nan, 1)]:
+        y = np.array([value, np.inf]).reshape(1, 1, 1, 1, 2)
+        assert compare(spec, y, x, w).failures == failures, value
+    assert compare(spec, np.array([np.inf, edge]).reshape(1, 1, 1, 1, 2), x, w).failures == 1
+    assert np.isfinite(bounds(spec, x[..., :1] * (1 - 1e-9) * np.ones(2), w)).all()
+
+
+def test_a_double_that_a_scale_carries_over_the_limit() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x2 co=1 k=1 bias=0 act=leaky_relu:1e30 dtype=float64")
+    most = np.finfo(np.float64).max
+    x, w = np.array([np.nextafter(-most / 1e30, -np.inf), -most / 1e29]).reshape(spec.x_shape), np.ones(spec.w_shape)
+    assert compare(spec, np.array([np.nextafter(-most, 0), -np.inf]).reshape(x.shape), x, w).passed
+    assert compare(spec, np.array([-np.inf, -0.999 * most]).reshape(x.shape), x, w).failures == 1
+
+
 def test_subnormals_may_be_flushed_where_hardware_does_so() -> None:
     spec = ConvTranspose3d.parse("in=1x1x1x1x2 co=1 k=1 bias=0")
     x, w = np.array([1e-40, 1e-10], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
     assert compare(spec, x, x, w).passed
     assert compare(spec, np.array([0, 1e-10], np.float32).reshape(x.shape), x, w).passed
     assert not compare(spec, np.array([0, 0], np.float32).reshape(x.shape), x, w).passed
+
+
+def test_a_product_that_is_flushed_is_granted_as_large_as_the_scale_behind_it_makes_it() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 act=selu:1e-35:1e35")
+    x, w = np.full(spec.x_shape, np.float32(-1e-4)), np.ones(spec.w_shape, np.float32)  # times 1e-35: subnormal
+    assert compare(spec, x, x, w).passed
+    assert compare(spec, 0 * x, x, w).passed
+    assert not compare(spec, np.full(x.shape, -0.1, np.float32), x, w).passed
 
 
 def test_an_engine_of_another_precision_is_judged_by_its_own() -> None:
