@@ -80,6 +80,7 @@ _OTHER_ACTIVATIONS = {
 
 # The largest float32.
 _LARGEST_PARAMETER = 2.0**128 - 2.0**104
+_SMALLEST_PARAMETER = 2.0**-126
 
 # Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.
 _LARGEST = 2**31 - 1
@@ -283,6 +284,11 @@ class Activation:
             raise SpecError(
                 f"activation {self.name} has parameters {given}, but they must be finite numbers of at most 3.4e38: "
                 "ONNX keeps them in float32"
+            )
+        if any(0 < abs(p) < _SMALLEST_PARAMETER for p in given):
+            raise SpecError(
+                f"activation {self.name} has parameters {given}, but they must be of at least 1.2e-38: of smaller "
+                "ones float32 keeps few digits, or none; use a larger one, or 0"
             )
         defaults = tuple(default for _, default in expected[len(given) :])
         object.__setattr__(self, "parameters", given + defaults)
