@@ -229,6 +229,11 @@ def _shapes(spec: ConvTranspose3d, batch: int) -> tuple[tuple[int, ...], tuple[i
     return (batch, *(n or batch for n in spec.x_shape[1:])), spec.w_shape, (spec.channels_out,)
 
 
+def drawn_in(dtype: str) -> type[np.float32 | np.float64]:
+    """Return what numbers for a layer of ``dtype`` are drawn in: one that has all its digits."""
+    return np.float64 if dtype == "float64" else np.float32
+
+
 def _largest_integer(spec: ConvTranspose3d) -> int:
     """Return the largest a such that terms * a^2 + a stays below 2^24: no float32 sum can round. At most 8."""
     return next((a for a in range(8, 0, -1) if spec.terms * a * a + a < 2**24), 0)
@@ -248,9 +253,9 @@ def _ones(spec: ConvTranspose3d, _: np.random.Generator, batch: int) -> tuple[Te
 
 def _normal(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw sums of standard deviation 2, so that activations are asked where they bend."""
-    x, w, b = (rng.standard_normal(shape, np.float32) for shape in _shapes(spec, batch))
+    x, w, b = (rng.standard_normal(shape, drawn_in(spec.dtype)) for shape in _shapes(spec, batch))
     # no product at all where the pads leave nothing of an axis but zeros
-    return x, w * np.float32(2 / math.sqrt(max(1, spec.terms))), b
+    return x, w * x.dtype.type(2 / math.sqrt(max(1, spec.terms))), b
 
 
 def _impulse(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,10 +284,13 @@ def _wide(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
 
 
 def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """X about the smallest normal number of the format: half of it is subnormal."""
+    """X about the smallest normal number of the format: half of it is subnormal.
+
+    Only float16 must be kept. Others may be flushed: their Y may be 0, but nothing larger than what X can give.
+    """
     x, w, b = _normal(spec, rng, batch)
     smallest = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(spec.dtype, 2.0**-126)
-    return x * smallest if spec.dtype == "float64" else x * np.float32(smallest), w, b * 0
+    return x * x.dtype.type(smallest), w, b * 0
 
 
 def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSet]]:

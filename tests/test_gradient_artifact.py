@@ -118,6 +118,20 @@ def test_verification_asks_and_notices(place: Path, monkeypatch: pytest.MonkeyPa
         oc.verify(artifact).require()
 
 
+def test_a_double_that_is_read_as_float32_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = oc.ConvTranspose3d.parse("in=1x2x2x3x4 co=3 k=2 s=2 act=tanh dtype=float64")
+    artifact = oc.compile(spec, derivative="x", into=tmp_path)
+    oc.verify(artifact).require()
+    whole = GradientArtifact.__call__
+    for narrow in ("dy", "w", "y"):
+
+        def bend(self, *args, narrow=narrow, **named):
+            return whole(self, *args, **named | {narrow: named[narrow].astype(np.float32).astype(np.float64)})
+
+        monkeypatch.setattr(GradientArtifact, "__call__", bend)
+        assert {row.inputs for row in oc.verify(artifact).failures} >= {"normal", "wide"}
+
+
 def test_where_y_is_beyond_the_type_its_largest_number_is_asked(tmp_path: Path) -> None:
     spec = oc.ConvTranspose3d.parse("in=1x2x2x3x4 co=3 k=2 s=2 act=elu:1e20 dtype=float16")
     for wrt in ("x", "w", "b"):

@@ -67,6 +67,7 @@ class Fake:
         call = {"threads": threads, "packed": isinstance(w, tuple), "own": w is None, "batch": x.shape[0], "x": x}
         self.calls.append(call)
         w = self.weight if w is None else w[1] if isinstance(w, tuple) else w
+        call |= {"w": w, "b": b}
         y = reference(self.spec, x, w, self.bias if b is None and call["own"] else b)
         with np.errstate(over="ignore"):
             return self.bend(call, y.astype(np.dtype(self.spec.dtype)))
@@ -175,6 +176,29 @@ def test_a_wrong_answer_to_the_test_vector_alone_is_caught(tmp_path: Path) -> No
 def test_wrong_compiled_weights_are_caught(tmp_path: Path) -> None:
     report = report_on(SPEC, tmp_path, lambda call, y: off_by_one(y) if call["own"] else y, compiled=True)
     assert {row.weights for row in report.failures} == {"compiled"}
+
+
+@pytest.mark.parametrize("narrow", ["x", "w", "b"])
+def test_a_double_that_is_read_as_float32_is_caught(narrow: str, tmp_path: Path) -> None:
+    fake = Fake(case("float64").spec, tmp_path)
+
+    def bend(call, y):
+        given = {name: call[name] for name in ("x", "w", "b")}
+        return reference(fake.spec, **given | {narrow: given[narrow].astype(np.float32)})
+
+    fake.bend = bend
+    failures = {row.inputs for row in verify(fake, engines=["reference"]).failures}
+    exactly = {"x": {"impulse", "alternating"}}.get(narrow, set())  # its ones are numbers of float32
+    assert failures - {"golden.npz"} == {"normal", "impulse", "alternating", "wide"} - exactly
+
+
+def test_about_half_of_what_is_tiny_is_subnormal() -> None:
+    for name, smallest in (("float64", 2.0**-1022), ("k3-s2", 2.0**-126), ("float16", 2.0**-14)):
+        spec = case(name).spec
+        draw = next(q.draw for q in module.input_sets(spec, False)[1] if q.name == "tiny")
+        x = np.abs(draw(spec, np.random.default_rng(0), 1)[0])
+        assert x.all()
+        assert 0.5 < (x < smallest).mean() < 0.8
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -25,7 +25,7 @@ from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
 from opcompile.runtime import stored
 from opcompile.target import cores
-from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, here
+from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, drawn_in, here
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
@@ -64,8 +64,9 @@ def _integers(gradient: Gradient, rng: np.random.Generator, batch: int) -> Opera
 
 def _normal(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
     """Draw sums of standard deviation 2."""
-    drawn: Operands = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(gradient, batch).items()}
-    drawn["dy"] = drawn["dy"] * np.float32(2 / math.sqrt(gradient.terms(batch)))
+    number = drawn_in(gradient.layer.dtype)
+    drawn: Operands = {name: rng.standard_normal(shape, number) for name, shape in _shapes(gradient, batch).items()}
+    drawn["dy"] = drawn["dy"] * number(2 / math.sqrt(gradient.terms(batch)))
     return _with_output(gradient, drawn)
 
 
