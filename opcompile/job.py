@@ -105,7 +105,9 @@ class Job:
 
 def _candidate(content: Mapping[str, Any]) -> Candidate:
     words = (_is(content[name], str) for name in ("declaration", "sha256", "error"))
-    return Candidate(_is(content["rank"], int), _is(content["tiles"], dict), *words)
+    if _is(content["rank"], int) < 0:
+        raise TypeError(f"{content['rank']} is no rank")
+    return Candidate(content["rank"], _is(content["tiles"], dict), *words)
 
 
 def _is(value: Any, kind: type) -> Any:

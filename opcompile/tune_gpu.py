@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,13 +34,23 @@ from opcompile.record import (
     machine_name,
     own_folder,
     read_object,
+    unsound,
     write_atomically,
     write_record,
 )
 from opcompile.runtime import parse_manifest, read_manifest
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
-from opcompile.trials import Progress, ProgressCallback, last_line, nothing_measured, walk, winner
+from opcompile.trials import (
+    Progress,
+    ProgressCallback,
+    Sample,
+    finalists,
+    last_line,
+    nothing_measured,
+    walk,
+    winner,
+)
 
 if TYPE_CHECKING:
     from opcompile.lower_gpu import LoweredGpu
@@ -248,8 +259,9 @@ def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
     """Record the fastest candidate of each layer in ``results``, which `opcompile.measure.measure` wrote.
 
     Records go to ``into``, by default `opcompile.record.own_folder`. Raises `RecordError` for a file that is no such
-    result, or that was measured on what this version declares in another way or does not schedule, and then none is
-    written; `TargetError` where no candidate of a layer could be measured, when the other layers are recorded.
+    result (one whose samples and finals are not those of its job, among others), or that was measured on what this
+    version declares in another way or does not schedule, and then none is written; `TargetError` where no candidate
+    of a layer could be measured, when the other layers are recorded.
     """
     path = checked_path(results, "results").absolute()
     content = read_object(path, "result", "give the file that `opcompile measure` wrote")
@@ -258,6 +270,8 @@ def absorb(results: str | Path, into: str | Path | None = None) -> list[Record]:
     try:
         job = Job.from_json(content["job"], path)
         machine = gpu_target(job.target)
+        if not job.layers:
+            raise ValueError("its job has no layer")
         layers = zip(job.layers, content["layers"], strict=True)
         found = [_content(job, machine, layer, of_layer, content["machine"]) for layer, of_layer in layers]
         specs = [ConvTranspose3d.parse(layer.spec) for layer in job.layers]
@@ -285,6 +299,9 @@ def _content(
     """Return the fields of the layer's record, the finals being empty where nothing was measured."""
     if found["spec"] != layer.spec:
         raise ValueError(f"it holds {found['spec']!r} where its job has {layer.spec!r}")
+    if wrong := [name for name in _MEASURED_BY if not isinstance(machine[name], str)]:
+        raise TypeError(f"its machine has {machine[wrong[0]]!r} for {wrong[0]}")
+    _require_of(layer, found["samples"], found["finals"])
     if not found["finals"]:
         return {"samples": found["samples"], "finals": []}
     won = winner(found["finals"])
@@ -306,6 +323,34 @@ def _content(
             "batch": ConvTranspose3d.parse(layer.spec).batch or 1,
         },
     }
+
+
+def _require_of(layer: LayerJob, samples: Any, finals: Any) -> None:
+    """Raise `ValueError` unless ``samples`` are one of each candidate, and ``finals`` those that follow from them."""
+    for name, given in (("samples", samples), ("finals", finals)):
+        if not isinstance(given, list):
+            raise ValueError(f"its {name} are {given!r}, but must be a list")
+        for number, sample in enumerate(given):
+            if complaint := unsound(sample) or _strange(layer, sample):
+                raise ValueError(f"{name}[{number}] {complaint}")
+    measured, candidates = sorted(s["rank"] for s in samples), sorted(layer.choices)
+    if not candidates or measured != candidates:
+        raise ValueError(f"its samples have ranks {measured}, and the candidates of its job {candidates}")
+    last, wanted = [s["rank"] for s in finals if "error" not in s], finalists(samples)
+    if last != wanted or len(last) != len(finals):
+        raise ValueError(f"its finals have times for ranks {last}, but must have them for {wanted}")
+
+
+def _strange(layer: LayerJob, sample: Sample) -> str | None:
+    """Say what keeps a sound sample from being one of a candidate of ``layer``; None where nothing does."""
+    rank = sample.get("rank")
+    if type(rank) is not int or layer.choices.get(rank) != sample["tiles"]:
+        return f"is of rank {rank!r} and tiles that its job does not have"
+    if "error" in sample and not sample.keys().isdisjoint({"run_us", "times_us"}):
+        return "has both an error and a time"
+    if "error" not in sample and sample["run_us"] != statistics.median(sample["times_us"]):
+        return f"has run_us {sample['run_us']!r}, which is not the median of its times_us"
+    return None
 
 
 def _declaration(spec: ConvTranspose3d, record: Record) -> str:
