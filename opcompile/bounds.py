@@ -431,8 +431,9 @@ class Check:
     """How one array compares with another, element by element.
 
     ``criterion``: ``bits`` (equal to the correctly rounded exact result), ``exact sums`` (the sum is exact,
-    the activation has a bound) or ``bound``. ``worst`` is the largest |error| / bound, found at ``index``
-    (with ``bits``: 0, or infinity for a difference). ``unjudged`` elements have sums that may overflow.
+    the activation has a bound), ``bound``, or ``NaN`` (which elements are NaN). ``worst`` is the largest
+    |error| / bound, found at ``index`` (with ``bits`` and ``NaN``: 0, or infinity for a difference).
+    ``unjudged`` elements have sums that may overflow.
     """
 
     criterion: str
@@ -502,6 +503,14 @@ def judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
         bound=0.0,
         largest_error=largest,
     )
+
+
+def judge_nan(computed_in: str, actual: Array, expected: Array) -> Check:
+    """Judge one block by where NaN is, and by nothing else."""
+    check = judge_bits(computed_in, np.where(np.isnan(actual), np.inf, 0), np.where(np.isnan(expected), np.inf, 0))
+    if check.failures:
+        check = replace(check, actual=float(actual[check.index]), expected=float(expected[check.index]))
+    return replace(check, criterion="NaN")
 
 
 def judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:

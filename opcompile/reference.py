@@ -65,8 +65,8 @@ def _channels(spec: ConvTranspose3d, b: Array) -> Array:
 
 
 def activate(activation: Activation, z: Array) -> Array:
-    """Apply the activation in float64."""
-    with np.errstate(over="ignore"):
+    """Apply the activation in float64; NaN stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
         y: Array = _FORMULAS[activation.name](z, *activation.parameters)
     return y
 

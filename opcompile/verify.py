@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, sums_of
+from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.packing import Packing
+from opcompile.reference import reference
 from opcompile.runtime import own_weights, stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
@@ -48,6 +49,10 @@ ENGINES = ("reference", "onnxruntime")
 # Above either of these a layer is asked two input sets, and otherwise all: the oracle takes seconds there.
 _LARGE_FLOPS = 2**28
 _LARGE_BYTES = 2**22
+
+
+# More phases than this, those with taps or all, may share code in which zeros stand for the taps that one has not.
+_MOST_PHASES = (27, 64)
 
 
 # --- the report ---
@@ -78,6 +83,9 @@ class NotAsked:
 
 OWN_WEIGHTS = NotAsked(
     "opcompile with the weights compiled in", "its weights hold infinities or NaN, for which there is no bound"
+)
+PHASES_SHARE_CODE = NotAsked(
+    "NaN", "in a layer of so many phases, zeros stand for taps, and NaN reaches outputs beside those that read it"
 )
 SIMULATED = NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
@@ -173,6 +181,8 @@ class Report:
             notes.append("* these sums are exact, and the activation alone may err")
         if any(row.check.criterion == "bits" for row in self.rows):
             notes.append("bits: the answers must be equal to the last bit, and no bound is granted")
+        if any(row.check.criterion == "NaN" for row in self.rows):
+            notes.append("NaN: the outputs that read it must be NaN, and no others")
         notes += [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
         notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
         table = Table(
@@ -194,7 +204,7 @@ class Report:
         for (words, check), called in zip(checks.items(), calls, strict=True):
             inputs, kind, batch, engine, against, _ = words
             answer = f"{engine}: {called}" if called and called != usual[kind] else engine
-            criterion = "bits" if check.criterion == "bits" else f"{check.worst:.1%}"
+            criterion = check.criterion if check.criterion in ("bits", "NaN") else f"{check.worst:.1%}"
             criterion += "*" if check.criterion == "exact sums" else ""
             verdict = "[green]pass[/]" if check.passed else f"[red]FAIL ({check.failures} of {check.elements})[/]"
             error = f"{check.largest_error:.2e}" if check.largest_error else "0"
@@ -293,9 +303,13 @@ def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
     return x * x.dtype.type(smallest), w, b * 0
 
 
+def _is_large(spec: ConvTranspose3d) -> bool:
+    return spec.flops > _LARGE_FLOPS or spec.bytes() > _LARGE_BYTES
+
+
 def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSet]]:
     """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
-    large = spec.flops > _LARGE_FLOPS or spec.bytes() > _LARGE_BYTES
+    large = _is_large(spec)
     main, *others = [spec.batch] if spec.batch else [2, 1, 3]
     integers = [("integers", _integers)] if _largest_integer(spec) else []
     asked = [InputSet(name, draw, main, exact=True) for name, draw in integers]
@@ -398,24 +412,24 @@ def here() -> str:
 
 def _ours(
     artifact: Artifact | CudaArtifact | Simulated,
-    inputs: Inputs,
+    x: Tensor,
     passed: tuple[Tensor | None, Tensor | None],
     threads: Sequence[int],
 ) -> Iterator[tuple[str, Tensor]]:
     """Call the artifact with one thread, and with several; there with weights that were packed before."""
     w, b = passed
     if isinstance(artifact, Simulated):  # it orders the threads itself
-        yield "opcompile, simulated", artifact(inputs.x, w, b)
+        yield "opcompile, simulated", artifact(x, w, b)
         return
     if isinstance(artifact, CudaArtifact):
-        yield "opcompile, on a GPU", artifact.on_host(inputs.x, w, b)
+        yield "opcompile, on a GPU", artifact.on_host(x, w, b)
         return
     for count in threads:
         call = counted(count, "thread")
         if w is None or count == 1:
-            yield f"opcompile, {call}", artifact(inputs.x, w, b, threads=count)
+            yield f"opcompile, {call}", artifact(x, w, b, threads=count)
         else:
-            yield f"opcompile, {call}, packed weights", artifact(inputs.x, artifact.pack(w), b, threads=count)
+            yield f"opcompile, {call}, packed weights", artifact(x, artifact.pack(w), b, threads=count)
 
 
 def distinct(answers: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -454,7 +468,7 @@ def _ask(
         passed = (None if own[0] is not None else w, None if own[1] is not None else passed[1])
         w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
     inputs = Inputs.of(spec, x, w, b)
-    kept, twins = distinct(_ours(artifact, inputs, passed, threads))
+    kept, twins = distinct(_ours(artifact, inputs.x, passed, threads))
     answers = {name: Answer(y, sums_of(artifact.manifest)) for name, y in kept.items()}
     pairs = [(name, "reference") for name in twins]
     not_asked: list[NotAsked] = []
@@ -474,6 +488,19 @@ def _ask(
         for one, other in pairs
     )
     return _Asked(tuple(rows), tuple(not_asked), runtime)
+
+
+def _ask_nan(
+    artifact: Artifact | CudaArtifact | Simulated, rng: np.random.Generator, threads: Sequence[int]
+) -> Iterator[Row]:
+    """Let one element of X be NaN: the outputs that read it must be NaN, and no others."""
+    spec, batch = artifact.spec, artifact.spec.batch or 2
+    x, w, b = (stored(spec.dtype, values) for values in _normal(spec, rng, batch))
+    x.reshape(-1)[rng.integers(x.size)] = np.nan
+    expected = reference(spec, x, w, b)
+    computed_in = sums_of(artifact.manifest) or spec.sum_dtype
+    for name, y in _ours(artifact, x, (w, b if spec.bias else None), threads):
+        yield Row("NaN", "caller", batch, name, "reference", judge_nan(computed_in, y.astype(np.float64), expected))
 
 
 def ask_golden(
@@ -511,12 +538,18 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
         raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
 
 
+def _phases_share_code(spec: ConvTranspose3d) -> bool:
+    return any(count > most for count, most in zip(spec.phases, _MOST_PHASES, strict=True))
+
+
 def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
     """Yield what nobody is asked, for there is no right answer."""
     if not finite:
         yield OWN_WEIGHTS
     if not _largest_integer(spec):
         yield NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32")
+    if not _is_large(spec) and _phases_share_code(spec):
+        yield PHASES_SHARE_CODE
 
 
 def verify(
@@ -525,8 +558,8 @@ def verify(
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
     Order: small integers, to the last bit (or, for activations that are no selection, without any error of
-    the sums); reals under the bound, drawn and structured; the test vector in the artifact. Every question goes to
-    the artifact with one thread and with several; with a dynamic batch, 1, 2 and 3 images are asked.
+    the sums); reals under the bound, drawn and structured; one NaN in X; the test vector in the artifact. Every
+    question goes to the artifact with one thread and with several; with a dynamic batch, 1, 2 and 3 images are asked.
     ``reference`` is the oracle; without it, answers are held only against each other.
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
@@ -563,6 +596,8 @@ def verify(
             runtime = asked.runtime
             rows += asked.rows
             not_asked += [n for n in asked.not_asked if n not in not_asked]
+        if not _is_large(spec) and not _phases_share_code(spec):
+            rows += _ask_nan(artifact, np.random.default_rng([seed, len(questions)]), threads)
         rows += ask_golden(artifact, own) if finite else ()
     except (EngineError, TargetError) as error:
         not_asked.append(NotAsked("opcompile", str(error)))

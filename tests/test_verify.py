@@ -20,6 +20,7 @@ from strategies import arrays
 from opcompile import verify as verify_function
 from opcompile.bounds import EXACT_ACTIVATIONS
 from opcompile.cases import CASES, case, tagged
+from opcompile.declare import phases_as_axes
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.graph import export_onnx
 from opcompile.packing import Packing
@@ -199,6 +200,40 @@ def test_about_half_of_what_is_tiny_is_subnormal() -> None:
         x = np.abs(draw(spec, np.random.default_rng(0), 1)[0])
         assert x.all()
         assert 0.5 < (x < smallest).mean() < 0.8
+
+
+def nan_becomes(number: float):
+    return lambda call, y: np.where(np.isnan(y), number, y).astype(y.dtype) if np.isnan(call["x"]).any() else y
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "hard_sigmoid", "hard_tanh", "tanh", "hard_shrink"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_nan_that_becomes_a_number_and_one_that_spreads_are_caught(act: str, dtype: str, tmp_path: Path) -> None:
+    spec = replace(SPEC, activation=Activation(act), dtype=dtype)
+    fake = Fake(spec, tmp_path)
+    assert {row.check.criterion for row in verify(fake).rows if row.inputs == "NaN"} == {"NaN"}
+    assert verify(fake).passed
+    spread = lambda call, y: y + np.nan if np.isnan(call["x"]).any() else y  # noqa: E731
+    one = lambda call, y: np.roll(y, 1, axis=-1) if np.isnan(call["x"]).any() else y  # noqa: E731
+    for bend in (nan_becomes(0), nan_becomes(np.inf), spread, one):
+        fake.bend = bend
+        failures = verify(fake, engines=["reference"]).failures
+        assert {row.inputs for row in failures} == {"NaN"}
+        check = failures[0].check
+        assert check.failures
+        assert np.isnan(check.actual) != np.isnan(check.expected)
+
+
+def test_nan_is_asked_where_the_kernel_promises_to_keep_it(tmp_path: Path) -> None:
+    """No zeros stand for taps there."""
+    for c in CASES:
+        assert module._phases_share_code(c.spec) == phases_as_axes(c.spec), c.name
+    spec = case("huge-stride").spec
+    fake = Fake(spec, tmp_path)
+    report = verify(fake, engines=["reference"])
+    assert report.passed
+    assert "NaN" not in {row.inputs for row in report.rows}
+    assert [n.what for n in report.not_asked] == ["NaN"]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
