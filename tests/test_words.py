@@ -146,6 +146,22 @@ def test_a_column_major_array_is_taken_by_its_shape() -> None:
     np.testing.assert_array_equal(layer.to_x(np.asfortranarray(x)), layer.to_x(x))
 
 
+@pytest.mark.parametrize("given", [None, "x", [[1.0], [1.0, 2.0]], np.array(["x"])])
+def test_what_holds_no_numbers_is_no_input_and_no_output(given: object) -> None:
+    layer = torch.ConvTranspose3d(4, 2, 3, input=X)
+    for translate in (layer.to_x, layer.from_y, layer.to_w, layer.to_b):
+        with pytest.raises(WordsError, match="array of numbers"):
+            translate(given)
+
+
+def test_inputs_and_outputs_of_another_rank_are_named() -> None:
+    layer = torch.ConvTranspose3d(4, 2, 3, input=(4, 3, 3, 3))
+    with pytest.raises(WordsError, match=r"the input has shape \(2,\), but must have 4 axes, in the order CDHW"):
+        layer.to_x(np.zeros(2))
+    with pytest.raises(WordsError, match=r"the output has shape \(2,\), but must have 5 axes, in the order NCDHW"):
+        layer.from_y(np.zeros(2))
+
+
 def test_the_data_format_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     assert keras.Conv3DTranspose(2, 3, input=(1, 2, 3, 4, 5)).spec.layout == "NDHWC"

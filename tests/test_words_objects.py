@@ -586,3 +586,22 @@ def test_a_spec_becomes_a_layer_of_theirs(text: str) -> None:
         said += 1
         assert compare(spec, y, x, w, b).passed, system
     assert said
+
+
+@pytest.mark.parametrize("make", [torch.module, keras.layer])
+def test_values_of_another_shape_fill_no_module(make: Any) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("keras")
+    with_bias, without = (ConvTranspose3d.parse(f"in=1x2x2x2x2 co=2 k=2 bias={bias}") for bias in "10")
+    w, b = drawn(2, 2, 2, 2, 2), drawn(2)
+    make(with_bias, w, b)
+    for weight in (np.float32(3), np.zeros(2), np.zeros((1, 1, 2, 2, 2))):
+        with pytest.raises(WordsError, match="the weight has shape .*, but opcompile stores this layer's as"):
+            make(with_bias, weight, b)
+    for bias in (np.float32(3), np.zeros(1), np.zeros(3)):
+        with pytest.raises(WordsError, match="the bias has shape .*, but the layer gives 2 channels"):
+            make(with_bias, w, bias)
+    with pytest.raises(WordsError, match="the layer has no bias, but values of one were given"):
+        make(without, w, b)
+    with pytest.raises(WordsError, match="of type str was given, but it must be an array of numbers"):
+        make(with_bias, "x")

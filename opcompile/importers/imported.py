@@ -118,12 +118,21 @@ class Imported:
         return np.pad(canonical, [(0, 0), (0, 0), *((zeros, 0) for zeros in self.zero_taps)])
 
     def to_x(self, x: Any) -> Tensor:
-        """Return the system's input as X, in the spec's layout and dtype."""
-        return np.ascontiguousarray(_moved(self._in_dtype(array(x)), self.x_layout, self.spec.layout))
+        """Return the system's input as X, in the spec's layout and dtype. Raises `WordsError` for another rank."""
+        return np.ascontiguousarray(_moved("input", self._in_dtype(array(x)), self.x_layout, self.spec.layout))
 
-    def from_y(self, y: Tensor) -> Tensor:
-        """Return Y as the system would have given it."""
-        return _moved(y, self.spec.layout, self.y_layout)
+    def from_y(self, y: Any) -> Tensor:
+        """Return Y as the system would have given it. Raises `WordsError` for another rank."""
+        return _moved("output", array(y), self.spec.layout, self.y_layout)
+
+    def to_b(self, b: Any) -> Tensor:
+        """Return the bias. Raises `WordsError` for another shape, and where the layer has none."""
+        own = array(b)
+        if not self.spec.bias:
+            raise WordsError("the layer has no bias, but values of one were given; leave them out, or say that it has")
+        if own.shape != (self.spec.channels_out,):
+            raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
+        return own
 
     def holding(self, weight: Any, bias: Any = None) -> Imported:
         """Return the layer with the values of a call's tensors; what was given by its shape stays unknown."""
@@ -141,16 +150,10 @@ class Imported:
         weights. Raises `WordsError` for other shapes, and where one has a bias, of layer and values, that the
         other lacks.
         """
-        own = None if bias is None else array(bias)
-        if own is None and self.spec.bias:
+        if bias is None and self.spec.bias:
             raise WordsError("the layer has a bias, but its values are missing; give them, or say that it has none")
-        if own is not None and not self.spec.bias:
-            raise WordsError("the layer has no bias, but values of one were given; leave them out, or say that it has")
-        if own is not None and own.shape != (self.spec.channels_out,):
-            raise WordsError(f"the bias has shape {own.shape}, but the layer gives {self.spec.channels_out} channels")
-        return replace(
-            self, weight=self._in_dtype(self.to_w(weight)), bias=None if own is None else self._in_dtype(own)
-        )
+        own = None if bias is None else self._in_dtype(self.to_b(bias))
+        return replace(self, weight=self._in_dtype(self.to_w(weight)), bias=own)
 
     def _in_dtype(self, a: Tensor) -> Tensor:
         return a.astype(bfloat16() if self.spec.dtype == "bfloat16" else self.spec.dtype, copy=False)
@@ -177,8 +180,10 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(taken)
 
 
-def _moved(a: Tensor, have: str, want: str) -> Tensor:
+def _moved(what: str, a: Tensor, have: str, want: str) -> Tensor:
     """Reorder axes by letter; a missing N is added in front or taken away."""
+    if a.ndim != len(have):
+        raise WordsError(f"the {what} has shape {a.shape}, but must have {len(have)} axes, in the order {have}")
     if "N" not in have:
         a, have = a[None], "N" + have
     batched = want if "N" in want else "N" + want
@@ -350,9 +355,10 @@ def promoted(*dtypes: str) -> str:
 
 
 def array(value: Any) -> Tensor:
-    """Return an array of NumPy, PyTorch, MLX, JAX, TensorFlow, Keras or Lucid as NumPy's, its dtype kept."""
-    if isinstance(value, np.ndarray):
-        return value
+    """Return an array of NumPy, PyTorch, MLX, JAX, TensorFlow, Keras or Lucid as NumPy's, its dtype kept.
+
+    Raises `WordsError` for what holds no numbers.
+    """
     is_bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))
     kind = type(value).__module__.split(".")[0]
     if kind == "torch":
@@ -363,8 +369,13 @@ def array(value: Any) -> Tensor:
         value = value.astype(mlx.core.float32)
     elif kind in ("keras", "lucid"):
         value = value.numpy()
-    found = np.asarray(value)
-    return found.astype(bfloat16()) if is_bfloat16 else found
+    try:
+        found = np.asarray(value)
+    except ValueError as error:
+        raise WordsError(f"this {type(value).__name__} gives no array: {error}; give one array of numbers") from error
+    if found.dtype.kind in "OUSmM":
+        raise WordsError(f"a value of type {type(value).__name__} was given, but it must be an array of numbers")
+    return found.astype(bfloat16(), copy=False) if is_bfloat16 else found
 
 
 def _of_torch(tensor: Any, is_bfloat16: bool) -> Tensor:

@@ -315,14 +315,17 @@ def words(spec: Spec) -> str:
 def layer(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
     """Return ``spec`` as a Keras layer, built, with canonical weights where they are given.
 
-    Raises `WordsError` as `words` does, `EngineError` without Keras.
+    Raises `WordsError` as `words` does, and for values that are not the layer's; `EngineError` without Keras.
     """
+    ours = Imported("opcompile", spec)
+    kernel = None if weight is None else ORDER.own(ours.to_w(weight), 1)
+    values = None if bias is None else ours.to_b(bias)
     made = eval(words(spec), {"__builtins__": {}}, {"keras": _keras()})  # noqa: S307 (a text of our own)
     made.build(spec.x_shape)
-    if weight is not None:
-        made.kernel.assign(ORDER.own(weight, 1))
-    if bias is not None:
-        made.bias.assign(bias)
+    if kernel is not None:
+        made.kernel.assign(kernel)
+    if values is not None:
+        made.bias.assign(values)
     return made
 
 

@@ -21,7 +21,6 @@ from opcompile.importers.imported import (
     Rules,
     Triple,
     WeightOrder,
-    array,
     dtype_of,
     is_kind,
     kind_name,
@@ -368,15 +367,17 @@ def _activation(activation: Activation) -> str:
 def module(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
     """Return ``spec`` as a PyTorch module, with canonical weights where they are given.
 
-    Raises `WordsError` as `words` does, `EngineError` without PyTorch.
+    Raises `WordsError` as `words` does, and for values that are not the layer's; `EngineError` without PyTorch.
     """
-    torch = _torch()
+    torch, ours = _torch(), Imported("opcompile", spec)
+    w = None if weight is None else ours.to_w(weight)
+    b = None if bias is None else ours.to_b(bias)
     made = eval(words(spec), {"__builtins__": {}}, {"torch": torch})  # noqa: S307 (a text of our own)
     layer = made[0] if spec.activation.name != "none" else made
     with torch.no_grad():
-        for parameter, values in ((layer.weight, weight), (layer.bias, bias)):
+        for parameter, values in ((layer.weight, w), (layer.bias, b)):
             if values is not None:
-                parameter.copy_(torch.from_numpy(array(values).astype("float64")))
+                parameter.copy_(torch.from_numpy(values.astype("float64")))
     return made
 
 
