@@ -85,6 +85,9 @@ _SMALLEST_PARAMETER = 2.0**-126
 # Sizes beyond this are typing mistakes, and would make derived sizes pass 64 bits.
 _LARGEST = 2**31 - 1
 
+# The phases and the taps of an axis are counted and planned one by one.
+_MOST_PLANNED = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -132,6 +135,12 @@ class Axis:
             _require_ints(name, (value,))
             if value < 1:
                 raise SpecError(f"{name} is {value}, but must be at least 1; write {name}=1 for no effect")
+        for name, value in (("kernel", self.kernel), ("stride", self.stride)):
+            if value > _MOST_PLANNED:
+                raise SpecError(
+                    f"{name} is {value}, but must be at most {_MOST_PLANNED}, for opcompile plans each tap and phase of an "
+                    "axis; split the layer"
+                )
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
             if value < 0:
                 raise SpecError(
@@ -143,6 +152,8 @@ class Axis:
                 f"less pad {self.pad[0]}+{self.pad[1]}, plus output_pad {self.output_pad}; "
                 "it must be at least 1, so use less padding"
             )
+        if self.out > _LARGEST:
+            raise SpecError(f"the output size is {self.out}, but must be at most {_LARGEST}; crop more, or add less")
 
     @property
     def full(self) -> int:
@@ -234,16 +245,14 @@ class Axis:
 
     def phase(self, index: int) -> Phase:
         """The taps of output phase ``index``; possibly none (then the output is zero)."""
-        solutions = (t for t in range(min(self.kernel, self.tap_step)) if self._meets(index, t))
-        first = next(solutions, None)
-        if first is None:
+        g, place = math.gcd(self.stride, self.dilation), index + self.begin
+        # the least t with t*dilation = place, modulo stride
+        first = place // g * pow(self.dilation // g, -1, self.tap_step) % self.tap_step
+        if place % g or first >= self.kernel:
             return Phase(index, 0, 0, self.tap_step, 0, self.offset_step)
         taps = -(-(self.kernel - first) // self.tap_step)
-        offset = (index + self.begin - first * self.dilation) // self.stride
+        offset = (place - first * self.dilation) // self.stride
         return Phase(index, taps, first, self.tap_step, offset, self.offset_step)
-
-    def _meets(self, index: int, tap: int) -> bool:
-        return (index + self.begin - tap * self.dilation) % self.stride == 0
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -265,7 +274,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Fill in default parameters; raise `SpecError` for an unknown name or a wrong count."""
-        if not isinstance(self.name, str) or self.name not in ACTIVATIONS:
+        if type(self.name) is not str or self.name not in ACTIVATIONS:
             # what stands after = or ( are parameters
             hint = meant(re.split(r"[=(]", str(self.name))[0], ACTIVATIONS, _OTHER_ACTIVATIONS)
             raise SpecError(
@@ -276,7 +285,7 @@ class Activation:
         listed = isinstance(self.parameters, tuple | list)
         if not listed or not all(isinstance(p, int | float) for p in self.parameters):
             raise SpecError(f"activation {self.name} has parameters {self.parameters!r}, but they must be numbers")
-        given = tuple(float(p) for p in self.parameters)
+        given = tuple(self.parameters)
         if len(given) > len(expected):
             names = ", ".join(name for name, _ in expected) or "none"
             raise SpecError(f"activation {self.name} was given {len(given)} parameters, but takes: {names}")
@@ -291,7 +300,7 @@ class Activation:
                 "ones float32 keeps few digits, or none; use a larger one, or 0"
             )
         defaults = tuple(default for _, default in expected[len(given) :])
-        object.__setattr__(self, "parameters", given + defaults)
+        object.__setattr__(self, "parameters", (*map(float, given), *defaults))
         for (name, _), value in zip(expected, self.parameters, strict=True):
             if (self.name, name) in _SCALES and value == 0:
                 raise SpecError(
@@ -349,10 +358,11 @@ class ConvTranspose3d:
             raise SpecError("axes must be a tuple of three Axis values, in the order D, H, W")
         if not isinstance(self.bias, bool):
             raise SpecError(f"bias is {self.bias!r}, but must be true or false")
-        if self.dtype not in DTYPES:
+        # a NumPy dtype, or an enumeration, may equal its name, but is another key and another text
+        if type(self.dtype) is not str or self.dtype not in DTYPES:
             hint = meant(str(self.dtype), DTYPES, _OTHER_DTYPES)
             raise SpecError(f"dtype {self.dtype!r} is not supported; {hint}use one of {', '.join(DTYPES)}")
-        if self.layout not in LAYOUTS:
+        if type(self.layout) is not str or self.layout not in LAYOUTS:
             hint = meant(str(self.layout), LAYOUTS, _OTHER_LAYOUTS)
             raise SpecError(f"layout {self.layout!r} is not supported; {hint}use one of {', '.join(LAYOUTS)}")
         if not isinstance(self.activation, Activation):
@@ -360,8 +370,11 @@ class ConvTranspose3d:
                 f"activation is {self.activation!r}, but must be an Activation; Activation.parse reads a text"
             )
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
-            if math.prod(n or 1 for n in shape) >= 2**62:
-                raise SpecError(f"{name} would have {shape} elements, more than a 64-bit machine can address")
+            if math.prod(n or 1 for n in shape) * self.itemsize >= 2**63:
+                raise SpecError(
+                    f"{name} would have the shape {shape} of {self.dtype}, but a tensor must have less than 2^63 bytes; "
+                    "choose smaller sizes"
+                )
 
     # --- derived shapes ---
 

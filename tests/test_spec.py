@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -292,3 +295,47 @@ def test_phases_numbered_by_their_taps_cover_the_output_once(
     assert sorted(outputs) == list(range(axis.out))
     counts = {phase.taps for phase in axis.phases}
     assert axis.even_taps <= (len(counts) == 1 and 0 not in counts)
+
+
+class Word(str):
+    """Equal to its text, and another type."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"dtype": np.dtype("float32")},
+        {"dtype": np.float32},
+        {"dtype": np.str_("float32")},
+        {"dtype": Word("float32")},
+        {"layout": Word("NCDHW")},
+    ],
+)
+def test_what_only_equals_a_word_is_refused(words: dict[str, Any]) -> None:
+    spec = ConvTranspose3d.parse("in=1x2x3x4x5 co=6 k=2")
+    with pytest.raises(SpecError, match="is not supported; .*use one of"):
+        replace(spec, **words)
+    with pytest.raises(SpecError, match="is unknown; did you mean relu"):
+        Activation(Word("relu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("in=1x4x3x3x3 co=4 k=2 s=1x1x20000000", "axis W: stride is 20000000, but must be at most 4096"),
+        ("in=1x4x3x3x3 co=4 k=1x1x20000000", "axis W: kernel is 20000000, but must be at most 4096"),
+        ("in=1x1x1x1x2147483647 co=1 k=1 op=0x0x5", "axis W: the output size is 2147483652, but must be at most"),
+        ("in=1x4x3x3x3 co=4 k=2 op=1000000", "Y would have the shape .* less than 2\\^63 bytes; choose smaller sizes"),
+        ("in=1x2147483647x1x1x1 co=2147483647 k=1", "W would have the shape .* less than 2\\^63 bytes"),
+    ],
+)
+def test_what_no_machine_holds_or_nobody_plans_is_refused(text: str, rule: str) -> None:
+    with pytest.raises(SpecError, match=rule):
+        ConvTranspose3d.parse(text)
+
+
+def test_phases_of_the_largest_axis_are_counted_at_once() -> None:
+    axis = Axis(2, 4096, stride=4095, dilation=4097)
+    assert sum(phase.taps for phase in axis.phases) == 4096
