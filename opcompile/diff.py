@@ -7,6 +7,7 @@ small layer of the same geometry, and the largest difference from the spec is me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from opcompile.importers.imported import Axes, Imported, Tensor, Triple, WeightO
 from opcompile.reference import reference
 from opcompile.say import SYSTEMS, System, onnx_call, openvino_call, openvino_weight
 from opcompile.source import brief
-from opcompile.spec import AXIS_NAMES, Activation, ConvTranspose3d
+from opcompile.spec import AXIS_NAMES, Activation, ConvTranspose3d, require_layer
+from opcompile.units import binary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +34,8 @@ _UNCROPPED: Pairs = ((0, 0), (0, 0), (0, 0))
 _MEASURED_SIZE = 3
 _LABEL = 26
 _MEASURED_CHANNELS = 2
+# Beyond this some systems take minutes, or end the process.
+_MEASURED_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,9 @@ def diff(spec: ConvTranspose3d, *, measure: bool = True) -> Comparison:
     """Compare every system's way to say ``spec``; its activation is left aside, for it follows the sum in all.
 
     `Comparison.left_aside` names that, and a dtype and a batch that the calls do not say.
-    With ``measure``, systems that are installed compute a small layer of the same geometry.
+    With ``measure``, systems that are installed compute a small layer of the same geometry, unless that is too large.
     """
+    require_layer(spec)
     layer = replace(spec, activation=Activation(), dtype="float32", batch=spec.batch or 1)
     small = _small(layer)
     rows: list[Row] = []
@@ -125,12 +130,9 @@ def _small(spec: ConvTranspose3d) -> ConvTranspose3d:
     """Return the layer with few channels and the smallest input, from 3 on, that has an output."""
     axes = []
     for axis in spec.axes:
-        for size in range(min(_MEASURED_SIZE, axis.size), axis.size + 1):
-            try:
-                axes.append(replace(axis, size=size))
-                break
-            except SpecError:
-                continue
+        cropped_away = sum(axis.pad) - axis.output_pad - axis.dilation * (axis.kernel - 1)
+        least = 1 + max(0, -(-cropped_away // axis.stride))
+        axes.append(replace(axis, size=max(least, min(_MEASURED_SIZE, axis.size))))
     groups = min(spec.groups, _MEASURED_CHANNELS)
     c, m = (min(n // spec.groups, _MEASURED_CHANNELS) * groups for n in (spec.channels_in, spec.channels_out))
     return replace(spec, batch=1, channels_in=c, channels_out=m, groups=groups, axes=(axes[0], axes[1], axes[2]))
@@ -377,6 +379,9 @@ def _measured(row: Row, way: Way, small: ConvTranspose3d) -> Row:
     """Return the row with what the system computed on the ``small`` layer, said in the same ``way``."""
     if way.layer is None:
         return row
+    if (size := _bytes(small)) > _MEASURED_BYTES:
+        too_large = f"{brief(small)} would take {binary(size)}, and at most {binary(_MEASURED_BYTES)} are measured"
+        return replace(row, not_measured=too_large)
     x, w, b = _inputs(small)
     try:
         version, y = ask.ask(way.system, way.call, way.layer, x, w, b)
@@ -391,6 +396,12 @@ def _measured(row: Row, way: Way, small: ConvTranspose3d) -> Row:
     right = reference(replace(small, layout="NCDHW"), x, w, b)
     difference = float(np.abs(y - right).max()) if y.shape == right.shape else None
     return replace(row, version=version, difference=difference, own_difference=own)
+
+
+def _bytes(spec: ConvTranspose3d) -> int:
+    """Return what the layer takes before its output is cropped."""
+    full = spec.channels_out * math.prod(max(a.full, a.out) for a in spec.axes)
+    return spec.bytes() + spec.itemsize * full
 
 
 def _inputs(spec: ConvTranspose3d) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -135,6 +136,20 @@ def test_onnx_runtime_is_asked_for_the_very_node() -> None:
     assert shifted.own_difference is not None
     assert shifted.own_difference < 1e-5
     assert "definition" in found["ONNX 1 SAME_UPPER"].not_measured
+
+
+def test_a_geometry_that_is_large_even_on_a_small_layer_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcompile.ask.ask", lambda *_: pytest.fail("a system was asked"))
+    large = ["in=1x4x3x3x3 co=4 k=2 s=200", "in=1x4x3x3x3 co=4 k=2 s=200 p=200", "in=1x4x3x3x3 co=4 k=2 op=0x2000x2000"]
+    for text in large:
+        said = {row.not_measured for row in diff(ConvTranspose3d.parse(text)).rows if row.call}
+        (why,) = said - {""}
+        assert re.search("would take .*, and at most 16 MiB are measured", why)
+
+
+def test_the_small_layer_is_found_at_once_where_most_is_cropped() -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x3x2000000000 co=4 k=2 p=0x0x999999990")
+    assert module._small(spec).axes[2].size == 2 * 999999990
 
 
 @pytest.mark.parametrize("distribution", ["tensorflow", "tensorflow-cpu"])
