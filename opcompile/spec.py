@@ -138,8 +138,8 @@ class Axis:
         for name, value in (("kernel", self.kernel), ("stride", self.stride)):
             if value > _MOST_PLANNED:
                 raise SpecError(
-                    f"{name} is {value}, but must be at most {_MOST_PLANNED}, for opcompile plans each tap and phase of an "
-                    "axis; split the layer"
+                    f"{name} is {value}, but must be at most {_MOST_PLANNED}, for opcompile plans each tap and phase "
+                    "of an axis; split the layer"
                 )
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
             if value < 0:
@@ -372,8 +372,8 @@ class ConvTranspose3d:
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
             if math.prod(n or 1 for n in shape) * self.itemsize >= 2**63:
                 raise SpecError(
-                    f"{name} would have the shape {shape} of {self.dtype}, but a tensor must have less than 2^63 bytes; "
-                    "choose smaller sizes"
+                    f"{name} would have the shape {shape} of {self.dtype}, but a tensor must have less than 2^63 "
+                    "bytes; choose smaller sizes"
                 )
 
     # --- derived shapes ---

@@ -315,7 +315,7 @@ class Word(str):
 )
 def test_what_only_equals_a_word_is_refused(words: dict[str, Any]) -> None:
     spec = ConvTranspose3d.parse("in=1x2x3x4x5 co=6 k=2")
-    with pytest.raises(SpecError, match="is not supported; .*use one of"):
+    with pytest.raises(SpecError, match=r"is not supported; .*use one of"):
         replace(spec, **words)
     with pytest.raises(SpecError, match="is unknown; did you mean relu"):
         Activation(Word("relu"))

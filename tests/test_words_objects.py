@@ -596,10 +596,10 @@ def test_values_of_another_shape_fill_no_module(make: Any) -> None:
     w, b = drawn(2, 2, 2, 2, 2), drawn(2)
     make(with_bias, w, b)
     for weight in (np.float32(3), np.zeros(2), np.zeros((1, 1, 2, 2, 2))):
-        with pytest.raises(WordsError, match="the weight has shape .*, but opcompile stores this layer's as"):
+        with pytest.raises(WordsError, match=r"the weight has shape .*, but opcompile stores this layer's as"):
             make(with_bias, weight, b)
     for bias in (np.float32(3), np.zeros(1), np.zeros(3)):
-        with pytest.raises(WordsError, match="the bias has shape .*, but the layer gives 2 channels"):
+        with pytest.raises(WordsError, match=r"the bias has shape .*, but the layer gives 2 channels"):
             make(with_bias, w, bias)
     with pytest.raises(WordsError, match="the layer has no bias, but values of one were given"):
         make(without, w, b)
