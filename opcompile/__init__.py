@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile.cases import CASES, Case
 from opcompile.errors import OpcompileError
+from opcompile.needed import packages_named
 
 # A submodule of the same name would shadow these functions if they were imported only on use.
 from opcompile.replace import replace
@@ -58,7 +59,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'opcompile' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    with packages_named():
+        value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from opcompile._memory import weigh
+from opcompile.arguments import checked_list, checked_seconds, checked_seed
 from opcompile.bounds import Answer, Inputs, compare_all
 from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
@@ -295,7 +296,9 @@ def bench(
     `VerificationError` where our output is wrong: such a result is never timed.
     """
     require_layer(spec)
-    unknown = sorted(set(against) - set(PEERS))
+    checked_seconds(seconds)
+    checked_seed(seed)
+    unknown = sorted({str(engine) for engine in checked_list(against, "against")} - set(PEERS))
     if unknown:
         raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")
     if type(threads) is not int or not 1 <= threads <= cores():

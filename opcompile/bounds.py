@@ -375,7 +375,7 @@ class _Truth:
 def _engine(spec: ConvTranspose3d, computed_in: str | None) -> Format:
     name = computed_in or spec.sum_dtype
     if name not in SUMS:
-        raise ValueError(f"computed_in is {name!r}, but sums are known for {', '.join(SUMS)} only")
+        raise CallError(f"computed_in is {name!r}, but sums are known for {', '.join(SUMS)} only")
     return SUMS[name]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from opcompile import artifact
+from opcompile.arguments import checked_callback, checked_flag
 from opcompile.cuda_driver import device, require_runs_on
 from opcompile.errors import (
     ArtifactError,
@@ -105,6 +106,7 @@ def compile(
     `EngineError`, `ArtifactError` where ``into`` cannot be written or must not be.
     """
     require_layer(spec)
+    checked_flag(verify, "verify")
     _require_runs_here(any_target(target))
     place = checked_path(into, "into") if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
@@ -281,6 +283,8 @@ def compile_all(
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
+    checked_flag(verify, "verify")
+    checked_callback(progress, "progress")
     given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)

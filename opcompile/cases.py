@@ -153,6 +153,8 @@ _BY_NAME = {c.name: c for c in CASES}
 
 def case(name: str) -> Case:
     """Look a case up by its name. Raises `SpecError` with the closest names."""
+    if not isinstance(name, str):
+        raise SpecError(f"a case is named by a str, and this is of type {type(name).__name__}; see opcompile.CASES")
     if name not in _BY_NAME:
         near = [n for n in _BY_NAME if name.lower() in n.lower()]
         hint = f"did you mean {', '.join(near[:5])}?" if near else "`opcompile cases` lists them"

@@ -35,6 +35,7 @@ import click
 from opcompile import __version__, interrupts
 from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
 from opcompile.gpus import is_gpu
+from opcompile.needed import missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,18 +151,12 @@ def _outcome(command: Callable[[], Any], seen: list[int]) -> tuple[int, str]:
     except MemoryError as error:
         return 3, f"out of memory: {error}"
     except Exception as error:  # the border: what arrives here is a bug, and is called one
-        if package := _missing(error):
-            return 3, f"this needs the package {package}, which is missing: pip install opcompile with its dependencies"
+        if named := missing(error):
+            return named.exit_code, str(named)
         if os.environ.get("OPCOMPILE_DEBUG") and not seen:
             raise
         kind = type(error).__name__
         return BUG, f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where"
-
-
-def _missing(error: Exception) -> str | None:
-    """Name the package of others that was to be imported and is not there: opcompile may stand without them."""
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    return package if package not in ("", "opcompile", "schedules") else None
 
 
 # What each signal finds where nobody else waits for it.

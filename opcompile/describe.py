@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from opcompile.bounds import matrices_sum_in, pairs_sum_in, sums_of
 from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
+from opcompile.paths import checked_path
 from opcompile.runtime import MANIFEST, REPORT, parse_manifest
 from opcompile.source import brief
-from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
+from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d, require_layer
 from opcompile.target import any_target
 from opcompile.units import binary, scaled
 
@@ -91,6 +92,7 @@ def describe(spec: ConvTranspose3d, target: str = "llvm", plan: PlanName = "best
     """Choose tiles for ``spec`` as `opcompile.compile` would, and say why. Raises what that raises."""
     from opcompile.lower import choose, workspace_bytes  # on use: it brings the compiler
 
+    require_layer(spec)
     machine = any_target(target)
     if isinstance(machine, GpuTarget):
         from opcompile.lower_gpu import choose as choose_gpu
@@ -221,7 +223,7 @@ class Contents:
 
 def contents(directory: str | os.PathLike[str]) -> Contents:
     """Read the artifact in ``directory``, for whatever machine it was made. Raises `ArtifactError`."""
-    place = Path(directory)
+    place = checked_path(directory, "directory")
     try:
         manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opcompile.errors import CallError
 from opcompile.spec import Activation, Axis, ConvTranspose3d
 
 Array = NDArray[np.float64]
@@ -20,6 +21,7 @@ def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = No
     """Compute ``Y`` in float64. ``x`` and the result have the spec's layout, ``w`` is canonical."""
     y = linear(spec, x, w)
     if spec.bias and b is not None:
+        _require_shape("b", b, (spec.channels_out,))
         y += _channels(spec, np.asarray(b, np.float64))
     return activate(spec.activation, y)
 
@@ -27,6 +29,8 @@ def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = No
 def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     """Compute the sum alone, without bias and activation; also of magnitudes, for the error bound."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    _require_shape("x", x, (None, *spec.x_shape[1:]))
+    _require_shape("w", w, spec.w_shape)
     if spec.layout == "NDHWC":
         x = np.moveaxis(x, -1, 1)
     batch, g = x.shape[0], spec.groups
@@ -43,6 +47,13 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
         y[:, :, :, lands[0], lands[1], lands[2]] += product
     full: Array = y.reshape(batch, spec.channels_out, *y.shape[3:])
     return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
+
+
+def _require_shape(name: str, a: Tensor, wanted: tuple[int | None, ...]) -> None:
+    given = np.shape(a)
+    if len(given) != len(wanted) or any(n is not None and n != m for n, m in zip(wanted, given, strict=True)):
+        sizes = ", ".join("N" if n is None else str(n) for n in wanted)
+        raise CallError(f"{name} has shape {given}, but must have ({sizes})")
 
 
 def landings(spec: ConvTranspose3d) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:

@@ -548,7 +548,7 @@ def stored(dtype: str, values: NDArray[Any]) -> NDArray[Any]:
 def checked_threads(threads: Any, name: str) -> int:
     """Return a number of threads. Raises `CallError` for what is none."""
     try:
-        count = operator.index(threads)
+        count = 0 if isinstance(threads, bool) else operator.index(threads)
     except TypeError:
         count = 0
     if not 1 <= count <= MOST_THREADS:

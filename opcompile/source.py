@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from opcompile.arguments import checked_list
 from opcompile.cases import CASES, case
-from opcompile.errors import ModelError, SpecError
+from opcompile.errors import CallError, ModelError, SpecError
 from opcompile.spec import ConvTranspose3d
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shap
     ``shapes`` gives inputs of an ONNX model, by name, the sizes that the file leaves open (see `opcompile.find`).
     Raises `ModelError` for a file that is not a model with such nodes, `SpecError` for other words.
     """
-    text = os.fspath(source)
+    text = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(text, str):
+        raise CallError(f"source is of type {type(source).__name__}, but must be a str or a path; {_SOURCES}")
+    checked_list(nodes, "nodes")
     if os.path.isfile(text):
         return Source(text, "model", _of_model(text, nodes, shapes))
     folder = os.path.isdir(text)

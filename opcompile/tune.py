@@ -43,10 +43,12 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile import interrupts
 from opcompile._journal import Journal
+from opcompile.arguments import checked_callback, checked_seed
 from opcompile.errors import EngineError, RecordError, SpecError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
 from opcompile.machine import processor
+from opcompile.needed import packages_named
 from opcompile.paths import checked_path
 from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
@@ -83,6 +85,7 @@ _BUILDS_A_PROCESS = 32
 BUILD_S = 120
 
 
+@packages_named()
 def tune(
     spec: ConvTranspose3d,
     target: str = "llvm",
@@ -112,12 +115,15 @@ def tune(
     comparable; for a GPU one that is removed at the end. The record goes to ``into``, by default
     `opcompile.record.own_folder`, where the plans ``best`` and ``tuned`` find it.
 
-    Raises `SpecError` (a budget below one), `EngineError` (a package of the extra ``tune`` is missing,
+    Raises `CallError` (an argument of another type), `UnknownTargetError` (words that name no target or
+    no tracker), `SpecError` (a budget below one), `EngineError` (a package of the extra ``tune`` is missing,
     or a C compiler), `TargetError` (this machine cannot run the target; the tracker does not answer or
     has no server; nothing could be measured) and `RecordError` (``work_dir`` holds measurements of
     something else or is in use; a directory cannot be written).
     """
     require_layer(spec)
+    checked_seed(seed)
+    checked_callback(progress, "progress")
     if is_gpu(target):
         from opcompile.tune_gpu import tune_gpu
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
+from opcompile.needed import packages_named
 from opcompile.packing import Packing
 from opcompile.reference import reference
 from opcompile.runtime import own_weights, stored
@@ -552,6 +553,7 @@ def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
         yield PHASES_SHARE_CODE
 
 
+@packages_named()
 def verify(
     artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
 ) -> Report:

@@ -301,7 +301,11 @@ def raising(error: BaseException) -> Callable[..., None]:
         (BrokenPipeError(), 141, ""),
         (MemoryError("8 EiB"), 3, "out of memory: 8 EiB"),
         # installed without what it depends on, to run artifacts alone
-        (ModuleNotFoundError("No module named 'tvm'", name="tvm.ir"), 3, "the package tvm, which is missing: pip"),
+        (
+            ModuleNotFoundError("No module named 'tvm'", name="tvm.ir"),
+            3,
+            "the package apache-tvm, which is missing: pip install apache-tvm,",
+        ),
         (ModuleNotFoundError("No module named", name="opcompile.no"), 70, "This is a mistake in opcompile"),
         (ZeroDivisionError("oops"), 70, "ZeroDivisionError: oops\nThis is a mistake in opcompile"),
     ],

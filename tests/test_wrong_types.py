@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import opcompile
+from opcompile import source
+from opcompile.bench import bench
+from opcompile.bench_gpu import bench_gpu
+from opcompile.bounds import compare
+from opcompile.build import compile_all
+from opcompile.cases import case
+from opcompile.describe import contents, describe
+from opcompile.diff import diff
 from opcompile.errors import OpcompileError
+from opcompile.importers import files, keras, torch
+from opcompile.reference import reference
 
 LAYER = opcompile.ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=2")
 # all that is looked at before the words beside it
 HERE = SimpleNamespace(manifest={})
+X, W, B, Y = np.zeros((1, 2, 2, 2, 2)), np.zeros((2, 2, 2, 2, 2)), np.zeros(2), np.zeros((1, 2, 3, 3, 3))
 UNET = Path(__file__).parent / "models" / "unet.onnx"
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "parse": (lambda: opcompile.ConvTranspose3d.parse(None), "read from a str like 'in=1x64.* of type NoneType"),
@@ -43,6 +58,40 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "below zero": (lambda: opcompile.replace(UNET, "out", seed=-1), "seed is -1, but must be a whole number"),
     "tuned into": (lambda: opcompile.tune(LAYER, into=3), "into is of type int, but must be a path"),
     "tracker": (lambda: opcompile.tune(LAYER, tracker=3, key="k"), "tracker 3 is not of the form HOST:PORT"),
+    "a text": (lambda: opcompile.compile(str(LAYER)), "the layer is a str; read a text by ConvTranspose3d.parse first"),
+    "described": (lambda: describe(str(LAYER)), "the layer is a str; read a text by"),
+    "compared": (lambda: diff(str(LAYER)), "the layer is a str; read a text by"),
+    "in PyTorch": (lambda: torch.words(None), "the layer is a NoneType; read a text by"),
+    "in Keras": (lambda: keras.words(None), "the layer is a NoneType; read a text by"),
+    "verified": (lambda: opcompile.compile(LAYER, verify="yes"), "verify is 'yes', but must be True or False"),
+    "all verified": (lambda: compile_all(str(LAYER), "out", verify=1), "verify is 1, but must be True or False"),
+    "no source": (lambda: compile_all(None, "out"), "source is of type NoneType, but must be a str or a path; name a"),
+    "one node": (lambda: compile_all(UNET, "out", nodes="node"), "nodes is of type str, but must be a list"),
+    "reported": (lambda: compile_all(UNET, "out", progress=3), "progress is of type int, but must be a function"),
+    "read": (lambda: source.read(None), "source is of type NoneType, but must be a str or a path; name a model"),
+    "contents": (lambda: contents(None), "directory is of type NoneType, but must be a path"),
+    "weights": (lambda: files.layer_arrays(None, "a"), "path is of type NoneType, but must be a path"),
+    "case": (lambda: case(None), "a case is named by a str, and this is of type NoneType"),
+    "cases": (lambda: case(["k2-s2"]), "a case is named by a str, and this is of type list"),
+    "bench": (lambda: bench(LAYER, seconds="a"), "seconds is 'a', but must be a number of at least 0"),
+    "no time": (lambda: bench(LAYER, seconds=math.nan), "seconds is nan, but must be a number of at least 0"),
+    "less": (lambda: bench(LAYER, seconds=-1), "seconds is -1, but must be a number of at least 0"),
+    "bench seed": (lambda: bench(LAYER, seed=None), "seed is None, but must be a whole number of at least 0"),
+    "against": (lambda: bench(LAYER, against="torch"), "against is of type str, but must be a list"),
+    "on a GPU": (lambda: bench_gpu(LAYER, target="cuda:sm_80", seconds=-1), "seconds is -1, but must be a number"),
+    "sums": (lambda: compare(LAYER, Y, X, W, B, computed_in="foo"), "computed_in is 'foo', but sums are known for"),
+    "x": (lambda: reference(LAYER, np.zeros((1, 3, 2, 2, 2)), W), r"x has shape .*, but must have \(N, 2, 2, 2, 2\)"),
+    "w": (lambda: reference(LAYER, X, W[:1]), r"w has shape .*, but must have \(2, 2, 2, 2, 2\)"),
+    "b": (lambda: reference(LAYER, X, W, B[:1]), r"b has shape \(1,\), but must have \(2\)"),
+    "tune seed": (lambda: opcompile.tune(LAYER, seed="a"), "seed is 'a', but must be a whole number of at least 0"),
+    "tune progress": (
+        lambda: opcompile.tune(LAYER, progress=3),
+        "progress is of type int, but must be a function, or None",
+    ),
+    "load threads": (
+        lambda: opcompile.load("here", threads=True),
+        "threads is True, but must be a whole number from 1 to",
+    ),
     "work_dir": (lambda: opcompile.tune(LAYER, work_dir=3), "work_dir is of type int, but must be a path"),
 }
 
@@ -52,3 +101,30 @@ def test_what_is_of_another_type_is_named_with_the_rule(name: str) -> None:
     call, words = WRONG[name]
     with pytest.raises(OpcompileError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("package", "imported", "call"),
+    [
+        ("apache-tvm", "tvm", "opcompile.compile"),
+        ("apache-tvm-ffi", "tvm_ffi", "opcompile.compile"),
+        ("apache-tvm", "tvm", "opcompile.tune(layer, into=sys.argv[1])"),
+        ("onnx", "onnx", "opcompile.find"),
+        ("onnx", "onnx", "opcompile.replace('unet.onnx', sys.argv[1])"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_as_it_is_installed(
+    package: str, imported: str, call: str, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+sys.modules[{imported!r}] = None  # Python's own way to say that there is none
+import opcompile
+layer = opcompile.ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=2")
+try:
+    {call}
+except opcompile.OpcompileError as error:
+    print(error.exit_code, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert f"3 this needs the package {package}, which is missing: pip install {package}," in done.stdout

@@ -25,6 +25,7 @@ import numpy as np
 
 from opcompile.errors import EngineError, ModelError
 from opcompile.importers.imported import Tensor, array, bfloat16
+from opcompile.paths import checked_path
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -33,7 +34,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises `ModelError` for a file that is none of these or is damaged, `EngineError` where the package that
     reads its format is missing.
     """
-    text = os.fspath(path)
+    text = str(checked_path(path, "path"))
     for ending, reader in _READERS.items():
         if text.endswith(ending):
             if not os.path.isfile(text):

@@ -36,7 +36,7 @@ from opcompile.importers.imported import (
     whole,
 )
 from opcompile.say import keras_words
-from opcompile.spec import Activation
+from opcompile.spec import Activation, require_layer
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "Keras"
@@ -296,6 +296,7 @@ def words(spec: Spec) -> str:
 
     Raises `WordsError` with the reason where Keras's layer cannot say it.
     """
+    require_layer(spec)
     more = {
         "data_format": "channels_first" if spec.layout == "NCDHW" else "channels_last",
         "activation": _name(spec.activation, spec.dtype),
@@ -317,10 +318,10 @@ def layer(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
 
     Raises `WordsError` as `words` does, and for values that are not the layer's; `EngineError` without Keras.
     """
-    ours = Imported("opcompile", spec)
+    text, ours = words(spec), Imported("opcompile", spec)
     kernel = None if weight is None else ORDER.own(ours.to_w(weight), 1)
     values = None if bias is None else ours.to_b(bias)
-    made = eval(words(spec), {"__builtins__": {}}, {"keras": _keras()})  # noqa: S307 (a text of our own)
+    made = eval(text, {"__builtins__": {}}, {"keras": _keras()})  # noqa: S307 (a text of our own)
     made.build(spec.x_shape)
     if kernel is not None:
         made.kernel.assign(kernel)

@@ -31,7 +31,7 @@ from opcompile.importers.imported import (
     whole_numbers,
 )
 from opcompile.say import DEFAULTS, keywords, several
-from opcompile.spec import Activation
+from opcompile.spec import Activation, require_layer
 from opcompile.spec import ConvTranspose3d as Spec
 
 SYSTEM = "PyTorch"
@@ -329,6 +329,7 @@ def words(spec: Spec) -> str:
 
     Raises `WordsError` with the reason where PyTorch's module cannot say it.
     """
+    require_layer(spec)
     if spec.layout != "NCDHW":
         raise WordsError("PyTorch's layer takes NCDHW: its channels_last_3d is a memory order, so permute X before")
     padding, extra = [a.begin for a in spec.axes], []
@@ -369,10 +370,10 @@ def module(spec: Spec, weight: Any = None, bias: Any = None) -> Any:
 
     Raises `WordsError` as `words` does, and for values that are not the layer's; `EngineError` without PyTorch.
     """
-    torch, ours = _torch(), Imported("opcompile", spec)
+    torch, text, ours = _torch(), words(spec), Imported("opcompile", spec)
     w = None if weight is None else ours.to_w(weight)
     b = None if bias is None else ours.to_b(bias)
-    made = eval(words(spec), {"__builtins__": {}}, {"torch": torch})  # noqa: S307 (a text of our own)
+    made = eval(text, {"__builtins__": {}}, {"torch": torch})  # noqa: S307 (a text of our own)
     layer = made[0] if spec.activation.name != "none" else made
     with torch.no_grad():
         for parameter, values in ((layer.weight, w), (layer.bias, b)):

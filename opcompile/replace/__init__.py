@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from opcompile.errors import CallError
+from opcompile.needed import packages_named
 from opcompile.paths import checked_path
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Progress = Callable[[int, int, str | None], None]
 __all__ = ["calls", "replace"]
 
 
+@packages_named()
 def replace(
     model: str | os.PathLike[str],
     into: str | os.PathLike[str],
