@@ -167,6 +167,8 @@ def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     place = Path(directory).resolve()
     before = read_manifest(place)
     manifest = parse_manifest(before, place)
+    if report.get("spec", manifest["spec"]) != manifest["spec"]:
+        raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again")
     beside = new_beside(place)
     try:
         for name in manifest["files"]:
@@ -231,11 +233,28 @@ def require_replaceable(place: Path) -> None:
 
 def require_elsewhere(place: Path) -> None:
     """Raise `ArtifactError` if ``place`` is the current directory: replaced, it would be gone for the shell in it."""
+    require_outside(place)
     if place.exists() and place.samefile(os.curdir):
         raise ArtifactError(
             f"{place} is the current directory, and another takes its place as a whole; "
             "change to another one (cd ..), and name it from there"
         )
+
+
+def require_outside(place: Path) -> None:
+    """Raise `ArtifactError` if ``place`` is inside of an artifact, which holds its own files and no others."""
+    for folder in place.resolve().parents:
+        if _listed(folder):
+            raise ArtifactError(f"{place} is inside of the artifact {folder}; name a directory beside it")
+
+
+def _listed(place: Path) -> set[str]:
+    """Return the files that the manifest of an artifact lists; none where there is no such manifest."""
+    try:
+        manifest = json.loads((place / MANIFEST).read_bytes())
+        return set(manifest["files"]) if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _objection(place: Path) -> str | None:
@@ -251,11 +270,7 @@ def _objection(place: Path) -> str | None:
         return None
     if INDEX in present:
         return "holds the artifacts of a model"
-    try:
-        manifest = json.loads((place / MANIFEST).read_bytes())
-        listed = set(manifest["files"]) if manifest["format"] == FORMAT else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
+    listed = _listed(place)
     if not listed:
         return "is not an artifact"
     foreign = sorted(present - listed - {MANIFEST})

@@ -291,6 +291,7 @@ def compile_all(
     if alone:
         artifact.require_replaceable(place)
     else:
+        artifact.require_outside(place)
         require_place(place, names)
     _require_writable(place, inside=not alone)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opcompile.errors import ArtifactError
-from opcompile.paths import discard
+from opcompile.paths import checked_path, discard
 
 INDEX = "index.json"
 FORMAT = "opcompile-index"
@@ -97,7 +97,7 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
     Whether they are artifacts is for `opcompile.load` to say. Raises `ArtifactError` for a corrupt index, and for what
     `replace` wrote.
     """
-    place = Path(directory)
+    place = checked_path(directory, "directory")
     path = place / INDEX
     if not path.is_file():
         if _is_replaced(place):
@@ -108,7 +108,7 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
     try:
         content = json.loads(path.read_bytes())
         known = content["format"], content["version"]
-        listed = {str(each["name"]): str(each["directory"]) for each in content["layers"] if each["directory"]}
+        listed = {str(each["name"]): each["directory"] for each in content["layers"] if each["directory"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; compile the model again") from error
     if known != (FORMAT, VERSION):
@@ -119,7 +119,7 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
     if not content.get("finished", True):
         raise ArtifactError(f"{place} holds a model that was not compiled to its end; compile it again")
     for name in listed.values():
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name == ".." or "\0" in name:
             raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")
     if not listed:
         raise ArtifactError(f"{path} lists no artifact: no node of that model could be compiled")

@@ -15,6 +15,8 @@ def checked_path(given: object, name: str) -> Path:
     text = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(text, str):
         raise CallError(f"{name} is of type {type(given).__name__}, but must be a path: a str or a pathlib.Path")
+    if not text:
+        raise CallError(f"{name} is empty, but must name a path; the current directory is '.'")
     if "\0" in text:
         raise CallError(f"{name} is {text!r}, but no path has a zero byte in it; leave it out")
     path = Path(text)

@@ -751,6 +751,8 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
         for name, kind in fields.items():
             if not isinstance(values, dict) or not isinstance(values.get(name), kind):
                 raise ArtifactError(f"{where} lacks {name}, which must be a {kind.__name__}")
+    if not all(isinstance(feature, str) for feature in manifest["target"]["features"]):
+        raise ArtifactError(f"{where} lists {manifest['target']['features']} as features, which must be names")
     for name, entry in manifest["files"].items():
         if not name or name in (".", "..", MANIFEST) or "/" in name or "\\" in name:
             raise ArtifactError(f"{where} lists {name!r}, which is not a file of the artifact")
@@ -812,12 +814,22 @@ def open_checked(directory: Path, manifest: dict[str, Any], name: str) -> Binary
             while part := file.read(_PART):
                 found.update(part)
             if file.tell() != entry["bytes"] or found.hexdigest() != entry["sha256"]:
+                _require_same(directory, manifest)
                 raise ArtifactError(f"{directory / name} was changed after it was written; compile the layer again")
             file.seek(0)
             on_error.pop_all()
             return file
     except OSError as error:
+        _require_same(directory, manifest)
         raise ArtifactError(f"{directory / name} cannot be read: {error.strerror}; compile the layer again") from error
+
+
+def _require_same(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raise `ArtifactError` where another artifact took the place of the one with this manifest."""
+    if content(parse_manifest(read_manifest(directory), directory)) != content(manifest):
+        raise ArtifactError(
+            f"{directory} was replaced by another artifact meanwhile; give each layer its own directory"
+        )
 
 
 def read_arrays(directory: Path, manifest: dict[str, Any], name: str) -> dict[str, NDArray[Any]]:

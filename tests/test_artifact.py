@@ -27,6 +27,7 @@ import pytest
 import opcompile
 from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
+from opcompile.build import compile_all
 from opcompile.cases import tagged
 from opcompile.errors import (
     ArtifactError,
@@ -45,6 +46,7 @@ from opcompile.reference import reference
 from opcompile.runtime import ALIGNMENT, MANIFEST, REPORT, Artifact, digest, golden_values, load
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.target import target
+from opcompile.verify import verify
 
 ONE = ConvTranspose3d.parse("in=1x3x2x3x4 co=4 k=2 s=2")
 # the same shapes, another result
@@ -340,6 +342,8 @@ def test_without_checks_what_is_loaded_is_checked_still(copy: Path) -> None:
         (lambda m: m.update(packing={}), "packing"),
         (lambda m: m.update(target=3), "lacks target"),
         (lambda m: m["target"].pop("features"), "lacks features"),
+        (lambda m: m["target"].update(features=[["avx2"]]), "as features, which must be names"),
+        (lambda m: m["target"].update(features=[{}]), "as features, which must be names"),
         (lambda m: m.update(files={}), "does not list"),
         (lambda m: m["files"].update({"../secret": {}}), "secret"),
         (lambda m: m["files"].update({"new": {"sha256": "0"}}), "without its size"),
@@ -601,6 +605,27 @@ def test_a_report_never_brings_an_old_artifact_back(
         add_report(place, {})
     assert load(place).spec == OTHER
     assert siblings(place) == ["it"]
+
+
+def test_another_artifact_in_its_place_is_named_as_such(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path
+) -> None:
+    loaded = load(write(lowered[ONE], tmp_path / "it"))
+    report = verify(loaded)
+    write(lowered[OTHER], tmp_path / "it")
+    with pytest.raises(ArtifactError, match="was replaced by another artifact meanwhile; give each layer its own"):
+        loaded.golden()
+    with pytest.raises(ArtifactError, match="was replaced while a report on it was written; verify it again"):
+        artifact.store(tmp_path / "it", report)
+
+
+def test_nothing_is_written_inside_of_an_artifact(lowered: dict[ConvTranspose3d, Lowered], copy: Path) -> None:
+    for place in (copy / "inner", copy / "far" / "inner"):
+        with pytest.raises(ArtifactError, match=r"is inside of the artifact .*copy; name a directory beside it"):
+            write(lowered[ONE], place)
+    with pytest.raises(ArtifactError, match="is inside of the artifact"):
+        compile_all(Path(__file__).parent / "models" / "unet.onnx", copy / "inner")
+    write(lowered[ONE], copy)
 
 
 def test_reports_from_many_threads(copy: Path) -> None:

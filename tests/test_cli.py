@@ -1180,12 +1180,21 @@ def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
     assert result.stderr.count(INDEX) == 1
 
 
-def test_an_index_reaches_no_further_than_its_directory(tmp_path: Path) -> None:
-    layers = [{"name": "a", "directory": "../elsewhere"}]
+@pytest.mark.parametrize("directory", ["../elsewhere", "..", "a\0b", 3, ["a"], {"a": 1}])
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_index_reaches_no_further_than_its_directory(command: str, directory: object, tmp_path: Path) -> None:
+    layers = [{"name": "a", "directory": directory}]
     (tmp_path / INDEX).write_text(json.dumps({"format": "opcompile-index", "version": 1, "layers": layers}))
-    result = invoke("verify", tmp_path)
+    result = invoke(command, tmp_path)
     assert result.exit_code == 2
-    assert "'../elsewhere'" in result.stderr
+    assert f"lists {directory!r}, which is not a directory beside it" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("compile", "in=1x1x1x1x1 co=1 k=1", "-o", ""), ("verify", "")])
+def test_an_empty_path_is_not_the_current_directory(words: tuple[str, ...]) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert "is empty, but must name a path; the current directory is '.'" in result.stderr
 
 
 def test_a_file_wins_over_a_text_and_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
