@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -100,18 +101,36 @@ class _Door(click.Group):
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be anything
         sys.exit(_exit_code(command))
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the words before a command, of which some print and end."""
+        with _pipe_named():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a closed pipe keeps its own name, for click would end with 1."""
-        try:
+        """Run a command."""
+        with _pipe_named():
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except BrokenPipeError as error:
-            raise _Gone from error
 
 
 class _Gone(Exception):
     """Whoever read the output has gone."""
+
+
+@contextmanager
+def _pipe_named() -> Iterator[None]:
+    """Let a closed pipe keep its own name, for click would end with 1."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _Gone from error
+
+
+def _tell(message: str) -> None:
+    """Say on stderr what goes beside the result; where it takes nothing, the result and its exit code stand."""
+    with suppress(OSError):
+        click.echo(message, err=True)
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
@@ -122,8 +141,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         # whatever a compiler or a linker made of it
         code, message = 128 + seen[0], "interrupted" if seen[0] == signal.SIGINT else "terminated"
     if message:
-        with suppress(OSError):  # the code tells it where stderr cannot
-            click.echo(f"opcompile: {message}", err=True)
+        _tell(f"opcompile: {message}")
     return code
 
 
@@ -976,7 +994,7 @@ def _store(place: Path, report: Report) -> None:
     try:
         store(place, report)
     except ArtifactError as error:
-        click.echo(f"opcompile: the report was not stored: {error}", err=True)
+        _tell(f"opcompile: the report was not stored: {error}")
 
 
 def _best(progress: TuneProgress) -> str:
@@ -992,7 +1010,7 @@ def _best(progress: TuneProgress) -> str:
 def _mention(source: Source) -> None:
     """Name the nodes that a command passes over, each with its reason."""
     for layer in source.refused:
-        click.echo(f"opcompile: {layer.name} cannot be compiled: {layer.reason}", err=True)
+        _tell(f"opcompile: {layer.name} cannot be compiled: {layer.reason}")
 
 
 def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[RenderableType]]) -> None:
@@ -1016,8 +1034,9 @@ def _console() -> Console:
             # rich would end with 1, which here means a wrong result
             raise _Gone
 
-    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
-    return Piped(width=_PIPED_WIDTH if piped else None, highlight=False, emoji=False, file=sys.stdout)
+    # of rich's own widths one is 0, where COLUMNS is, and nothing would be printed
+    width = shutil.get_terminal_size((_PIPED_WIDTH, 0)).columns
+    return Piped(width=width, highlight=False, emoji=False, file=sys.stdout)
 
 
 @contextmanager
@@ -1027,7 +1046,7 @@ def _progress(what: str) -> Iterator[Callable[..., None]]:
     The function takes (done, total, what begins or None, a detail that only the bar shows).
     """
     if not sys.stderr.isatty():
-        yield lambda _done, _total, name, _detail="": click.echo(name, err=True) if name else None
+        yield lambda _done, _total, name, _detail="": _tell(name) if name else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

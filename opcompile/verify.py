@@ -198,10 +198,10 @@ class Report:
         # what is the same on every line needs no column
         shown = (True, len(weights) > 1, len(batches) > 1, True, True)
         for heading in compress(("inputs", "weights", "batch", "answer", "against"), shown):
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         table.add_column("error", justify="right", no_wrap=True)
-        table.add_column("of bound", justify="right")
-        table.add_column("")
+        table.add_column("of bound", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
         for (words, check), called in zip(checks.items(), calls, strict=True):
             inputs, kind, batch, engine, against, _ = words
             answer = f"{engine}: {called}" if called and called != usual[kind] else engine

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -444,6 +445,39 @@ def test_a_closed_pipe_is_no_traceback(form: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_a_closed_pipe_is_so_before_a_command_too(word: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "opcompile", word], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("columns", ["0", "-1", "wide"])
+def test_a_width_that_is_none_cuts_nothing(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert LAYER.split()[0] in invoke("inspect", LAYER).stdout
+
+
+def test_numbers_are_whole_where_the_terminal_is_narrow(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = shutil.copytree(folder / "layer", tmp_path / "layer")
+    report = invoke("verify", place)
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = invoke("verify", place).stdout
+    assert sorted(re.findall(r"\d+\.\d%", narrow)) == sorted(re.findall(r"\d+\.\d%", report.stdout)) != []
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_stderr_changes_no_result(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -m opcompile compile '{SMALL}' --no-verify --json -o {tmp_path / 'a'} 2>/dev/full"
+    done = subprocess.run(["/bin/sh", "-c", command], stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, json.loads(done.stdout)["layers"][0]["status"]) == (0, "not verified")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
