@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("as_scheduled")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Their Python is run as it stands. Tuning takes minutes: its own tests run it.
-RUNNING = ["README.md", "docs/index.md", "docs/artifact.md", "docs/gradients.md", "docs/words.md"]
+RUNNING = ["README.md", "docs/index.md", "docs/artifact.md", "docs/gradients.md", "docs/numerics.md", "docs/words.md"]
 
 
 def named(path: Path) -> str:
@@ -110,6 +110,13 @@ def test_the_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.
         exec(compile(code, f"{name}, example {number}", "exec"), {"__name__": "example"})  # noqa: S102 (our own page)
     if name == "README.md":
         assert (tmp_path / "decoder" / "manifest.json").exists()
+
+
+def test_the_session_of_onnx_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    opcompile.replace(shutil.copy(ROOT / "tests" / "models" / "unet.onnx", "."), "out", verify=False, measure=False)
+    code, *_ = fenced((ROOT / "docs" / "onnxruntime.md").read_text(), "python")
+    exec(code, {"__name__": "example"})  # noqa: S102 (our own page)
 
 
 def test_the_pass_for_tvm_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
