@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from numpy.typing import NDArray
+
 from opcompile import artifact
 from opcompile.arguments import checked_callback, checked_flag
 from opcompile.cuda_driver import device, require_runs_on
@@ -44,8 +46,6 @@ from opcompile.verify import Report
 from opcompile.verify import verify as check
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from opcompile.importers.onnx import Shapes
 
 AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient

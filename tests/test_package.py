@@ -76,7 +76,7 @@ def test_the_wheel_carries_every_file_of_both_packages_and_no_other(wheel: Path)
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == sources
-    assert "opcompile/runtime.c" in packed
+    assert {"opcompile/runtime.c", "opcompile/py.typed", "schedules/py.typed"} <= packed
     assert {n for n in packed if n.startswith("schedules/records/")} == {
         n for n in sources if n.startswith("schedules/records/")
     }
