@@ -167,7 +167,8 @@ def add_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     place = Path(directory).resolve()
     before = read_manifest(place)
     manifest = parse_manifest(before, place)
-    if report.get("spec", manifest["spec"]) != manifest["spec"]:
+    name = f"d{manifest['derivative']} of " if manifest["derivative"] else ""
+    if report.get("spec", name + manifest["spec"]) != name + manifest["spec"]:
         raise ArtifactError(f"{place} was replaced while a report on it was written; verify it again")
     beside = new_beside(place)
     try:
