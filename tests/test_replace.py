@@ -20,7 +20,7 @@ from rich.console import Console
 
 import opcompile
 from opcompile.cli import cli
-from opcompile.errors import ArtifactError, CallError, ModelError
+from opcompile.errors import ArtifactError, CallError, EngineError, ModelError
 from opcompile.replace import calls, job, library
 from opcompile.replace.job import Job
 from opcompile.replace.place import require_replaceable
@@ -208,6 +208,25 @@ def test_a_model_that_does_not_run_is_not_verified(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert "the whole model is NOT VERIFIED" in result.stdout
     assert "if that is for its open sizes, give them by --shape" in result.stdout
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_an_output_of_another_shape_than_is_declared_is_timed(stale: bool, tmp_path: Path) -> None:
+    """A batch that is wrong in the file; and ONNX infers 7 of SAME_UPPER and output_padding, where 6 are computed."""
+    if stale:
+        model = upsampling(("n", 4, 3, 4, 5))
+        model.graph.output[0].CopyFrom(value("y", (2, 6, 6, 8, 10)))
+    else:
+        model = upsampling(auto_pad="SAME_UPPER", output_padding=[1, 1, 1])
+    report, _ = replaced(model, tmp_path, verify=True, measure=True, everything=True, threads=(1,), seconds=0)
+    assert report.passed
+    assert len(report.speeds) == 1
+
+
+def test_a_model_that_does_not_run_is_not_timed() -> None:
+    session = Session(upsampling().SerializeToString())
+    with pytest.raises(EngineError, match="Got invalid dimensions for input"):
+        session.writes_again({"x": integers((2, 4, 3, 4, 5))})
 
 
 def test_a_table_says_which_shape_a_row_is_for(tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ def raced(monkeypatch: pytest.MonkeyPatch, series: Sequence[Sequence[float]], ot
     class Session:
         def __init__(self, *_: object) -> None: ...
 
-        def runner(self, feeds: object) -> None: ...
+        def writes_again(self, feeds: object) -> bool:
+            return True
+
+        def runner(self, feeds: object, again: bool) -> None: ...
 
     monkeypatch.setattr(prove, "Session", Session)
     monkeypatch.setattr(prove, "take_turns", take_turns)

@@ -67,14 +67,41 @@ class Session:
                 raise EngineError(f"output {name} is a {type(answer).__name__}, and only tensors are compared")
         return {name: np.asarray(answer) for name, answer in named.items()}
 
-    def runner(self, feeds: Feeds) -> Callable[[], None]:
-        """Return a function that runs the model on inputs that stay where they are, and into the same outputs."""
+    def runner(self, feeds: Feeds, again: bool = True) -> Callable[[], None]:
+        """Return a function that runs the model on inputs that stay where they are.
+
+        It writes into the same outputs ``again``, or into new ones each time.
+        """
         binding = self._session.io_binding()
         for name in self.inputs:
             binding.bind_ortvalue_input(name, self._value.ortvalue_from_numpy(np.ascontiguousarray(feeds[name])))
-        for name in self.outputs:
-            binding.bind_output(name)
-        return lambda: self._session.run_with_iobinding(binding)
+
+        def bind() -> None:
+            for name in self.outputs:
+                binding.bind_output(name)
+
+        def run_into_new() -> None:
+            bind()
+            self._session.run_with_iobinding(binding)
+
+        bind()
+        return (lambda: self._session.run_with_iobinding(binding)) if again else run_into_new
+
+    def writes_again(self, feeds: Feeds) -> bool:
+        """Whether the model runs into outputs that it has written; not where it declares another shape for them.
+
+        Raises `EngineError` where it does not run at all.
+        """
+        run = self.runner(feeds)
+        try:
+            run()
+        except Exception as error:  # as above
+            raise EngineError(first_line(error)) from error
+        try:
+            run()
+        except Exception:  # noqa: BLE001 - as above
+            return False
+        return True
 
 
 # --- inputs of a whole model ---
