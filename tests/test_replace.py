@@ -27,6 +27,7 @@ from opcompile.replace.place import require_replaceable
 from opcompile.replace.report import Report
 from opcompile.replace.sessions import Session
 from opcompile.target import target
+from opcompile.verify import OWN_WEIGHTS
 from tests.onnx_engine import integers, model_of, value
 from tests.replaced import operators, run, saved, upsampling
 
@@ -175,10 +176,17 @@ def test_what_any_error_makes_infinite_is_not_judged(tmp_path: Path) -> None:
 
 
 def test_a_model_of_which_nothing_can_be_judged_does_not_pass(tmp_path: Path) -> None:
-    model = upsampling()
-    w = integers((4, 6, 2, 2, 2), 1).astype(np.float32)
-    w[0] = np.inf
-    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w, "w"))
+    """The sign of a sine of large numbers, in words: any error changes it."""
+    after = [
+        helper.make_node("Mul", ["up", "large"], ["m"]),
+        helper.make_node("Sin", ["m"], ["s"]),
+        helper.make_node("Less", ["s", "zero"], ["low"]),
+        helper.make_node("Where", ["low", "minus", "plus"], ["y"]),
+    ]
+    model = upsampling(after=after, constants={"large": np.array(1e9, np.float32), "zero": np.array(0, np.float32)})
+    words = [helper.make_tensor(name, TensorProto.STRING, [], [name.encode()]) for name in ("minus", "plus")]
+    model.graph.initializer.extend(words)
+    model.graph.output[0].CopyFrom(value("y", None, TensorProto.STRING))
     report, _ = replaced(model, tmp_path, verify=True)
     assert report.checks
     assert not any(check.judged for check in report.checks)
@@ -326,6 +334,20 @@ def test_a_node_in_a_function(tmp_path: Path) -> None:
     report, _ = replaced(model, tmp_path)
     assert report.replaced == 1
     agree(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w", "b"])
+@pytest.mark.parametrize("x", [(1, 4, 3, 4, 5), (1, 4, "d", 4, 5)], ids=["static", "open"])
+def test_weights_that_are_not_finite_stay(name: str, x: Any, tmp_path: Path) -> None:
+    """There is no bound for them: what a kernel does with them depends on how it pads."""
+    model = upsampling(x)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    array[1] = np.inf if name == "w" else np.nan
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    report, _ = replaced(model, tmp_path, shapes=[{"x": (1, 4, 3, 4, 5)}])
+    (node,) = report.nodes
+    assert (node.status, node.reason) == ("refused", OWN_WEIGHTS.reason)
 
 
 def test_weights_that_two_nodes_share(tmp_path: Path) -> None:

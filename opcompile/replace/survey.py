@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import ModelError
@@ -14,6 +15,7 @@ from opcompile.importers.onnx import Found, Shapes, find
 from opcompile.replace.fusion import Fusion, fuse
 from opcompile.replace.model import Graph, Model, Site
 from opcompile.spec import ConvTranspose3d
+from opcompile.verify import OWN_WEIGHTS
 
 Array = NDArray[Any]
 
@@ -79,6 +81,8 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
     inputs = site.node.input
     weight = model.constant(inputs[1], site.graph)
     bias = model.constant(inputs[2], site.graph) if len(inputs) > 2 and inputs[2] else None
+    if not all(np.isfinite(array).all() for array in (weight, bias) if array is not None):
+        return Node(found.name, found.output, site, reason=OWN_WEIGHTS.reason)
     if found.spec is None or weight is None:
         return Node(found.name, found.output, site, specs, fusion=Fusion(found.output))
     spec, fusion = found.spec, Fusion(found.output)
