@@ -478,7 +478,8 @@ def test_attributes(attributes: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced$"),
+        (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced; a library of the model in float32"),
+        (upsampling(dtype=TensorProto.DOUBLE), "only float32 is replaced$"),
         (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.*give the model's inputs sizes, by --shape"),
         (upsampling((1, 4, 3, 4, 5), output_shape=[90] * 3), "use output_padding for more$"),
     ],
@@ -571,6 +572,15 @@ def test_what_was_not_compiled_is_onnxruntimes_own_to_the_bit(case: Any, overrid
     given = model.SerializeToString()
     stock, ours = Session(given), Session(given, override)
     assert np.array_equal(ours({"x": x})["y"], stock({"x": x})["y"])
+
+
+def test_a_library_of_a_model_in_float32_takes_nodes_in_float16(tmp_path: Path) -> None:
+    """ONNX Runtime puts Casts around a node that it has in float32 alone, ours included."""
+    report, out = replaced(upsampling(), tmp_path, mode="override")
+    model, library = upsampling(dtype=TensorProto.FLOAT16), out / "opcompile_ops.so"
+    x = X.astype(np.float16)
+    assert np.array_equal(run(model, x, library), run(model, x))
+    assert calls(library) == {report.kernels[0].spec: 1, "onnxruntime": 0}
 
 
 def test_a_last_input_that_is_left_out(override: Path) -> None:

@@ -77,6 +77,8 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
         return Node(found.name, found.output, site, reason=first.reason)
     if specs[0].dtype != "float32":
         reason = f"it computes in {specs[0].dtype}, and only float32 is replaced"
+        if specs[0].dtype == "float16":
+            reason += "; a library of the model in float32, by --mode override, takes such nodes too"
         return Node(found.name, found.output, site, reason=reason)
     inputs = site.node.input
     weight = model.constant(inputs[1], site.graph)
