@@ -60,6 +60,8 @@ _SAMPLE_US = 500.0
 _NOISY = 0.2
 # Below this share of a processor somebody else was on it. A waiting thread sleeps, but then its workers do not.
 OWN_CPU = 0.9
+# What tables say where the two numbers of operations differ.
+NOT_CROPPED = "GFLOP/s and the roofline count the products that are not cropped"
 # Parameters of glibc's `mallopt`, by the names in its malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
@@ -157,8 +159,12 @@ class BenchReport:
         return self.best is not None and self.best.high < ratio
 
     def gflops(self, timing: Timing) -> float:
-        """10^9 floating-point operations a second, at the median."""
+        """10^9 floating-point operations a second, at the median, cropped ones counted."""
         return self.flop / timing.median_us / 1e3
+
+    def needed_gflops(self, timing: Timing) -> float:
+        """10^9 needed operations a second, at the median: what is shown to people, beside the roofline."""
+        return self.needed_flop / timing.median_us / 1e3
 
     def gbytes(self, timing: Timing) -> float:
         """10^9 bytes a second of X, W, B and Y, each counted once, at the median."""
@@ -232,7 +238,7 @@ class BenchReport:
             table.add_column(heading, justify="right", no_wrap=True)
         for t in self.timings:
             times = (duration(t.min_us), duration(t.median_us), duration(t.p95_us))
-            rates = (f"{self.gflops(t):.1f}", f"{self.gbytes(t):.2f}", f"{self.share(t):.0%}")
+            rates = (f"{self.needed_gflops(t):.1f}", f"{self.gbytes(t):.2f}", f"{self.share(t):.0%}")
             weight = binary(self.memory[t.engine]) if t.engine in self.memory else "-"
             table.add_row(f"{t.engine} {t.version}", *times, *rates, weight)
         return table
@@ -245,6 +251,8 @@ class BenchReport:
         limits += f", {scaled(self.bytes, 'B')} at {self.roof.gbytes:.1f} GB/s"
         bound = self.roof.bound(self.needed_flop, self.bytes)
         yield f"roofline: {duration(self.roofline_us)}, bound by {bound} ({limits})"
+        if self.flop != self.needed_flop:
+            yield f"{NOT_CROPPED}: {scaled(self.needed_flop, 'FLOP')} of {scaled(self.flop, 'FLOP')}"
         if self.noisy:
             yield f"too noisy: {self.noisy}; times and shares say little, ratios what their intervals say"
         yield from (f"not timed: {name}: {reason}" for name, reason in self.not_timed.items())

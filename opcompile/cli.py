@@ -581,8 +581,9 @@ def bench(
     """Time each SOURCE side by side with other engines, in one process, taking turns.
 
     Outputs are compared first: a wrong peer is listed, and not timed. A ratio comes with its 95 % interval. The
-    roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run. With
-    --target cuda:... it is this machine's GPU that is timed, beside cuDNN, and its own clock that times it.
+    roofline, the least time that the machine's peak rate and bandwidth allow, is measured in the same run. It and
+    GFLOP/s count the products that are not cropped; in JSON, `flop` and `gflops` count all. With --target cuda:... it
+    is this machine's GPU that is timed, beside cuDNN, and its own clock that times it.
     """
     from opcompile import summary
     from opcompile.plot import plot, require

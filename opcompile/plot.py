@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opcompile.bench import BenchReport, Timing
+from opcompile.bench import BenchReport
 from opcompile.engines import OURS, PEERS
 from opcompile.errors import CallError, EngineError
 
@@ -76,11 +76,11 @@ def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:
         axes.plot(ends, [min(peak, x * bandwidth) for x in ends], style, color="black", linewidth=1.2, label=label)
     for engine, (colour, marker) in _LOOKS.items():
         timed = [(name, r, t) for name, r in reports.items() for t in r.timings if t.engine == engine]
-        points = [(intensities[name], _rate(r, t)) for name, r, t in timed]
+        points = [(intensities[name], r.needed_gflops(t)) for name, r, t in timed]
         if points:
             size, layer = (40, 4) if engine == OURS else (16, 3)
             axes.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, zorder=layer, label=engine)
-    rates = [_rate(r, t) for r in reports.values() for t in r.timings]
+    rates = [r.needed_gflops(t) for r in reports.values() for t in r.timings]
     top = max(*rates, *(r.roof.gflops for r in reports.values()))
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(rates) / 3, top * 2.5))
     for axis in (axes.xaxis, axes.yaxis):
@@ -91,12 +91,7 @@ def _draw_roof(axes: Any, reports: Mapping[str, BenchReport]) -> None:
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(loc="lower right", fontsize=8)
     axes.set_title("Roofline; the numbers are those of the layers below", fontsize=10)
-    _number(axes, [[(intensities[name], _rate(r, t)) for t in r.timings] for name, r in reports.items()])
-
-
-def _rate(report: BenchReport, timing: Timing) -> float:
-    """10^9 needed operations a second."""
-    return float(report.needed_flop / timing.median_us / 1e3)
+    _number(axes, [[(intensities[name], r.needed_gflops(t)) for t in r.timings] for name, r in reports.items()])
 
 
 def _number(axes: Any, layers: list[list[tuple[float, float]]]) -> None:

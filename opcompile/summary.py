@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from opcompile.bench import BenchReport
+from opcompile.bench import NOT_CROPPED, BenchReport
 from opcompile.engines import OURS
 from opcompile.units import binary, duration
 
@@ -42,8 +42,7 @@ def markdown(reports: Mapping[str, BenchReport]) -> str:
 def notes(reports: Mapping[str, BenchReport]) -> list[str]:
     """Say what holds for all lines: the mean, the verdicts, whom nobody could ask, the limits, the circumstances."""
     every = list(reports.values())
-    counted = "GFLOP/s counts every product, the roofline those that are not cropped"
-    cropped = [counted] if any(r.flop != r.needed_flop for r in every) else []
+    cropped = [NOT_CROPPED] if any(r.flop != r.needed_flop for r in every) else []
     return [*_verdicts(every), *_not_timed(reports), *_limits(every), *cropped, *_circumstances(every)]
 
 
@@ -52,7 +51,7 @@ def _row(name: str, report: BenchReport) -> tuple[str, ...]:
     bound = report.roof.bound(report.needed_flop, report.bytes)
     weight = binary(report.memory[OURS]) if OURS in report.memory else "-"
     share = f"{report.share(ours):.0%}" + (" (too noisy)" if report.noisy else "")
-    known = (name, duration(ours.median_us), f"{report.gflops(ours):.1f}", share, bound, weight)
+    known = (name, duration(ours.median_us), f"{report.needed_gflops(ours):.1f}", share, bound, weight)
     if best is None:
         return (*known, "-", "-", "-")
     (theirs,) = [t for t in report.timings if t.engine == best.peer]

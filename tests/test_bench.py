@@ -549,6 +549,20 @@ def test_the_table_tells_all() -> None:
     assert "too noisy" not in shown(report)
 
 
+def test_tables_count_what_is_not_cropped() -> None:
+    cropped = ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=4 s=2 p=1")
+    report = report_of({"opcompile": [10.0] * 20})
+    report = replace(report, spec=str(cropped), flop=cropped.flops, needed_flop=cropped.needed_flops)
+    note = "GFLOP/s and the roofline count the products that are not cropped"
+    assert (report.flop, report.needed_flop) == (184_320, 120_960)
+    assert f"{note}: 121 kFLOP of 184 kFLOP" in report._words()
+    assert " 12.1 " in shown(report)
+    assert "| 10 us | 12.1 |" in summary.markdown({"a": report})
+    assert f"- {note}\n" in summary.markdown({"a": report})
+    assert report.to_json()["timings"][0]["gflops"] == 18.432
+    assert not any(note in line for line in report_of({"opcompile": [10.0] * 20})._words())
+
+
 # --- on a GPU: what needs none of it ---
 
 
