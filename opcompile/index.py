@@ -30,7 +30,7 @@ _BESIDE = re.compile(r"^\.(.+)\.[0-9a-f]{32}(\.old)?$")
 def directory_names(nodes: Iterable[str]) -> list[str]:
     """Return a safe and unique directory name for each node.
 
-    Letters, digits, ``.``, ``-`` and ``_`` stay, other characters become ``_``; names that would
+    ASCII letters and digits, ``.``, ``-`` and ``_`` stay, other characters become ``_``; names that would
     be equal, or differ in case only, are numbered.
     """
     taken = {INDEX}

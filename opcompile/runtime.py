@@ -153,7 +153,11 @@ class Slot:
             raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
         # exporting such a tensor would drop it from the graph without a word
         if getattr(value, "requires_grad", False) is True:
-            raise CallError(f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()")
+            if _is_recorded(value):
+                raise CallError(
+                    f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()"
+                )
+            value = value.detach()
         # torch exports such a view (the imaginary part of a conjugate) as its memory, without the sign
         if getattr(value, "is_neg", bool)():
             raise CallError(f"{self.name} is a lazily negated view; pass {self.name}.resolve_neg()")
@@ -246,6 +250,12 @@ def _type_name(value: object) -> str:
 def sizes_text(shape: Iterable[int | None]) -> str:
     """Write a shape for a person, a dynamic batch as N."""
     return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+
+
+def _is_recorded(value: Any) -> bool:
+    """Whether what is done with a tensor that requires a gradient is recorded now; not under ``torch.no_grad()``."""
+    torch = sys.modules.get("torch")
+    return torch is None or not isinstance(value, torch.Tensor) or bool(torch.is_grad_enabled())
 
 
 def framework_of(value: Any) -> ModuleType:

@@ -235,6 +235,9 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
     assert torch.equal(out, y)
     with pytest.raises(CallError, match=r"x requires a gradient.*detach"):
         layer(x.requires_grad_(), w, b)
+    for nothing_is_recorded in (torch.no_grad, torch.inference_mode):
+        with nothing_is_recorded():
+            assert torch.equal(layer(x, w.requires_grad_(), b), y)
     with pytest.raises(CallError, match="x"):
         layer(x.detach().to("meta"), w, b)
 
