@@ -742,7 +742,7 @@ def replace(
     Each kernel runs alone inside ONNX Runtime first, and a node that does not gain stays as it is. Then the
     whole model is verified and timed against the stock one. Exit code 1: an output is wrong, or the whole is slower,
     three times in a row and not for other work on the machine; 2: no node could be compiled; 3: the whole could not be
-    run.
+    run, or not be judged.
     """
     from opcompile.replace import replace as replace_nodes
 

@@ -206,6 +206,20 @@ def test_an_output_that_is_no_tensor(tmp_path: Path) -> None:
     assert (report.wrong, report.passed) == (False, False)
 
 
+def test_a_model_that_is_not_deterministic_is_not_judged(tmp_path: Path) -> None:
+    """What it draws would be taken for what errors within the bounds move; it is timed all the same."""
+    after = [
+        helper.make_node("RandomNormalLike", ["up"], ["noise"], seed=1.0),
+        helper.make_node("Add", ["up", "noise"], ["y"]),
+    ]
+    command = ["replace", str(saved(upsampling(after=after), tmp_path)), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*command, "--plan", "baseline", "--all", "--seconds", "0.01"])
+    assert result.exit_code == 3
+    assert "the whole model: not judged: the model is not deterministic: output y" in result.stdout
+    assert "the whole model is NOT VERIFIED" in result.stdout
+    assert "whole model, 1 thread: " in result.stdout
+
+
 def test_a_model_that_does_not_run_is_not_verified(tmp_path: Path) -> None:
     """Its open number of channels may be 1 or 6, and 2 is tried as well."""
     nodes = [helper.make_node("Add", ["up", "other"], ["y"])]

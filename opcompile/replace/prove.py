@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from opcompile.bench import Timing, pinned_to, ratio_of, take_turns
 from opcompile.bounds import Answer, Inputs, compare_all
 from opcompile.engines import OURS, Engine
+from opcompile.errors import EngineError
 from opcompile.graph import graph
 from opcompile.machine import beside_others
 from opcompile.replace.library import Kernel, Operator
@@ -105,6 +106,10 @@ def _speed(before: Timing, after: Timing, threads: int, others: float) -> Speed:
 # --- the whole model ---
 
 
+class NotDeterministicError(EngineError):
+    """A model with an output that two runs on the same input do not share: nothing can be held against it."""
+
+
 def compare_models(
     stock: Path,
     replaced: Path,
@@ -117,11 +122,18 @@ def compare_models(
 
     The bound of an output is twice the largest response to three perturbations, each as large as the
     derived bounds of the replaced nodes. Where none reaches an output it must be equal to the bit.
+    Raises `EngineError` where ONNX Runtime refuses, `NotDeterministicError`.
     """
     perturbed, one = Session(spread), Session(stock)
     bounds = []
     for inputs in sets:
-        exact, moved = one(inputs.feeds), [perturbed(inputs.feeds) for _ in range(_DRAWS)]
+        exact, again = one(inputs.feeds), one(inputs.feeds)
+        if changed := [name for name, y in exact.items() if _distance(again[name], y)]:
+            raise NotDeterministicError(
+                f"not judged: the model is not deterministic: output {changed[0]} of stock ONNX Runtime changes "
+                "from run to run on the same input"
+            )
+        moved = [perturbed(inputs.feeds) for _ in range(_DRAWS)]
         bounds.append({name: _MARGIN * max(_distance(other[name], y) for other in moved) for name, y in exact.items()})
     checks = []
     for count in threads:

@@ -158,7 +158,7 @@ class Report:
 
     @property
     def unanswered(self) -> str | None:
-        """Why the whole model could not be asked, which was to be verified or timed; None where it could."""
+        """Why the whole model could not be asked or judged, which was to be verified or timed; None where it could."""
         return self.not_asked.get(WHOLE)
 
     @property
@@ -261,7 +261,8 @@ class Report:
                 f"whole model, {counted(speed.threads, 'thread')}: {times}, "
                 f"{r.ratio:.2f} times as fast ({r.low:.2f} to {r.high:.2f}): {speed.verdict}{busy}"
             )
-        yield from (f"not asked: {what}: {reason}" for what, reason in self.not_asked.items())
+        for what, reason in self.not_asked.items():
+            yield f"{what}: {reason}" if what == WHOLE else f"not asked: {what}: {reason}"
         if self.unanswered and not self.checks:
             yield f"{WHOLE} is NOT VERIFIED"
         made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
