@@ -79,14 +79,16 @@ def affine(model: Model, graph: Graph, value: str, channels: int) -> tuple[onnx.
 def _of_arithmetic(model: Model, graph: Graph, node: onnx.NodeProto, value: str, channels: int) -> Affine | None:
     if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.attribute:
         return None
-    if node.op_type in ("Sub", "Div") and node.input[0] != value:
+    first = node.input[0] == value
+    if node.op_type == "Div" and not first:
         return None
     other = _for_each_channel(model, graph, next(name for name in node.input if name != value), channels)
     if other is None:
         return None
     zeros, ones = np.zeros(channels), np.ones(channels)
     if node.op_type in ("Add", "Sub"):
-        return Affine(ones, other if node.op_type == "Add" else -other, np.abs(other), 1)
+        taken = node.op_type == "Sub"
+        return Affine(-ones if taken and not first else ones, -other if taken and first else other, np.abs(other), 1)
     with np.errstate(divide="ignore"):
         scale = other if node.op_type == "Mul" else 1 / other
     return Affine(scale, zeros, zeros, 1) if np.isfinite(scale).all() else None
