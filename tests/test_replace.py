@@ -301,6 +301,29 @@ def test_external_data_stay_external(tmp_path: Path) -> None:
     agree(tmp_path, model="big.onnx")
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (
+            "missing.bin",
+            r"missing\.bin, where the model keeps data, cannot be read: No such file or directory; bring it",
+        ),
+        ("../weights.bin", r"keeps data in '\.\./weights\.bin', which is outside of its folder; save it anew"),
+    ],
+)
+def test_external_data_that_are_not_there(place: str, words: str, tmp_path: Path) -> None:
+    """It is said before anything is compiled."""
+    model = upsampling()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+    steps: list[str | None] = []
+    with pytest.raises(ModelError, match=words):
+        replaced(model, tmp_path, progress=lambda _done, _total, step: steps.append(step))
+    assert not steps
+
+
 def test_a_node_in_a_subgraph(tmp_path: Path) -> None:
     branch = upsampling().graph
     outer = upsampling()
@@ -504,6 +527,9 @@ def test_nodes_that_stay(model: onnx.ModelProto, words: str, tmp_path: Path) -> 
     assert re.search(words, str(report.nodes[0].reason))
     assert report.library is None
     assert [path.name for path in sorted(out.iterdir())] == ["model.onnx", "report.json"]
+    assert list(report._lines())[-1].endswith(
+        "; no library: nothing was replaced, and model.onnx is a copy of the model"
+    )
     assert onnx.load(out / "model.onnx") == model
 
 

@@ -710,10 +710,12 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     try:
+        os.stat(folder / where)  # of a file that is not there, onnx would say that it is no regular one
         onnx.external_data_helper.load_external_data_for_tensor(copy, str(folder))
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
         raise ModelError(
-            f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {_first_line(error)}; "
+            f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {reason}; "
             f"put that file, whole, into {folder}"
         ) from error
     copy.data_location = onnx.TensorProto.DEFAULT

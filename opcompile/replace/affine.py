@@ -87,8 +87,10 @@ def _of_arithmetic(model: Model, graph: Graph, node: onnx.NodeProto, value: str,
         return None
     zeros, ones = np.zeros(channels), np.ones(channels)
     if node.op_type in ("Add", "Sub"):
-        taken = node.op_type == "Sub"
-        return Affine(-ones if taken and not first else ones, -other if taken and first else other, np.abs(other), 1)
+        scale, shift = ones, other
+        if node.op_type == "Sub":
+            scale, shift = (ones, -other) if first else (-ones, other)
+        return Affine(scale, shift, np.abs(other), 1)
     with np.errstate(divide="ignore"):
         scale = other if node.op_type == "Mul" else 1 / other
     return Affine(scale, zeros, zeros, 1) if np.isfinite(scale).all() else None

@@ -137,6 +137,19 @@ class Model:
         tensors = (t for graph in self.graphs() for t in _tensors(graph.proto))
         return {e.value for t in tensors if _is_external(t) for e in t.external_data if e.key == "location"}
 
+    def require_files(self) -> None:
+        """Raise `ModelError` where one of these is missing, or reaches out of the model's folder."""
+        for name in sorted(self.external_files()):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ModelError(f"the model keeps data in {name!r}, which is outside of its folder; save it anew")
+            file = self.folder / name
+            try:
+                file.open("rb").close()
+            except OSError as error:
+                raise ModelError(
+                    f"{file}, where the model keeps data, cannot be read: {error.strerror}; bring it there"
+                ) from error
+
     def names(self) -> set[str]:
         """Return every name that a value or a node has."""
         taken = set()

@@ -265,7 +265,10 @@ class Report:
             yield f"{what}: {reason}" if what == WHOLE else f"not asked: {what}: {reason}"
         if self.unanswered and not self.checks:
             yield f"{WHOLE} is NOT VERIFIED"
-        made = f"{self.library}, {binary(self.library_bytes)}" if self.library else "no library: nothing was replaced"
+        copied = f", and {self.model} is a copy of the model" if self.model else ""
+        made = f"no library: nothing was replaced{copied}"
+        if self.library:
+            made = f"{self.library}, {binary(self.library_bytes)}"
         yield f"{self.replaced} of {len(self.nodes)} nodes replaced, mode {self.mode}, for {self.target}; {made}"
         if any(kernel.proofs or kernel.speeds for kernel in self.kernels):
             yield "Times are those of one node alone inside ONNX Runtime. Errors are shares of the derived bound."

@@ -50,7 +50,7 @@ def survey(
     """Read a model and find its nodes, in graph order; ``shapes`` are more shapes of its inputs to compile for.
 
     Without ``fused`` a node is compiled without what follows it; so are those whose output ``unfused`` names.
-    Raises `ModelError` for a file that is no valid model, or has no such node.
+    Raises `ModelError` for a file that is no valid model, lacks a file with its data, or has no such node.
     """
     found = find(path)
     if not found:
@@ -59,6 +59,7 @@ def survey(
         )
     given = [{f.output: f for f in find(path, shapes=alternative)} for alternative in shapes]
     model = Model.read(path)
+    model.require_files()
     sites = model.sites()
     nodes = []
     for f in found:
