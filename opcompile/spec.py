@@ -152,8 +152,6 @@ class Axis:
                 f"less pad {self.pad[0]}+{self.pad[1]}, plus output_pad {self.output_pad}; "
                 "it must be at least 1, so use less padding"
             )
-        if self.out > _LARGEST:
-            raise SpecError(f"the output size is {self.out}, but must be at most {_LARGEST}; crop more, or add less")
 
     @property
     def full(self) -> int:
