@@ -15,9 +15,9 @@ contract with `schedules` (renaming one orphans every tuned record):
     Instead of those, where a `Grain` asks for ``taps``: ``(N, G, M/g, kH, kW, qD, blocks, line)``, the products
     with each tap of plane ``kd`` of the kernel summed over ``c`` alone, at every element of X that is read, zeros
     beside it included, or at those of X as they lie; ``output`` adds up what meets in it.
-``phase``
-    Instead of those, when they would be too many: ``(N, G, M/g, sD, sH, sW, qD, qH, qW)``, the
-    phases as axes and their taps padded to equal number with zero weights.
+``phases_<nd>_<nh>_<nw>``
+    Instead of those, when they would be too many: ``(N, G, M/g, rD, rH, rW, qD, qH, qW)``, with the phases that have
+    ``nd x nh x nw`` taps as axes, numbered by their first taps. An axis has two numbers of taps at most.
 ``output``
     Y in its layout: picks the phase, adds the bias, applies the activation.
 
@@ -74,7 +74,7 @@ class Grain:
 
 
 def phases_as_axes(spec: ConvTranspose3d) -> bool:
-    """Whether the phases of ``spec`` are axes of one block rather than a block each."""
+    """Whether the phases of ``spec`` are axes of blocks, by their numbers of taps, rather than a block each."""
     summed, every = spec.phases
     return summed > MOST_PHASE_BLOCKS or every > MOST_PHASES
 
@@ -85,11 +85,8 @@ def round_up(size: int, grain: int) -> int:
 
 
 def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int, int]:
-    """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, zero-padded to the grain and to whole taps."""
-    c, m, *kernel = spec.w_shape
-    if phases_as_axes(spec):
-        kernel = [max(k, a.tap_step * a.most_taps) for k, a in zip(kernel, spec.axes, strict=True)]
-    kd, kh, kw = kernel
+    """Shape of the declared W: ``(C, M/g, kD, kH, kW)``, zero-padded to the grain."""
+    c, m, kd, kh, kw = spec.w_shape
     if grain.groups:
         return (round_up(c, grain.channels), m, kd, kh, kw)
     return (c, round_up(m, grain.channels), kd, kh, kw)
@@ -141,12 +138,10 @@ class _Window:
         return cls(first, last - first + positions, positions)
 
     @classmethod
-    def with_all_taps(cls, axis: Axis, grain: int) -> _Window:
-        """The same when every phase is given the same number of taps, the surplus ones with zero weights."""
-        positions = round_up(axis.positions, grain)
-        firsts = [first_of(axis, phase.index)[1] for phase in axis.phases]
-        low = min(firsts) - (axis.most_taps - 1) * axis.offset_step
-        return cls(low, max(firsts) - low + positions, positions)
+    def of_all_taps(cls, axis: Axis, grain: int) -> _Window:
+        """The same, of all phases that the stride has: an output may be too short for some."""
+        positions, first, last = round_up(axis.positions, grain), axis.offset(axis.kernel - 1), axis.offset(0)
+        return cls(first, last - first + positions, positions)
 
 
 class _Grid:
@@ -285,7 +280,7 @@ class Scope:
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
         """Choose the layout of positions that suits ``spec`` and ``grain``; indices have 64 bits."""
-        window = _Window.with_all_taps if phases_as_axes(spec) else _Window.of
+        window = _Window.of_all_taps if phases_as_axes(spec) else _Window.of
         where: Where
         depth, _, columns = grain.positions
         if grain.taps and not grain.rows:
@@ -507,39 +502,64 @@ def of_phase(spec: ConvTranspose3d, f: Sequence[Any], of: Callable[[Phases], Any
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """The phases of an axis that have as many ``taps``: their first taps are ``count``, from ``first`` on."""
+
+    first: int
+    count: int
+    taps: int
+
+    @classmethod
+    def of(cls, axis: Axis) -> list[_Alike]:
+        """All of them; the first tap of a phase is below `Axis.tap_step`."""
+        taps, more = divmod(axis.kernel, axis.tap_step)
+        each = (cls(0, more, taps + 1), cls(more, axis.tap_step - more, taps))
+        return [alike for alike in each if alike.count and alike.taps]
+
+
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
-    """One block with the phases as axes, each reduced over the largest number of taps of any."""
+    """Blocks with the phases as axes, each of those that have as many taps along each axis."""
     spec, where = scope.spec, cast("_Grid | _Lines", scope.where)
-    taps = scope.reduced([a.most_taps for a in spec.axes])
 
-    def at(n: Any, g: Any, m: Any, *fq: Any) -> Any:
-        firsts = [first_of(a, f) for a, f in zip(spec.axes, fq[:3], strict=True)]
-        return scope.contract(pad, w, (n, g, m), fq[3:], taps, firsts)
+    def block(alike: Sequence[_Alike]) -> Any:
+        taps = scope.reduced([each.taps for each in alike])
 
-    phases = [len(a.phases) for a in spec.axes]
-    block = te.compute(scope.batched(scope.groups, scope.channels, *phases, *where.positions), at, name="phase")
+        def at(n: Any, g: Any, m: Any, *rq: Any) -> Any:
+            tap = [each.first + r for each, r in zip(alike, rq[:3], strict=True)]
+            firsts = [(t, axis.offset(t)) for t, axis in zip(tap, spec.axes, strict=True)]
+            return scope.contract(pad, w, (n, g, m), rq[3:], taps, firsts)
+
+        phases = [each.count for each in alike]
+        shape = scope.batched(scope.groups, scope.channels, *phases, *where.positions)
+        return te.compute(shape, at, name="phases_" + "_".join(str(each.taps) for each in alike))
+
+    blocks = [(alike, block(alike)) for alike in product(*map(_Alike.of, spec.axes))]
+    all_meet = all(sum(each.count for each in _Alike.of(axis)) == axis.stride for axis in spec.axes)
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        value = block(n, *scope.grouped(m), *f, *where.place(q))
-        gcds = [math.gcd(a.stride, a.dilation) for a in spec.axes]
-        tests = [tirx.floormod(i + a.begin, g) == 0 for i, a, g in zip(f, spec.axes, gcds, strict=True) if g > 1]
-        return tirx.Select(tirx.all(*tests), value, tirx.const(0, spec.sum_dtype)) if tests else value
+        taps = [first_tap(axis, i) for axis, i in zip(spec.axes, f, strict=True)]
+        value = None if all_meet else tirx.const(0, spec.sum_dtype)
+        for alike, sums in blocks:
+            here = sums(n, *scope.grouped(m), *(t - a.first for t, a in zip(taps, alike, strict=True)), *where.place(q))
+            tests = [test for t, a in zip(taps, alike, strict=True) for test in (t >= a.first, t < a.first + a.count)]
+            value = here if value is None else tirx.if_then_else(tirx.all(*tests), here, value)
+        return value
 
     return pick
 
 
-def first_of(axis: Axis, f: Any) -> tuple[Any, Any]:
-    """First tap and input offset of phase ``f``, an int or an expression: `Axis.phase` solved for ``t``.
+def first_tap(axis: Axis, f: Any) -> Any:
+    """The first tap of phase ``f``, an expression: `Axis.phase` solved for ``t``; where it has none, one beyond all.
 
-    ``(f + begin - t*d) % s == 0`` with ``g = gcd(s, d)`` has the solution
-    ``t = (f + begin)/g * (d/g)^-1 mod s/g`` when g divides ``f + begin``, and none otherwise: the
-    values are then those of a neighbour, and `_pick_axes` discards the sum.
+    ``(f + begin - t*d) % s == 0`` with ``g = gcd(s, d)`` has the solution ``t = (f + begin)/g * (d/g)^-1 mod s/g``
+    when g divides ``f + begin``, and none otherwise.
     """
     g = math.gcd(axis.stride, axis.dilation)
     inverse = pow(axis.dilation // g, -1, axis.tap_step) if axis.tap_step > 1 else 0
-    tap = (f + axis.begin) // g * inverse % axis.tap_step
-    return tap, (f + axis.begin - tap * axis.dilation) // axis.stride
+    tap = tirx.floormod(tirx.floordiv(f + axis.begin, g) * inverse, axis.tap_step)
+    return tap if g == 1 else tirx.Select(tirx.floormod(f + axis.begin, g) == 0, tap, tirx.const(axis.kernel, INDEX))
 
 
 def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:

@@ -52,10 +52,6 @@ _LARGE_FLOPS = 2**28
 _LARGE_BYTES = 2**22
 
 
-# More phases than this, those with taps or all, may share code in which zeros stand for the taps that one has not.
-_MOST_PHASES = (27, 64)
-
-
 # --- the report ---
 
 
@@ -84,9 +80,6 @@ class NotAsked:
 
 OWN_WEIGHTS = NotAsked(
     "opcompile with the weights compiled in", "its weights hold infinities or NaN, for which there is no bound"
-)
-PHASES_SHARE_CODE = NotAsked(
-    "NaN", "in a layer of so many phases, zeros stand for taps, and NaN reaches outputs beside those that read it"
 )
 SIMULATED = NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
@@ -539,18 +532,12 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
         raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
 
 
-def _phases_share_code(spec: ConvTranspose3d) -> bool:
-    return any(count > most for count, most in zip(spec.phases, _MOST_PHASES, strict=True))
-
-
 def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
     """Yield what nobody is asked, for there is no right answer."""
     if not finite:
         yield OWN_WEIGHTS
     if not _largest_integer(spec):
         yield NotAsked("integers", f"{spec.terms} products in one sum are too many to be exact in float32")
-    if not _is_large(spec) and _phases_share_code(spec):
-        yield PHASES_SHARE_CODE
 
 
 @packages_named()
@@ -598,7 +585,7 @@ def verify(
             runtime = asked.runtime
             rows += asked.rows
             not_asked += [n for n in asked.not_asked if n not in not_asked]
-        if not _is_large(spec) and not _phases_share_code(spec):
+        if not _is_large(spec):
             rows += _ask_nan(artifact, np.random.default_rng([seed, len(questions)]), threads)
         rows += ask_golden(artifact, own) if finite else ()
     except (EngineError, TargetError) as error:

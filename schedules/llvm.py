@@ -35,6 +35,7 @@ from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
 from schedules.tiles import (
     CACHE_LINE,
+    MOST_PHASES,
     Estimate,
     Tiles,
     baseline,
@@ -122,7 +123,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
     phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith(_SUMS)]
     output = sch.get_sblock("output")
-    as_axes = [sch.get(p).name_hint for p in phases] == ["phase"]
+    as_axes = not phases_apart(spec)
 
     # --- layouts ---
     wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
@@ -175,7 +176,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
         depth = 8 if tiles.by_taps else 10
         sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
-    if not as_axes:
+    if spec.phases[1] <= MOST_PHASES[1]:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
     if phases and tiles.copy != "none":
@@ -459,8 +460,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         if t.by_taps:
             spans += [whole(shape[3]), whole(shape[4])]
         if as_axes:
-            spans += [one(tirx.floormod(k, a.stride)) for k, a in zip(o[:2], spec.axes[:2], strict=True)]
-            spans += [whole(shape[5])]
+            spans += map(whole, shape[3:6])
         spans += [planes, rows, *map(whole, shape[-2:] if t.of_channels else shape[-1:])]
         claim(sch, output, i, spans)
 

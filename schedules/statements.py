@@ -12,8 +12,8 @@ from tvm_ffi import structural_map
 
 # The block that adds one product to the sums of one phase.
 ADDING = re.compile(r"phase_\d+_\d+_\d+_update")
-# The block that adds one product to any sums: of a phase, of all phases as axes, of a tap.
-ADDING_ANY = re.compile(r"(phase(_\d+_\d+_\d+)?|tap_\d+)_update")
+# The block that adds one product to any sums: of a phase, of phases as axes, of a tap.
+ADDING_ANY = re.compile(r"(phases?_\d+_\d+_\d+|tap_\d+)_update")
 # What is of one phase: its sums, and the blocks that make them.
 OF_PHASE = re.compile(r"phase_(\d+)_(\d+)_(\d+)")
 # The block that moves the sums of one phase out of registers, where each phase has blocks of its own.

@@ -528,7 +528,7 @@ class _Layer:
             taps_of_row=sum(phase.taps for phase in spec.axes[2].phases),
             apart=apart,
             phases_of_row=len(spec.axes[2].phases),
-            phases=max(1, spec.phases[0 if apart else 1]),
+            phases=max(1, spec.phases[0]),
             outputs=math.prod(n or 1 for n in spec.y_shape),
             row=spec.axes[2].out,
             strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]

@@ -20,7 +20,6 @@ from strategies import arrays
 from opcompile import verify as verify_function
 from opcompile.bounds import EXACT_ACTIVATIONS
 from opcompile.cases import CASES, case, tagged
-from opcompile.declare import phases_as_axes
 from opcompile.errors import CallError, EngineError, VerificationError
 from opcompile.graph import export_onnx
 from opcompile.packing import Packing
@@ -222,18 +221,6 @@ def test_nan_that_becomes_a_number_and_one_that_spreads_are_caught(act: str, dty
         check = failures[0].check
         assert check.failures
         assert np.isnan(check.actual) != np.isnan(check.expected)
-
-
-def test_nan_is_asked_where_the_kernel_promises_to_keep_it(tmp_path: Path) -> None:
-    """No zeros stand for taps there."""
-    for c in CASES:
-        assert module._phases_share_code(c.spec) == phases_as_axes(c.spec), c.name
-    spec = case("huge-stride").spec
-    fake = Fake(spec, tmp_path)
-    report = verify(fake, engines=["reference"])
-    assert report.passed
-    assert "NaN" not in {row.inputs for row in report.rows}
-    assert [n.what for n in report.not_asked] == ["NaN"]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
