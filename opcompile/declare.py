@@ -104,7 +104,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
     pad, wide = scope.pad(x), w if grain.stored else _widened(spec, w)
-    pick = _pick_axes if phases_as_axes(spec) else _pick_taps if grain.taps else _pick_blocks
+    pick = _pick_taps if grain.taps else _pick_axes if phases_as_axes(spec) else _pick_blocks
     picked = pick(scope, pad, wide)
 
     def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:

@@ -123,7 +123,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
     phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith(_SUMS)]
     output = sch.get_sblock("output")
-    as_axes = not phases_apart(spec)
+    as_axes = not phases_apart(spec) and not tiles.by_taps
 
     # --- layouts ---
     wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None

@@ -32,6 +32,8 @@ MOST_PHASES = (27, 64)
 # so many taps of all together.
 _FEW_OUTPUTS = 8
 _MOST_TAPS = {"taps": 64, "plane": 343}
+# With more than 27 phases, of so many taps: 216 took nine seconds to compile.
+_MOST_TAPS_OF_MANY_PHASES = 125
 _MOST_TAPS_LAST = 512
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
@@ -715,7 +717,8 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
     """
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
     taps = math.prod(axis.kernel for axis in spec.axes)
-    many = m > _FEW_OUTPUTS or taps > _MOST_TAPS[vector] or not phases_apart(spec)
+    most = _MOST_TAPS[vector] if phases_apart(spec) else min(_MOST_TAPS[vector], _MOST_TAPS_OF_MANY_PHASES)
+    many = m > _FEW_OUTPUTS or taps > most or spec.phases[1] > MOST_PHASES[1]
     if spec.layout == "NDHWC":
         many |= not weaves(spec) or taps * spec.channels_out > _MOST_TAPS_LAST
     if many or not all(axis.landing for axis in spec.axes):

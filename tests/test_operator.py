@@ -259,6 +259,9 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
         # as many taps as there may be
         ("in=1x8x2x4x4 co=2 k=5 s=2 p=2 op=1", [("whole", 1, 1), ("chunk", 2, 1)]),
         ("in=1x4x3x3x5 co=1 k=7 s=3 p=2", [("task", 1, 1)]),
+        # phases that would be axes
+        ("in=1x4x2x3x4 co=2 k=5 s=4 p=1", [("whole", 2, 1), ("task", 1, 2)]),
+        ("in=1x4x3x2x3 co=1 k=4 s=4 d=1x1x3 act=relu", [("task", 1, 1)]),
         # nothing to read before the sums of the first tap
         ("in=1x4x3x1x2 co=1 k=1x1x3 d=1x1x17 p=0x0x17", [("task", 1, 1)]),
     ],
@@ -471,6 +474,16 @@ def test_many_phases_are_axes_of_blocks_by_their_taps_and_no_zero_is_multiplied(
 
 def test_few_phases_are_blocks_of_their_own() -> None:
     assert not phases_as_axes(case("k5-s3").spec)
+
+
+def test_taps_of_many_phases_are_summed_by_themselves_as_far_as_that_compiles_soon() -> None:
+    def weights(layer: str) -> list[int]:
+        return weights_by_taps(ConvTranspose3d.parse(f"in=1x64x4x6x6 co=2 {layer}"), "plane")
+
+    assert weights("k=5 s=4")
+    assert weights("k=6 s=3")
+    assert not weights("k=6 s=4")
+    assert not weights("k=4 s=5")  # 125 phases are too much code to write them
 
 
 @pytest.mark.parametrize(
