@@ -207,7 +207,10 @@ def _through(activation: Activation, z: Array, y: Array, error: Array, sums: For
         return error + 0.5 * ((np.abs(np.abs(z) - 0.5) <= error) & (error > 0))
     if activation.name == "exponential":
         # f' = f grows without limit, and reducing the argument costs u*|z|, relative to the result
-        carried = y * np.expm1(error)
+        carried = y * np.expm1(np.minimum(error, 1))
+        # e^z may be too small for a number where e^(z + error) is large
+        end = np.exp(z + error) * (1 + FORMATS["float64"].unit * _ELEMENTARY * (1 + np.abs(z) + error))
+        carried = np.where(error < 1, carried, end)
         relative = sums.unit * _ELEMENTARY * (1 + np.abs(z) + error)
         return carried + relative * y + relative * carried + sums.floor
     f = _carries(activation)
@@ -234,7 +237,7 @@ def _below_limit(activation: Activation, z: Array, error: Array, sums: Format, s
     nearer = np.sign(z) * np.maximum(np.nextafter(np.abs(z) - error, 0), 0)
     y = activate(activation, nearer)
     least = np.abs(y) - _stored(activation, nearer, y, np.zeros(()), sums, storage)
-    below = np.nextafter(np.maximum(min(sums.limit, storage.limit) - least, 0), np.inf)
+    below = np.nextafter(np.maximum(storage.limit - least, 0), np.inf)
     return np.where(np.isinf(y), 0.0, below)
 
 

@@ -447,6 +447,36 @@ def test_sums_that_may_overflow_are_not_judged() -> None:
     assert not compare(alone, np.zeros((1, 1, 1, 1, 1)), x[..., :1], w).passed
 
 
+def test_the_product_of_a_hard_sigmoid_is_rounded_before_anything_is_added() -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 act=hard_sigmoid:1e-37:0")
+    x, w = np.full(spec.x_shape, 6.1483674e9, np.float32), np.ones(spec.w_shape, np.float32)
+    y = np.float32(1e-37) * x
+    assert (y != reference(spec, x, w)).all()
+    compare(spec, y, x, w).require()
+
+
+def test_a_sum_far_below_zero_that_is_nearly_all_error_has_an_exponential_that_is_not_judged() -> None:
+    """z is -1000, e^z is no number but 0; a sum from left to right in float32 is 0, and its exponential 1."""
+    n = 1000
+    spec = ConvTranspose3d.parse(f"in=1x{n + 2}x1x1x1 co=1 k=1 bias=0 act=exponential")
+    x, w = np.ones(spec.x_shape, np.float32), np.array([2.0**34, *[-1.0] * n, -(2.0**34)], np.float32)
+    assert np.add.accumulate(w)[-1] == 0
+    check = compare(spec, np.ones(spec.y_shape, np.float32), x, w.reshape(spec.w_shape))
+    assert (check.failures, check.unjudged) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("z", "error"), [(-750.0, 700.0), (-750.0, 0.5), (-740.0, 730.0), (-3.0, 2.0), (5.0, 1e-9), (0.0, 1.0)]
+)
+def test_the_bound_of_an_exponential_holds_where_it_begins_at_no_number(z: float, error: float) -> None:
+    formats = FORMATS["float64"]
+    y = np.exp(np.array([z]))
+    bound = module._through(Activation("exponential"), np.array([z]), y, np.array([error]), formats)
+    with localcontext() as exact:
+        exact.prec = 60
+        assert Decimal(float(bound[0])) >= (Decimal(z) + Decimal(error)).exp() - Decimal(z).exp()
+
+
 def test_exponential_overflows_where_the_oracle_does() -> None:
     spec = ConvTranspose3d.parse("in=1x1x1x1x3 co=1 k=1 bias=0 act=exponential")
     x, w = np.array([1.5, 88.75, 1000.5], np.float32).reshape(spec.x_shape), np.ones(spec.w_shape, np.float32)
