@@ -512,10 +512,11 @@ class _Alike:
 
     @classmethod
     def of(cls, axis: Axis) -> list[_Alike]:
-        """All of them; the first tap of a phase is below `Axis.tap_step`."""
-        taps, more = divmod(axis.kernel, axis.tap_step)
-        each = (cls(0, more, taps + 1), cls(more, axis.tap_step - more, taps))
-        return [alike for alike in each if alike.count and alike.taps]
+        """Those of the output; first taps between theirs are of phases that a short one has not."""
+        firsts: dict[int, list[int]] = {}
+        for phase in axis.summed:
+            firsts.setdefault(phase.taps, []).append(phase.first_tap)
+        return [cls(min(each), max(each) - min(each) + 1, taps) for taps, each in sorted(firsts.items(), reverse=True)]
 
 
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:

@@ -73,12 +73,11 @@ def packed(spec: ConvTranspose3d, tiles: Tiles, shape: tuple[int, ...]) -> tuple
     W ``(C, M/g, kD, kH, kW)``, viewed as ``(g, C/g, M/block, block, kD/pD, pD, ...)``, becomes
     ``(g, M/block, pD, pH, pW, kD/pD, kH/pH, kW/pW, C/g, block)``: the taps of a phase lie together
     (`_periods`), and those of its rows within each channel, ``(..., C/g, kW/pW, block)``, where they are taken
-    at once (`by_rows`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is;
-    phases that are axes multiply zeros.
+    at once (`by_rows`). A layer whose taps all fall beyond the output has no phase that reads W, which stays as it is.
     Channels that are multiplied in pairs lie side by side: ``(..., block, 2)``, of C/g/2 pairs.
     Where each tap has sums of its own, the weights of a register tile do (`_tap_tile`), in each channel.
     """
-    if not spec.terms and phases_apart(spec):
+    if not spec.terms:
         return shape, tuple(range(5))
     cuts, order = _cuts(spec, tiles, shape)
     return tuple(chain.from_iterable(cuts)), order

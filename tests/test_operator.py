@@ -460,6 +460,8 @@ def test_every_multiplication_is_by_a_tap(name: str) -> None:
         ("k=7x8x4 s=4", {"2_2_1", "1_2_1"}),
         ("k=6x4x3 s=4x4x6", {"2_1_1", "1_1_1"}),  # one that no tap meets has no sums
         ("k=6 s=4x4x8 d=1x1x4", {"2_2_3", "2_1_3", "1_2_3", "1_1_3"}),
+        ("k=6 s=4 p=6x3x3", {"1_2_2", "1_2_1", "1_1_2", "1_1_1"}),  # an output that is too short for those with two
+        ("k=1x1x2 s=9 p=1:16x0x0", set()),  # and for any with taps
     ],
 )
 def test_many_phases_are_axes_of_blocks_by_their_taps_and_no_zero_is_multiplied(layer: str, blocks: set[str]) -> None:
