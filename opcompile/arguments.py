@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import TypeVar
+
+import numpy as np
 
 from opcompile.errors import CallError
 
+T = TypeVar("T")
 
-def checked_list(given: object, name: str) -> Sequence[object]:
-    """Return the argument ``name`` as it is. Raises `CallError` for what is no list, like one text."""
-    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+
+def checked_list(given: Iterable[T], name: str) -> tuple[T, ...]:
+    """Return what the argument ``name`` yields. Raises `CallError` for what yields nothing, and for one text."""
+    # an array without axes is an Iterable that cannot be iterated
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         raise CallError(f"{name} is of type {type(given).__name__}, but must be a list; put it into one")
-    return given
+    return tuple(given)
 
 
 def checked_flag(given: object, name: str) -> bool:
     """Return the argument ``name``. Raises `CallError` for what is neither True nor False."""
-    if not isinstance(given, bool):
+    if not isinstance(given, bool | np.bool_):
         raise CallError(f"{name} is {given!r}, but must be True or False")
-    return given
+    return bool(given)
 
 
 def checked_seed(given: object) -> int:
     """Return the seed. Raises `CallError` for what is no whole number of at least 0."""
-    if type(given) is not int or given < 0:
+    try:
+        seed = -1 if isinstance(given, bool) else operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        seed = -1
+    if seed < 0:
         raise CallError(f"seed is {given!r}, but must be a whole number of at least 0")
-    return given
+    return seed
 
 
 def checked_seconds(given: object) -> float:
     """Return the time to take. Raises `CallError` for what is no finite number of at least 0."""
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) < math.inf:
         raise CallError(f"seconds is {given!r}, but must be a number of at least 0")
-    return given
+    return float(given)
 
 
 def checked_callback(given: object, name: str) -> None:

@@ -288,7 +288,7 @@ def median_interval(n: int) -> tuple[int, int]:
 def bench(
     spec: ConvTranspose3d,
     *,
-    against: Sequence[str] = ("onnxruntime",),
+    against: Iterable[str] = ("onnxruntime",),
     threads: int = 1,
     target: str = "llvm",
     plan: PlanName = "best",
@@ -304,9 +304,8 @@ def bench(
     `VerificationError` where our output is wrong: such a result is never timed.
     """
     require_layer(spec)
-    checked_seconds(seconds)
-    checked_seed(seed)
-    unknown = sorted({str(engine) for engine in checked_list(against, "against")} - set(PEERS))
+    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_list(against, "against")
+    unknown = sorted({str(engine) for engine in against} - set(PEERS))
     if unknown:
         raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")
     if type(threads) is not int or not 1 <= threads <= cores():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def bench_gpu(
     spec: ConvTranspose3d,
     *,
     target: str,
-    against: Sequence[str] = PEERS,
+    against: Iterable[str] = PEERS,
     plan: PlanName = "best",
     seconds: float = 1.0,
     seed: int = 0,
@@ -63,9 +63,8 @@ def bench_gpu(
     A dynamic batch is timed with one image. Raises `CallError` for an unknown engine, `TargetError` where there is no
     GPU for the target, `EngineError` without nvcc or PyTorch, `VerificationError` where an output is wrong.
     """
-    checked_seconds(seconds)
-    checked_seed(seed)
-    unknown = sorted({str(engine) for engine in checked_list(against, "against")} - set(PEERS))
+    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_list(against, "against")
+    unknown = sorted({str(engine) for engine in against} - set(PEERS))
     if unknown:
         raise CallError(f"engine {unknown[0]!r} is unknown on a GPU; compare with some of {', '.join(PEERS)}")
     from opcompile.build import compile  # on use: it brings the compiler
@@ -84,7 +83,7 @@ def bench_gpu(
 
 
 def bench_artifact(
-    artifact: CudaArtifact, *, against: Sequence[str] = PEERS, seconds: float = 1.0, seed: int = 0
+    artifact: CudaArtifact, *, against: Iterable[str] = PEERS, seconds: float = 1.0, seed: int = 0
 ) -> BenchReport:
     """Time an artifact that was compiled before, perhaps elsewhere. Raises as `bench_gpu`."""
     torch, spec, gpu = artifact.require_gpu(), artifact.spec, device()

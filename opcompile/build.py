@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def compile(
     `EngineError`, `ArtifactError` where ``into`` cannot be written or must not be.
     """
     require_layer(spec)
-    checked_flag(verify, "verify")
+    verify = checked_flag(verify, "verify")
     _require_runs_here(any_target(target))
     place = checked_path(into, "into") if into is not None else _scratch()
     written = write(spec, target, plan, place, derivative=derivative, weight=weight, bias=bias)
@@ -269,7 +269,7 @@ def compile_all(
     plan: PlanName = "best",
     *,
     derivative: Wrt | None = None,
-    nodes: Sequence[str] = (),
+    nodes: Iterable[str] = (),
     shapes: Shapes | None = None,
     verify: bool = True,
     progress: Callable[[Step], None] | None = None,
@@ -283,7 +283,7 @@ def compile_all(
     A text or a case is one layer, whose artifact is ``into`` itself; what is wrong with it is raised.
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
-    checked_flag(verify, "verify")
+    verify = checked_flag(verify, "verify")
     checked_callback(progress, "progress")
     given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"

@@ -8,7 +8,7 @@ an ONNX file. A text with ``=`` is a layer's text form; the rest is looked up am
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Source:
         return self.compilable[0]
 
 
-def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shapes | None = None) -> Source:
+def read(source: str | os.PathLike[str], nodes: Iterable[str] = (), shapes: Shapes | None = None) -> Source:
     """Return the layers that ``source`` stands for; of a model, those of ``nodes`` where any are named.
 
     ``shapes`` gives inputs of an ONNX model, by name, the sizes that the file leaves open (see `opcompile.find`).
@@ -76,7 +76,7 @@ def read(source: str | os.PathLike[str], nodes: Sequence[str] = (), shapes: Shap
     text = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(text, str):
         raise CallError(f"source is of type {type(source).__name__}, but must be a str or a path; {_SOURCES}")
-    checked_list(nodes, "nodes")
+    nodes = checked_list(nodes, "nodes")
     if os.path.isfile(text):
         return Source(text, "model", _of_model(text, nodes, shapes))
     folder = os.path.isdir(text)

@@ -263,6 +263,11 @@ class Axis:
         return tuple(phase for phase in self.phases if phase.taps)
 
 
+def _plain(given: object) -> object:
+    """Return a text of a type of its own (NumPy's, an enumeration's) as a str, which is another text in messages."""
+    return str.__str__(given) if isinstance(given, str) else given
+
+
 @dataclass(frozen=True, slots=True)
 class Activation:
     """An elementwise function applied to the sum plus the bias; ``none`` is the identity."""
@@ -272,6 +277,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Fill in default parameters; raise `SpecError` for an unknown name or a wrong count."""
+        object.__setattr__(self, "name", _plain(self.name))
         if type(self.name) is not str or self.name not in ACTIVATIONS:
             # what stands after = or ( are parameters
             hint = meant(re.split(r"[=(]", str(self.name))[0], ACTIVATIONS, _OTHER_ACTIVATIONS)
@@ -356,7 +362,9 @@ class ConvTranspose3d:
             raise SpecError("axes must be a tuple of three Axis values, in the order D, H, W")
         if not isinstance(self.bias, bool):
             raise SpecError(f"bias is {self.bias!r}, but must be true or false")
-        # a NumPy dtype, or an enumeration, may equal its name, but is another key and another text
+        for name in ("dtype", "layout"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        # a NumPy dtype may equal its name, but is another key and another text
         if type(self.dtype) is not str or self.dtype not in DTYPES:
             hint = meant(str(self.dtype), DTYPES, _OTHER_DTYPES)
             raise SpecError(f"dtype {self.dtype!r} is not supported; {hint}use one of {', '.join(DTYPES)}")

@@ -122,7 +122,7 @@ def tune(
     something else or is in use; a directory cannot be written).
     """
     require_layer(spec)
-    checked_seed(seed)
+    seed = checked_seed(seed)
     checked_callback(progress, "progress")
     if is_gpu(target):
         from opcompile.tune_gpu import tune_gpu

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import opcompile
-from opcompile import source
+from opcompile import arguments, source
 from opcompile.bench import bench
 from opcompile.bench_gpu import bench_gpu
 from opcompile.bounds import compare
@@ -74,9 +75,13 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "case": (lambda: case(None), "a case is named by a str, and this is of type NoneType"),
     "cases": (lambda: case(["k2-s2"]), "a case is named by a str, and this is of type list"),
     "bench": (lambda: bench(LAYER, seconds="a"), "seconds is 'a', but must be a number of at least 0"),
+    "yes": (lambda: bench(LAYER, seconds=True), "seconds is True, but must be a number of at least 0"),
     "no time": (lambda: bench(LAYER, seconds=math.nan), "seconds is nan, but must be a number of at least 0"),
     "less": (lambda: bench(LAYER, seconds=-1), "seconds is -1, but must be a number of at least 0"),
     "bench seed": (lambda: bench(LAYER, seed=None), "seed is None, but must be a whole number of at least 0"),
+    "half a seed": (lambda: bench(LAYER, seed=1.0), "seed is 1.0, but must be a whole number of at least 0"),
+    "true seed": (lambda: bench(LAYER, seed=True), "seed is True, but must be a whole number of at least 0"),
+    "no axis": (lambda: bench(LAYER, against=np.array("torch")), "against is of type ndarray, but must be a list"),
     "against": (lambda: bench(LAYER, against="torch"), "against is of type str, but must be a list"),
     "on a GPU": (lambda: bench_gpu(LAYER, target="cuda:sm_80", seconds=-1), "seconds is -1, but must be a number"),
     "sums": (lambda: compare(LAYER, Y, X, W, B, computed_in="foo"), "computed_in is 'foo', but sums are known for"),
@@ -101,6 +106,25 @@ def test_what_is_of_another_type_is_named_with_the_rule(name: str) -> None:
     call, words = WRONG[name]
     with pytest.raises(OpcompileError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("check", "plain"),
+    [
+        (lambda: arguments.checked_seed(np.int64(1)), 1),
+        (lambda: arguments.checked_seconds(np.float32(0.5)), 0.5),
+        (lambda: arguments.checked_seconds(np.int64(2)), 2.0),
+        (lambda: arguments.checked_seconds(Fraction(1, 2)), 0.5),
+        (lambda: arguments.checked_flag(np.bool_(True), "verify"), True),
+        (lambda: arguments.checked_list({"torch"}, "against"), ("torch",)),
+        (lambda: arguments.checked_list({"torch": 1}.keys(), "against"), ("torch",)),
+        (lambda: arguments.checked_list(np.array([1, 2]), "threads"), (1, 2)),
+        (lambda: arguments.checked_list((name for name in ["torch"]), "against"), ("torch",)),
+    ],
+)
+def test_what_says_the_same_is_taken_as_it(check: Callable[[], object], plain: object) -> None:
+    given = check()
+    assert (given, type(given)) == (plain, type(plain))
 
 
 @pytest.mark.parametrize(
