@@ -308,6 +308,7 @@ def test_external_data_stay_external(tmp_path: Path) -> None:
             "missing.bin",
             r"missing\.bin, where the model keeps data, cannot be read: No such file or directory; bring it",
         ),
+        ("a\0b", "where the model keeps data, cannot be read: embedded null byte; bring it there"),
         ("../weights.bin", r"keeps data in '\.\./weights\.bin', which is outside of its folder; save it anew"),
     ],
 )

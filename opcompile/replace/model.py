@@ -145,9 +145,10 @@ class Model:
             file = self.folder / name
             try:
                 file.open("rb").close()
-            except OSError as error:
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
                 raise ModelError(
-                    f"{file}, where the model keeps data, cannot be read: {error.strerror}; bring it there"
+                    f"{file}, where the model keeps data, cannot be read: {reason}; bring it there"
                 ) from error
 
     def names(self) -> set[str]:
