@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opcompile.arguments import checked_list, checked_seed
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.needed import packages_named
@@ -517,10 +518,8 @@ def ask_golden(
     )
 
 
-def _require_arguments(artifact: object, seed: object, engines: object) -> None:
+def _require_arguments(artifact: object, engines: Sequence[str]) -> None:
     """Raise `CallError` for what is no question to `verify`."""
-    if isinstance(engines, str) or not isinstance(engines, Sequence):
-        raise CallError(f"engines is of type {type(engines).__name__}, but must be a list; put it into one")
     unknown = sorted(str(engine) for engine in engines if engine not in ENGINES)
     if unknown or not engines:
         raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
@@ -528,8 +527,6 @@ def _require_arguments(artifact: object, seed: object, engines: object) -> None:
         raise CallError(f"{os.fspath(artifact)!r} is a path; load the artifact there by opcompile.load first")
     if not hasattr(artifact, "manifest"):
         raise CallError(f"a {type(artifact).__name__} cannot be verified; opcompile.compile and load give what can")
-    if not isinstance(seed, int) or seed < 0:
-        raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
 
 
 def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
@@ -542,7 +539,7 @@ def _unanswerable(spec: ConvTranspose3d, finite: bool) -> Iterator[NotAsked]:
 
 @packages_named()
 def verify(
-    artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Sequence[str] = ENGINES
+    artifact: Artifact | CudaArtifact | Simulated | Derivative, *, seed: int = 0, engines: Iterable[str] = ENGINES
 ) -> Report:
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
@@ -553,7 +550,8 @@ def verify(
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
     """
-    _require_arguments(artifact, seed, engines)
+    seed, engines = checked_seed(seed), checked_list(engines, "engines")
+    _require_arguments(artifact, engines)
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient
 
@@ -597,7 +595,7 @@ def verify(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=here(),
         versions=versions,
-        engines=tuple(engines),
+        engines=engines,
         threads=threads,
         rule=rule,
         elapsed_s=round(time.perf_counter() - started, 3),

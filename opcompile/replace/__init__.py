@@ -22,11 +22,11 @@ the library takes ONNX's own operator over; where no kernel was compiled for a s
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from opcompile.arguments import checked_callback, checked_flag, checked_list, checked_seconds, checked_seed
 from opcompile.errors import CallError
 from opcompile.needed import packages_named
 from opcompile.paths import checked_path
@@ -77,15 +77,9 @@ def replace(
 
     if mode not in ("rewrite", "override"):
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
-    for name, given in (("nodes", nodes), ("threads", threads)):
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise CallError(f"{name} is of type {type(given).__name__}, but must be a list; put it into one")
     if not isinstance(shapes, Sequence) or not all(isinstance(alternative, Mapping) for alternative in shapes):
         raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
-    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-        raise CallError(f"seconds is {seconds!r}, but must be a number of at least 0")
-    if not isinstance(seed, int) or seed < 0:
-        raise CallError(f"seed is {seed!r}, but must be a whole number of at least 0")
+    checked_callback(progress, "progress")
     job = Job(
         model=checked_path(model, "model"),
         into=checked_path(into, "into"),
@@ -93,13 +87,13 @@ def replace(
         target=target,
         plan=plan,
         shapes=tuple(shapes),
-        nodes=tuple(nodes),
-        everything=everything,
-        verify=verify,
-        measure=measure,
-        threads=tuple(threads),
-        seconds=seconds,
-        seed=seed,
+        nodes=checked_list(nodes, "nodes"),
+        everything=checked_flag(everything, "everything"),
+        verify=checked_flag(verify, "verify"),
+        measure=checked_flag(measure, "measure"),
+        threads=checked_list(threads, "threads"),
+        seconds=checked_seconds(seconds),
+        seed=checked_seed(seed),
         progress=progress or (lambda _done, _total, _name: None),
     )
     return job.run()
