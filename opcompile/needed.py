@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opcompile.errors import EngineError
 
-# Those that are imported by another name than they are installed by.
-_DISTRIBUTIONS = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+# What this project needs, and what that needs, by the names that are imported: a caller's own imports are no matter of
+# ours.
+_SAME_NAME = (
+    *("numpy", "onnx", "onnxruntime", "click", "rich", "psutil", "cloudpickle", "tornado", "ml_dtypes"),
+    *("typing_extensions", "flatbuffers", "packaging", "pygments", "mdurl", "torch", "jax", "keras", "mlx"),
+)
+_DISTRIBUTIONS = {
+    **{name: name for name in _SAME_NAME},
+    "tvm": "apache-tvm",
+    "tvm_ffi": "apache-tvm-ffi",
+    "google": "protobuf",
+    "markdown_it": "markdown-it-py",
+}
 
 
 def missing(error: BaseException) -> EngineError | None:
     """Say which package of others was to be imported and is not there; None for any other error."""
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if package in ("", "opcompile", "schedules"):
+    module = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    name = _DISTRIBUTIONS.get(module.partition(".")[0])
+    if name is None:
         return None
-    name = _DISTRIBUTIONS.get(package, package)
-    return EngineError(f"this needs the package {name}, which is missing: pip install {name}, or opcompile with all")
+    # several distributions share a namespace like google, which has no file
+    if getattr(sys.modules.get(module.rpartition(".")[0]), "__file__", None):
+        return EngineError(
+            f"this needs the module {module}, which the installed version of {name} lacks; install opcompile with its "
+            "dependencies, which brings a version that has it"
+        )
+    return EngineError(
+        f"this needs the package {name}, which is missing: pip install {name}, or install opcompile with its "
+        "dependencies"
+    )
 
 
 @contextmanager

@@ -303,7 +303,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         (MemoryError("8 EiB"), 3, "out of memory: 8 EiB"),
         # installed without what it depends on, to run artifacts alone
         (
-            ModuleNotFoundError("No module named 'tvm'", name="tvm.ir"),
+            ModuleNotFoundError("No module named 'tvm'", name="tvm"),
             3,
             "the package apache-tvm, which is missing: pip install apache-tvm,",
         ),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from opcompile.describe import contents, describe
 from opcompile.diff import diff
 from opcompile.errors import OpcompileError
 from opcompile.importers import files, keras, torch
+from opcompile.needed import missing
 from opcompile.reference import reference
 
 LAYER = opcompile.ConvTranspose3d.parse("in=1x2x2x2x2 co=2 k=2")
@@ -130,6 +131,33 @@ def test_what_is_of_another_type_is_named_with_the_rule(name: str) -> None:
 def test_what_says_the_same_is_taken_as_it(check: Callable[[], object], plain: object) -> None:
     given = check()
     assert (given, type(given)) == (plain, type(plain))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (
+            "numpy.none",
+            "needs the module numpy.none, which the installed version of numpy lacks; install opcompile with",
+        ),
+        ("google", "needs the package protobuf, which is missing: pip install protobuf, or install opcompile with its"),
+        ("google.protobuf", "needs the package protobuf, which is missing"),
+        ("a_caller_s_own", None),
+        ("opcompile.none", None),
+    ],
+)
+def test_a_module_that_is_missing(module: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))  # a namespace of several distributions
+    named = missing(ModuleNotFoundError(name=module))
+    assert named is None if words is None else words in str(named)
+
+
+def test_what_a_callback_imports_is_not_of_ours(tmp_path: Path) -> None:
+    def shown(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'bars'", name="bars")
+
+    with pytest.raises(ModuleNotFoundError, match="bars"):
+        opcompile.replace(UNET, tmp_path / "out", plan="baseline", progress=shown)
 
 
 @pytest.mark.parametrize(
