@@ -215,9 +215,27 @@ def test_a_model_that_is_not_deterministic_is_not_judged(tmp_path: Path) -> None
     command = ["replace", str(saved(upsampling(after=after), tmp_path)), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(cli, [*command, "--plan", "baseline", "--all", "--seconds", "0.01"])
     assert result.exit_code == 3
-    assert "the whole model: not judged: the model is not deterministic: output y" in result.stdout
+    assert "the whole model: not judged: the model is not deterministic: every output" in result.stdout
     assert "the whole model is NOT VERIFIED" in result.stdout
     assert "whole model, 1 thread: " in result.stdout
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_other_outputs_of_a_model_that_draws_one_are_judged(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = upsampling(after=[helper.make_node("Elu", ["up"], ["y"])])
+    model.graph.node.append(helper.make_node("RandomNormalLike", ["x"], ["noise"], seed=1.0))
+    model.graph.output.append(value("noise", None))
+    if wrong:
+        module = __import__("opcompile.replace.fusion", fromlist=["fusion"])
+        monkeypatch.setitem(module._OPERATORS, "Elu", ("relu", ()))
+    report, _ = replaced(model, tmp_path, verify=True)
+    assert {(check.output, check.judged) for check in report.checks} == {("y", True), ("noise", False)}
+    assert {check.output for check in report.checks if not check.passed} == ({"y"} if wrong else set())
+    assert report.passed == (not wrong)
+    assert "the whole model" not in report.not_asked
+    assert any("elements of noise are finite, or their words, or they change from run" in s for s in report._lines())
 
 
 def test_a_model_that_does_not_run_is_not_verified(tmp_path: Path) -> None:

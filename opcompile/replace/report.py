@@ -111,7 +111,8 @@ class OutputCheck:
     """One output of the whole model on one input set: the largest error against stock ONNX Runtime, and its bound.
 
     Where the two differ in shape, dtype or in which elements are not finite, the error is infinite. An infinite bound,
-    where errors within the nodes' own bounds make just such a difference, judges nothing.
+    where errors within the nodes' own bounds make just such a difference, or the output changes from run to run, judges
+    nothing.
     """
 
     inputs: str
@@ -252,7 +253,8 @@ class Report:
         if unjudged := sorted({check.output for check in self.checks if not check.judged}):
             yield (
                 f"whole model: {len(self.checks) - len(judged)} of {len(self.checks)} comparisons judge nothing: "
-                f"errors within the bounds change which elements of {', '.join(unjudged)} are finite, or their words"
+                f"errors within the bounds change which elements of {', '.join(unjudged)} are finite, or their words, "
+                "or they change from run to run"
             )
         for speed in self.speeds:
             r, busy = speed.ratio, f"; other work had {speed.others:.0%} of the processors" if speed.busy else ""
