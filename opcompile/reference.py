@@ -53,7 +53,7 @@ def _require_shape(name: str, a: Tensor, wanted: tuple[int | None, ...]) -> None
     given = np.shape(a)
     if len(given) != len(wanted) or any(n is not None and n != m for n, m in zip(wanted, given, strict=True)):
         sizes = ", ".join("N" if n is None else str(n) for n in wanted)
-        raise CallError(f"{name} has shape {given}, but must have ({sizes})")
+        raise CallError(f"{name} has shape {given}, but must have ({sizes}{',' if len(wanted) == 1 else ''})")
 
 
 def landings(spec: ConvTranspose3d) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:

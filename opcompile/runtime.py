@@ -157,6 +157,7 @@ class Slot:
                 raise CallError(
                     f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()"
                 )
+            # older versions of PyTorch export no tensor that requires a gradient, under `torch.no_grad` either
             value = value.detach()
         # torch exports such a view (the imaginary part of a conjugate) as its memory, without the sign
         if getattr(value, "is_neg", bool)():

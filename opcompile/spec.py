@@ -139,7 +139,7 @@ class Axis:
             if value > _MOST_PLANNED:
                 raise SpecError(
                     f"{name} is {value}, but must be at most {_MOST_PLANNED}, for opcompile plans each tap and phase "
-                    "of an axis; split the layer"
+                    "of an axis; no layer that is known has more"
                 )
         for name, value in (("pad begin", self.pad[0]), ("pad end", self.pad[1]), ("output_pad", self.output_pad)):
             if value < 0:

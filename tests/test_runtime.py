@@ -243,6 +243,20 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
 
 
 @pytest.mark.peers
+def test_a_parameter_is_taken_from_a_pytorch_without_the_exchange_in_c(
+    layers: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    y = layer(x, w, b)
+    with torch.no_grad():
+        assert torch.equal(layer(x, w.requires_grad_(), b), y)
+
+
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 def test_torch_compile_goes_around_a_call(layers: dict[str, Artifact]) -> None:
     import torch

@@ -93,7 +93,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "sums": (lambda: compare(LAYER, Y, X, W, B, computed_in="foo"), "computed_in is 'foo', but sums are known for"),
     "x": (lambda: reference(LAYER, np.zeros((1, 3, 2, 2, 2)), W), r"x has shape .*, but must have \(N, 2, 2, 2, 2\)"),
     "w": (lambda: reference(LAYER, X, W[:1]), r"w has shape .*, but must have \(2, 2, 2, 2, 2\)"),
-    "b": (lambda: reference(LAYER, X, W, B[:1]), r"b has shape \(1,\), but must have \(2\)"),
+    "b": (lambda: reference(LAYER, X, W, B[:1]), r"b has shape \(1,\), but must have \(2,\)"),
     "tune seed": (lambda: opcompile.tune(LAYER, seed="a"), "seed is 'a', but must be a whole number of at least 0"),
     "tune progress": (
         lambda: opcompile.tune(LAYER, progress=3),
