@@ -152,6 +152,12 @@ def test_the_small_layer_is_found_at_once_where_most_is_cropped() -> None:
     assert module._small(spec).axes[2].size == 2 * 999999990
 
 
+def test_the_small_layer_has_an_output_where_the_stride_does_not_divide_what_is_cropped() -> None:
+    """With four elements two outputs are left, with three none."""
+    spec = ConvTranspose3d.parse("in=1x4x3x3x9 co=4 k=2 s=2 p=0x0x3")
+    assert (module._small(spec).axes[2].size, module._small(spec).axes[2].out) == (4, 2)
+
+
 @pytest.mark.parametrize("distribution", ["tensorflow", "tensorflow-cpu"])
 def test_a_system_is_found_by_whichever_distribution_brings_it(
     distribution: str, monkeypatch: pytest.MonkeyPatch

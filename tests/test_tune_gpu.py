@@ -408,6 +408,12 @@ def changed(where: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def failed_final(results: dict[str, Any]) -> None:
+    """Put a failed one behind the finals."""
+    finals = results["layers"][0]["finals"]
+    finals.append({"rank": finals[0]["rank"], "tiles": finals[0]["tiles"], "error": "lost"})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -427,6 +433,7 @@ def changed(where: str, value: object) -> Callable[[dict[str, Any]], None]:
         (changed("layers.0.samples.0.times_us", [1e-3]), r"samples\[0\] has run_us .*, which is not the median"),
         (changed("layers.0.samples.0.error", "none"), r"samples\[0\] has both an error and a time"),
         (changed("layers.0.finals", []), r"its finals have times for ranks \[\], but must have them for \[\d+, "),
+        (failed_final, r"its finals have times for ranks \[\d+, (\d+, )*None\], but must have them for"),
         (changed("layers.0.finals", None), "its finals are None, but must be a list"),
         (changed("layers.0.finals", {}), "its finals are {}, but must be a list"),
         (changed("layers.0.finals.0.run_us", 1e-3), r"finals\[0\] has run_us 0\.001, which is not the median"),

@@ -223,6 +223,23 @@ def test_nan_that_becomes_a_number_and_one_that_spreads_are_caught(act: str, dty
         assert np.isnan(check.actual) != np.isnan(check.expected)
 
 
+def test_nan_is_put_to_an_element_that_the_seed_draws(tmp_path: Path) -> None:
+    fake = Fake(SPEC, tmp_path)
+    for seed in range(4):
+        verify(fake, seed=seed, engines=["reference"])
+    places = [np.flatnonzero(np.isnan(call["x"])).tolist() for call in fake.calls if np.isnan(call["x"]).any()]
+    assert {len(place) for place in places} == {1}
+    assert len({place for (place,) in places}) == 4
+
+
+def test_nan_is_not_asked_of_a_large_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its report says that two input sets are asked."""
+    monkeypatch.setattr(module, "_LARGE_FLOPS", 0)
+    report = report_on(SPEC, tmp_path)
+    assert {row.inputs for row in report.rows} == {"integers", "normal", "golden.npz"}
+    assert report.rule.startswith("two input sets, because the layer is larger than")
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_batch_that_is_wrong_is_caught(batch: int, tmp_path: Path) -> None:
     bend = lambda call, y: off_by_one(y) if call["batch"] == batch else y  # noqa: E731
