@@ -32,9 +32,9 @@ MOST_PHASES = (27, 64)
 # so many taps of all together.
 _FEW_OUTPUTS = 8
 _MOST_TAPS = {"taps": 64, "plane": 343}
+_MOST_TAPS_LAST = 512
 # With more than 27 phases, of so many taps: 216 took nine seconds to compile.
 _MOST_TAPS_OF_MANY_PHASES = 125
-_MOST_TAPS_LAST = 512
 # So many places of Y may be written in turn without losing the prefetcher and the pages.
 _STREAMS = 8
 # Rows of more phases than these are left to LLVM; where channels come last, of more phases of all channels, and those
