@@ -535,12 +535,13 @@ def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
         shape = scope.batched(scope.groups, scope.channels, *phases, *where.positions)
         return te.compute(shape, at, name="phases_" + "_".join(str(each.taps) for each in alike))
 
-    blocks = [(alike, block(alike)) for alike in product(*map(_Alike.of, spec.axes))]
-    all_meet = all(sum(each.count for each in _Alike.of(axis)) == axis.stride for axis in spec.axes)
+    of_axes = [_Alike.of(axis) for axis in spec.axes]
+    blocks = [(alike, block(alike)) for alike in product(*of_axes)]
+    all_meet = all(sum(a.count for a in each) == axis.stride for each, axis in zip(of_axes, spec.axes, strict=True))
 
     def pick(n: Any, m: Any, o: Sequence[Any]) -> Any:
         q, f = _split(spec, o)
-        taps = [first_tap(axis, i) for axis, i in zip(spec.axes, f, strict=True)]
+        taps = [_first_tap(axis, i) for axis, i in zip(spec.axes, f, strict=True)]
         value = None if all_meet else tirx.const(0, spec.sum_dtype)
         for alike, sums in blocks:
             here = sums(n, *scope.grouped(m), *(t - a.first for t, a in zip(taps, alike, strict=True)), *where.place(q))
@@ -551,15 +552,9 @@ def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
     return pick
 
 
-def first_tap(axis: Axis, f: Any) -> Any:
-    """The first tap of phase ``f``, an expression: `Axis.phase` solved for ``t``; where it has none, one beyond all.
-
-    ``(f + begin - t*d) % s == 0`` with ``g = gcd(s, d)`` has the solution ``t = (f + begin)/g * (d/g)^-1 mod s/g``
-    when g divides ``f + begin``, and none otherwise.
-    """
-    g = math.gcd(axis.stride, axis.dilation)
-    inverse = pow(axis.dilation // g, -1, axis.tap_step) if axis.tap_step > 1 else 0
-    tap = tirx.floormod(tirx.floordiv(f + axis.begin, g) * inverse, axis.tap_step)
+def _first_tap(axis: Axis, f: Any) -> Any:
+    """The first tap of phase ``f``, an expression; where it has none, one beyond all."""
+    g, tap = math.gcd(axis.stride, axis.dilation), axis.first_tap(f)
     return tap if g == 1 else tirx.Select(tirx.floormod(f + axis.begin, g) == 0, tap, tirx.const(axis.kernel, INDEX))
 
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from opcompile.errors import CallError, SpecError
 from opcompile.meant import meant
@@ -241,12 +242,19 @@ class Axis:
         lags = [self.begin - f // g * self.dilation - f % g for f in range(self.stride)]
         return tuple(range(-(-lag // self.stride), (self.out - 1 + lag) // self.stride + 1) for lag in lags)
 
+    def first_tap(self, index: Any) -> Any:
+        """The least ``t`` that solves ``(index + begin - t*d) % s == 0``, for a number of a phase or an expression.
+
+        With ``g = gcd(s, d)`` that is ``(index + begin)/g * (d/g)^-1 mod s/g``; where g does not divide
+        ``index + begin`` there is none, and what is returned means nothing.
+        """
+        g = math.gcd(self.stride, self.dilation)
+        return (index + self.begin) // g * pow(self.dilation // g, -1, self.tap_step) % self.tap_step
+
     def phase(self, index: int) -> Phase:
         """The taps of output phase ``index``; possibly none (then the output is zero)."""
-        g, place = math.gcd(self.stride, self.dilation), index + self.begin
-        # the least t with t*dilation = place, modulo stride
-        first = place // g * pow(self.dilation // g, -1, self.tap_step) % self.tap_step
-        if place % g or first >= self.kernel:
+        place, first = index + self.begin, self.first_tap(index)
+        if place % math.gcd(self.stride, self.dilation) or first >= self.kernel:
             return Phase(index, 0, 0, self.tap_step, 0, self.offset_step)
         taps = -(-(self.kernel - first) // self.tap_step)
         offset = (place - first * self.dilation) // self.stride
