@@ -98,7 +98,7 @@ class GpuTarget:
         """Return what multiplies matrices of ``dtype``, where the family ``matrix`` does."""
         if self.language == "metal":
             return "simdgroup"
-        return "tf32" if dtype == "float32" else "wmma"
+        return "tf32" if dtype == "float32" else "mma"
 
     @property
     def dtypes(self) -> tuple[str, ...]:

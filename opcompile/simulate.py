@@ -252,13 +252,18 @@ def _index(source: str, name: str, place: str) -> str:
 # A function of ours that stands before a kernel.
 _FUNCTION = re.compile(r"^(?:template <[^<>]*>\s)?static __device__ __forceinline__ \w+ opcompile_", re.M)
 _END = re.compile(r"^\}\n", re.M)
+# One that is an instruction of PTX, which the simulator's header has as well.
+_PTX = re.compile(
+    r"^static __device__ __forceinline__ \w+ opcompile_\w+\([^{}]*\) \{\n(?:#if .*\n)?  asm (?s:.*?)^\}\n", re.M
+)
 
 
 def _cuda(source: str) -> str:
     """Keep the kernel, and functions of ours: the simulator's header stands for TVM's preamble."""
     kernel, ours = source.index('extern "C" __global__'), _FUNCTION.search(source)
     end = _END.search(source, kernel)
-    return source[ours.start() if ours else kernel : end.end() if end else None].replace('extern "C" ', "")
+    text = source[ours.start() if ours else kernel : end.end() if end else None]
+    return _PTX.sub("", text).replace('extern "C" ', "")
 
 
 def _pointer(source: str, argument: str, launch: Launch) -> str:

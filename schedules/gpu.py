@@ -42,7 +42,7 @@ from schedules.gpu_tiles import (
     baseline,
     candidates,
 )
-from schedules.matrix import HOISTED, SCOPES, WIDEST, Unit, intrinsics
+from schedules.matrix import HELD_AS, HOISTED, SCOPES, WIDEST, Unit, intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -101,7 +101,7 @@ def sums(
     sch: Schedule,
     tiles: GpuTiles,
     dtype: str,
-    unit: Unit = "wmma",
+    unit: Unit = "mma",
     *,
     vectors: bool = False,
     own: int = 1,
@@ -201,13 +201,15 @@ def _take_turns(sch: Schedule, t: GpuTiles, elements: Any) -> None:
 def _deal_to_warps(sch: Schedule, t: GpuTiles, m: Any, q: Any) -> tuple[Any, list[Any]]:
     """Deal fragments to warps; the threads of a warp write one after the other."""
     m, fragments, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
-    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    q, q_in = sch.split(q, [t.threads_q, t.tile_q])
     far, near = (m_in, q_in) if t.lanes == "positions" else (q_in, m_in)
-    turns, far = sch.split(far, [None, WARP // EDGE])
-    sch.reorder(m, q, fragments, far, near, turns)
+    side = min(WARP, sch.get(near).extent)
+    again, near = sch.split(near, [None, side])
+    turns, far = sch.split(far, [None, WARP // side])
+    sch.reorder(m, q, fragments, far, near, again, turns)
     sch.bind(sch.fuse(m, q), "threadIdx.y")
     sch.bind(sch.fuse(far, near), "threadIdx.x")
-    return turns, [fragments]
+    return sch.fuse(again, turns), [fragments]
 
 
 def _whole_vectors(spec: ConvTranspose3d, t: GpuTiles) -> bool:
@@ -351,11 +353,11 @@ def _sum_in_groups(sch: Schedule, t: GpuTiles, parts: Any, factors: _Factors, bl
 
 def _in_fragments(sch: Schedule, t: GpuTiles, phase: Any) -> None:
     """Lay a phase out as fragments, told apart by warp and by place in the warp."""
-    own = t.tile_m // EDGE
 
     def fragments(n: Any, g: Any, m: Any, *fq: Any) -> tuple[Any, ...]:
         *f, q = fq
-        return (n, g, *f, m // (EDGE * own), m // EDGE % own, q // EDGE, m % EDGE, q % EDGE)
+        places = (m // EDGE % (t.tile_m // EDGE), q // EDGE % (t.tile_q // EDGE))
+        return (n, g, *f, m // t.tile_m, q // t.tile_q, *places, m % EDGE, q % EDGE)
 
     sch.transform_layout(phase, ("write", 0), fragments)
 
@@ -371,34 +373,44 @@ def _sum_in_fragments(
     step: Any,
 ) -> None:
     """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
-    does, (held, factor) = intrinsics(unit, dtype), SCOPES[unit]
+    does, (held, factor) = intrinsics(unit, dtype, t.tile_q // EDGE), SCOPES[unit]
     leave = sch.cache_write(phase, 0, held)
     sch.compute_at(leave, step, preserve_unit_loops=True)
     sch.set_scope(leave, 0, "shared")
     sch.compute_at(phase, block, preserve_unit_loops=True)
     n, g, m, *f, q, t_d, t_h, t_w, c = _own(sch, phase, block)
     warp, m, m_in = sch.split(m, [t.threads_m, t.tile_m // EDGE, EDGE])
-    q, q_in = sch.split(q, [t.threads_q, EDGE])
+    q_warp, q = sch.split(q, [t.threads_q, t.tile_q])
     c, c_step, c_in = sch.split(c, [None, t.chunk // EDGE, EDGE])
-    sch.reorder(n, g, warp, q, t_d, t_h, t_w, c, c_step, *f, m, m_in, q_in, c_in)
+    sch.reorder(n, g, warp, q_warp, t_d, t_h, t_w, c, c_step, *f, m, m_in, q, c_in)
     _name_taps(sch, t, (t_d, t_h, t_w))
-    sch.bind(sch.fuse(warp, q), "threadIdx.y")
+    sch.bind(sch.fuse(warp, q_warp), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)
     elements = sch.cache_read(phase, 0, factor, [phase])
+    if unit in HELD_AS:
+        sch.unsafe_set_dtype(elements, 0, HELD_AS[unit])
     weights = sch.cache_read(phase, 1, "shared", [phase])
+    sch.transform_layout(elements, ("write", 0), lambda *i: (*i[:-2], i[-1] // EDGE, i[-2], i[-1] % EDGE))
     sch.compute_at(elements, c_step, preserve_unit_loops=True)
+    *_, each, place = _own(sch, elements, c_step)
+    place, column = sch.split(place, [None, EDGE])
+    sch.reorder(place, each, column)
+    sch.unroll(place)
     shared = _columns_to_shared(sch, t, columns, c, WIDEST[unit])
     _to_shared(sch, t, weights, c, WIDEST[unit])
     sch.storage_align(shared, 0, -2, EDGE, PAD_X[DataType(dtype).itemsize])
     sch.storage_align(weights, 0, -2, EDGE, PAD)
-    fill = sch.decompose_reduction(phase, t_d)
+    *_, filled, column = sch.get_loops(sch.decompose_reduction(phase, t_d))
+    place, column = sch.split(column, [None, EDGE])
+    sch.reorder(place, filled, column)
+    sch.unroll(place)
     *outer, m, _ = _own(sch, leave, step)
     for loop in outer:
         sch.unroll(loop)
     sch.tensorize(m, does["store"])
-    sch.tensorize(_own(sch, elements, c_step)[-2], does["load"])
-    sch.tensorize(sch.get_loops(fill)[-2], does["fill"])
+    sch.tensorize(each, does["load"])
+    sch.tensorize(filled, does["fill"])
     sch.tensorize(m_in, does["multiply"])
 
 
@@ -414,7 +426,7 @@ def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest
     sch.compute_at(shared, at, preserve_unit_loops=True)
     *_, c, q = _own(sch, shared, at)
     own = t.chunk * t.positions // t.threads
-    c, vectors, lane = sch.split(c, [t.chunk // own, None, min(own, widest)])
+    c, vectors, lane = sch.split(c, [t.chunk // own, None, math.gcd(own, widest)])
     threads = [c, q] if t.lanes == "positions" else [q, c]
     sch.reorder(*threads, vectors, lane)
     y, x = sch.split(sch.fuse(*threads), [None, WARP])
@@ -425,7 +437,7 @@ def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest
     sch.compute_at(columns, vectors, preserve_unit_loops=True)
     *_, c, _ = _own(sch, columns, vectors)
     # of what lies apart in memory TVM writes no vector of eight
-    c, lane = sch.split(c, [None, min(own, widest if t.lanes == "channels" else widest // 2)])
+    c, lane = sch.split(c, [None, math.gcd(own, widest if t.lanes == "channels" else widest // 2)])
     sch.unroll(c)
     sch.vectorize(lane)
     return shared

@@ -65,8 +65,10 @@ def of_matrix(spec: ConvTranspose3d, target: Any = CUDA) -> list[GpuEstimate]:
 
 def forms(spec: ConvTranspose3d, target: Any = CUDA) -> list[GpuEstimate]:
     found = of_matrix(spec, target)
-    of_each = {(e.tiles.threads_m > 1, e.tiles.threads_q > 1, e.tiles.tile_m > 16, e.tiles.apart): e for e in found}
-    assert len(of_each) >= 3
+    of_each = {
+        (t.threads_m > 1, t.threads_q > 1, t.tile_m > 16, t.tile_q > 16, t.apart): e for e in found for t in [e.tiles]
+    }
+    assert len({e.tiles.tile_q for e in of_each.values()}) > 1
     return list(of_each.values())
 
 
@@ -74,7 +76,7 @@ def check(
     spec: ConvTranspose3d,
     estimate: GpuEstimate,
     target: Any = CUDA,
-    instruction: str = "nvcuda::wmma::mma_sync",
+    instruction: str = "mma.sync.aligned.m16n8k16",
     computed_in: str = "tensor cores",
 ) -> None:
     kernel = lowered(spec, target, estimate.tiles)
@@ -506,6 +508,77 @@ def test_shared_memory_that_was_not_written_shows_through_a_product() -> None:
     assert np.isnan(simulated(replace(kernel, source=bent))(x, w, b).astype(ml_dtypes.bfloat16)).any()
 
 
+# --- PTX's, simulated: which thread has what is in its manual, and here ---
+
+
+def warp(body: str, x: Any, count: int) -> Any:
+    """Run ``body`` in one warp on two matrices in shared memory ``a``, row by row; return what it writes to ``y``."""
+    source = (
+        'extern "C" __global__ void __launch_bounds__(32) k(half* __restrict__ X_ptr, float* __restrict__ output_ptr) '
+        "{\n"
+        "  __shared__ alignas(64) half a[512];\n  int lane = threadIdx.x, group = lane >> 2, place = lane % 4;\n"
+        "  for (int j = lane; j < 512; j += 32) a[j] = X_ptr[j];\n  __syncthreads();\n"
+        f"  float *y = output_ptr;\n{body}}}\n"
+    )
+    y = np.zeros((1, count), "float32")
+    Simulator(source, "cuda", Launch.of(source, "cuda", 1, (32,))).run({"x": x.astype("float16")}, y, 1)
+    return y[0]
+
+
+# Rows of the four matrices of 8x8 of a 16x16 one, that of thread 8 i + r being row r of matrix i.
+ROWS = "a + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_thread_gets_neighbours_in_rows_or_in_columns(turned: bool) -> None:
+    x = np.arange(512).reshape(1, 2, 16, 16)
+    load = "opcompile_ldmatrix_trans" if turned else "opcompile_ldmatrix"
+    show = "for (int i = 0; i < 8; i++) y[lane * 8 + i] = ((const half *)r)[i];"
+    got = warp(f"unsigned r[4]; {load}(r, {ROWS}); {show}", x, 256).reshape(32, 4, 2)
+    for lane in range(32):
+        for i in range(4):
+            block = x[0, 0, i // 2 * 8 : i // 2 * 8 + 8, i % 2 * 8 : i % 2 * 8 + 8]
+            block = block.T if turned else block
+            assert (got[lane, i] == block[lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]).all()
+
+
+def test_threads_multiply_as_the_manual_deals_elements_out() -> None:
+    """A of 16x16 and B of 16x8; ``group`` and ``place`` are the manual's groupID and threadID_in_group."""
+    x = np.random.default_rng(0).integers(-4, 5, (1, 2, 16, 16))
+    body = """
+  unsigned short h[12];
+  const unsigned short *words = (const unsigned short *)a;
+  for (int i = 0; i < 8; i++) {
+    int row = (i < 2 || (4 <= i && i < 6)) ? group : group + 8, column = place * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+    h[i] = words[row * 16 + column];
+  }
+  for (int i = 0; i < 4; i++) {
+    int row = place * 2 + (i & 1) + (i >= 2 ? 8 : 0), column = group;
+    h[8 + i] = words[256 + row * 16 + column];
+  }
+  unsigned r[6];
+  for (int i = 0; i < 6; i++) r[i] = h[2 * i] | (unsigned)h[2 * i + 1] << 16;
+  float sums[4] = {1, 1, 1, 1};
+  opcompile_mma_f16(sums, r, r + 4);
+  for (int i = 0; i < 4; i++) y[(i < 2 ? group : group + 8) * 8 + place * 2 + (i & 1)] = sums[i];
+"""
+    np.testing.assert_array_equal(warp(body, x, 128).reshape(16, 8), 1 + x[0, 0] @ x[0, 1, :, :8])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("unsigned r[4]; opcompile_ldmatrix(r, a + lane);", "not aligned"),
+        ("unsigned r[4]; opcompile_ldmatrix(r, a + 64 * lane);", "shared memory a"),
+        ("unsigned r[4]; if (lane < 16) opcompile_ldmatrix(r, a + 8 * lane);", "divergent"),
+        ("unsigned r[4] = {}; float s[4] = {}; if (lane) opcompile_mma_bf16(s, r, r);", "divergent"),
+    ],
+)
+def test_what_a_warp_must_not_do_with_ptx_is_said(body: str, words: str) -> None:
+    with pytest.raises(VerificationError, match=re.escape(words)):
+        warp(body + "\n", np.zeros((1, 2, 16, 16)), 1)
+
+
 # --- Apple's, simulated ---
 
 SIMD_HEAD = """
@@ -570,12 +643,15 @@ def test_a_simdgroup_matrix_that_was_not_filled_shows() -> None:
 
 
 @pytest.mark.gpu_table
-@pytest.mark.parametrize("unit", ASKED_FOR)
-def test_a_barrier_taken_out_of_a_kernel_with_matrices_is_missed(unit: str) -> None:
-    spec, target, *_ = asked_for(unit, "in=1x64x2x4x6 co=32 k=2 s=2")
-    kernel = lowered(spec, target, of_matrix(spec, target)[0].tiles)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [(CUDA, "float16"), *((target, dtype) for target, dtype, *_ in ASKED_FOR.values())]
+)
+def test_a_barrier_taken_out_of_a_kernel_with_matrices_is_missed(target: Any, dtype: str) -> None:
+    spec = replace(ConvTranspose3d.parse("in=1x64x2x4x6 co=32 k=2 s=2"), dtype=dtype)
+    kernel = lowered(spec, target, next(e.tiles for e in of_matrix(spec, target) if e.tiles.chunk < 64))
     # before a warp stores its sums, for the first time, there is nothing to wait for
-    needed = r"(__syncthreads\(\);|threadgroup_barrier\([^)]*\);)(?!\s+nvcuda::wmma::store_matrix_sync)"
+    store = r"(?:nvcuda::wmma::store_matrix_sync|opcompile_mma_store)"
+    needed = rf"(__syncthreads\(\);|threadgroup_barrier\([^)]*\);)(?!\s+{store})"
     barriers = list(re.finditer(needed, kernel.source))
     assert len(barriers) == 3
     x, w, b = integers(spec)

@@ -1,6 +1,7 @@
 /* What CUDA C means to the simulator: the part that TVM emits. */
 #pragma once
 #include "gpu.h"
+#include "mma.h"
 #include "wmma.h"
 
 #define __global__ static
