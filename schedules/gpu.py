@@ -42,7 +42,7 @@ from schedules.gpu_tiles import (
     baseline,
     candidates,
 )
-from schedules.matrix import HELD_AS, HOISTED, SCOPES, WIDEST, Unit, intrinsics
+from schedules.matrix import HELD_AS, HOISTED, SCOPE, WIDEST, Unit, intrinsics
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -373,8 +373,8 @@ def _sum_in_fragments(
     step: Any,
 ) -> None:
     """Sum in matrix instructions; ``step`` is the loop that hands one fragment of channels to the threads."""
-    does, (held, factor) = intrinsics(unit, dtype, t.tile_q // EDGE), SCOPES[unit]
-    leave = sch.cache_write(phase, 0, held)
+    does = intrinsics(unit, dtype, t.tile_q // EDGE)
+    leave = sch.cache_write(phase, 0, SCOPE[unit])
     sch.compute_at(leave, step, preserve_unit_loops=True)
     sch.set_scope(leave, 0, "shared")
     sch.compute_at(phase, block, preserve_unit_loops=True)
@@ -387,7 +387,7 @@ def _sum_in_fragments(
     sch.bind(sch.fuse(warp, q_warp), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)
-    elements = sch.cache_read(phase, 0, factor, [phase])
+    elements = sch.cache_read(phase, 0, SCOPE[unit], [phase])
     if unit in HELD_AS:
         sch.unsafe_set_dtype(elements, 0, HELD_AS[unit])
     weights = sch.cache_read(phase, 1, "shared", [phase])

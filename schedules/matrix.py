@@ -22,12 +22,8 @@ from typing import Any, Literal
 
 Unit = Literal["mma", "tf32", "simdgroup"]
 
-# Scopes of what a warp holds: sums, and the factor on the right.
-SCOPES: dict[Unit, tuple[str, str]] = {
-    "mma": ("wmma.accumulator", "wmma.accumulator"),
-    "tf32": ("wmma.accumulator", "wmma.accumulator"),
-    "simdgroup": ("metal.simdgroup", "metal.simdgroup"),
-}
+# Scope of what a warp holds: sums, and the factor on the right.
+SCOPE: dict[Unit, str] = {"mma": "wmma.accumulator", "tf32": "wmma.accumulator", "simdgroup": "metal.simdgroup"}
 # The type of what a warp holds of F, where it is not that of the factors.
 HELD_AS: dict[Unit, str] = {"mma": "float32"}
 # Whether shared memory is declared before all loops: Metal's belongs into a kernel's outermost scope.
@@ -43,8 +39,7 @@ def intrinsics(unit: Unit, dtype: str, across: int) -> dict[str, str]:
     ``fill`` C with zeros; ``load`` B^T into F, which is a warp's; ``multiply`` A, which is loaded first, and
     ``across`` of the F side by side, and add to as many C; ``store`` C to S.
     """
-    sums, right = SCOPES[unit]
-    held, loaded, shared = ("float32", sums), (HELD_AS.get(unit, dtype), right), (dtype, "shared")
+    held, loaded, shared = ("float32", SCOPE[unit]), (HELD_AS.get(unit, dtype), SCOPE[unit]), (dtype, "shared")
     done, q = _CALLS[unit](dtype, across), "q" if across > 1 else ""
     every = {
         "fill": ({"C": (*held, "ij")}, "{C} = T.float32(0)"),
