@@ -107,15 +107,12 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     pick = _pick_taps if grain.taps else _pick_axes if phases_as_axes(spec) else _pick_blocks
     picked = pick(scope, pad, wide)
 
-    def finish(n: Any, m: Any, o: Sequence[Any]) -> Any:
+    def finish(n: Any, *at: Any) -> Any:
+        _, m, *o = spec.from_layout([n, *at])
         z = picked(n, m, o) + sum_type(spec, b(m)) if spec.bias else picked(n, m, o)
         return activate(spec.activation, z).astype(spec.dtype)
 
-    y = te.compute(
-        scope.batched(*spec.y_shape[1:]),
-        lambda n, *at: finish(n, at[0], at[1:]) if spec.layout == "NCDHW" else finish(n, at[-1], at[:-1]),
-        name="output",
-    )
+    y = te.compute(scope.batched(*spec.y_shape[1:]), finish, name="output")
     func = te.create_prim_func([x, w, b, y] if spec.bias else [x, w, y])
     return unaligned(func, spec.itemsize)
 
@@ -343,7 +340,7 @@ class Scope:
             channel = g * c_in + c
             if self.own and self.channels > spec.channels_in:
                 tests.append(c < spec.channels_in)
-            value = x(n, channel, *where) if spec.layout == "NCDHW" else x(n, *where, channel)
+            value = x(*spec.in_layout(n, channel, *where))
             held = tirx.reinterpret(self._bits, value) if self.stored else sum_type(spec, value)
             return tirx.if_then_else(tirx.all(*tests), held, tirx.const(0, held.ty.dtype))
 

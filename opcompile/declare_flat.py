@@ -231,7 +231,7 @@ class _Flat:
         """X at ``at``, zero outside of it."""
         axes = self.spec.axes
         tests = [test for i, axis in zip(at, axes, strict=True) for test in (i >= 0, self._within(i, axis))]
-        value = x(n, channel, *at) if self.spec.layout == "NCDHW" else x(n, *at, channel)
+        value = x(*self.spec.in_layout(n, channel, *at))
         return tirx.if_then_else(tirx.all(*tests), value, tirx.const(0, self.spec.dtype))
 
     def _within(self, i: Any, axis: Axis) -> Any:
@@ -358,7 +358,7 @@ class _Flat:
                 if positions * phases > axis.out:
                     guards += [self._below(-1, o)] if same and not Numbering(axis).aligned else []
                     guards.append(self._below(o, axis.out))
-            return [n, channel, *outputs] if spec.layout == "NCDHW" else [n, *outputs, channel], guards
+            return list(spec.in_layout(n, channel, *outputs)), guards
 
         y = tirx.decl_buffer(scope.batched(*spec.y_shape[1:]), spec.dtype, name="output")
         return scattered(func, y, ("n", "g", "m", "q", "fd", "fh", "fw"), place)

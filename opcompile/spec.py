@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from opcompile.errors import CallError, SpecError
 from opcompile.meant import meant
+
+T = TypeVar("T")
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 LAYOUTS = ("NCDHW", "NDHWC")
@@ -395,7 +397,7 @@ class ConvTranspose3d:
     @property
     def x_shape(self) -> tuple[int | None, ...]:
         """Shape of X in its layout; None stands for a dynamic batch."""
-        return self._in_layout(self.channels_in, [a.size for a in self.axes])
+        return self.in_layout(self.batch, self.channels_in, *(a.size for a in self.axes))
 
     @property
     def w_shape(self) -> tuple[int, ...]:
@@ -405,12 +407,15 @@ class ConvTranspose3d:
     @property
     def y_shape(self) -> tuple[int | None, ...]:
         """Shape of Y in its layout; None stands for a dynamic batch."""
-        return self._in_layout(self.channels_out, [a.out for a in self.axes])
+        return self.in_layout(self.batch, self.channels_out, *(a.out for a in self.axes))
 
-    def _in_layout(self, channels: int, spatial: list[int]) -> tuple[int | None, ...]:
-        if self.layout == "NCDHW":
-            return (self.batch, channels, *spatial)
-        return (self.batch, *spatial, channels)
+    def in_layout(self, n: T, channel: T, *at: T) -> tuple[T, ...]:
+        """Return sizes, indices or loops ``(n, channel, d, h, w)`` in the order that X and Y have them in."""
+        return (n, channel, *at) if self.layout == "NCDHW" else (n, *at, channel)
+
+    def from_layout(self, of: Sequence[T]) -> list[T]:
+        """Return what is in the order of X and Y as ``[n, channel, d, h, w]``."""
+        return [*of] if self.layout == "NCDHW" else [of[0], of[-1], *of[1:-1]]
 
     # --- derived facts ---
 

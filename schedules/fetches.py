@@ -346,7 +346,7 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
         m = m + tirx.floormod(o[2], t.lanes)
     _, m_out, _ = divided(spec, t)
     m = g * m_out + m
-    return tirx.SeqStmt([loop, fetch(y, (n, m, *o) if spec.layout == "NCDHW" else (n, *o, m))])
+    return tirx.SeqStmt([loop, fetch(y, spec.in_layout(n, m, *o))])
 
 
 def fetch(buffer: Any, at: Sequence[Any]) -> tirx.Stmt:

@@ -117,10 +117,8 @@ def _as_it_lies(copy: s_tir.SBlockRealize, spec: ConvTranspose3d, end_to_end: bo
         return copy
     i = block.iter_vars[-1].var
     (load,), zero = every(TensorLoad, block.body.value), tirx.const(0, i.ty.dtype)
-    channels_first = spec.layout == "NCDHW"
-    n, c, d, *_ = load.indices if channels_first else [load.indices[0], load.indices[-1], *load.indices[1:-1]]
-    at = [zero if end_to_end else d, zero, i]
-    element = tirx.BufferLoad(load.source, [n, c, *at] if channels_first else [n, *at, c])
+    n, c, d, *_ = spec.from_layout(load.indices)
+    element = tirx.BufferLoad(load.source, spec.in_layout(n, c, zero if end_to_end else d, zero, i))
     body = with_body(block, structural_map(block.body, (TensorLoad, lambda _: element)))
     if end_to_end:
         return s_tir.SBlockRealize(copy.iter_values, copy.predicate, body)

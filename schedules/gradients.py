@@ -79,8 +79,7 @@ def _of_input(sch: Schedule, layer: ConvTranspose3d, t: InputTiles) -> None:
         sch.transform_layout(total, ("write", 0), lambda n, g, c, d, h, w: (n, g, c // block, d, h, w, c % block))
 
     # --- tasks: blocks of positions, with their channels inside ---
-    axes = sch.get_loops(output)
-    n, c, d, h, w = axes if first else [axes[0], axes[-1], *axes[1:-1]]
+    n, c, d, h, w = layer.from_layout(sch.get_loops(output))
     g, c = sch.split(c, [layer.groups, None])
     c, c_in_task = sch.split(c, [None, min(t.channels, c_in)])
     d, d_in_task = sch.split(d, [None, t.depth])
@@ -152,8 +151,7 @@ def _tile_input(sch: Schedule, t: InputTiles, total: Any) -> Any:
 def _claim_whole_tiles(sch: Schedule, layer: ConvTranspose3d, t: InputTiles, output: Any) -> None:
     """Let each output element claim the whole tiles of its task, ragged ends included: no test in the inner loop."""
     block = sch.get(output)
-    of = [v.var for v in block.iter_vars]
-    n, c, d, h, _ = of if layer.layout == "NCDHW" else [of[0], of[-1], *of[1:-1]]
+    n, c, d, h, _ = layer.from_layout([v.var for v in block.iter_vars])
     c_in, zero = layer.channels_in // layer.groups, tirx.const(0, n.ty.dtype)
     (read,) = block.reads
     shape = list(read.source.shape)

@@ -133,8 +133,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         _lay_out(sch, spec, tiles, phases, wide, as_axes)
 
     # --- tasks: bands of rows of positions, with their phases inside ---
-    axes = sch.get_loops(output)
-    n, m, *spatial = axes if spec.layout == "NCDHW" else [axes[0], axes[-1], *axes[1:-1]]
+    n, m, *spatial = spec.from_layout(sch.get_loops(output))
     split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
     (q_d, f_d), (q_h, f_h), (q_w, f_w) = split
     groups, m_out, _ = divided(spec, tiles)
@@ -423,8 +422,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     tile, and would put that test into the inner loop.
     """
     block = sch.get(output)
-    of = [v.var for v in block.iter_vars]
-    n, m, *o = of if spec.layout == "NCDHW" else [of[0], of[-1], *of[1:-1]]
+    n, m, *o = spec.from_layout([v.var for v in block.iter_vars])
     index = n.ty.dtype
     of_groups, m_out, _ = divided(spec, t)
     q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]

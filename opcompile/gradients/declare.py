@@ -195,7 +195,7 @@ def read(layer: ConvTranspose3d, tensor: Any) -> Element:
     """An activation tensor's element ``(n, channel, d, h, w)``, in the type of the sums."""
 
     def element(n: Any, channel: Any, *at: Any) -> Any:
-        value = tensor(n, channel, *at) if layer.layout == "NCDHW" else tensor(n, *at, channel)
+        value = tensor(*layer.in_layout(n, channel, *at))
         return value if layer.dtype == layer.sum_dtype else value.astype(layer.sum_dtype)
 
     return element
@@ -231,15 +231,12 @@ def _of_input(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
         name="sum",
     )
 
-    def element(n: Any, channel: Any, *at: Any) -> Any:
-        found = total(n, tirx.floordiv(channel, c_in), tirx.floormod(channel, c_in), *at)
+    def element(n: Any, *at: Any) -> Any:
+        _, channel, *spatial = layer.from_layout([n, *at])
+        found = total(n, tirx.floordiv(channel, c_in), tirx.floormod(channel, c_in), *spatial)
         return found.astype(layer.dtype)
 
-    return te.compute(
-        scope.shape(scope.gradient.shape),
-        lambda n, *at: element(n, *at) if layer.layout == "NCDHW" else element(n, at[-1], *at[:-1]),
-        name="output",
-    )
+    return te.compute(scope.shape(scope.gradient.shape), element, name="output")
 
 
 def _of_weight(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:

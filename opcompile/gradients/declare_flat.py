@@ -132,8 +132,7 @@ class _Flat:
         )
 
         def place(n: Any, g: Any, c: Any, q: Any) -> tuple[list[Any], list[Any]]:
-            channel, at = g * c_in + c, unravel(q, sizes)
-            return [n, channel, *at] if layer.layout == "NCDHW" else [n, *at, channel], self._guards(c, q)
+            return list(layer.in_layout(n, g * c_in + c, *unravel(q, sizes))), self._guards(c, q)
 
         return total, place
 
