@@ -221,11 +221,9 @@ class _Flat:
         """The place of ``q`` among the positions."""
         return self._held(self._read(q))
 
-    def _at(self, place: Any) -> tuple[Any, Any, Any]:
+    def _at(self, place: Any) -> list[Any]:
         """Positions along the axes, of the one at ``place``."""
-        _, height, width = self.extents
-        rows = tirx.floordiv(place, width)
-        return tirx.floordiv(place, height * width), tirx.floormod(rows, height), tirx.floormod(place, width)
+        return unravel(place, self.extents)
 
     def _element(self, x: Any, n: Any, channel: Any, at: Sequence[Any]) -> Any:
         """X at ``at``, zero outside of it."""
@@ -431,6 +429,16 @@ def scattered(
     root = func.body.block
     whole = SBlock([], [], [], "root", tirx.SeqStmt([root.body, nest]), alloc_buffers=[*root.alloc_buffers, result])
     return tirx.PrimFunc([*func.params[:-1], output], SBlockRealize([], True, whole), func.ret_type, func.attrs)
+
+
+def unravel(flat: Any, sizes: Sequence[int]) -> list[Any]:
+    """The index of each axis, of an element's number."""
+    _, height, width = sizes
+    return [
+        tirx.floordiv(flat, height * width),
+        tirx.floormod(tirx.floordiv(flat, width), height),
+        tirx.floormod(flat, width),
+    ]
 
 
 def _like(index: Any, value: int) -> Any:

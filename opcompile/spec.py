@@ -430,6 +430,11 @@ class ConvTranspose3d:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
+    def sum_itemsize(self) -> int:
+        """Bytes of a sum."""
+        return 8 if self.sum_dtype == "float64" else 4
+
+    @property
     def phases(self) -> tuple[int, int]:
         """How many phases have taps, and how many there are."""
         counts = [(len(axis.summed), len(axis.phases)) for axis in self.axes]

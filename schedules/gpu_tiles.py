@@ -181,13 +181,12 @@ class Sums:
     @classmethod
     def of(cls, spec: ConvTranspose3d, gpu: Gpu) -> Sums:
         """Describe a layer on a device."""
-        sum_bytes = 8 if spec.sum_dtype == "float64" else 4
         alike, (with_taps, every) = all(a.even_taps for a in spec.axes), spec.phases
         positions = math.prod(a.positions for a in spec.axes)
         return cls(
             itemsize=spec.itemsize,
-            held=sum_bytes if spec.dtype in gpu.widened else spec.itemsize,
-            sum_bytes=sum_bytes,
+            held=spec.sum_itemsize if spec.dtype in gpu.widened else spec.itemsize,
+            sum_bytes=spec.sum_itemsize,
             gathered=False,
             m=spec.channels_out // spec.groups,
             c=spec.channels_in // spec.groups,

@@ -57,11 +57,10 @@ def _sums(gradient: Gradient) -> Sums:
         "w": (c, images * sizes, layer.groups, m * taps),
         "b": (1, images * outs, 1, layer.channels_out),
     }[wrt]
-    sum_bytes = 8 if layer.sum_dtype == "float64" else 4
     return Sums(
         itemsize=layer.itemsize,
-        held=sum_bytes,
-        sum_bytes=sum_bytes,
+        held=layer.sum_itemsize,
+        sum_bytes=layer.sum_itemsize,
         gathered=True,
         m=rows,
         c=terms,

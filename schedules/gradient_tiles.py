@@ -177,7 +177,7 @@ class _Layer:
         spec = gradient.layer
         d, h, w = spec.axes
         return cls(
-            itemsize=8 if spec.sum_dtype == "float64" else 4,
+            itemsize=spec.sum_itemsize,
             c=spec.channels_in // spec.groups,
             m=spec.channels_out // spec.groups,
             groups=spec.groups,
@@ -219,8 +219,7 @@ def weight_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[Wei
 def bias_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[BiasTiles]]:
     """The one choice for dB: as many slices as there are cores, and no empty ones."""
     layer = gradient.layer
-    itemsize = 8 if layer.sum_dtype == "float64" else 4
-    lanes = machine.vector_bytes // itemsize
+    lanes = machine.vector_bytes // layer.sum_itemsize
     positions = math.prod(axis.out for axis in layer.axes)
     along = layer.layout == "NDHWC"
     vectors = positions if along else _over(positions, lanes)

@@ -298,7 +298,7 @@ def divided(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int, int]:
 
 def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
     """How many sums of ``spec`` a vector of ``machine`` holds."""
-    return machine.vector_bytes // (8 if spec.sum_dtype == "float64" else 4)
+    return machine.vector_bytes // spec.sum_itemsize
 
 
 def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
@@ -513,7 +513,7 @@ class _Layer:
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
             products=products,
-            itemsize=8 if spec.sum_dtype == "float64" else 4,
+            itemsize=spec.sum_itemsize,
             m=spec.channels_out // groups,
             c=spec.channels_in // spec.groups // products,
             images=groups * (spec.batch or 1),

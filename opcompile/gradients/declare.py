@@ -40,7 +40,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import INDEX, round_up, unaligned
+from opcompile.declare import INDEX, round_up, sum_type, unaligned
 from opcompile.gradients.gradient import Gradient
 from opcompile.spec import Activation, ConvTranspose3d
 
@@ -195,8 +195,7 @@ def read(layer: ConvTranspose3d, tensor: Any) -> Element:
     """An activation tensor's element ``(n, channel, d, h, w)``, in the type of the sums."""
 
     def element(n: Any, channel: Any, *at: Any) -> Any:
-        value = tensor(*layer.in_layout(n, channel, *at))
-        return value if layer.dtype == layer.sum_dtype else value.astype(layer.sum_dtype)
+        return sum_type(layer, tensor(*layer.in_layout(n, channel, *at)))
 
     return element
 
@@ -218,8 +217,7 @@ def _of_input(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
     c_in, m_out = (n // layer.groups for n in (layer.channels_in, layer.channels_out))
 
     def weight(g: Any, c: Any, m: Any, *taps: Any) -> Any:
-        value = given["w"](g * c_in + c, m, *taps)
-        value = value if layer.dtype == layer.sum_dtype else value.astype(layer.sum_dtype)
+        value = sum_type(layer, given["w"](g * c_in + c, m, *taps))
         return scope.where([c < c_in] if scope.c > c_in else [], value)
 
     kernel = [a.kernel for a in layer.axes]
@@ -313,16 +311,6 @@ def _of_bias(scope: _Scope, dz: Element, _given: dict[str, Any]) -> Any:
         lambda m: (whole(m) if rest is None else whole(m) + rest(m)).astype(layer.dtype),
         name="output",
     )
-
-
-def unravel(flat: Any, sizes: Sequence[int]) -> list[Any]:
-    """The index of each axis, of an element's number."""
-    _, height, width = sizes
-    return [
-        tirx.floordiv(flat, height * width),
-        tirx.floormod(tirx.floordiv(flat, width), height),
-        tirx.floormod(flat, width),
-    ]
 
 
 # --- slopes of activations, told from their output ---

@@ -33,9 +33,9 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import narrow_index, round_up
-from opcompile.declare_flat import FlatGrain, scattered
-from opcompile.gradients.declare import Depth, Element, read, unravel, upstream
+from opcompile.declare import narrow_index, round_up, sum_type
+from opcompile.declare_flat import FlatGrain, scattered, unravel
+from opcompile.gradients.declare import Depth, Element, read, upstream
 from opcompile.gradients.gradient import Gradient
 from opcompile.spec import ConvTranspose3d
 
@@ -118,8 +118,7 @@ class _Flat:
             return self._met(dz, n, g * m_out + m, unravel(q, sizes), (td, th, tw))
 
         def weight(g: Any, td: Any, th: Any, tw: Any, m: Any, c: Any) -> Any:
-            value = w(g * c_in + c, m, td, th, tw)
-            value = value if layer.dtype == layer.sum_dtype else value.astype(layer.sum_dtype)
+            value = sum_type(layer, w(g * c_in + c, m, td, th, tw))
             return self._where([c < c_in] if self.rows > c_in else [], value)
 
         over = [self._reduced(name, size) for name, size in zip(("td", "th", "tw", "m"), (*kernel, m_out), strict=True)]
