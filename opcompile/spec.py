@@ -211,9 +211,14 @@ class Axis:
         return self.dilation // math.gcd(self.stride, self.dilation)
 
     @property
+    def offsets(self) -> list[int]:
+        """The input offsets of the taps of all phases: phase by phase, in tap order."""
+        return [offset for phase in self.phases for offset in phase.offsets()]
+
+    @property
     def reads(self) -> tuple[int, int]:
         """The least and the greatest input offset of any phase's taps; both 0 where no tap meets an output."""
-        offsets = [offset for phase in self.phases for offset in phase.offsets()] or [0]
+        offsets = self.offsets or [0]
         return min(offsets), max(offsets)
 
     def offset(self, tap: int) -> int:

@@ -195,7 +195,7 @@ class Sums:
             together=math.prod(map(_positions_together, spec.axes)) if alike else positions,
             phases=math.prod(a.stride for a in spec.axes),
             with_taps=with_taps,
-            taps=math.prod(sum(phase.taps for phase in a.phases) for a in spec.axes),
+            taps=math.prod(len(a.offsets) for a in spec.axes),
             most_taps=math.prod(max(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
             many=every > MOST_TOGETHER,

@@ -523,11 +523,11 @@ class _Layer:
             reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
             sizes=tuple(axis.size for axis in spec.axes),  # type: ignore[arg-type]
             kernel=math.prod(a.kernel for a in spec.axes),
-            taps=math.prod(sum(phase.taps for phase in axis.phases) for axis in spec.axes),
+            taps=math.prod(len(axis.offsets) for axis in spec.axes),
             most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             shared=_shared(spec.axes[2]),
-            taps_of_row=sum(phase.taps for phase in spec.axes[2].phases),
+            taps_of_row=len(spec.axes[2].offsets),
             apart=apart,
             phases_of_row=len(spec.axes[2].phases),
             phases=max(1, spec.phases[0]),
@@ -660,16 +660,14 @@ def reach(axis: Axis) -> int:
 
 def _beside(axis: Axis) -> float:
     """Which part of the products of positions with taps reads beside X."""
-    offsets = [offset for phase in axis.phases for offset in phase.offsets()]
-    inside = sum(max(0, min(axis.positions, axis.size - o) - max(0, -o)) for o in offsets)
-    reads = len(offsets) * axis.positions
+    inside = sum(max(0, min(axis.positions, axis.size - o) - max(0, -o)) for o in axis.offsets)
+    reads = len(axis.offsets) * axis.positions
     return (reads - inside) / max(1, reads)
 
 
 def _shared(axis: Axis) -> float:
     """How many vectors of X the phases of a row load together, for each tap of one."""
-    offsets = [offset for phase in axis.phases for offset in phase.offsets()]
-    return len(axis.phases) * len(set(offsets)) / max(1, len(offsets))
+    return len(axis.phases) * len(set(axis.offsets)) / max(1, len(axis.offsets))
 
 
 def _store(spec: ConvTranspose3d, vector: str, machine: Machine) -> Store:
