@@ -19,8 +19,8 @@ from pathlib import Path
 
 from opcompile.errors import EngineError
 from opcompile.machine import command_in
-from opcompile.runtime import EXPORTS, HEADER, KERNEL, host
-from opcompile.target import Target
+from opcompile.runtime import EXPORTS, HEADER, KERNEL
+from opcompile.target import Target, host
 
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.

@@ -14,7 +14,6 @@ import json
 import math
 import operator
 import os
-import platform
 import sys
 import time
 import zipfile
@@ -38,7 +37,7 @@ from opcompile.index import INDEX
 from opcompile.packing import Packing
 from opcompile.paths import checked_path
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import processor_flags
+from opcompile.target import host, processor_flags
 
 if TYPE_CHECKING:
     from opcompile.gradients.runtime import GradientArtifact
@@ -74,12 +73,6 @@ _NOT_EXPORTED = (BufferError, RuntimeError, TypeError, ValueError)
 _LARGE = 8 << 20
 _PART = 1 << 20
 _ATTEMPTS = 8
-
-
-def host() -> tuple[str, str]:
-    """Architecture and system of this machine, as `Target` names them: ``("x86_64", "linux")``."""
-    machine = platform.machine().lower()
-    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine), platform.system().lower()
 
 
 # --- tensors ---

@@ -91,8 +91,7 @@ class Target:
     @property
     def native(self) -> bool:
         """Whether code for this target runs on this machine."""
-        here = (_architecture(), platform.system().lower())
-        return here == (self.architecture, self.system) and not self.missing_features()
+        return host() == (self.architecture, self.system) and not self.missing_features()
 
     def missing_features(self) -> tuple[str, ...]:
         """The flags that this target needs and this processor lacks."""
@@ -308,7 +307,7 @@ def _this_machine() -> Target:
 
 def _here() -> str:
     """The name of the widest instruction set that this machine has."""
-    architecture, system = _architecture(), platform.system().lower()
+    architecture, system = host()
     if architecture == "x86_64" and system == "linux":
         for level in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
             if not _NAMED[level](level).missing_features():
@@ -324,8 +323,10 @@ def _here() -> str:
     )
 
 
-def _architecture() -> str:
-    return {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+def host() -> tuple[str, str]:
+    """Architecture and system of this machine, as `Target` names them: ``("x86_64", "linux")``."""
+    machine = platform.machine().lower()
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine), platform.system().lower()
 
 
 @lru_cache(maxsize=1)

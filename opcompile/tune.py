@@ -52,7 +52,7 @@ from opcompile.needed import packages_named
 from opcompile.paths import checked_path
 from opcompile.record import FOLDER_VARIABLE, Record, own_folder, write_record
 from opcompile.spec import ConvTranspose3d, require_layer
-from opcompile.target import Target, cores
+from opcompile.target import Target, cores, host
 from opcompile.target import target as named
 from opcompile.trials import (
     FINAL_SAMPLES,
@@ -357,7 +357,6 @@ def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, modu
 def _linker(machine: Target) -> list[str] | None:
     """Return the command that links for ``machine``; None where only its own kind can. Raises `EngineError`."""
     from opcompile.link import _linker as command
-    from opcompile.runtime import host
 
     foreign = (machine.architecture, machine.system) != host()
     return None if foreign and importlib.util.find_spec("ziglang") is None else command(machine)
