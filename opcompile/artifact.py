@@ -70,11 +70,13 @@ from opcompile.runtime import (
     identity,
     parse_manifest,
     read_manifest,
+    sizes_text,
     w_amplitude,
 )
 from opcompile.spec import Axis, ConvTranspose3d
 
 if TYPE_CHECKING:
+    from opcompile.build import AnyLowered
     from opcompile.gradients.gradient import Gradient
     from opcompile.lower import Lowered
     from opcompile.lower_gpu import LoweredGpu
@@ -118,7 +120,14 @@ def write(
         if stored:
             (beside / WEIGHTS).write_bytes(archive(stored))
         export_onnx(spec, beside / MODEL, weight=weight, bias=bias)
-        return _manifest(lowered, name, sorted(stored))
+        shapes = {
+            "x": spec.x_shape,
+            "w": lowered.packing.shape,
+            "b": (spec.channels_out if spec.bias else 0,),
+            "y": spec.y_shape,
+        }
+        packing = lowered.packing.to_json()
+        return manifest_of(lowered, spec, shapes, name, packing=packing, weights=sorted(stored))
 
     return publish(place, fill, replacing)
 
@@ -352,39 +361,30 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 # --- the files ---
 
 
-def _manifest(lowered: Lowered | LoweredGpu, library: str, weights: list[str]) -> dict[str, Any]:
-    spec, target = lowered.spec, lowered.target
-    itemsize = STORAGE[spec.dtype].itemsize
-    shapes = {
-        "x": spec.x_shape,
-        "w": lowered.packing.shape,
-        "b": (spec.channels_out if spec.bias else 0,),
-        "y": spec.y_shape,
-    }
+def manifest_of(
+    lowered: AnyLowered, layer: ConvTranspose3d, shapes: Mapping[str, Sequence[int | None]], library: str, **own: Any
+) -> dict[str, Any]:
+    """Return what every manifest says, and what one says of its ``own``; ``shapes`` are those of the tensors."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "spec": str(spec),
+        "spec": str(layer),
         "derivative": None,
-        "target": target.fields(),
+        "target": lowered.target.fields(),
         "plan": asdict(lowered.plan),
-        "packing": lowered.packing.to_json(),
+        "packing": {},
         "workspace_bytes": lowered.workspace_bytes,
         # of one batch element where the batch is dynamic
-        "tensor_bytes": {name: itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
+        "tensor_bytes": {name: layer.itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
         "library": library,
-        "weights": weights,
-        "versions": versions(),
+        "weights": [],
+        "versions": {
+            "opcompile": opcompile.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")},
+        },
         "files": {},
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a manifest says of those that made the artifact."""
-    return {
-        "opcompile": opcompile.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx")},
+        **own,
     }
 
 
@@ -476,10 +476,10 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
     """Return the C header of a layer: what ``layer.c`` is compiled with, and what a C host includes."""
     about = _ABOUT.format(
         spec=spec,
-        x=c_shape(spec.x_shape, comment=True),
-        y=c_shape(spec.y_shape, comment=True),
-        w=c_shape(packing.shape, comment=True),
-        w_canonical=c_shape(spec.w_shape, comment=True),
+        x=sizes_text(spec.x_shape),
+        y=sizes_text(spec.y_shape),
+        w=sizes_text(packing.shape),
+        w_canonical=sizes_text(spec.w_shape),
         padded=packing.padded,
         view=packing.view,
         order=packing.order,
@@ -517,7 +517,7 @@ def c_code(
         "opcompile_element": c_type,
         "OPCOMPILE_DTYPE_CODE": code,
         "OPCOMPILE_DTYPE_BITS": bits,
-        **{f"OPCOMPILE_{name}_SHAPE": c_shape(shape) for name, shape in zip("XWBY", shapes, strict=True)},
+        **{f"OPCOMPILE_{name}_SHAPE": _c_shape(shape) for name, shape in zip("XWBY", shapes, strict=True)},
         **{f"OPCOMPILE_HAS_{name}": int(is_given) for name, is_given in zip(("W", "BIAS"), given, strict=True)},
         "OPCOMPILE_NULLS": f'"{nulls}"',
         "OPCOMPILE_KERNEL": kernel,
@@ -526,10 +526,8 @@ def c_code(
     return _COMMON + "".join(f"#undef {name}\n#define {name} {value}\n" for name, value in macros.items())
 
 
-def c_shape(shape: Sequence[int | None], *, comment: bool = False) -> str:
-    """Write a shape as C initialises an array, a dynamic batch as 0; in a ``comment`` as people do."""
-    if comment:
-        return "(" + ", ".join("N" if n is None else str(n) for n in shape) + ")"
+def _c_shape(shape: Sequence[int | None]) -> str:
+    """Write a shape as C initialises an array, a dynamic batch as 0."""
     return "{" + ", ".join(str(n or 0) for n in shape) + "}"
 
 

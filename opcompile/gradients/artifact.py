@@ -7,28 +7,19 @@ the header. There are no packed weights: those that are trained change with each
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opcompile.artifact import (
-    archive,
-    c_code,
-    c_shape,
-    publish,
-    require_replaceable,
-    useful_threads,
-    versions,
-)
+from opcompile.artifact import archive, c_code, manifest_of, publish, require_replaceable, useful_threads
 from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.gpus import GpuTarget
 from opcompile.gradients.golden import SALTS, amplitude, golden
 from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
-from opcompile.runtime import FORMAT, GOLDEN, STORAGE, VERSION
+from opcompile.runtime import GOLDEN, sizes_text
 
 if TYPE_CHECKING:
     from opcompile.gradients.lower import LoweredGradient
@@ -57,7 +48,9 @@ def write(
         for file, content in files.items():
             (beside / file).write_bytes(content)
         (beside / GOLDEN).write_bytes(archive(golden(gradient)))
-        return _manifest(lowered, name)
+        shapes = {**gradient.operands, gradient.name: gradient.shape}
+        depth = asdict(lowered.depth)
+        return manifest_of(lowered, gradient.layer, shapes, name, derivative=gradient.wrt, depth=depth)
 
     return publish(place, fill, replacing)
 
@@ -70,35 +63,12 @@ def _cpu_files(lowered: LoweredGradient) -> tuple[dict[str, bytes], str]:
     return {name: library, f"{kernel}.h": text.encode()}, name
 
 
-def _manifest(lowered: LoweredGradient | LoweredGpuGradient, library: str) -> dict[str, Any]:
-    gradient = lowered.gradient
-    itemsize = STORAGE[gradient.layer.dtype].itemsize
-    shapes = {**gradient.operands, gradient.name: gradient.shape}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "spec": str(gradient.layer),
-        "derivative": gradient.wrt,
-        "target": lowered.target.fields(),
-        "plan": asdict(lowered.plan),
-        "packing": {},
-        "depth": asdict(lowered.depth),
-        "workspace_bytes": lowered.workspace_bytes,
-        # of one batch element where the batch is dynamic
-        "tensor_bytes": {name: itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
-        "library": library,
-        "weights": [],
-        "versions": versions(),
-        "files": {},
-    }
-
-
 def header(gradient: Gradient) -> str:
     """Return the C header of a derivative: what ``layer.c`` is compiled with, and what a C host includes."""
     layer, operands = gradient.layer, gradient.operands
     factor = next((name for name in operands if name in ("w", "x")), None)
     second, third = (name if name in operands else None for name in (factor, "y"))
-    described = [f" *   {name:3} {c_shape(shape, comment=True)}" for name, shape in operands.items()]
+    described = [f" *   {name:3} {sizes_text(shape)}" for name, shape in operands.items()]
     values = [
         f"element i of {name} is opcompile_golden(i, {SALTS[name]}, {amplitude(gradient, name)}) / 64.0"
         for name in operands
@@ -109,7 +79,7 @@ def header(gradient: Gradient) -> str:
         name=gradient.name,
         layout=layer.layout,
         arguments=call,
-        described="\n".join([*described, f" *   {gradient.name:3} {c_shape(gradient.shape, comment=True)}"]),
+        described="\n".join([*described, f" *   {gradient.name:3} {sizes_text(gradient.shape)}"]),
         batch="any, at least 1" if layer.batch is None else f"always {layer.batch}",
         values=",\n * ".join(values),
     )
