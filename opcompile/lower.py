@@ -152,7 +152,12 @@ def packing(spec: ConvTranspose3d, tiles: llvm.Tiles) -> Packing:
 
 def declaration_hash(spec: ConvTranspose3d, tiles: llvm.Tiles) -> str:
     """The structural hash of the declaration: what a record is bound to."""
-    return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
+    return hashed(declared(spec, tiles))
+
+
+def hashed(ir: tirx.PrimFunc | tvm.IRModule) -> str:
+    """The structural hash of a function or a module: names of variables do not count."""
+    return f"{tvm_ffi.structural_hash(ir) & (2**64 - 1):016x}"
 
 
 def workspace_bytes(spec: ConvTranspose3d, tiles: llvm.Tiles) -> int:

@@ -33,7 +33,7 @@ from opcompile.declare_flat import FlatGrain, declare_flat, extents, only_taps, 
 from opcompile.errors import KernelError, SpecError, TargetError
 from opcompile.gpus import FLAGS, GpuTarget
 from opcompile.launch import MOST_BLOCKS, Launch
-from opcompile.lower import KERNEL, Plan, PlanName, recorded
+from opcompile.lower import KERNEL, Plan, PlanName, hashed, recorded
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
@@ -279,4 +279,4 @@ def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:
 
 def declaration_hash(spec: ConvTranspose3d, tiles: GpuTiles) -> str:
     """The structural hash of the declaration: what a record is bound to."""
-    return f"{tvm_ffi.structural_hash(declared(spec, tiles)) & (2**64 - 1):016x}"
+    return hashed(declared(spec, tiles))

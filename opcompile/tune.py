@@ -428,9 +428,7 @@ def _report(callback: ProgressCallback | None, journal: Journal, total: int, ste
 
 def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choices: Sequence[Tiles]) -> dict[str, Any]:
     """All that must be the same for two times to be comparable, and for a rank to mean the same tiles."""
-    import tvm_ffi
-
-    from opcompile.lower import declaration_hash, scheduled
+    from opcompile.lower import declaration_hash, hashed, scheduled
 
     listed = json.dumps([tiles.fields() for tiles in choices])
     return {
@@ -438,7 +436,7 @@ def _header(spec: ConvTranspose3d, machine: Target, site: _Site, seed: int, choi
         "spec": str(spec),
         "target": machine.name,
         "declaration": declaration_hash(spec, choices[0]),
-        "schedule": f"{tvm_ffi.structural_hash(scheduled(spec, choices[0])) & (2**64 - 1):016x}",
+        "schedule": hashed(scheduled(spec, choices[0])),
         "space": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "site": site.name,
         "threads": site.threads,

@@ -162,19 +162,16 @@ def _cuda(target: str) -> GpuTarget:
 
 def _made(specs: Sequence[ConvTranspose3d], machine: GpuTarget, trials: int) -> dict[str, str]:
     """All that the candidates depend on besides layers, target and seed. Raises `EngineError` without nvcc."""
-    import tvm_ffi
-
+    from opcompile.lower import hashed
     from opcompile.lower_gpu import choose, scheduled
     from opcompile.nvcc import nvcc_version
     from opcompile.tune import versions
 
-    schedules = [
-        tvm_ffi.structural_hash(scheduled(spec, choose(spec, machine, "baseline")[0], machine)) for spec in specs
-    ]
+    schedules = [hashed(scheduled(spec, choose(spec, machine, "baseline")[0], machine)) for spec in specs]
     return {
         "layers": ",".join(key(str(spec)) for spec in specs),
         "trials": str(trials),
-        "schedules": ",".join(f"{number & (2**64 - 1):016x}" for number in schedules),
+        "schedules": ",".join(schedules),
         "nvcc": nvcc_version(),
         **versions(),
     }
