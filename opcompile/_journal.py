@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opcompile.errors import RecordError
+from opcompile.errors import RecordError, TargetError
 from opcompile.record import unsound
+from opcompile.trials import CandidateFailed, Sample, finalists
 
 _FIRST = b'{"header": '
 _WAY_OUT = "give another work_dir, or delete this one to start afresh"
@@ -70,10 +71,23 @@ class Journal:
         self.samples.append(sample)
         self._append({"sample": sample})
 
-    def add_finals(self, finals: list[dict[str, Any]]) -> None:
-        """Write down the finals."""
-        self.finals = finals
-        self._append({"finals": finals})
+    def decide(self, report: Callable[[str], None], measured: Callable[[list[int]], list[Sample]]) -> list[Sample]:
+        """Return the finals of the fastest few: those that it holds, or what ``measured`` gives for these ranks.
+
+        Raises `TargetError` where they failed.
+        """
+        ranks = finalists(self.samples)
+        if [s["rank"] for s in self.finals] == ranks:
+            return self.finals
+        report("finals")
+        try:
+            self.finals = measured(ranks)
+        except CandidateFailed as failure:
+            raise TargetError(
+                f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
+            ) from failure
+        self._append({"finals": self.finals})
+        return self.finals
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as file:

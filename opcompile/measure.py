@@ -37,7 +37,6 @@ from opcompile.trials import (
     ProgressCallback,
     Sample,
     apart,
-    finalists,
     sample_of,
 )
 
@@ -198,7 +197,7 @@ class _Site:
             journal.add(sample)
             if number < len(todo):
                 report("measure")
-        finals = self._finals(journal, report)
+        finals = journal.decide(report, self._finals)
         report("done")
         return {"spec": self.layer.spec, "samples": journal.samples, "finals": finals}
 
@@ -215,26 +214,14 @@ class _Site:
             return sample_of(candidate.tiles, candidate.rank, error=str(failure))
         return sample_of(candidate.tiles, candidate.rank, times_us=times_us, device=self.machine.words["device"])
 
-    def _finals(self, journal: Journal, report: Any) -> list[Sample]:
-        """Measure the fastest few in turns with the baseline; none where nothing could be measured."""
-        ranks = finalists(journal.samples)
-        if [s["rank"] for s in journal.finals] == ranks:
-            return journal.finals
-        report("finals")
+    def _finals(self, ranks: Sequence[int]) -> list[Sample]:
+        """Measure the fastest few in turns with the baseline."""
         by_rank = {c.rank: c for c in self.layer.candidates}
         candidates = [by_rank[rank] for rank in ranks]
-        try:
-            times = self._times_us(candidates, FINAL_SAMPLES)
-        except CandidateFailed as failure:
-            raise TargetError(
-                f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
-            ) from failure
-        finals = [
+        return [
             sample_of(c.tiles, c.rank, times_us=t, device=self.machine.words["device"])
-            for c, t in zip(candidates, times, strict=True)
+            for c, t in zip(candidates, self._times_us(candidates, FINAL_SAMPLES), strict=True)
         ]
-        journal.add_finals(finals)
-        return finals
 
     def _times_us(self, candidates: Sequence[Candidate], samples: int) -> list[list[float]]:
         return self.machine.times_us([str(_place(self.home, self.layer, c)) for c in candidates], samples)

@@ -398,24 +398,17 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 def _finals(bench: _Bench, journal: Journal, report: Callable[[str], None]) -> list[Sample]:
     """Measure the few best again, in turns with the baseline; what the journal holds is not repeated."""
-    ranks = finalists(journal.samples)
-    if not ranks:
+    if not finalists(journal.samples):
         raise TargetError(nothing_measured(journal.samples))
-    if [s["rank"] for s in journal.finals] == ranks:
-        return journal.finals
-    report("finals")
-    built = bench.build(ranks)
-    try:
+
+    def measured(ranks: list[int]) -> list[Sample]:
+        built = bench.build(ranks)
         if failed := next((b for b in built if b.error), None):
             raise CandidateFailed(failed.error)
         times_us, device = bench.in_turns(built, FINAL_SAMPLES)
-    except CandidateFailed as failure:
-        raise TargetError(
-            f"the finals failed: {failure}; start again to repeat them, the other measurements are kept"
-        ) from failure
-    finals = [bench.sample(rank, times_us=t, device=device) for rank, t in zip(ranks, times_us, strict=True)]
-    journal.add_finals(finals)
-    return finals
+        return [bench.sample(rank, times_us=t, device=device) for rank, t in zip(ranks, times_us, strict=True)]
+
+    return journal.decide(report, measured)
 
 
 def _report(callback: ProgressCallback | None, journal: Journal, total: int, step: str) -> None:
