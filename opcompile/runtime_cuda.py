@@ -1,8 +1,7 @@
 """Load a layer that was compiled for CUDA, and call it on tensors that are there: `apache-tvm-ffi` and the driver.
 
 Calls are asynchronous, on the caller's stream: PyTorch's current one for its tensors; for others the default
-stream, or what ``tvm_ffi.use_raw_stream`` sets. Nothing was run on a GPU when this was written; what does not need
-one is tested.
+stream, or what ``tvm_ffi.use_raw_stream`` sets.
 """
 
 from __future__ import annotations
