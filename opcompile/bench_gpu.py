@@ -25,7 +25,7 @@ from opcompile.arguments import checked_list, checked_seconds, checked_seed
 from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs, timed
 from opcompile.bounds import Inputs
 from opcompile.cuda_driver import device
-from opcompile.engines import OURS, require_torch_can
+from opcompile.engines import OURS, require_torch_can, torch_geometry
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.gpus import gpu_target
 from opcompile.roofline import Roof, Sample
@@ -168,15 +168,7 @@ class _Layer:
             raise EngineError("it is asked for contiguous NCDHW only; cudnn-channels-last is asked for NDHWC")
         order = torch.contiguous_format if name == "cudnn" else torch.channels_last_3d
         x = self._x if spec.layout == "NCDHW" else self._x.movedim(-1, 1)
-        layer = torch.nn.functional.conv_transpose3d
-        axes = spec.axes
-        geometry = {
-            "stride": tuple(a.stride for a in axes),
-            "padding": tuple(a.pad[0] for a in axes),
-            "output_padding": tuple(a.output_pad for a in axes),
-            "dilation": tuple(a.dilation for a in axes),
-            "groups": spec.groups,
-        }
+        layer, geometry = torch.nn.functional.conv_transpose3d, torch_geometry(spec)
 
         def bound() -> Call:
             own, w = x.clone(memory_format=order), self._w.clone(memory_format=order)

@@ -169,18 +169,13 @@ def _in_torch(job: Job, *, channels_last: bool) -> Engine:
     x = torch.from_numpy(job.x if spec.layout == "NCDHW" else np.moveaxis(job.x, -1, 1)).contiguous(memory_format=order)
     w = torch.from_numpy(job.w).contiguous(memory_format=order)
     b = None if job.b is None else torch.from_numpy(job.b)
-    geometry = {
-        "stride": tuple(a.stride for a in spec.axes),
-        "padding": tuple(a.pad[0] for a in spec.axes),
-        "output_padding": tuple(a.output_pad for a in spec.axes),
-        "dilation": tuple(a.dilation for a in spec.axes),
-    }
+    geometry = torch_geometry(spec)
     last: dict[str, Any] = {}
 
     def run() -> None:
         last.clear()  # so that one Y is alive at a time
         with torch.inference_mode():
-            last["y"] = torch.nn.functional.conv_transpose3d(x, w, b, groups=spec.groups, **geometry)
+            last["y"] = torch.nn.functional.conv_transpose3d(x, w, b, **geometry)
 
     def y() -> Tensor:
         found = np.asarray(last["y"])
@@ -200,6 +195,17 @@ def require_torch_can(spec: ConvTranspose3d, *, halves: bool = False) -> None:
             raise EngineError(f"it has no asymmetric padding {axis.pad[0]}:{axis.pad[1]}")
         if axis.output_pad >= max(axis.stride, axis.dilation):
             raise EngineError(f"it refuses output_padding {axis.output_pad}, not below stride and dilation")
+
+
+def torch_geometry(spec: ConvTranspose3d) -> dict[str, Any]:
+    """Return the arguments of PyTorch's call that are no tensors, for what `require_torch_can` lets pass."""
+    return {
+        "stride": tuple(a.stride for a in spec.axes),
+        "padding": tuple(a.begin for a in spec.axes),
+        "output_padding": tuple(a.output_pad for a in spec.axes),
+        "dilation": tuple(a.dilation for a in spec.axes),
+        "groups": spec.groups,
+    }
 
 
 _MAKERS: dict[str, Callable[[Job], Engine]] = {
