@@ -82,12 +82,18 @@ AS_WRITTEN = {
     "mish": [node("Softplus", "up", "s"), node("Tanh", "s", "t"), node("Mul", "t", "up", "y")],
     "relu": [node("Max", "up", "zero", "y")],
     "hard_silu": [node("HardSigmoid", "up", "s", alpha=1 / 6, beta=0.5), node("Mul", "up", "s", "y")],
+    "hard_silu, by clamps": [node("Add", "up", "three", "p"), node("Max", "p", "zero", "q"),
+                             node("Min", "q", "six", "r"), node("Mul", "up", "r", "s"), node("Div", "s", "six", "y")],
+    "leaky_relu": [node("Mul", "up", "slope", "p"), node("Max", "up", "p", "y")],
+    "tanh": [node("Tanh", "up", "p"), node("Min", "p", "one", "y")],
 }  # fmt: skip
 CONSTANTS = {
     "half": HALF,
     "one": ONE,
     "root": ROOT,
     "three": scalar(3),
+    "six": scalar(6),
+    "slope": scalar(0.01),
     "zero": scalar(0),
     "k": scalar(0.044715),
     "c2pi": scalar(math.sqrt(2 / math.pi)),
@@ -103,6 +109,26 @@ def test_several_operators(name: str) -> None:
 
 def test_a_gelu_with_another_constant_is_none() -> None:
     assert not found(AS_WRITTEN["gelu"], {**CONSTANTS, "root": scalar(1.5)}).nodes
+
+
+@pytest.mark.parametrize("first", ["Relu", "Exp", "Gelu", "Softplus", "Mish", "Elu"])
+@pytest.mark.parametrize("most", [20, 127, 65504, 1e9, 1e30])
+def test_a_clamp_behind_an_activation_stays(first: str, most: float) -> None:
+    fusion = found([node(first, "up", "a"), node("Min", "a", "most", "y")], {"most": scalar(most)})
+    assert [n.op_type for n in fusion.nodes] == [first]
+
+
+@pytest.mark.parametrize("first", ["Exp", "Gelu", "Softplus", "Sigmoid", "Mish", "Elu", "Tanh"])
+@pytest.mark.parametrize("then", ["Add", "Sub", "Max"])
+@pytest.mark.parametrize("little", [1e-6, 1e-7, 1e-12, 1e-30])
+def test_a_small_number_behind_an_activation_stays(first: str, then: str, little: float) -> None:
+    fusion = found([node(first, "up", "a"), node(then, "a", "little", "y")], {"little": scalar(little)})
+    assert [n.op_type for n in fusion.nodes] == [first]
+
+
+def test_a_clamp_before_an_activation_is_no_part_of_it() -> None:
+    after = [node("Min", "up", "most", "a"), node("Max", "a", "zero", "y")]
+    assert not found(after, {**CONSTANTS, "most": scalar(127)}).nodes
 
 
 def test_what_comes_after_an_activation_stays() -> None:

@@ -2,15 +2,18 @@
 
 An activation may be one operator or several (``x * Sigmoid(x)``, the five nodes of a Gelu). Several are
 recognised by their *values*: a region of elementwise operators with scalar constants, into which only the
-layer's sum goes and out of which only one value comes, is evaluated on a row of numbers and held against
-each formula of `opcompile.reference`. So it does not matter in which order an exporter multiplies.
+layer's sum goes and out of which only one value comes, is evaluated on numbers of every size and held against
+each formula of `opcompile.reference`. So it does not matter in which order an exporter multiplies. They may differ
+by what float32 makes of the region's constants and of its intermediate values, and by no more: what a clamp or a
+small addition changes is seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,11 +32,49 @@ Array = NDArray[Any]
 
 _MICROSOFT = "com.microsoft"
 _LONGEST = 12
-# Where functions bend and where they are flat. The constants of models have float32's precision.
-_SAMPLES = np.concatenate([np.linspace(-12, 12, 241), np.array([-1e-3, 1e-3, -30.0, 20.0])])
-_TOLERANCE = 1e-6
+_FLOAT32 = np.finfo(np.float32)
+# A unit in the last place, twice what rounding to float32 changes, and the least that it may.
+_ROUNDING, _LEAST = float(_FLOAT32.eps), float(_FLOAT32.smallest_subnormal)
+# Where functions bend and where they are flat, and every size that float32 has.
+_SIZES = np.append(np.logspace(-44, 38, 329), float(_FLOAT32.max))
+_SAMPLES = np.concatenate([np.linspace(-128, 128, 2561), _SIZES, -_SIZES])
 
 _NONE = Activation()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Computed:
+    """A value for each sample, in float64, and how far from it float32 may be."""
+
+    value: Array
+    error: Array | float = 0.0
+
+    @classmethod
+    def by(cls, function: Callable[..., Array], *given: _Computed) -> _Computed:
+        """Compute ``function``: the error is what those of its operands make of it, and one rounding."""
+        value = np.asarray(function(*(g.value for g in given)))
+        corners = product(*((g.value - g.error, g.value + g.error) for g in given))
+        moved = [np.abs(function(*corner) - value) for corner in corners]
+        return cls(value, np.max(moved, axis=0) + _rounding(value))
+
+    @classmethod
+    def constant(cls, value: Array | float) -> _Computed:
+        """A number that float32 has rounded, if it has more digits than a short one like 0.5 or 3."""
+        exact = np.asarray(value, np.float64)
+        with np.errstate(over="ignore"):
+            short = exact.astype(np.float16).astype(np.float64) == exact
+        return cls(exact, 0.0 if short else _rounding(exact))
+
+    def is_activation(self, activation: Activation) -> bool:
+        """Whether the values are those of ``activation`` on the samples."""
+        expected = activate(activation, _SAMPLES)
+        with np.errstate(invalid="ignore"):
+            close = np.isfinite(self.error) & (np.abs(self.value - expected) <= self.error)
+        return bool(np.all(close | (self.value == expected)))
+
+
+def _rounding(value: Array | float) -> Array | float:
+    return _ROUNDING * np.abs(value) + _LEAST
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +108,7 @@ def fuse(model: Model, graph: Graph, output: str, channels: int) -> Fusion:
 
 def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeProto], Activation]:
     """Return the largest region after ``value`` that is an activation, and which one; no nodes where none is."""
-    values: dict[str, Array] = {value: _SAMPLES}
+    values = {value: _Computed(_SAMPLES)}
     region: list[onnx.NodeProto] = []
     best: tuple[list[onnx.NodeProto], Activation] = ([], Activation())
     while len(region) < _LONGEST:
@@ -85,11 +126,11 @@ def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeP
     return best
 
 
-def _candidates(graph: Graph, values: dict[str, Array]) -> list[onnx.NodeProto]:
+def _candidates(graph: Graph, values: Mapping[str, _Computed]) -> list[onnx.NodeProto]:
     return [node for node in graph.proto.node if set(node.input) & set(values)]
 
 
-def _is_closed(graph: Graph, region: list[onnx.NodeProto], values: dict[str, Array]) -> bool:
+def _is_closed(graph: Graph, region: list[onnx.NodeProto], values: Mapping[str, _Computed]) -> bool:
     """Whether nothing but the last value is read outside of the region."""
     *inner, _ = values
     return not any(
@@ -98,32 +139,43 @@ def _is_closed(graph: Graph, region: list[onnx.NodeProto], values: dict[str, Arr
     )
 
 
-def _recognised(computed: Array) -> Activation | None:
-    for name in ACTIVATIONS:
-        expected = activate(Activation(name), _SAMPLES)
-        if name != "none" and np.all(np.abs(computed - expected) <= _TOLERANCE * (1 + np.abs(expected))):
-            return Activation(name)
-    return None
+def _recognised(computed: _Computed) -> Activation | None:
+    names = (name for name in ACTIVATIONS if name != "none")
+    return next((found for found in map(Activation, names) if computed.is_activation(found)), None)
 
 
 # --- operators ---
 
 
-def _computed(model: Model, graph: Graph, node: onnx.NodeProto, values: dict[str, Array]) -> Array | None:
+def _computed(model: Model, graph: Graph, node: onnx.NodeProto, values: Mapping[str, _Computed]) -> _Computed | None:
     """Return what an elementwise node makes of the samples; None for any other node."""
     if len(node.output) != 1 or (node.domain not in DOMAINS and node.domain != _MICROSOFT):
         return None
     single = _single(model, graph, node)
-    if single is not None:
-        return np.asarray(activate(single, values[node.input[0]])) if node.input[0] in values else None
-    formula = _FORMULAS.get(node.op_type) if node.domain in DOMAINS else None
-    if formula is None or node.attribute:
-        return None
-    given = [values[name] if name in values else _scalar(model, graph, name) for name in node.input]
-    if any(array is None for array in given):
-        return None
     with np.errstate(all="ignore"):
-        return np.asarray(formula(*given))
+        if single is not None:
+            given = values.get(node.input[0])
+            return None if given is None else _activated(single, given)
+        formula = _FORMULAS.get(node.op_type) if node.domain in DOMAINS else None
+        if formula is None or node.attribute:
+            return None
+        operands = [values[name] if name in values else _constant(model, graph, name) for name in node.input]
+        known = [operand for operand in operands if operand is not None]
+        return _Computed.by(formula, *known) if len(known) == len(operands) else None
+
+
+def _activated(single: Activation, given: _Computed) -> _Computed:
+    """Compute one operator, whose parameters float32 has rounded."""
+
+    def formula(z: Array, *parameters: Array) -> Array:
+        return activate(Activation(single.name, tuple(map(float, parameters))), z)
+
+    return _Computed.by(formula, given, *map(_Computed.constant, single.parameters))
+
+
+def _constant(model: Model, graph: Graph, name: str) -> _Computed | None:
+    scalar = _scalar(model, graph, name)
+    return None if scalar is None else _Computed.constant(scalar)
 
 
 def _scalar(model: Model, graph: Graph, name: str) -> Array | None:

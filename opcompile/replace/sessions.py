@@ -170,4 +170,9 @@ def _alternating(_: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     return np.asarray(1 - 2 * (np.indices(shape).sum(axis=0) % 2), np.float32)
 
 
-_KINDS = {"normal": _normal, "ones": _ones, "impulse": _impulse, "alternating": _alternating}
+def _wide(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Numbers of every size between a thousandth and a thousand: what reaches the clamps and epsilons of a model."""
+    return np.asarray(np.ldexp(rng.standard_normal(shape, np.float32), rng.integers(-10, 11, shape)), np.float32)
+
+
+_KINDS = {"normal": _normal, "ones": _ones, "impulse": _impulse, "alternating": _alternating, "wide": _wide}
