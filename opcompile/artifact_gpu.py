@@ -6,14 +6,13 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opcompile.errors import EngineError
 from opcompile.launch import LAUNCH, SOURCES
 from opcompile.nvcc import nvcc
+from opcompile.paths import scratch
 
 if TYPE_CHECKING:
     from opcompile.lower_gpu import GpuCode
@@ -45,13 +44,13 @@ def gpu_files(lowered: GpuCode, batch: int | None, kernel: str = "conv_transpose
 
 def _dylib(objects: Sequence[bytes]) -> bytes:
     """Link host code for macOS on arm64; TVM's Metal runtime, which it needs, is found when it is loaded."""
-    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
-        paths = [Path(name) / f"{number}.o" for number in range(len(objects))]
+    with scratch() as folder:
+        paths = [folder / f"{number}.o" for number in range(len(objects))]
         for path, content in zip(paths, objects, strict=True):
             path.write_bytes(content)
         command = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-macos", "-shared"]
         command += ["-Wl,-undefined,dynamic_lookup", "-o", "library.dylib", *(path.name for path in paths)]
-        done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineError(f"linking for macOS ended with status {done.returncode}:\n{done.stderr.strip()}")
-        return (Path(name) / "library.dylib").read_bytes()
+        return (folder / "library.dylib").read_bytes()

@@ -8,9 +8,7 @@ stack would begin anywhere.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -20,6 +18,7 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 from tvm_ffi import structural_map
 
 from opcompile.elementary import by_polynomials
+from opcompile.paths import scratch
 from opcompile.target import Target
 from schedules.imported import importing
 from schedules.statements import every, in_turn, with_turns
@@ -53,8 +52,8 @@ def object_code(module: tvm.IRModule, target: Target) -> tuple[bytes, int]:
     """One relocatable object of one function for ``target``, and how many bytes a call allocates with one thread."""
     allocated = _Allocated()
     executable = compiled(module, target.tvm(), [allocated])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
+    with scratch() as folder:
+        path = folder / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
         return path.read_bytes(), allocated.count
 

@@ -12,13 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from opcompile.errors import EngineError
 from opcompile.machine import command_in
+from opcompile.paths import scratch
 from opcompile.runtime import EXPORTS, HEADER, KERNEL
 from opcompile.target import Target, host
 
@@ -77,8 +77,7 @@ def _compiled(linker: tuple[str, ...], sources: tuple[tuple[str, str], ...], tar
 
 def _made(command: Sequence[str], files: Mapping[str, str | bytes], target: Target) -> bytes:
     """Return what ``command`` makes of ``files``, which lie beside it by name: no path of this machine gets into it."""
-    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
-        folder = Path(name)
+    with scratch() as folder:
         for file, content in files.items():
             (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
         try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from opcompile.gpus import FLAGS, GpuTarget
 from opcompile.launch import MOST_BLOCKS, Launch
 from opcompile.lower import KERNEL, Plan, PlanName, hashed, recorded
 from opcompile.packing import Packing
+from opcompile.paths import scratch
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
 from schedules.gpu import GpuTiles
@@ -205,8 +204,8 @@ def host_half(both: str, source: str) -> str:
 
 def _objects(built: tvm.runtime.Module) -> tuple[bytes, ...]:
     """Export the host's half, with the kernel in it, unlinked."""
-    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
-        path = Path(name) / "host.tar"
+    with scratch() as folder:
+        path = folder / "host.tar"
         built.export_library(str(path))
         with tarfile.open(path) as archive:
             files = [archive.extractfile(member) for member in archive if member.name.endswith(".o")]

@@ -12,12 +12,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from opcompile.errors import EngineError, KernelError
 from opcompile.gpus import GpuTarget
 from opcompile.machine import command_in
+from opcompile.paths import scratch
 
 _FLAGS = ("-w", "-std=c++17", "-O2", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
 
@@ -28,16 +28,16 @@ def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
     Raises `EngineError` without nvcc, or where it cannot compile at all, and `KernelError` with its words.
     """
     compiler, home = _nvcc(), _tvm_ffi()
-    with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+    with scratch() as folder:
         # plain names, so that no path of this machine gets into the library
-        (Path(name) / "kernel.cu").write_text(kernel)
-        (Path(name) / "host.cpp").write_text(host)
+        (folder / "kernel.cu").write_text(kernel)
+        (folder / "host.cpp").write_text(host)
         command = [*compiler, *_FLAGS, *_codes(target), f"-I{home / 'include'}", "kernel.cu", "host.cpp"]
         command += ["-o", "library.so"]
         command += [f"-L{home / 'lib'}", "-ltvm_ffi"]
         environment = {**os.environ, "PATH": f"{Path(compiler[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         try:
-            done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False, env=environment)
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         except OSError as error:
             raise EngineError(
                 f"{compiler[0]} cannot be started: {error.strerror}; set NVCC to the CUDA compiler"
@@ -47,7 +47,7 @@ def nvcc(kernel: str, host: str, target: GpuTarget) -> bytes:
             hint = _hint(said)
             refused = EngineError if hint or "nvcc fatal" in said else KernelError
             raise refused(f"{shlex.join(command)} ended with status {done.returncode}:\n{said[:4000]}{hint}")
-        return (Path(name) / "library.so").read_bytes()
+        return (folder / "library.so").read_bytes()
 
 
 def nvcc_version() -> str:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from opcompile.errors import CallError
+from opcompile.errors import CallError, EngineError
+
+# Several times what one layer's object takes.
+_ROOM = 4 << 20
 
 
 def checked_path(given: object, name: str) -> Path:
@@ -26,6 +31,25 @@ def checked_path(given: object, name: str) -> Path:
         if error.errno == errno.ELOOP:
             raise CallError(f"{name} is {text!r}, links that lead back to themselves; name another path") from error
     return path
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Lend a folder for files that are removed again, with room for what a compiler writes.
+
+    LLVM would end the process where it has none. Raises `EngineError`.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
+            room = Path(name) / "room"
+            room.write_bytes(bytes(_ROOM))
+            room.unlink()
+            yield Path(name)
+    except OSError as error:
+        raise EngineError(
+            f"a temporary file could not be written: {error.strerror or error}; make room in "
+            f"{tempfile.gettempdir()}, or set TMPDIR to another folder"
+        ) from error
 
 
 def discard(unfinished: Path) -> None:

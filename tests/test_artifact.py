@@ -760,3 +760,23 @@ def test_a_wrong_artifact_is_said_to_be_wrong_where_its_report_does_not_fit(
     monkeypatch.setattr(Artifact, "__call__", lambda *given, **named: call(*given, **named) + 1)
     with pytest.raises(VerificationError, match="comparisons failed"):
         opcompile.compile(ONE, plan="baseline", into=tmp_path / "wrong", verify=True)
+
+
+def test_no_room_for_temporary_files_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """In a process of its own: what ends it would end this one."""
+    script = (
+        "import opcompile, resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        f"try: opcompile.compile(opcompile.ConvTranspose3d.parse({str(ONE)!r}))\n"
+        "except opcompile.OpcompileError as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"EngineError a temporary file .* make room in {tmp_path}, or set TMPDIR .*\n", done.stdout)
+    assert not list(tmp_path.iterdir())
