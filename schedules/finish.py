@@ -15,7 +15,7 @@ from tvm.ir.expr import Call, TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
-from schedules import pairs, streams, stretches
+from schedules import halves, pairs, streams, stretches
 from schedules.chunks import by_chunks
 from schedules.fetches import asking, channels_ahead, later, of_later_channel
 from schedules.imported import importing
@@ -88,6 +88,9 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         function = written_by_tiles(function, spec, tiles)
     elif not tiles.of_channels:
         function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
+    if spec.dtype == "bfloat16" and tiles.products == 1:
+        function = structural_map(function, (tirx.Shuffle, halves.halves))
+        in_llvm += halves.FUNCTIONS
     if tiles.products > 1 or tiles.store == "streamed":
         function = structural_map(function, (tirx.For, _as_vectors))
     if tiles.products > 1:
