@@ -144,6 +144,7 @@ class Slot:
                     f"{self.name} is traced by JAX, and has no values yet; call this layer by jax.pure_callback"
                 )
             raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
+        require_no_tangent(self.name, value)
         # exporting such a tensor would drop it from the graph without a word
         if getattr(value, "requires_grad", False) is True:
             if _is_recorded(value):
@@ -250,6 +251,16 @@ def _is_recorded(value: Any) -> bool:
     """Whether what is done with a tensor that requires a gradient is recorded now; not under ``torch.no_grad()``."""
     torch = sys.modules.get("torch")
     return torch is None or not isinstance(value, torch.Tensor) or bool(torch.is_grad_enabled())
+
+
+def require_no_tangent(name: str, value: Any) -> None:
+    """Raise `CallError` for a tensor that carries a forward-mode derivative: its export would drop that."""
+    forward = sys.modules.get("torch.autograd.forward_ad")
+    # -1 outside of every level, where asking PyTorch would take a microsecond a tensor
+    if forward is None or getattr(forward, "_current_level", 0) < 0:
+        return
+    if isinstance(value, sys.modules["torch"].Tensor) and forward.unpack_dual(value).tangent is not None:
+        raise CallError(f"{name} carries a forward-mode tangent, which this kernel drops; pass {name}.detach()")
 
 
 def framework_of(value: Any) -> ModuleType:

@@ -187,6 +187,17 @@ def test_a_tensor_that_needs_a_gradient_is_refused(layer: CudaArtifact) -> None:
         layer(**{**given, "x": Learning()})
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_with_a_forward_mode_tangent_is_refused(layer: CudaArtifact) -> None:
+    import torch
+    from torch.autograd import forward_ad
+
+    x = torch.from_numpy(X)
+    with forward_ad.dual_level(), pytest.raises(CallError, match=r"x carries a forward-mode tangent, .* x\.detach\(\)"):
+        layer.checked("x", forward_ad.make_dual(x, x), X.shape)
+
+
 def test_a_tensor_that_is_not_contiguous_is_refused(layer: CudaArtifact) -> None:
     given, _ = arguments(layer)
     turned = X.transpose(0, 1, 4, 3, 2)

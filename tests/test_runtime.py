@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace as changed
 from multiprocessing import get_context
 from pathlib import Path
@@ -240,6 +241,32 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
             assert torch.equal(layer(x, w.requires_grad_(), b), y)
     with pytest.raises(CallError, match="x"):
         layer(x.detach().to("meta"), w, b)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_mode_tangent_is_refused(layers: dict[str, Artifact]) -> None:
+    import torch
+    from torch.autograd import forward_ad
+
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    y = layer(x, w, b)
+    words = r"x carries a forward-mode tangent, .*; pass x\.detach\(\)"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        # unlike gradients, tangents are recorded under `no_grad` too
+        for around in (nullcontext, torch.no_grad):
+            with around(), pytest.raises(CallError, match=words):
+                layer(dual, w, b)
+        with pytest.raises(CallError, match="w carries a forward-mode tangent"):
+            layer(x, forward_ad.make_dual(w, w), b)
+        assert torch.equal(layer(dual.detach(), w, b), y)
+        derivative = opcompile.compile(layer.spec, derivative="b")
+        with pytest.raises(CallError, match="dy carries a forward-mode tangent"):
+            derivative(forward_ad.make_dual(y, y))
+    with pytest.raises(CallError, match=words):
+        torch.func.jvp(lambda x: layer(x, w, b), (x,), (x,))
 
 
 @pytest.mark.peers
