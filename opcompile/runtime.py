@@ -131,6 +131,8 @@ class Slot:
         shape = tuple(tensor.shape)
         self._require_shape(shape)
         address = tensor.data_ptr()
+        if not address:
+            raise CallError(f"{self.name} of type {_type_name(value)} has no values; pass a tensor that has")
         if tensor.is_contiguous() and address % self.storage.itemsize == 0:
             return address, shape, tensor
         copy = self._copy(_as_numpy(tensor, self.storage), to_write)
@@ -144,6 +146,7 @@ class Slot:
                     f"{self.name} is traced by JAX, and has no values yet; call this layer by jax.pure_callback"
                 )
             raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
+        require_values(self.name, value)
         require_no_tangent(self.name, value)
         # exporting such a tensor would drop it from the graph without a word
         if getattr(value, "requires_grad", False) is True:
@@ -251,6 +254,16 @@ def _is_recorded(value: Any) -> bool:
     """Whether what is done with a tensor that requires a gradient is recorded now; not under ``torch.no_grad()``."""
     torch = sys.modules.get("torch")
     return torch is None or not isinstance(value, torch.Tensor) or bool(torch.is_grad_enabled())
+
+
+def require_values(name: str, value: Any) -> None:
+    """Raise `CallError` for a tensor of PyTorch that has a shape and no values."""
+    if type(value).__name__ == "FakeTensor":
+        raise CallError(
+            f"{name} is a FakeTensor and has no values; pass a real one, or wrap this call in torch.library.custom_op"
+        )
+    if getattr(value, "is_meta", False) is True:
+        raise CallError(f"{name} is a meta tensor and has no values; pass one that has")
 
 
 def require_no_tangent(name: str, value: Any) -> None:

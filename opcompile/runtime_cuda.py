@@ -20,7 +20,16 @@ from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, content, load_again, own_weights, read_golden, require_no_tangent, sizes_text
+from opcompile.runtime import (
+    Golden,
+    content,
+    load_again,
+    own_weights,
+    read_golden,
+    require_no_tangent,
+    require_values,
+    sizes_text,
+)
 from opcompile.spec import ConvTranspose3d
 
 _ALIGNMENT = 16
@@ -65,6 +74,7 @@ class OnGpu:
         """
         if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
             raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
+        require_values(name, value)
         require_no_tangent(name, value)
         kind, number = value.__dlpack_device__()
         if int(kind) != CUDA:

@@ -198,6 +198,16 @@ def test_a_tensor_with_a_forward_mode_tangent_is_refused(layer: CudaArtifact) ->
         layer.checked("x", forward_ad.make_dual(x, x), X.shape)
 
 
+def test_a_tensor_without_values_is_refused(layer: CudaArtifact) -> None:
+    given, _ = arguments(layer)
+
+    class FakeTensor:
+        __dlpack__, __dlpack_device__ = given["x"].__dlpack__, given["x"].__dlpack_device__
+
+    with pytest.raises(CallError, match="x is a FakeTensor and has no values"):
+        layer(**{**given, "x": FakeTensor()})
+
+
 def test_a_tensor_that_is_not_contiguous_is_refused(layer: CudaArtifact) -> None:
     given, _ = arguments(layer)
     turned = X.transpose(0, 1, 4, 3, 2)

@@ -239,8 +239,28 @@ def test_torch_tensors(layers: dict[str, Artifact], name: str) -> None:
     for nothing_is_recorded in (torch.no_grad, torch.inference_mode):
         with nothing_is_recorded():
             assert torch.equal(layer(x, w.requires_grad_(), b), y)
-    with pytest.raises(CallError, match="x"):
-        layer(x.detach().to("meta"), w, b)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_without_values_is_refused(layers: dict[str, Artifact]) -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        with pytest.raises(CallError, match=r"x is a FakeTensor and has no values; .* torch\.library\.custom_op"):
+            layer(fake, mode.from_tensor(w), mode.from_tensor(b))
+    with pytest.raises(CallError, match="x is a FakeTensor"):
+        layer(fake, w, b)
+    with pytest.raises(CallError, match="w is a FakeTensor"):
+        layer.pack(mode.from_tensor(w))
+    with pytest.raises(CallError, match="x is a meta tensor and has no values"):
+        layer(x.to("meta"), w, b)
+    with pytest.raises(CallError, match=r"x of type torch\.Tensor has no values"):
+        torch.func.functionalize(lambda x: layer(x, w, b))(x)
 
 
 @pytest.mark.peers
