@@ -69,7 +69,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
 # DLPack's numbers for memory that a CPU can read: its own, and CUDA's and ROCm's pinned host memory.
 _HOST_MEMORY = (1, 3, 11)
 # What a DLPack producer may raise when it cannot export.
-_NOT_EXPORTED = (BufferError, RuntimeError, TypeError, ValueError)
+NOT_EXPORTED = (AssertionError, BufferError, RuntimeError, TypeError, ValueError)
 _LARGE = 8 << 20
 _PART = 1 << 20
 _ATTEMPTS = 8
@@ -127,7 +127,7 @@ class Slot:
             # it shares its memory all the same
             raise CallError(f"{self.name} is a JAX array, which is immutable; pass another kind of tensor")
         tensor = self._import(value)
-        self._require_dtype(str(tensor.dtype))
+        self._require_dtype(dtype_name(tensor, value))
         shape = tuple(tensor.shape)
         self._require_shape(shape)
         address = tensor.data_ptr()
@@ -164,10 +164,10 @@ class Slot:
             if device not in _HOST_MEMORY:
                 raise CallError(f"{self.name} is on DLPack device type {int(device)}, not the CPU; copy it there first")
             return _tvm_ffi().from_dlpack(value)
-        except _NOT_EXPORTED as error:
+        except NOT_EXPORTED as error:
             if isinstance(error, CallError):
                 raise
-            raise CallError(f"{self.name} of type {_type_name(value)} cannot be exported by DLPack: {error}") from error
+            raise not_exported(self.name, value, error) from error
 
     def _require_dtype(self, given: str) -> None:
         if given != self.dtype:
@@ -276,6 +276,28 @@ def require_no_tangent(name: str, value: Any) -> None:
         raise CallError(f"{name} carries a forward-mode tangent, which this kernel drops; pass {name}.detach()")
 
 
+def dtype_name(tensor: Any, value: Any) -> str:
+    """Return the name of the type of an exported tensor's elements."""
+    try:
+        return str(tensor.dtype)
+    except ValueError:
+        # tvm_ffi has no name for complex numbers
+        return str(getattr(value, "dtype", "of a type without a name"))
+
+
+def not_exported(name: str, value: Any, error: Exception) -> CallError:
+    """Return the error for a tensor that its producer does not export; of PyTorch's words the first line says why."""
+    layout = str(getattr(value, "layout", ""))
+    if layout.startswith(("torch.sparse", "torch._mkldnn")):
+        return CallError(f"{name} is a tensor of layout {layout}, not a dense one; pass {name}.to_dense()")
+    if getattr(value, "is_quantized", False) is True:
+        return CallError(f"{name} is quantized; pass {name}.dequantize()")
+    if getattr(value, "is_nested", False) is True:
+        return CallError(f"{name} is a nested tensor; pass torch.nested.to_padded_tensor({name}, 0)")
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return CallError(f"{name} of type {_type_name(value)} cannot be exported by DLPack: {reason}")
+
+
 def framework_of(value: Any) -> ModuleType:
     """Return the module that makes tensors of ``value``'s kind from DLPack. Raises `CallError`."""
     if hasattr(value, "__array_namespace__"):
@@ -296,7 +318,7 @@ def as_kind_of(x: Any, y: NDArray[Any], framework: ModuleType, dtype: str) -> An
         if dtype != "bfloat16":
             return framework.from_dlpack(y)
         return framework.from_dlpack(y.view(np.int16)).view(x.dtype)
-    except (AttributeError, *_NOT_EXPORTED) as error:
+    except (AttributeError, *NOT_EXPORTED) as error:
         raise CallError(f"{framework.__name__} does not take the result: {error}; pass out=") from error
 
 

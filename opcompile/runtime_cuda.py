@@ -21,9 +21,12 @@ from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
 from opcompile.packing import Packing
 from opcompile.runtime import (
+    NOT_EXPORTED,
     Golden,
     content,
+    dtype_name,
     load_again,
+    not_exported,
     own_weights,
     read_golden,
     require_no_tangent,
@@ -76,20 +79,27 @@ class OnGpu:
             raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
         require_values(name, value)
         require_no_tangent(name, value)
-        kind, number = value.__dlpack_device__()
+        try:
+            kind, number = value.__dlpack_device__()
+        except NOT_EXPORTED as error:
+            raise not_exported(name, value, error) from error
         if int(kind) != CUDA:
             raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
         if getattr(value, "requires_grad", False) is True:
             raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
-        tensor = self._from_dlpack(value)
+        try:
+            tensor = self._from_dlpack(value)
+        except NOT_EXPORTED as error:
+            raise not_exported(name, value, error) from error
         given = tuple(tensor.shape)
         fits = len(given) == len(shape) and all(
             size == n if n is not None else size >= 1 for n, size in zip(shape, given, strict=True)
         )
-        if not fits or str(tensor.dtype) != self._dtype:
+        dtype = dtype_name(tensor, value)
+        if not fits or dtype != self._dtype:
             least = ", N at least 1" if None in shape else ""
             raise CallError(
-                f"{name} is {tensor.dtype} {given}, but this kernel needs {self._dtype} {sizes_text(shape)}{least}"
+                f"{name} is {dtype} {given}, but this kernel needs {self._dtype} {sizes_text(shape)}{least}"
             )
         if None in shape and self._most is not None and given[0] > self._most:
             raise CallError(

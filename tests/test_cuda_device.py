@@ -208,6 +208,20 @@ def test_a_tensor_without_values_is_refused(layer: CudaArtifact) -> None:
         layer(**{**given, "x": FakeTensor()})
 
 
+def test_a_tensor_that_is_not_exported_is_refused_in_one_line(layer: CudaArtifact) -> None:
+    given, _ = arguments(layer)
+
+    class Locked:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return CUDA, 0
+
+        def __dlpack__(self, **words: Any) -> Any:
+            raise BufferError("it is locked\nframe #0: ...")
+
+    with pytest.raises(CallError, match=r"^x of type .*Locked cannot be exported by DLPack: [^\n]*it is locked$"):
+        layer(**{**given, "x": Locked()})
+
+
 def test_a_tensor_that_is_not_contiguous_is_refused(layer: CudaArtifact) -> None:
     given, _ = arguments(layer)
     turned = X.transpose(0, 1, 4, 3, 2)

@@ -265,6 +265,29 @@ def test_a_tensor_without_values_is_refused(layers: dict[str, Artifact]) -> None
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
+def test_what_pytorch_does_not_export_is_said_in_one_line(layers: dict[str, Artifact]) -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = layers["float32"]
+    x, w, b = (torch.from_numpy(a) for a in whole_numbers(layer.spec))
+    words = {
+        r"^x is a tensor of layout torch\.sparse_coo, not a dense one; pass x\.to_dense\(\)$": x.to_sparse(),
+        r"^x is a tensor of layout torch\._mkldnn, .* x\.to_dense\(\)$": x.to_mkldnn(),
+        r"^x is quantized; pass x\.dequantize\(\)$": torch.quantize_per_tensor(x, 1, 0, torch.qint8),
+        r"^x is a nested tensor; pass torch\.nested\.to_padded_tensor\(x, 0\)$": torch.nested.nested_tensor([x[0]]),
+        r"^x is torch\.complex64, but this layer computes in float32; convert it first$": torch.complex(x, x),
+    }
+    for word, tensor in words.items():
+        with pytest.raises(CallError, match=word):
+            layer(tensor, w, b)
+    with FakeTensorMode(), pytest.raises(CallError, match=r"x of type .* by DLPack: [^\n]*FakeTensorMode"):
+        layer(x, w, b)
+    layer(torch.quantize_per_tensor(x, 1, 0, torch.qint8).dequantize(), w, b)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
 def test_a_forward_mode_tangent_is_refused(layers: dict[str, Artifact]) -> None:
     import torch
     from torch.autograd import forward_ad
