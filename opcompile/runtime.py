@@ -2,8 +2,8 @@
 
 An artifact is a directory with a manifest; `load` refuses one that does not match it or this
 machine, so that a call can only fail with a `CallError`. Tensors go to the kernel as they are:
-contiguous ones at any address are never copied, others are made contiguous first. NumPy arrays give
-their address directly; everything else (torch, JAX, ...) comes through DLPack, by ``tvm_ffi``.
+contiguous ones at any address that suits their element are never copied, others are copied first. NumPy arrays
+give their address directly; everything else (torch, JAX, ...) comes through DLPack, by ``tvm_ffi``.
 """
 
 from __future__ import annotations
@@ -186,6 +186,11 @@ class Slot:
         )
 
     def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
+        if to_write and value.flags.c_contiguous:
+            raise CallError(
+                f"{self.name} is at an address that is no multiple of its element's size, {self.storage.itemsize}; "
+                "pass a tensor that is"
+            )
         if to_write:
             raise CallError(f"{self.name} is not contiguous in memory; pass a contiguous tensor")
         return np.array(value, order="C", subok=False)
