@@ -30,6 +30,11 @@ def checked_path(given: object, name: str) -> Path:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CallError(f"{name} is {text!r}, links that lead back to themselves; name another path") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise CallError(
+                f"{name} is a path of {len(text)} characters, which is too long here, or a part of it is; "
+                "name a shorter one"
+            ) from error
     return path
 
 

@@ -913,7 +913,10 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="does not exist"):
         load(tmp_path / "file" / "nowhere")
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    (tmp_path / "odd" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="cannot be read: Is a directory"):
+        load(tmp_path / "odd")
+    with pytest.raises(CallError, match=r"path is a path of \d+ characters, which is too long here"):
         load(tmp_path / ("long" * 100))
 
 
