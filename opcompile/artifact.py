@@ -238,7 +238,8 @@ def require_replaceable(place: Path) -> None:
     while objection and identity(place) != before:
         before, objection = identity(place), _objection(place)
     if objection:
-        raise ArtifactError(f"{place} {objection}; empty it, or name another directory")
+        way_out = "empty it" if place.is_dir() else "remove that file"
+        raise ArtifactError(f"{place} {objection}; {way_out}, or name another directory")
 
 
 def require_elsewhere(place: Path) -> None:
@@ -274,7 +275,7 @@ def _objection(place: Path) -> str | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        return "is a file, and an artifact is a directory"
+        return f"{'is' if place.exists() else 'lies in'} a file, and an artifact is a directory"
     present -= LEFT_BY_BROWSERS
     if not present:
         return None

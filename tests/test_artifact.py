@@ -462,8 +462,10 @@ def test_what_is_no_artifact_is_not_replaced(
         write(lowered[ONE], place)
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(ArtifactError, match="is a file"):
+    with pytest.raises(ArtifactError, match="file is a file, and an artifact is a directory; remove that file, or"):
         write(lowered[ONE], file)
+    with pytest.raises(ArtifactError, match="below lies in a file, and an artifact is a directory; remove that file"):
+        write(lowered[ONE], file / "below")
     assert siblings(place) == ["file", "thesis"]
 
 
