@@ -637,7 +637,8 @@ def _integer(key: str, text: str) -> int:
 
 def _number(where: str, text: str) -> float:
     try:
-        return float(text)
+        # Python's own rule takes 1_0, blanks and the digits of other scripts too
+        return float(text if re.fullmatch(r"[-+.0-9a-zA-Z]+", text) else "")
     except ValueError:
         raise SpecError(f"{where}: {text!r} is not a number, like 0.01") from None
 
