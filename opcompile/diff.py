@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def left_aside(self) -> tuple[str, ...]:
-        """What of the spec no call says, and no verdict is about."""
+        """What of the spec the calls leave out, and no verdict is about."""
         spec = self.spec
         said = {
             f"the activation {spec.activation}": spec.activation != Activation(),
@@ -433,7 +433,7 @@ def _shown(found: Comparison) -> Iterator[Any]:
     silent = _together((row.not_measured, row.system) for row in found.rows if row.not_measured)
     lines = [f"{names} cannot say it: {why}" for why, names in refused.items()]
     if found.left_aside:
-        lines.append(f"Left aside, for no call says it: {', '.join(found.left_aside)}.")
+        lines.append(f"Left aside, for the table is about the sum: {', '.join(found.left_aside)}.")
     if any(row.own_difference is not None for row in found.rows):
         lines.append(f"Differences were measured on {brief(found.measured_on)}.")
     lines += [f"Not measured: {names}: {why}" for why, names in silent.items()]

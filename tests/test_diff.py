@@ -108,14 +108,14 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) ->
     assert {row["system"] for row in content["systems"]} >= {system.name for system in SYSTEMS}
 
 
-def test_what_no_call_says_is_left_aside_aloud() -> None:
+def test_what_the_calls_leave_out_is_left_aside_aloud() -> None:
     text = "in=Nx4x3x3x3 co=4 k=3 g=2 act=relu dtype=float16"
     said = (
         "the activation relu, the dtype float16 (differences are float32's), "
         "the dynamic batch (where a call says N, it is 1)"
     )
     shown = CliRunner().invoke(cli, ["diff", text, "--no-measure"], catch_exceptions=False).stdout
-    assert f"Left aside, for no call says it: {said}.\n" in shown
+    assert f"Left aside, for the table is about the sum: {said}.\n" in shown
     done = CliRunner().invoke(cli, ["diff", text, "--no-measure", "--json"], catch_exceptions=False)
     assert ", ".join(json.loads(done.stdout)["left_aside"]) == said
     assert diff(QUESTION, measure=False).left_aside == ()
