@@ -46,6 +46,7 @@ from opcompile.units import binary, duration, scaled
 from schedules.counted import counted
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
     from opcompile.lower import PlanName
@@ -62,6 +63,9 @@ _NOISY = 0.2
 OWN_CPU = 0.9
 # What tables say where the two numbers of operations differ.
 NOT_CROPPED = "GFLOP/s and the roofline count the products that are not cropped"
+# Columns of a table, and which of them a narrow terminal is spared first.
+_NUMBERS = ("min", "median", "p95", "GFLOP/s", "GB/s", "of roofline", "peak memory")
+_SPARED = ("p95", "GB/s", "min", "peak memory", "GFLOP/s")
 # Parameters of glibc's `mallopt`, by the names in its malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
@@ -219,29 +223,44 @@ class BenchReport:
         compared = {"timings": timings, "ratios": ratios, "fastest_peer": best}
         return {**asdict(self), **computed, **compared}
 
-    def table(self) -> Table:
-        """Return the timings as a table for a terminal, with the verdict below it."""
+    def table(self) -> RenderableType:
+        """Return the timings as a table for a terminal, with the verdict below it.
+
+        A narrow terminal is spared columns, one after the other, rather than parts of names and numbers.
+        """
+        spared = range(len(_SPARED) + 1)
+        return _Fitting((self._table(), *(self._table(_SPARED[:n], narrow=True) for n in spared)))
+
+    def _table(self, spared: Sequence[str] = (), *, narrow: bool = False) -> Table:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
+        without = [f"left out, as the terminal is narrow: {', '.join(spared)}; --json has all"] if spared else []
         table = Table(
             title=brief(ConvTranspose3d.parse(self.spec)),
             title_justify="left",
-            caption=Text("\n".join(self._words())),
+            caption=Text("\n".join([*without, *self._words()])),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
+            padding=(0, 1, 0, 0) if narrow else (0, 1),
         )
-        table.add_column("engine")
-        for heading in ("min", "median", "p95", "GFLOP/s", "GB/s", "of roofline", "peak memory"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("engine", no_wrap=True)
+        between = "\n" if narrow else " "
+        shown = [heading for heading in _NUMBERS if heading not in spared]
+        for heading in shown:
+            table.add_column(heading.replace(" ", between), justify="right", no_wrap=True)
         for t in self.timings:
-            times = (duration(t.min_us), duration(t.median_us), duration(t.p95_us))
-            rates = (f"{self.needed_gflops(t):.1f}", f"{self.gbytes(t):.2f}", f"{self.share(t):.0%}")
-            weight = binary(self.memory[t.engine]) if t.engine in self.memory else "-"
-            table.add_row(f"{t.engine} {t.version}", *times, *rates, weight)
+            cells = self._cells(t)
+            table.add_row(f"{t.engine}{between}{t.version}", *(cells[heading] for heading in shown))
         return table
+
+    def _cells(self, t: Timing) -> dict[str, str]:
+        times = (duration(t.min_us), duration(t.median_us), duration(t.p95_us))
+        rates = (f"{self.needed_gflops(t):.1f}", f"{self.gbytes(t):.2f}", f"{self.share(t):.0%}")
+        weight = binary(self.memory[t.engine]) if t.engine in self.memory else "-"
+        return dict(zip(_NUMBERS, (*times, *rates, weight), strict=True))
 
     def _words(self) -> Iterator[str]:
         """Yield what stands below the table: verdicts, the roofline, what is missing, and the circumstances."""
@@ -259,6 +278,17 @@ class BenchReport:
         yield from (f"peak memory of {name} is unknown: {reason}" for name, reason in self.not_weighed.items())
         yield f"{self.where}; {len(self.timings[0].samples_us)} rounds; plan {self.plan}; seed {self.seed}; {self.date}"
         yield self.machine
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """The first of several tables that is no wider than the terminal, or the last."""
+
+    tables: Sequence[Table]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        fits = (t for t in self.tables if t.__rich_measure__(console, options).maximum <= options.max_width)
+        yield next(fits, self.tables[-1])
 
 
 def ratio_of(ours: Timing, peer: Timing) -> Ratio:

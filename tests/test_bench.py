@@ -525,8 +525,8 @@ def test_nothing_is_concluded_from_noise() -> None:
     assert not report.slower_than(3.9)
 
 
-def shown(report: BenchReport) -> str:
-    console = Console(width=120)
+def shown(report: BenchReport, width: int = 120) -> str:
+    console = Console(width=width)
     with console.capture() as printed:
         console.print(report.table())
     return printed.get()
@@ -547,6 +547,20 @@ def test_the_table_tells_all() -> None:
     ):
         assert words in shown(report)
     assert "too noisy" not in shown(report)
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(120, ""), (80, "p95"), (70, "p95, GB/s"), (44, "p95, GB/s, min, peak memory, GFLOP/s")]
+)
+def test_a_narrow_table_has_whole_names_and_says_what_it_lacks(width: int, left_out: str) -> None:
+    report = report_of({"opcompile": [1000.0] * 20, "torch-channels-last": [1500.0] * 20})
+    text = shown(report, width)
+    assert "torch-channels-last" in text
+    assert "…" not in text
+    assert "1.50 ms" in text
+    assert max(map(len, text.splitlines())) <= width
+    words = f"left out, as the terminal is narrow: {left_out}; --json has all"
+    assert (words in " ".join(text.split())) == bool(left_out)
 
 
 def test_tables_count_what_is_not_cropped() -> None:
