@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +113,22 @@ def test_the_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.
         exec(compile(code, f"{name}, example {number}", "exec"), {"__name__": "example"})  # noqa: S102 (our own page)
     if name == "README.md":
         assert (tmp_path / "decoder" / "manifest.json").exists()
+
+
+def test_the_python_examples_have_the_right_types(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    for name in RUNNING:
+        for number, code in enumerate(fenced((ROOT / name).read_text(), "python")):
+            (tmp_path / f"{Path(name).stem}_{number}.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", *sorted(tmp_path.glob("*.py"))],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_session_of_onnx_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
