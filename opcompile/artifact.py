@@ -549,8 +549,10 @@ _ABOUT = """\
  *
  *   #include <dlfcn.h>
  *   void *library = dlopen("./conv_transpose3d-....so", RTLD_NOW | RTLD_LOCAL);
- *   opcompile_run_fn run = (opcompile_run_fn)dlsym(library, "opcompile_run");
- *   opcompile_error_fn error = (opcompile_error_fn)dlsym(library, "opcompile_error");
+ *   opcompile_run_fn run;
+ *   opcompile_error_fn error;
+ *   *(void **)&run = dlsym(library, "opcompile_run");
+ *   *(void **)&error = dlsym(library, "opcompile_error");
  *   if (run(0, batch, x, w, b, y)) fprintf(stderr, "%s\\n", error());
  *
  *   x  {x}, layout {layout}

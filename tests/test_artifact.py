@@ -185,8 +185,10 @@ static size_t count(const int64_t *shape, size_t axes) {
 int main(int argc, char **argv) {
   void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) return fprintf(stderr, "%s\n", dlerror()), 1;
-  opcompile_run_fn run = (opcompile_run_fn)dlsym(library, "opcompile_run");
-  opcompile_error_fn error = (opcompile_error_fn)dlsym(library, "opcompile_error");
+  opcompile_run_fn run;
+  opcompile_error_fn error;
+  *(void **)&run = dlsym(library, "opcompile_run");
+  *(void **)&error = dlsym(library, "opcompile_error");
   size_t xs = COUNT(OPCOMPILE_X_SHAPE), ws = COUNT(OPCOMPILE_W_SHAPE);
   size_t bs = COUNT(OPCOMPILE_B_SHAPE), ys = COUNT(OPCOMPILE_Y_SHAPE);
   opcompile_element *x = malloc(xs * sizeof *x), *w = malloc(ws * sizeof *w);
@@ -216,8 +218,9 @@ def test_a_c_program_needs_the_header_and_the_library_alone(
         "-std=c11",
         "-Wall",
         "-Wextra",
+        "-Wpedantic",
         "-Werror",
-        "-O1",
+        "-O2",
         f"-I{layer.directory}",
         "host.c",
         "-o",
@@ -234,6 +237,35 @@ def test_a_c_program_needs_the_header_and_the_library_alone(
     y = layer(golden.x, golden.w, golden.b)
     assert np.array_equal(np.array(values, np.float32), y.ravel())
     assert "b must be null exactly when" in message
+
+
+CALLED = """
+#include <dlfcn.h>
+#include <stdio.h>
+#include "header.h"
+int call(int64_t batch, void *x, void *w, void *b, void *y, void *dy, void *dx);
+int call(int64_t batch, void *x, void *w, void *b, void *y, void *dy, void *dx) {{
+  (void)x, (void)w, (void)b, (void)y, (void)dy, (void)dx;
+  {call}
+  return 0;
+}}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["cc -x c -std=c11", "c++ -x c++ -std=c++11"])
+@pytest.mark.parametrize("where", ["layer", "derivative", "docs"])
+def test_the_call_that_is_written_down_compiles_without_a_warning(
+    lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, compiler: str, where: str
+) -> None:
+    layer = artifact.header(ONE, lowered[ONE].packing)
+    header = header_of_derivative(Gradient(ONE, "x")) if where == "derivative" else layer
+    text = (Path(__file__).parents[1] / "docs" / "artifact.md").read_text() if where == "docs" else header
+    call = re.search(r"void \*library = dlopen.*?error\(\)\);", text, re.DOTALL)
+    assert call is not None
+    (tmp_path / "header.h").write_text(header)
+    (tmp_path / "host.c").write_text(CALLED.format(call=call[0].replace("\n * ", "\n")))
+    flags = ["-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c"]
+    subprocess.run([*compiler.split(), *flags, "host.c", "-o", "host.o"], cwd=tmp_path, check=True)
 
 
 # Each includes the headers of three layers, and asks which one its words mean.
