@@ -397,7 +397,12 @@ def run(
     elif "b" in arrays:
         raise CallError(f"--b was given, but {directory} holds a derivative, which takes no bias; leave it out")
     on_gpu = isinstance(artifact, CudaArtifact)
-    y = artifact.on_host(*map(arrays.get, ("x", "w", "b"))) if on_gpu else artifact(**arrays)
+    try:
+        y = artifact.on_host(*map(arrays.get, ("x", "w", "b"))) if on_gpu else artifact(**arrays)
+    except CallError as error:
+        if " is missing: " in str(error):  # the name of an argument, which is an option here
+            raise CallError(f"--{error}") from error
+        raise
     _write_array(y_path, y)
     content = {"output": y_path, "shape": y.shape, "dtype": y.dtype.name}
     _emit(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])
@@ -942,15 +947,23 @@ def _one_artifact(directory: str) -> Path:
 
 def _read_array(path: str, dtype: str) -> NDArray[Any]:
     import numpy as np
+    from numpy.lib.format import MAGIC_PREFIX
 
     try:
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            begins = file.read(len(MAGIC_PREFIX))
+        # of what begins otherwise NumPy says that it were pickled
+        array = np.load(path, allow_pickle=False) if begins == MAGIC_PREFIX else None
     except (ValueError, EOFError) as error:
-        raise CallError(f"{path} is not a NumPy array file (.npy): {error}") from error
+        if "Object arrays" in str(error):
+            raise CallError(f"{path} holds Python objects, not numbers; save it again, by astype({dtype!r})") from error
+        raise CallError(f"{path} is damaged, not a whole NumPy array file (.npy): {error}") from error
     except OSError as error:
         raise CallError(f"cannot read {path}: {error.strerror or error}; name a .npy file") from error
-    if not isinstance(array, np.ndarray):
-        raise CallError(f"{path} is an archive of several arrays; save the one with numpy.save")
+    if begins.startswith(b"PK"):
+        raise CallError(f"{path} is an archive, as of several arrays; save the one with numpy.save")
+    if array is None:
+        raise CallError(f"{path} is not a NumPy array file (.npy); write one with numpy.save")
     return _as_bfloat16(array) if dtype == "bfloat16" and array.dtype == np.dtype("V2") else array
 
 

@@ -165,12 +165,18 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
     "run": [
         (["{tmp}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["manifest.json"]),
         (["{layer}", "--x", "{tmp}/none.npy", "-o", "{tmp}/y.npy"], 2, ["none.npy"]),
-        (["{layer}", "--x", "{tmp}/text.onnx", "-o", "{tmp}/y.npy"], 2, ["text.onnx", ".npy"]),
+        (
+            ["{layer}", "--x", "{tmp}/text.onnx", "-o", "{tmp}/y.npy"],
+            2,
+            ["text.onnx is not a NumPy array file (.npy); write"],
+        ),
         (["{layer}", "--x", "{tmp}", "-o", "{tmp}/y.npy"], 2, ["{tmp}"]),
-        (["{layer}", "--x", "{tmp}/pickled.npy", "-o", "{tmp}/y.npy"], 2, ["pickled.npy"]),
+        (["{layer}", "--x", "{tmp}/pickled.npy", "-o", "{tmp}/y.npy"], 2, ["pickled.npy holds Python objects, not"]),
+        (["{layer}", "--x", "{tmp}/cut.npy", "-o", "{tmp}/y.npy"], 2, ["cut.npy is damaged, not a whole NumPy array"]),
+        (["{layer}", "--x", "{tmp}/cut.npz", "-o", "{tmp}/y.npy"], 2, ["cut.npz is an archive"]),
         (["{layer}", "--x", "{tmp}/many.npz", "-o", "{tmp}/y.npy"], 2, ["several arrays"]),
         (["{layer}", "--x", "{tmp}/none.npy", "-o", "{tmp}/none/y.npy"], 2, ["cannot write {tmp}/none/y.npy"]),
-        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["w is missing"]),
+        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["opcompile: --w is missing"]),
         (["{layer}", "--x", "{tmp}/wrong.npy", "-o", "{tmp}/y.npy"], 2, ["x has shape"]),
         (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy", "--threads", "0"], 2, ["--threads"]),
         (["{model}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["artifacts of a model", "node_convolution_1"]),
@@ -268,6 +274,8 @@ def test_a_mistake_has_a_code_and_a_message_and_no_traceback(
     np.save(tmp_path / "x.npy", np.zeros((1, 4, 3, 4, 5), np.float32))
     np.save(tmp_path / "wrong.npy", np.zeros(3, np.float32))
     np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:200])
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     np.savez(tmp_path / "many.npz", a=np.zeros(1))
     places = {"tmp": tmp_path, "models": MODELS, "layer": folder / "layer", "model": folder / "model"}
     filled = [arg.format(**places) for arg in args]
