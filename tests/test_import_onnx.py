@@ -517,6 +517,38 @@ def test_sizes_that_a_model_does_not_take_are_the_reason() -> None:
     assert all(found.spec is not None for found in find(model, shapes={"X": (1, 1, 6, 8, 8)}))
 
 
+ABOVE = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[1,1,D,8,8] X) => (float[1,a,b,c,d] Y)
+    <float[1,1,2,2,2] W = {1,1,1,1,1,1,1,1}> {
+        down = MaxPool <kernel_shape = [2,2,2], strides = [2,2,2]> (X)
+        up = ConvTranspose <strides = [2,2,2]> (down, W)
+"""
+
+
+def test_sizes_that_a_model_does_not_take_behind_its_layers_are_the_reason_too() -> None:
+    model = parser.parse_model(f"{ABOVE} Y = Concat <axis = 1> (X, up) }}")
+    with pytest.raises(ModelError, match=r"does not take the shapes that were given: .*Concat.*; give sizes that it"):
+        find(model, shapes={"X": (1, 1, 5, 8, 8)})
+    (found,) = find(model, shapes={"X": (1, 1, 6, 8, 8)})
+    assert found.spec is not None
+
+
+def test_a_branch_that_is_not_taken_need_not_fit() -> None:
+    model = parser.parse_model(
+        f"""{ABOVE}
+            shape = Shape <start = 2, end = 3> (X)
+            six = Constant <value = int64[1] {{6}}> ()
+            is = Equal (shape, six)
+            Y = If (is) <
+                then_branch = then () => (float[1,2,e,8,8] y) {{ y = Concat <axis = 1> (X, up) }},
+                else_branch = other () => (float[1,1,f,8,8] z) {{ z = Identity (up) }}
+            >
+        }}"""
+    )
+    (found,) = find(model, shapes={"X": (1, 1, 5, 8, 8)})
+    assert found.spec is not None
+
+
 def test_the_operator_that_hides_a_shape_is_named() -> None:
     nodes = [
         helper.make_node("QLinearLeakyRelu", ["X"], ["hidden"], domain="com.microsoft"),

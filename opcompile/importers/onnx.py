@@ -94,7 +94,9 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
             _found(node, scope, folder)
             for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
         ]
-        if shapes and any(f.spec is None for f in found) and (said := _objection(outline)):
+        # the branch of an If that is not taken need not fit: where there are any, a node without a spec is the sign
+        doubtful = any(f.spec is None for f in found) or not _branches(outline.graph)
+        if shapes and doubtful and (said := _objection(outline)):
             as_it_is, _ = _outline(model)
             order(as_it_is.graph)
             if _objection(as_it_is) is None:  # else it is another flaw
@@ -453,6 +455,10 @@ def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodePro
 def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
     # to touch a graph that is not there would set it
     return (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
+
+
+def _branches(graph: onnx.GraphProto) -> bool:
+    return any(_subgraphs(attribute) for node in graph.node for attribute in node.attribute)
 
 
 def _is_conv_transpose(node: onnx.NodeProto) -> bool:
