@@ -480,7 +480,7 @@ def test_a_node_that_cannot_be_compiled_does_not_stop_the_others() -> None:
     first, second = find(model)
     assert first.reason is not None
     assert "dynamic spatial sizes (D=d)" in first.reason
-    assert "--shape NAME=NxCxDxHxW" in first.reason
+    assert "by --shape X=1x1x?x2x2, in Python" in first.reason
     assert second.spec == ConvTranspose3d.parse("in=1x1x2x2x2 co=1 k=2 bias=0")
 
 
@@ -495,7 +495,7 @@ def test_the_way_out_of_dynamic_sizes() -> None:
             Z = ConvTranspose(Y, W)
         }"""
     )
-    assert "in Python by shapes=" in reason_of(model)
+    assert "give the model's inputs sizes, by --shape X=Nx1x?x?x2, in Python by shapes=" in reason_of(model)
     (found,) = find(model, shapes={"X": ("N", 1, 3, 4, 2)})
     assert found.spec == ConvTranspose3d.parse("in=Nx1x3x4x2 co=1 k=2 bias=0")
 

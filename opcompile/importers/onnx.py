@@ -90,10 +90,8 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
         outline, tensors = _understood(model, folder, shapes)
-        found = [
-            _found(node, scope, folder)
-            for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import))
-        ]
+        whole = _Scope.of(tensors, outline.opset_import, _to_give(outline.graph, tensors))
+        found = [_found(node, scope, folder) for node, scope in _nodes(outline.graph, whole)]
         # the branch of an If that is not taken need not fit: where there are any, a node without a spec is the sign
         doubtful = any(f.spec is None for f in found) or not _branches(outline.graph)
         if shapes and doubtful and (said := _objection(outline)):
@@ -378,6 +376,8 @@ class _Computed:
 
 
 _SPARSE = "a sparse initializer"
+_WAY_OUT = "give the model's inputs sizes, by {}, in Python by shapes="
+_ANY_INPUT = "--shape NAME=NxCxDxHxW"
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,11 +388,17 @@ class _Scope:
     constants: ChainMap[str, onnx.TensorProto | _Computed | None]
     types: ChainMap[str, onnx.TypeProto.Tensor]
     lost: ChainMap[str, str]
+    to_give: str  # the options that give open sizes
 
     @classmethod
-    def of(cls, tensors: Mapping[str, onnx.TensorProto], imports: Sequence[onnx.OperatorSetIdProto] = ()) -> _Scope:
+    def of(
+        cls,
+        tensors: Mapping[str, onnx.TensorProto],
+        imports: Sequence[onnx.OperatorSetIdProto] = (),
+        to_give: str = _ANY_INPUT,
+    ) -> _Scope:
         opset = next((int(i.version) for i in imports if i.domain in DOMAINS), 1)
-        return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap())
+        return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap(), to_give)
 
     def inside(self, graph: onnx.GraphProto) -> _Scope:
         """Return the scope of a graph's nodes before the first of them has run."""
@@ -434,6 +440,25 @@ class _Scope:
         if not found.HasField("shape"):
             return _Value(name, None, found.elem_type, None, constant, self.lost.get(name))
         return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
+
+
+def _to_give(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> str:
+    """Return the options that give sizes to a model's inputs, ready to edit: what is known of them stands there."""
+    held = {tensor.name for tensor in graph.initializer} | tensors.keys()
+    inputs = [v for v in graph.input if v.name not in held and v.type.HasField("tensor_type")]
+    options = (f"--shape {v.name}={sizes}" for v in inputs if (sizes := _to_edit(v.type.tensor_type)))
+    return " ".join(options) or _ANY_INPUT
+
+
+def _to_edit(found: onnx.TypeProto.Tensor) -> str:
+    """Write the sizes of an input, with a question mark for each that is open; none where at most the batch is."""
+    if not found.HasField("shape"):
+        return "NxCxDxHxW"
+    batch, *others = [_dimension(d) for d in found.shape.dim] or [1]
+    if all(isinstance(size, int) for size in others):
+        return ""
+    texts = [str(size) if isinstance(size, int) else "?" for size in others]
+    return "x".join([str(batch) if isinstance(batch, int) else "N", *texts])
 
 
 def _dimension(d: onnx.TensorShapeProto.Dimension) -> int | str:
@@ -498,7 +523,7 @@ def _weights(node: onnx.NodeProto, scope: _Scope) -> tuple[_Value, _Value | None
 def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
     """Read one node. Raises `ModelError` or `SpecError` with the reason why it cannot be compiled."""
     x, (w, b) = scope.value(node.input[0]), _weights(node, scope)
-    batch, channels_in, sizes = _x_sizes(x)
+    batch, channels_in, sizes = _x_sizes(x, _WAY_OUT.format(scope.to_give))
     channels, per_group, *kernel = _w_sizes(w)
     attributes = _attributes(node)
     groups = int(attributes.get("group", 1))
@@ -534,14 +559,11 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-_WAY_OUT = "give the model's inputs sizes, by --shape NAME=NxCxDxHxW, in Python by shapes="
-
-
-def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
+def _x_sizes(x: _Value, way_out: str) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
         told = f", for nothing tells what {x.lost} writes" if x.lost else ""
         raise ModelError(
-            f"the shape of X ({x.name}) cannot be inferred{told}; {_WAY_OUT}, and the outputs of operators that "
+            f"the shape of X ({x.name}) cannot be inferred{told}; {way_out}, and the outputs of operators that "
             "ONNX does not define their shapes; those that the model computes are followed from opset 14 on, or once "
             "python -m onnxruntime.tools.symbolic_shape_infer has written them down"
         )
@@ -550,7 +572,7 @@ def _x_sizes(x: _Value) -> tuple[int | None, int | str, list[int]]:
     unknown = {name: size for name, size in zip(AXIS_NAMES, x.shape[2:], strict=True) if isinstance(size, str)}
     if unknown:
         sizes = ", ".join(f"{name}={size}" for name, size in unknown.items())
-        raise ModelError(f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; {_WAY_OUT}")
+        raise ModelError(f"X ({x.name}) has dynamic spatial sizes ({sizes}), and only the batch may be; {way_out}")
     batch, channels, *spatial = x.shape
     return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
 
