@@ -45,10 +45,6 @@ from tvm_ffi import structural_map
 from opcompile.elementary import erf, expm1, log1p, tanh
 from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
 
-# Above this many phases with taps, a block each would cost more compile time and code than it saves; above this many
-# phases in all, code that writes each.
-MOST_PHASE_BLOCKS = 27
-MOST_PHASES = 64
 # The type of indices.
 INDEX = "int64"
 
@@ -71,12 +67,6 @@ class Grain:
     taps: bool = False
     stored: bool = False
     groups: bool = False
-
-
-def phases_as_axes(spec: ConvTranspose3d) -> bool:
-    """Whether the phases of ``spec`` are axes of blocks, by their numbers of taps, rather than a block each."""
-    summed, every = spec.phases
-    return summed > MOST_PHASE_BLOCKS or every > MOST_PHASES
 
 
 def round_up(size: int, grain: int) -> int:
@@ -104,7 +94,7 @@ def declare(spec: ConvTranspose3d, grain: Grain = Grain()) -> tirx.PrimFunc:
     w = te.placeholder(scope.sizes(*packed_from(spec, grain)), spec.dtype, name="W")
     b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
     pad, wide = scope.pad(x), w if grain.stored else _widened(spec, w)
-    pick = _pick_taps if grain.taps else _pick_axes if phases_as_axes(spec) else _pick_blocks
+    pick = _pick_taps if grain.taps else _pick_axes if spec.phases_as_axes else _pick_blocks
     picked = pick(scope, pad, wide)
 
     def finish(n: Any, *at: Any) -> Any:
@@ -277,7 +267,7 @@ class Scope:
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
         """Choose the layout of positions that suits ``spec`` and ``grain``; indices have 64 bits."""
-        window = _Window.of_all_taps if phases_as_axes(spec) else _Window.of
+        window = _Window.of_all_taps if spec.phases_as_axes else _Window.of
         where: Where
         depth, _, columns = grain.positions
         if grain.taps and not grain.rows:
@@ -298,7 +288,7 @@ class Scope:
         if spec.batch is None:
             return self
         pad = spec.batch * spec.channels_in * math.prod(self.where.read_from)
-        phases = spec.phases[1] if phases_as_axes(spec) else 1
+        phases = spec.phases[1] if spec.phases_as_axes else 1
         phase = spec.batch * self.groups * self.channels * math.prod(self.where.positions) * phases
         w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
         sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]

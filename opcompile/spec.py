@@ -91,6 +91,11 @@ _LARGEST = 2**31 - 1
 # The phases and the taps of an axis are counted and planned one by one.
 _MOST_PLANNED = 4096
 
+# Above this many phases with taps, a block each would cost more compile time and code than it saves; above this many
+# phases in all, code that writes each.
+_MOST_PHASE_BLOCKS = 27
+_MOST_PHASES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -445,6 +450,16 @@ class ConvTranspose3d:
         counts = [(len(axis.summed), len(axis.phases)) for axis in self.axes]
         summed, every = map(math.prod, zip(*counts, strict=True))
         return summed, every
+
+    @property
+    def many_phases(self) -> bool:
+        """Whether the phases are too many for code that writes each."""
+        return self.phases[1] > _MOST_PHASES
+
+    @property
+    def phases_as_axes(self) -> bool:
+        """Whether the phases are declared as axes of blocks, by their numbers of taps, rather than a block each."""
+        return self.phases[0] > _MOST_PHASE_BLOCKS or self.many_phases
 
     @property
     def terms(self) -> int:

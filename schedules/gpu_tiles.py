@@ -198,7 +198,7 @@ class Sums:
             taps=math.prod(len(a.offsets) for a in spec.axes),
             most_taps=math.prod(max(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
-            many=every > MOST_TOGETHER,
+            many=every > _MOST_TOGETHER,
             row_stride=spec.axes[2].stride,
             channels_last=spec.layout == "NDHWC",
             x_bytes=math.prod(n or 1 for n in spec.x_shape) * spec.itemsize,
@@ -256,8 +256,8 @@ class Sums:
         return self.shared(t) + beyond * self.held
 
 
-# As `opcompile.declare.MOST_PHASE_BLOCKS`: with more phases each block of threads sums one.
-MOST_TOGETHER = 27
+# With more phases each block of threads sums one.
+_MOST_TOGETHER = 27
 
 
 def sensible(layer: Sums) -> Iterator[GpuTiles]:

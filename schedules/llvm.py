@@ -35,7 +35,6 @@ from schedules.finish import VECTORS, finish
 from schedules.squares import SQUARES
 from schedules.tiles import (
     CACHE_LINE,
-    MOST_PHASES,
     Estimate,
     Tiles,
     baseline,
@@ -45,7 +44,6 @@ from schedules.tiles import (
     factors,
     joined,
     length_of_row,
-    phases_apart,
     phases_at_once,
     reach,
     square,
@@ -122,7 +120,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
     phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith(_SUMS)]
     output = sch.get_sblock("output")
-    as_axes = not phases_apart(spec) and not tiles.by_taps
+    as_axes = spec.phases_as_axes and not tiles.by_taps
 
     # --- layouts ---
     wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
@@ -174,7 +172,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         # after `parallel`, which refuses a decomposed block: sums start at the loops over the taps
         depth = 8 if tiles.by_taps else 10
         sch.decompose_reduction(p, sch.get_loops(p)[-depth if tiles.products == 1 else -depth - 1])
-    if spec.phases[1] <= MOST_PHASES[1]:
+    if not spec.many_phases:
         for loop in (f_d, f_h, f_w):
             sch.unroll(loop)
     if phases and tiles.copy != "none":

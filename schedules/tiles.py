@@ -25,8 +25,6 @@ _MOST_OF_TURN = 64
 # Of more sums by one vector of weights, two channels in a turn leave LLVM too few registers to multiply in place: it
 # moves most of them from one to the next, and two lie on the stack.
 _FEW_SUMS = 8
-# As `opcompile.declare.MOST_PHASE_BLOCKS` and `opcompile.declare.MOST_PHASES`.
-MOST_PHASES = (27, 64)
 # For so few output channels of a group may each tap have sums of its own; of so many taps, where these are summed at
 # lines of padded rows, and at planes of X as they lie. Where channels come last, those of a row are added up at once,
 # so many taps of all together.
@@ -324,19 +322,13 @@ def length_of_row(spec: ConvTranspose3d, t: Tiles) -> int:
     return _layer(spec, t).as_they_lie(t) if t.vector == "plane" else reach(spec.axes[2])
 
 
-def phases_apart(spec: ConvTranspose3d) -> bool:
-    """Whether each phase that has taps has a block of its own: what `opcompile.declare.phases_as_axes` denies."""
-    summed, every = spec.phases
-    return summed <= MOST_PHASES[0] and every <= MOST_PHASES[1]
-
-
 def woven_by_tiles(spec: ConvTranspose3d, of_channels: bool) -> bool:
     """Whether register tiles may write Y: where each phase has taps.
 
     Vectors of channels may where these come last, vectors of positions where the phases of a row are few enough to be
     woven. Functions of float64 are the library's, for one element at a time.
     """
-    if spec.sum_dtype == "float64" or of_channels != (spec.layout == "NDHWC") or not phases_apart(spec):
+    if spec.sum_dtype == "float64" or of_channels != (spec.layout == "NDHWC") or spec.phases_as_axes:
         return False
     if any(axis.summed != axis.phases for axis in spec.axes):
         return False
@@ -391,7 +383,7 @@ def weaves(spec: ConvTranspose3d) -> bool:
 
 def copies_chunks(spec: ConvTranspose3d) -> bool:
     """Whether a task may copy X of ``spec`` by chunks of its channels: each phase has sums, and channels lie apart."""
-    return spec.layout == "NCDHW" and spec.terms > 0 and phases_apart(spec)
+    return spec.layout == "NCDHW" and spec.terms > 0 and not spec.phases_as_axes
 
 
 def square(spec: ConvTranspose3d, columns: int) -> int:
@@ -509,7 +501,7 @@ class _Layer:
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, spec: ConvTranspose3d, products: int, own: bool = False) -> _Layer:
-        groups, apart = 1 if own else spec.groups, phases_apart(spec)
+        groups = 1 if own else spec.groups
         depth, height, width = (axis.positions for axis in spec.axes)
         return cls(
             products=products,
@@ -528,7 +520,7 @@ class _Layer:
             beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
             shared=_shared(spec.axes[2]),
             taps_of_row=len(spec.axes[2].offsets),
-            apart=apart,
+            apart=not spec.phases_as_axes,
             phases_of_row=len(spec.axes[2].phases),
             phases=max(1, spec.phases[0]),
             outputs=math.prod(n or 1 for n in spec.y_shape),
@@ -715,8 +707,8 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
     """
     m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
     taps = math.prod(axis.kernel for axis in spec.axes)
-    most = _MOST_TAPS[vector] if phases_apart(spec) else min(_MOST_TAPS[vector], _MOST_TAPS_OF_MANY_PHASES)
-    many = m > _FEW_OUTPUTS or taps > most or spec.phases[1] > MOST_PHASES[1]
+    most = min(_MOST_TAPS[vector], _MOST_TAPS_OF_MANY_PHASES) if spec.phases_as_axes else _MOST_TAPS[vector]
+    many = m > _FEW_OUTPUTS or taps > most or spec.many_phases
     if spec.layout == "NDHWC":
         many |= not weaves(spec) or taps * spec.channels_out > _MOST_TAPS_LAST
     if many or not all(axis.landing for axis in spec.axes):

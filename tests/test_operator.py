@@ -17,18 +17,17 @@ from hypothesis import given, settings
 from kernels import HERE, Kernel, integers, kernel, reals
 from strategies import specs
 
-from opcompile import declare as declaration
 from opcompile import lower
 from opcompile.bounds import compare
 from opcompile.cases import CASES, Case, case, tagged
 from opcompile.compiled import compiled
-from opcompile.declare import Grain, Scope, declare, phases_as_axes
+from opcompile.declare import Grain, Scope, declare
 from opcompile.record import illegal
 from opcompile.reference import linear, reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import MOST_PHASES, _beside, candidates, copies_chunks, phases_apart, weights_by_taps
+from schedules.tiles import _beside, candidates, copies_chunks, weights_by_taps
 
 # whose vectors hold 16 sums, as tiles here do; where they are narrower, LLVM splits them
 WIDE = target("llvm:x86-64-v4")
@@ -466,7 +465,7 @@ def test_every_multiplication_is_by_a_tap(name: str) -> None:
 )
 def test_many_phases_are_axes_of_blocks_by_their_taps_and_no_zero_is_multiplied(layer: str, blocks: set[str]) -> None:
     spec = ConvTranspose3d.parse(f"in=1x4x3x4x5 co=5 {layer}")
-    assert phases_as_axes(spec)
+    assert spec.phases_as_axes
     text = declare(spec).script()
     assert set(re.findall(r'T\.sblock\("phases_(\w+)"\)', text)) == blocks
     assert 'T.sblock("phase_' not in text
@@ -475,7 +474,7 @@ def test_many_phases_are_axes_of_blocks_by_their_taps_and_no_zero_is_multiplied(
 
 
 def test_few_phases_are_blocks_of_their_own() -> None:
-    assert not phases_as_axes(case("k5-s3").spec)
+    assert not case("k5-s3").spec.phases_as_axes
 
 
 def test_taps_of_many_phases_are_summed_by_themselves_as_far_as_that_compiles_soon() -> None:
@@ -496,13 +495,9 @@ def test_phases_without_taps_are_not_summed(layer: str, blocks: int) -> None:
     """Unless all are axes: because those with taps are many, or those to be written."""
     spec = ConvTranspose3d.parse(f"in=1x4x2x2x3 co=4 {layer}")
     assert declare(spec).script().count('T.sblock("phase_') == blocks
-    assert phases_as_axes(spec) == (not blocks) != phases_apart(spec)
+    assert spec.phases_as_axes == (not blocks)
     x, w, b = integers(spec)
     compare(spec, kernel(spec, optimised=False)(x, w, b), x, w, b, exact=True).require()
-
-
-def test_schedules_know_which_phases_are_axes() -> None:
-    assert (declaration.MOST_PHASE_BLOCKS, declaration.MOST_PHASES) == MOST_PHASES
 
 
 @pytest.mark.parametrize(
