@@ -40,7 +40,7 @@ from opcompile.machine import processor, system
 from opcompile.roofline import Roof
 from opcompile.runtime import stored
 from opcompile.source import brief
-from opcompile.spec import ConvTranspose3d, require_layer
+from opcompile.spec import ConvTranspose3d, at_batch, require_layer
 from opcompile.target import cores
 from opcompile.units import binary, duration, scaled
 from schedules.counted import counted
@@ -447,7 +447,7 @@ def memory_kept() -> Iterator[None]:
 def small_inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Inputs, bool]:
     """Draw integers so small that every sum is exact, where there are such; else normal numbers."""
     largest = min(3, math.isqrt((2**24 - 1) // (spec.terms + 1)))
-    shapes = (tuple(n or 1 for n in spec.x_shape), spec.w_shape, (spec.channels_out,))
+    shapes = (at_batch(spec.x_shape, 1), spec.w_shape, (spec.channels_out,))
     if largest:
         drawn = [rng.integers(-largest, largest + 1, shape).astype(np.float32) for shape in shapes]
     else:

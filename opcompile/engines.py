@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from opcompile.bounds import sums_of
 from opcompile.errors import EngineError
 from opcompile.runtime import MODEL, aligned, load
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 Tensor = NDArray[Any]
 Run = Callable[[], None]
@@ -55,7 +55,7 @@ class Job:
 
     def new_y(self) -> Tensor:
         """An array for Y that begins at a cache line, as those of the engines do; its memory is not touched yet."""
-        return aligned((len(self.x), *(n or 1 for n in self.spec.y_shape[1:])), self.x.dtype)
+        return aligned(at_batch(self.spec.y_shape, len(self.x)), self.x.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

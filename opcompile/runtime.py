@@ -36,7 +36,7 @@ from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.index import INDEX
 from opcompile.packing import Packing
 from opcompile.paths import checked_path
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.target import host, processor_flags
 
 if TYPE_CHECKING:
@@ -573,10 +573,9 @@ def read_golden(
 ) -> Golden:
     """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
     stored = read_arrays(directory, manifest, GOLDEN)
-    x_shape = tuple(int(stored["batch"]) if size is None else size for size in spec.x_shape)
     bias = spec.bias and not own_bias
     return Golden(
-        x=golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
+        x=golden_tensor(at_batch(spec.x_shape, int(stored["batch"])), X_SALT, X_AMPLITUDE, spec.dtype),
         w=None if own_weight else golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
         b=golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
         indices=stored["indices"],

@@ -35,7 +35,7 @@ from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.machine import command_in
 from opcompile.packing import Packing
 from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.target import cores
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Simulated:
                     f"{name} is {array.dtype} {array.shape}, but this layer needs {self.spec.dtype} {wanted}"
                 )
             inputs[name] = self.packing(array) if name == "w" else array
-        y = np.empty((x.shape[0], *(size or 0 for size in self.spec.y_shape[1:])), x.dtype)
+        y = np.empty(at_batch(self.spec.y_shape, x.shape[0]), x.dtype)
         self._simulator.run(inputs, y, x.shape[0])
         return y
 

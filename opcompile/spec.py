@@ -609,6 +609,11 @@ def _pad_pair(text: str) -> tuple[int, int]:
     return _integer("p", begin), _integer("p", end if colon else begin)
 
 
+def at_batch(shape: Iterable[int | None], batch: int) -> tuple[int, ...]:
+    """Return a shape with ``batch`` images where their number is open."""
+    return tuple(batch if n is None else n for n in shape)
+
+
 def require_layer(spec: object) -> None:
     """Raise `CallError` for what is no layer, like its text."""
     if not isinstance(spec, ConvTranspose3d):

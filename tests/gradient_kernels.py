@@ -13,7 +13,7 @@ from opcompile.gradients import lower
 from opcompile.gradients.declare import depth
 from opcompile.gradients.gradient import Gradient
 from opcompile.reference import activate
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from schedules.gradients import GradientTiles
 
 Operands = dict[str, NDArray[Any]]
@@ -29,7 +29,7 @@ def kernel(
 
     def call(operands: Operands) -> NDArray[Any]:
         batch = operands["dy"].shape[0]
-        out = np.full([batch if n is None else n for n in gradient.shape], np.nan, dtype)
+        out = np.full(at_batch(gradient.shape, batch), np.nan, dtype)
         given = [*(operands[key] for key in gradient.operands), out]
         tensors = [_tensor(np.ascontiguousarray(a, dtype), name) for a in given]
         function(*tensors)
@@ -50,7 +50,7 @@ def draw(gradient: Gradient, *, integers: int | None = None, batch: int = 2, see
     layer = gradient.layer
     found = {}
     for name, shape in gradient.operands.items():
-        sizes = [batch if n is None else n for n in shape]
+        sizes = at_batch(shape, batch)
         values = rng.standard_normal(sizes) if integers is None else rng.integers(-integers, integers + 1, sizes)
         if name == "y":
             values = activate(layer.activation, np.asarray(values, np.float64))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from opcompile.spec import ACTIVATIONS, DTYPES, LAYOUTS, Activation, Axis, ConvTranspose3d
+from opcompile.spec import ACTIVATIONS, DTYPES, LAYOUTS, Activation, Axis, ConvTranspose3d, at_batch
 
 # What a text says about one field, and words of which one must be in the complaint.
 _ILLEGAL = [
@@ -137,7 +137,7 @@ def arrays(
     import ml_dtypes  # noqa: F401  (it teaches NumPy the name bfloat16)
 
     rng = np.random.default_rng(seed)
-    shapes = [tuple(batch if n is None else n for n in spec.x_shape), spec.w_shape, (spec.channels_out,)]
+    shapes = [at_batch(spec.x_shape, batch), spec.w_shape, (spec.channels_out,)]
     if integers is None:
         x, w, b = (rng.standard_normal(shape).astype(np.dtype(spec.dtype)) for shape in shapes)
     else:

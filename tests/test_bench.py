@@ -28,7 +28,7 @@ from opcompile.engines import PEERS, Engine, Job, prepare
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.plot import plot
 from opcompile.roofline import Roof, Sample
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.target import flagged, processor_flags, target
 
 pytestmark = pytest.mark.usefixtures("as_scheduled")
@@ -382,7 +382,7 @@ def test_limits_that_change_are_noise() -> None:
 
 
 def job_of(spec: ConvTranspose3d) -> Job:
-    x, w, b = (np.ones([n or 1 for n in shape], spec.dtype) for shape in (spec.x_shape, spec.w_shape, (6,)))
+    x, w, b = (np.ones(at_batch(shape, 1), spec.dtype) for shape in (spec.x_shape, spec.w_shape, (6,)))
     return Job(spec, compile(spec, plan="baseline", weight=w, bias=b).directory, x, w, b, 1)
 
 

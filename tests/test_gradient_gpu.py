@@ -32,7 +32,7 @@ from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.lower import Plan
 from opcompile.simulate import Simulated, Simulator, simulated
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from schedules.gradient_gpu_tiles import gpu_candidates
 
 pytestmark = pytest.mark.usefixtures("headers_at_hand")
@@ -67,7 +67,7 @@ SMALL = "in=1x6x2x3x5 co=4 k=2 s=2"
 
 def run(kernel: LoweredGpuGradient, operands: Operands) -> np.ndarray[Any, Any]:
     batch = operands["dy"].shape[0]
-    result = np.empty([batch if n is None else n for n in kernel.gradient.shape], operands["dy"].dtype)
+    result = np.empty(at_batch(kernel.gradient.shape, batch), operands["dy"].dtype)
     Simulator(kernel.source, kernel.target.language, kernel.launch).run(operands, result, batch)
     return result
 

@@ -20,7 +20,7 @@ from opcompile.errors import ModelError, OpcompileError, SpecError, WordsError
 from opcompile.importers import files, jax, keras, lucid, mlx, rmlx, tensorflow, torch
 from opcompile.importers.imported import Imported, WeightOrder, array
 from opcompile.reference import reference
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d, at_batch
 
 # --- documented examples ---
 
@@ -94,7 +94,7 @@ DOCUMENTED: list[tuple[str, Callable[[], Imported], tuple[int, ...]]] = [
 @pytest.mark.parametrize(("read", "shape"), [row[1:] for row in DOCUMENTED], ids=[row[0] for row in DOCUMENTED])
 def test_a_documented_example_gives_its_shape(read: Callable[[], Imported], shape: tuple[int, ...]) -> None:
     layer = read()
-    y = layer.from_y(np.zeros([n or 1 for n in layer.spec.y_shape]))
+    y = layer.from_y(np.zeros(at_batch(layer.spec.y_shape, 1)))
     assert y.shape == shape
 
 

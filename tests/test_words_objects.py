@@ -22,7 +22,7 @@ from opcompile.importers import files, keras, mlx, torch
 from opcompile.importers.imported import Imported
 from opcompile.reference import reference
 from opcompile.source import read
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.spec import Activation, ConvTranspose3d, at_batch
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -571,7 +571,7 @@ def test_a_spec_becomes_a_layer_of_theirs(text: str) -> None:
     """PyTorch's and Keras's layer compute what the spec does, where they can say it; somebody always can."""
     real, real_keras = pytest.importorskip("torch"), pytest.importorskip("keras")
     spec = ConvTranspose3d.parse(text)
-    x, w = drawn(*(n or 1 for n in spec.x_shape)), drawn(*spec.w_shape)
+    x, w = drawn(*at_batch(spec.x_shape, 1)), drawn(*spec.w_shape)
     b = drawn(6) if spec.bias else None
     said = 0
     for system in ("torch", "keras"):

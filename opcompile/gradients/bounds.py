@@ -19,7 +19,7 @@ from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS, Check, Format, gamma, j
 from opcompile.errors import CallError, VerificationError
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.reference import linear, slope
-from opcompile.spec import Activation
+from opcompile.spec import Activation, at_batch
 
 Array = NDArray[np.float64]
 Tensor = NDArray[Any]
@@ -91,7 +91,7 @@ def _checked(gradient: Gradient, operands: Mapping[str, Any]) -> dict[str, Tenso
     given = {name: np.asarray(operands[name]) for name in gradient.operands}
     batch = given["dy"].shape[0] if given["dy"].ndim else 0
     for name, array in given.items():
-        shape = tuple(batch if n is None else n for n in gradient.operands[name])
+        shape = at_batch(gradient.operands[name], batch)
         if array.shape != shape:
             raise CallError(f"{name} has shape {array.shape}, but {gradient} takes {shape}")
         if array.dtype.name != dtype and not np.array_equal(rounded(dtype, array), array):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from opcompile.gradients.gradient import Gradient, Shape
 from opcompile.gradients.reference import reference
 from opcompile.runtime import W_SALT, X_AMPLITUDE, X_SALT, elements, golden_tensor, golden_values, w_amplitude
-from opcompile.spec import Axis, ConvTranspose3d
+from opcompile.spec import Axis, ConvTranspose3d, at_batch
 
 Array = NDArray[np.float64]
 
@@ -42,12 +42,7 @@ def amplitude(gradient: Gradient, name: str) -> int:
 def golden_operands(gradient: Gradient, batch: int) -> dict[str, NDArray[Any]]:
     """Return the operands of the test vector, in the layer's dtype."""
     return {
-        name: golden_tensor(
-            tuple(batch if n is None else n for n in shape),
-            SALTS[name],
-            amplitude(gradient, name),
-            gradient.layer.dtype,
-        )
+        name: golden_tensor(at_batch(shape, batch), SALTS[name], amplitude(gradient, name), gradient.layer.dtype)
         for name, shape in gradient.operands.items()
     }
 

@@ -26,7 +26,7 @@ from opcompile.runtime import (
     read_arrays,
     require_apart,
 )
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 
 class Derivative:
@@ -132,7 +132,7 @@ class GradientArtifact(Derivative):
                 raise CallError(f"{slot.name} has batch {shape[0]}, but dy has {batch}")
         framework = None if out is not None or isinstance(values[0], np.ndarray) else framework_of(values[0])
         if out is None:
-            shape = tuple(batch if size is None else size for size in self.gradient.shape)
+            shape = at_batch(self.gradient.shape, batch)
             result: Any = np.empty(shape, values[0].dtype) if framework is None else aligned(shape, self._out.storage)
             target = address_of(result)
         else:

@@ -12,7 +12,7 @@ from opcompile.errors import CallError
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.runtime import Derivative
 from opcompile.runtime_cuda import OnGpu
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 
 class CudaGradient(Derivative, OnGpu):
@@ -33,11 +33,11 @@ class CudaGradient(Derivative, OnGpu):
         """
         operands, shapes = self.bound(given, dy=dy, w=w, x=x, y=y), self.gradient.operands
         batch, device = self.checked("dy", operands["dy"], shapes["dy"])
-        shape = tuple(batch if n is None else n for n in self.gradient.shape)
+        shape = at_batch(self.gradient.shape, batch)
         result = out if out is not None else self.empty("dy", operands["dy"], shape)
         others = {name: tensor for name, tensor in operands.items() if name != "dy"}
         for name, tensor in {**others, "out": result}.items():
-            wanted = tuple(batch if n is None else n for n in shapes.get(name, shape))
+            wanted = at_batch(shapes.get(name, shape), batch)
             if self.checked(name, tensor, wanted)[1] != device:
                 raise CallError(f"{name} is on another GPU than dy; copy it there")
         self.start([*operands.values(), result])

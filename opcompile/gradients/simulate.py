@@ -12,7 +12,7 @@ from opcompile.errors import CallError
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.runtime import Derivative
 from opcompile.simulate import opened_simulator
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 
 class SimulatedGradient(Derivative):
@@ -31,9 +31,9 @@ class SimulatedGradient(Derivative):
         operands, gradient = self.bound(given, dy=dy, w=w, x=x, y=y), self.gradient
         batch, dtype = operands["dy"].shape[0], gradient.layer.dtype
         for name, array in operands.items():
-            shape = tuple(batch if n is None else n for n in gradient.operands[name])
+            shape = at_batch(gradient.operands[name], batch)
             if array.shape != shape or array.dtype.name != dtype:
                 raise CallError(f"{name} is {array.dtype} {array.shape}, but {gradient.name} takes {dtype} {shape}")
-        result = np.empty([batch if n is None else n for n in gradient.shape], operands["dy"].dtype)
+        result = np.empty(at_batch(gradient.shape, batch), operands["dy"].dtype)
         self._simulator.run(operands, result, batch)
         return result

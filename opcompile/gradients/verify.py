@@ -24,6 +24,7 @@ from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
 from opcompile.runtime import stored
+from opcompile.spec import at_batch
 from opcompile.target import cores
 from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, drawn_in, here
 
@@ -39,7 +40,7 @@ _LARGE_BYTES = 2**22
 
 
 def _shapes(gradient: Gradient, batch: int) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(batch if n is None else n for n in shape) for name, shape in gradient.operands.items()}
+    return {name: at_batch(shape, batch) for name, shape in gradient.operands.items()}
 
 
 def _with_output(gradient: Gradient, drawn: Operands) -> Operands:

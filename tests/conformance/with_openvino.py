@@ -12,7 +12,7 @@ from conformance.suite import Case, Result, run, sample
 from opcompile.ask import ask
 from opcompile.importers.imported import Imported
 from opcompile.say import openvino_call
-from opcompile.spec import Axis, ConvTranspose3d
+from opcompile.spec import Axis, ConvTranspose3d, at_batch
 
 SYSTEM, VERSION = "OpenVINO", version("openvino").split("-")[0]
 
@@ -46,5 +46,5 @@ def of_spec(spec: ConvTranspose3d) -> Case:
     def theirs(x: Any, w: Any, b: Any) -> np.ndarray:
         return ask(SYSTEM, openvino_call(spec), layer, x, w, b)[1]
 
-    shape = tuple(n or 1 for n in spec.x_shape)
+    shape = at_batch(spec.x_shape, 1)
     return Case(str(spec), lambda: layer, theirs, shape, spec.w_shape, spec.channels_out * spec.bias)
