@@ -376,7 +376,7 @@ def manifest_of(
         "packing": {},
         "workspace_bytes": lowered.workspace_bytes,
         # of one batch element where the batch is dynamic
-        "tensor_bytes": {name: layer.itemsize * math.prod(n or 1 for n in shape) for name, shape in shapes.items()},
+        "tensor_bytes": {name: layer.bytes_of(shape) for name, shape in shapes.items()},
         "library": library,
         "weights": [],
         "versions": {

@@ -43,7 +43,7 @@ from tvm import te, tirx
 from tvm_ffi import structural_map
 
 from opcompile.elementary import erf, expm1, log1p, tanh
-from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase
+from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase, at_batch
 
 # The type of indices.
 INDEX = "int64"
@@ -291,7 +291,7 @@ class Scope:
         phases = spec.phases[1] if spec.phases_as_axes else 1
         phase = spec.batch * self.groups * self.channels * math.prod(self.where.positions) * phases
         w_shape = (spec.channels_in, self.channels, *(axis.kernel for axis in spec.axes))
-        sizes = [math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape, w_shape)]
+        sizes = [math.prod(at_batch(shape, 1)) for shape in (spec.x_shape, spec.y_shape, w_shape)]
         index = narrow_index(spec.batch, [*sizes, pad, phase])
         return replace(self, index=index, batch=tirx.IntImm(index, spec.batch))
 

@@ -396,7 +396,7 @@ class ConvTranspose3d:
                 f"activation is {self.activation!r}, but must be an Activation; Activation.parse reads a text"
             )
         for name, shape in (("X", self.x_shape), ("W", self.w_shape), ("Y", self.y_shape)):
-            if math.prod(n or 1 for n in shape) * self.itemsize >= 2**63:
+            if self.bytes_of(shape) >= 2**63:
                 raise SpecError(
                     f"{name} would have the shape {shape} of {self.dtype}, but a tensor must have less than 2^63 "
                     "bytes; choose smaller sizes"
@@ -478,10 +478,14 @@ class ConvTranspose3d:
         channels = self.channels_in * (self.channels_out // self.groups)
         return 2 * (self.batch or 1) * channels * math.prod(a.landing for a in self.axes)
 
+    def bytes_of(self, shape: Iterable[int | None]) -> int:
+        """Bytes of a tensor of the layer's type; a dynamic batch counts as 1."""
+        return self.itemsize * math.prod(at_batch(shape, 1))
+
     def bytes(self) -> int:
         """Bytes of X, W, B and Y together, each counted once; a dynamic batch counts as 1."""
-        sizes = [math.prod(n or 1 for n in shape) for shape in (self.x_shape, self.w_shape, self.y_shape)]
-        return self.itemsize * (sum(sizes) + (self.channels_out if self.bias else 0))
+        shapes = [self.x_shape, self.w_shape, self.y_shape, *([(self.channels_out,)] if self.bias else [])]
+        return sum(map(self.bytes_of, shapes))
 
     def with_batch(self, batch: int | None) -> ConvTranspose3d:
         """The same layer for another batch."""

@@ -254,7 +254,7 @@ def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
 
 def _asks_for_weights(spec: ConvTranspose3d, t: Tiles) -> bool:
     """Whether loops over channels ask for weights: where they are far, and shared by some positions, but few tiles."""
-    near = math.prod(spec.w_shape) * spec.itemsize <= _NEAR
+    near = spec.bytes_of(spec.w_shape) <= _NEAR
     few = math.prod(axis.size for axis in spec.axes) <= _FEW
     # a task has widened them, and has them near
     widened = spec.dtype != spec.sum_dtype and not t.of_channels and t.products == 1

@@ -94,7 +94,7 @@ def longest_first(spec: ConvTranspose3d) -> bool:
     again; nor can it matter where all phases have as many taps.
     """
     uneven = any(a.kernel % a.tap_step for a in spec.axes)
-    return uneven and math.prod(n or 1 for n in spec.x_shape) * spec.itemsize <= _STAYS
+    return uneven and spec.bytes_of(spec.x_shape) <= _STAYS
 
 
 def sums(

@@ -201,9 +201,9 @@ class Sums:
             many=every > _MOST_TOGETHER,
             row_stride=spec.axes[2].stride,
             channels_last=spec.layout == "NDHWC",
-            x_bytes=math.prod(n or 1 for n in spec.x_shape) * spec.itemsize,
-            w_bytes=math.prod(spec.w_shape) * spec.itemsize,
-            y_bytes=math.prod(n or 1 for n in spec.y_shape) * spec.itemsize,
+            x_bytes=spec.bytes_of(spec.x_shape),
+            w_bytes=spec.bytes_of(spec.w_shape),
+            y_bytes=spec.bytes_of(spec.y_shape),
         )
 
     def blocks(self, t: GpuTiles) -> int:

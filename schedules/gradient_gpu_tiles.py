@@ -51,7 +51,6 @@ def _sums(gradient: Gradient) -> Sums:
     c, m = layer.channels_in // layer.groups, layer.channels_out // layer.groups
     taps, sizes, outs = (math.prod(n) for n in zip(*((a.kernel, a.size, a.out) for a in layer.axes), strict=True))
     images = layer.batch or 1
-    read = [layer.itemsize * math.prod(n or 1 for n in shape) for shape in gradient.operands.values()]
     rows, terms, grid, columns = {
         "x": (c, m, images * layer.groups, sizes),
         "w": (c, images * sizes, layer.groups, m * taps),
@@ -75,9 +74,9 @@ def _sums(gradient: Gradient) -> Sums:
         many=False,
         row_stride=1,
         channels_last=layer.layout == "NDHWC",
-        x_bytes=sum(read),
+        x_bytes=sum(map(layer.bytes_of, gradient.operands.values())),
         w_bytes=0,
-        y_bytes=layer.itemsize * math.prod(n or 1 for n in gradient.shape),
+        y_bytes=layer.bytes_of(gradient.shape),
     )
 
 

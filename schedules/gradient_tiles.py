@@ -226,9 +226,9 @@ def bias_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[BiasT
     # several sums at a time would hide the additions' latency, but memory is slower still
     busy = 1 if along else layer.channels_out * (layer.batch or 1)
     slices = max(1, min(_over(machine.cores, busy), vectors // 64))
-    elements = math.prod(n or 1 for n in layer.y_shape)
+    y_bytes = layer.bytes_of(layer.y_shape)
     tiles = BiasTiles("channels" if along else "row", lanes, slices)
-    return [Estimate(tiles, elements / lanes * 4, elements * layer.itemsize / 4, 1.0)]
+    return [Estimate(tiles, y_bytes / layer.itemsize / lanes * 4, y_bytes / 4, 1.0)]
 
 
 def _ranked(estimates: Iterator[Estimate[T]]) -> list[Estimate[T]]:

@@ -431,7 +431,7 @@ def _shares_lines(spec: ConvTranspose3d) -> bool:
 
 def _far(spec: ConvTranspose3d, machine: Machine) -> bool:
     """Whether Y is so large that this machine writes it past the caches."""
-    return _so_large(math.prod(n or 1 for n in spec.y_shape) * spec.itemsize, machine)
+    return _so_large(spec.bytes_of(spec.y_shape), machine)
 
 
 def _so_large(y_bytes: int, machine: Machine) -> bool:
@@ -523,10 +523,10 @@ class _Layer:
             apart=not spec.phases_as_axes,
             phases_of_row=len(spec.axes[2].phases),
             phases=max(1, spec.phases[0]),
-            outputs=math.prod(n or 1 for n in spec.y_shape),
+            outputs=spec.bytes_of(spec.y_shape) // spec.itemsize,
             row=spec.axes[2].out,
             strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
-            tensors=sum(math.prod(n or 1 for n in shape) for shape in (spec.x_shape, spec.y_shape)) * spec.itemsize,
+            tensors=spec.bytes_of(spec.x_shape) + spec.bytes_of(spec.y_shape),
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else groups,
             widened=spec.dtype != spec.sum_dtype and products == 1,

@@ -30,7 +30,7 @@ def allowed(spec: ConvTranspose3d, copies: bool) -> float:
     assert spec.dtype == "float32"
     assert spec.batch is not None
     padded = spec.batch * spec.channels_in * (math.prod(map(reach, spec.axes)) + 32) if copies else 0
-    return 4 * (padded + (math.prod(n or 1 for n in spec.x_shape) + math.prod(n or 1 for n in spec.y_shape)) / 10)
+    return 4 * padded + (spec.bytes_of(spec.x_shape) + spec.bytes_of(spec.y_shape)) / 10
 
 
 @pytest.mark.parametrize("layer", tagged("real"), ids=lambda layer: layer.name)

@@ -37,7 +37,7 @@ from opcompile.declare import narrow_index, round_up, sum_type
 from opcompile.declare_flat import FlatGrain, scattered, unravel
 from opcompile.gradients.declare import Depth, Element, read, upstream
 from opcompile.gradients.gradient import Gradient
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 
 def declare_flat(gradient: Gradient, grain: FlatGrain, terms: int) -> tirx.PrimFunc:
@@ -86,7 +86,7 @@ class _Flat:
     @classmethod
     def of(cls, gradient: Gradient, grain: FlatGrain, terms: int) -> _Flat:
         layer, count = gradient.layer, columns(gradient)
-        sizes = [math.prod(n or 1 for n in shape) for shape in (*gradient.operands.values(), gradient.shape)]
+        sizes = [math.prod(at_batch(shape, 1)) for shape in (*gradient.operands.values(), gradient.shape)]
         index = narrow_index(layer.batch, sizes)
         batch = te.var("batch", index) if layer.batch is None else tirx.IntImm(index, layer.batch)
         rows = 1 if gradient.wrt == "b" else round_up(layer.channels_in // layer.groups, grain.channels)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opcompile.errors import SpecError
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 
 Wrt = Literal["x", "w", "b"]
 WRT: tuple[Wrt, ...] = ("x", "w", "b")
@@ -111,13 +111,12 @@ class Gradient:
     def flops(self) -> int:
         """Floating-point operations that end in the result, for one batch element where that is dynamic."""
         if self.wrt == "b":
-            return math.prod(n or 1 for n in self.layer.y_shape)
+            return math.prod(at_batch(self.layer.y_shape, 1))
         return self.layer.needed_flops
 
     def bytes(self) -> int:
         """Bytes of the arguments and the result, each counted once; a dynamic batch counts as 1."""
-        shapes = [*self.operands.values(), self.shape]
-        return self.layer.itemsize * sum(math.prod(n or 1 for n in shape) for shape in shapes)
+        return sum(map(self.layer.bytes_of, [*self.operands.values(), self.shape]))
 
     def with_batch(self, batch: int | None) -> Gradient:
         """The same derivative for another batch."""
