@@ -36,7 +36,7 @@ from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.index import INDEX
 from opcompile.packing import Packing
 from opcompile.paths import checked_path
-from opcompile.spec import ConvTranspose3d, at_batch
+from opcompile.spec import ConvTranspose3d, at_batch, fits
 from opcompile.target import host, processor_flags
 
 if TYPE_CHECKING:
@@ -175,15 +175,11 @@ class Slot:
 
     def _require_shape(self, given: tuple[int, ...]) -> None:
         """Accept the shape itself, or with any batch of at least 1 where that is dynamic."""
-        if self.shape and self.shape[0] is None:
-            if len(given) == len(self.shape) and given[1:] == self.shape[1:] and given[0] >= 1:
-                return
-        elif given == self.shape:
-            return
-        least = ", N at least 1" if self.shape and self.shape[0] is None else ""
-        raise CallError(
-            f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}{least}"
-        )
+        if not fits(given, self.shape):
+            least = ", N at least 1" if None in self.shape else ""
+            raise CallError(
+                f"{self.name} has shape {sizes_text(given)}, but this layer needs {sizes_text(self.shape)}{least}"
+            )
 
     def _copy(self, value: NDArray[Any], to_write: bool) -> NDArray[Any]:
         if to_write and value.flags.c_contiguous:

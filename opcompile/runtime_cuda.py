@@ -33,7 +33,7 @@ from opcompile.runtime import (
     require_values,
     sizes_text,
 )
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, fits
 
 _ALIGNMENT = 16
 _SIMULATE = "`opcompile verify --simulate` runs the kernel's text on the CPU"
@@ -92,11 +92,8 @@ class OnGpu:
         except NOT_EXPORTED as error:
             raise not_exported(name, value, error) from error
         given = tuple(tensor.shape)
-        fits = len(given) == len(shape) and all(
-            size == n if n is not None else size >= 1 for n, size in zip(shape, given, strict=True)
-        )
         dtype = dtype_name(tensor, value)
-        if not fits or dtype != self._dtype:
+        if not fits(given, shape) or dtype != self._dtype:
             least = ", N at least 1" if None in shape else ""
             raise CallError(
                 f"{name} is {dtype} {given}, but this kernel needs {self._dtype} {sizes_text(shape)}{least}"

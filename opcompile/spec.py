@@ -618,6 +618,11 @@ def at_batch(shape: Iterable[int | None], batch: int) -> tuple[int, ...]:
     return tuple(batch if n is None else n for n in shape)
 
 
+def fits(given: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    """Whether a tensor of shape ``given`` is one of ``shape``: with any batch of at least 1 where that is open."""
+    return given == shape or (shape[:1] == (None,) and given[:1] >= (1,) and given[1:] == shape[1:])
+
+
 def require_layer(spec: object) -> None:
     """Raise `CallError` for what is no layer, like its text."""
     if not isinstance(spec, ConvTranspose3d):
