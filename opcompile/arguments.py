@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import TypeVar
 
 import numpy as np
 
-from opcompile.errors import CallError
+from opcompile.errors import CallError, SpecError
 
 T = TypeVar("T")
 
@@ -21,6 +21,15 @@ def checked_list(given: Iterable[T], name: str) -> tuple[T, ...]:
     if isinstance(given, str | bytes) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         raise CallError(f"{name} is of type {type(given).__name__}, but must be a list; put it into one")
     return tuple(given)
+
+
+def checked_engines(given: Iterable[str], name: str, known: Collection[str]) -> tuple[str, ...]:
+    """Return the engines that the argument ``name`` yields. Raises `CallError` for one not ``known``."""
+    engines = checked_list(given, name)
+    for engine in engines:
+        if engine not in known:
+            raise CallError(f"engine {str(engine)!r} is unknown here; choose among {', '.join(known)}")
+    return engines
 
 
 def checked_flag(given: object, name: str) -> bool:
@@ -48,7 +57,13 @@ def checked_seconds(given: object) -> float:
     return float(given)
 
 
-def checked_callback(given: object, name: str) -> None:
-    """Raise `CallError` where the argument ``name`` is given and cannot be called."""
+def require_trials(given: object) -> None:
+    """Raise `SpecError` for a budget that is no whole number of at least 1."""
+    if type(given) is not int or given < 1:
+        raise SpecError(f"trials is {given!r}, but must be a whole number of at least 1")
+
+
+def require_progress(given: object) -> None:
+    """Raise `CallError` where ``progress`` is given and cannot be called."""
     if given is not None and not callable(given):
-        raise CallError(f"{name} is of type {type(given).__name__}, but must be a function, or None")
+        raise CallError(f"progress is of type {type(given).__name__}, but must be a function, or None")

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from opcompile._memory import weigh
-from opcompile.arguments import checked_list, checked_seconds, checked_seed
+from opcompile.arguments import checked_engines, checked_seconds, checked_seed
 from opcompile.bounds import Answer, Inputs, compare_all
 from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError
@@ -334,10 +334,7 @@ def bench(
     `VerificationError` where our output is wrong: such a result is never timed.
     """
     require_layer(spec)
-    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_list(against, "against")
-    unknown = sorted({str(engine) for engine in against} - set(PEERS))
-    if unknown:
-        raise CallError(f"engine {unknown[0]!r} is unknown; compare with some of {', '.join(PEERS)}")
+    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_engines(against, "against", PEERS)
     if type(threads) is not int or not 1 <= threads <= cores():
         raise CallError(f"threads is {threads!r}, but must be from 1 to {cores()}, the processors this process may use")
     from opcompile.build import compile  # on use: both bring the compiler

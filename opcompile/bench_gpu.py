@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opcompile.arguments import checked_list, checked_seconds, checked_seed
+from opcompile.arguments import checked_engines, checked_seconds, checked_seed
 from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs, timed
 from opcompile.bounds import Inputs
 from opcompile.cuda_driver import device
@@ -63,10 +63,7 @@ def bench_gpu(
     A dynamic batch is timed with one image. Raises `CallError` for an unknown engine, `TargetError` where there is no
     GPU for the target, `EngineError` without nvcc or PyTorch, `VerificationError` where an output is wrong.
     """
-    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_list(against, "against")
-    unknown = sorted({str(engine) for engine in against} - set(PEERS))
-    if unknown:
-        raise CallError(f"engine {unknown[0]!r} is unknown on a GPU; compare with some of {', '.join(PEERS)}")
+    seconds, seed, against = checked_seconds(seconds), checked_seed(seed), checked_engines(against, "against", PEERS)
     from opcompile.build import compile  # on use: it brings the compiler
 
     if gpu_target(target).language != "cuda":

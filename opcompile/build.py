@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from numpy.typing import NDArray
 
 from opcompile import artifact
-from opcompile.arguments import checked_callback, checked_flag
+from opcompile.arguments import checked_flag, require_progress
 from opcompile.cuda_driver import device, require_runs_on
 from opcompile.errors import (
     ArtifactError,
@@ -284,7 +284,7 @@ def compile_all(
     Outputs beyond the bound are no exception here: see `Built.status`.
     """
     verify = checked_flag(verify, "verify")
-    checked_callback(progress, "progress")
+    require_progress(progress)
     given, machine, place = read(source, nodes, shapes), any_target(target), checked_path(into, "into")
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)

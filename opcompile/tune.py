@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile import interrupts
 from opcompile._journal import Journal
-from opcompile.arguments import checked_callback, checked_seed
-from opcompile.errors import EngineError, RecordError, SpecError, TargetError
+from opcompile.arguments import checked_seed, require_progress, require_trials
+from opcompile.errors import EngineError, RecordError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import is_gpu
 from opcompile.machine import processor
@@ -123,7 +123,7 @@ def tune(
     """
     require_layer(spec)
     seed = checked_seed(seed)
-    checked_callback(progress, "progress")
+    require_progress(progress)
     if is_gpu(target):
         from opcompile.tune_gpu import tune_gpu
 
@@ -139,8 +139,7 @@ def tune(
             progress=progress,
         )
     machine = named(target)
-    if type(trials) is not int or trials < 1:
-        raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
+    require_trials(trials)
     _require_extra(remote=tracker is not None)
     site = _site(machine, tracker, key)
     folder = _writable(checked_path(into, "into") if into is not None else own_folder())

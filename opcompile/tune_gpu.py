@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile import interrupts
+from opcompile.arguments import require_trials
 from opcompile.cuda_driver import require_runs_on
-from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
+from opcompile.errors import ArtifactError, EngineError, RecordError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import GpuTarget, gpu_target, is_gpu
 from opcompile.index import LEFT_BY_BROWSERS
@@ -117,8 +118,7 @@ def emit(
     compiles none of them), `ArtifactError` (``into`` holds something else, or cannot be written).
     """
     machine, place = _cuda(target), checked_path(into, "into").absolute()
-    if type(trials) is not int or trials < 1:
-        raise SpecError(f"trials is {trials!r}, but must be a whole number of at least 1")
+    require_trials(trials)
     _require_a_job_at_most(place)
     made = _made(specs, machine, trials)
     if _holds(place, machine, seed, made):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.arguments import checked_list, checked_seed
+from opcompile.arguments import checked_engines, checked_seed
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError
 from opcompile.needed import packages_named
@@ -520,9 +520,8 @@ def ask_golden(
 
 def _require_arguments(artifact: object, engines: Sequence[str]) -> None:
     """Raise `CallError` for what is no question to `verify`."""
-    unknown = sorted(str(engine) for engine in engines if engine not in ENGINES)
-    if unknown or not engines:
-        raise CallError(f"engines are {', '.join(unknown) or 'none'}, but must be some of {', '.join(ENGINES)}")
+    if not engines:
+        raise CallError(f"engines are none, but must be some of {', '.join(ENGINES)}")
     if isinstance(artifact, (str, os.PathLike)):
         raise CallError(f"{os.fspath(artifact)!r} is a path; load the artifact there by opcompile.load first")
     if not hasattr(artifact, "manifest"):
@@ -550,7 +549,7 @@ def verify(
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
     """
-    seed, engines = checked_seed(seed), checked_list(engines, "engines")
+    seed, engines = checked_seed(seed), checked_engines(engines, "engines", ENGINES)
     _require_arguments(artifact, engines)
     from opcompile.gradients.runtime import Derivative  # on use: it is built on what is here
     from opcompile.gradients.verify import verify as verify_gradient

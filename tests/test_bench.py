@@ -597,7 +597,7 @@ def test_without_a_gpu_none_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_timed_on_a_gpu_is_known() -> None:
-    with pytest.raises(CallError, match="engine 'openvino' is unknown on a GPU; compare with some of cudnn"):
+    with pytest.raises(CallError, match="engine 'openvino' is unknown here; choose among cudnn"):
         bench_gpu(SPEC, target="cuda:sm_90", against=("openvino",))
     with pytest.raises(TargetError, match="metal:apple-m1 cannot be timed by this version"):
         bench_gpu(SPEC, target="metal:apple-m1")

@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from opcompile.arguments import checked_callback, checked_flag, checked_list, checked_seconds, checked_seed
+from opcompile.arguments import checked_flag, checked_list, checked_seconds, checked_seed, require_progress
 from opcompile.errors import CallError
 from opcompile.needed import packages_named
 from opcompile.paths import checked_path
@@ -79,7 +79,7 @@ def replace(
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
     if not isinstance(shapes, Sequence) or not all(isinstance(alternative, Mapping) for alternative in shapes):
         raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
-    checked_callback(progress, "progress")
+    require_progress(progress)
     job = Job(
         model=checked_path(model, "model"),
         into=checked_path(into, "into"),
