@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from opcompile.engines import Job, in_its_order, package, prepare
 from opcompile.errors import EngineError, OpcompileError
+from opcompile.needed import bfloat16
 from opcompile.runtime import STORAGE
 from opcompile.spec import ConvTranspose3d
 
@@ -101,11 +102,7 @@ def _weighed(content: dict[str, Any]) -> int:
 def _array(path: Path, spec: ConvTranspose3d, *, mapped: bool = False) -> NDArray[Any]:
     # copy on write: some engines insist on writable memory, and none writes
     stored: NDArray[Any] = np.load(path, mmap_mode="c" if mapped else None)
-    if spec.dtype != "bfloat16":
-        return stored
-    from ml_dtypes import bfloat16
-
-    return stored.view(bfloat16)
+    return stored.view(bfloat16()) if spec.dtype == "bfloat16" else stored
 
 
 def _peak() -> int:

@@ -36,10 +36,9 @@ import click
 from opcompile import __version__, interrupts
 from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
 from opcompile.gpus import is_gpu
-from opcompile.needed import missing
+from opcompile.needed import bfloat16, missing
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -953,7 +952,7 @@ def _read_array(path: str, dtype: str) -> NDArray[Any]:
         with open(path, "rb") as file:
             begins = file.read(len(MAGIC_PREFIX))
         # of what begins otherwise NumPy says that it were pickled
-        array = np.load(path, allow_pickle=False) if begins == MAGIC_PREFIX else None
+        array: NDArray[Any] | None = np.load(path, allow_pickle=False) if begins == MAGIC_PREFIX else None
     except (ValueError, EOFError) as error:
         if "Object arrays" in str(error):
             raise CallError(f"{path} holds Python objects, not numbers; save it again, by astype({dtype!r})") from error
@@ -964,16 +963,8 @@ def _read_array(path: str, dtype: str) -> NDArray[Any]:
         raise CallError(f"{path} is an archive, as of several arrays; save the one with numpy.save")
     if array is None:
         raise CallError(f"{path} is not a NumPy array file (.npy); write one with numpy.save")
-    return _as_bfloat16(array) if dtype == "bfloat16" and array.dtype == np.dtype("V2") else array
-
-
-def _as_bfloat16(array: NDArray[np.void]) -> NDArray[Any]:
-    """``numpy.save`` keeps the bits of a bfloat16 array, and forgets what they are."""
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise CallError(f"bfloat16 arrays need the package ml_dtypes (pip install ml_dtypes): {error}") from error
-    return array.view(bfloat16)
+    # `numpy.save` keeps the bits of a bfloat16 array, and forgets what they are
+    return array.view(bfloat16()) if dtype == "bfloat16" and array.dtype == np.dtype("V2") else array
 
 
 def _write_array(path: str, array: NDArray[Any]) -> None:

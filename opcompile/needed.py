@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from opcompile.errors import EngineError
 
@@ -39,6 +40,15 @@ def missing(error: BaseException) -> EngineError | None:
         f"this needs the package {name}, which is missing: pip install {name}, or install opcompile with its "
         "dependencies"
     )
+
+
+def bfloat16() -> Any:
+    """Return NumPy's type of it, which `ml_dtypes` brings. Raises `EngineError` without that."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise EngineError(f"bfloat16 arrays need the package ml_dtypes ({error}); pip install ml_dtypes") from error
+    return ml_dtypes.bfloat16
 
 
 @contextmanager

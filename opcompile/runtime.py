@@ -34,6 +34,7 @@ from opcompile.errors import ArtifactError, CallError, EngineError, SpecError, T
 from opcompile.gpus import is_gpu
 from opcompile.gradients.gradient import WRT, Wrt
 from opcompile.index import INDEX
+from opcompile.needed import bfloat16
 from opcompile.packing import Packing
 from opcompile.paths import checked_path
 from opcompile.spec import ConvTranspose3d, at_batch, fits
@@ -586,13 +587,7 @@ def golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str)
 
 def stored(dtype: str, values: NDArray[Any]) -> NDArray[Any]:
     """Round to ``dtype``. Raises `EngineError` for bfloat16 without ml_dtypes, for NumPy does not know it."""
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise EngineError(f"bfloat16 arrays in NumPy need the package ml_dtypes: {error}") from error
-    return values.astype(bfloat16)
+    return values.astype(bfloat16() if dtype == "bfloat16" else dtype)
 
 
 def checked_threads(threads: Any, name: str) -> int:

@@ -50,13 +50,14 @@ BELOW = {
     "opcompile.graph": {"opcompile.errors", "opcompile.paths", "opcompile.spec"},
     "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
-    "opcompile.importers.imported": {"opcompile.errors", "opcompile.spec"},
+    "opcompile.importers.imported": {"opcompile.errors", "opcompile.needed", "opcompile.spec"},
     "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported", "opcompile.say"},
     **{
         f"opcompile.importers.{system}": {
             "opcompile.errors",
             "opcompile.importers.imported",
             "opcompile.importers.mlx",
+            "opcompile.needed",
             "opcompile.paths",
             "opcompile.say",
             "opcompile.spec",

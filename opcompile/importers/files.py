@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from opcompile.errors import EngineError, ModelError
-from opcompile.importers.imported import Tensor, array, bfloat16
+from opcompile.importers.imported import Tensor, array
+from opcompile.needed import bfloat16
 from opcompile.paths import checked_path
 
 

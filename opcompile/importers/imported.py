@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import EngineError, SpecError, WordsError
+from opcompile.errors import SpecError, WordsError
+from opcompile.needed import bfloat16
 from opcompile.spec import AXIS_NAMES, DTYPES, Axis, ConvTranspose3d
 
 Tensor = NDArray[Any]
@@ -387,12 +388,3 @@ def _of_torch(tensor: Any, is_bfloat16: bool) -> Tensor:
             f"{str(error).splitlines()[0]}; pass a plain one that holds values, by to_dense() or dequantize()"
         ) from error
     return found.astype(bfloat16()) if is_bfloat16 else found
-
-
-def bfloat16() -> Any:
-    """Return NumPy's type of it, which `ml_dtypes` brings. Raises `EngineError` without that."""
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise EngineError(f"bfloat16 arrays need the package ml_dtypes ({error}); pip install ml_dtypes") from error
-    return ml_dtypes.bfloat16
