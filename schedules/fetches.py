@@ -14,6 +14,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
+from schedules.division import over
 from schedules.statements import (
     ADDING_ANY,
     LEAVING,
@@ -107,7 +108,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
         return fetch(x, (n, first_channel + channel + more, d + plane, h, at * (CACHE_LINE // spec.itemsize)))
 
     turns = [math.prod(int(loop.extent) for loop in around) for *_, around in loops]
-    at_once = -(-lines // sum(turns))
+    at_once = over(lines, sum(turns))
     if at_once > _AT_ONCE:
         return task
     fetches, before = [], 0
@@ -140,9 +141,9 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
     channels, planes, rows = t.of_task
     digits = []
     for count in (
-        -(-axis_h.positions // rows),
-        -(-axis_d.positions // planes),
-        -(-(spec.channels_out // spec.groups) // channels),
+        over(axis_h.positions, rows),
+        over(axis_d.positions, planes),
+        over(spec.channels_out // spec.groups, channels),
         spec.groups,
     ):
         digits.append(tirx.floormod(task, count))
@@ -172,7 +173,7 @@ def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
     if t.vector == "plane":
         planes, rows = axis_d.size if joined(spec, t) > 1 else planes, axis_h.size
     stretch, apart = (planes * rows, 1) if rows == axis_h.size else (rows, planes)
-    return -(-stretch * axis_w.size * spec.itemsize // CACHE_LINE), apart
+    return over(stretch * axis_w.size * spec.itemsize, CACHE_LINE), apart
 
 
 def _parted(number: Any, low: int, high: int) -> tuple[Any, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
+from schedules.division import divisors, over
+
 if TYPE_CHECKING:
     from opcompile.gpus import Gpu
     from opcompile.spec import Axis, ConvTranspose3d
@@ -209,7 +211,7 @@ class Sums:
     def blocks(self, t: GpuTiles) -> int:
         """Thread blocks of the whole batch."""
         positions = self.positions if t.apart else self.together
-        tiles = _over(self.m, t.channels) * _over(positions, t.positions)
+        tiles = over(self.m, t.channels) * over(positions, t.positions)
         return self.images * tiles * (self.phases if t.apart else 1)
 
     def summed(self, t: GpuTiles) -> int:
@@ -274,7 +276,7 @@ def sensible(layer: Sums) -> Iterator[GpuTiles]:
             if not layer.taps or layer.c < 4:
                 continue
             if 64 <= threads <= 256 and threads_m >= 2:
-                for chunk in _divisors(layer.c, 32)[-2:]:
+                for chunk in divisors(layer.c, 32)[-2:]:
                     yield GpuTiles("staged", lanes, threads_m, threads_q, tile_m, tile_q, chunk, 1, a)
             for split in (2, 4, 8, 16):
                 even = layer.c % split == 0 and tile_m * tile_q % split == 0
@@ -321,10 +323,6 @@ def _powers(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length())]
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
-
-
 def _within_limits(layer: Sums, gpu: Gpu, t: GpuTiles) -> bool:
     threads, registers = t.threads, layer.registers(t)
     fits = threads <= gpu.threads and registers <= gpu.registers and registers * threads <= gpu.register_file
@@ -335,7 +333,7 @@ def _beyond(rows: int, length: int, turn: int) -> int:
     """How many elements rows have beyond ``rows`` of ``length`` that are copied in several turns."""
     if rows * length <= turn:
         return 0
-    return (_over(_over(rows * length, turn) * turn, length) - rows) * length
+    return (over(over(rows * length, turn) * turn, length) - rows) * length
 
 
 # --- what they cost ---
@@ -437,7 +435,3 @@ def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
 def at_once(length: int) -> int:
     """How many of ``length`` neighbouring elements to move at once."""
     return 4 if length % 4 == 0 else 2 if length % 2 == 0 else 1
-
-
-def _over(size: int, part: int) -> int:
-    return -(-size // part)

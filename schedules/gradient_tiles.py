@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from schedules.counted import counted
-from schedules.tiles import largest_divisor
+from schedules.division import divisors, largest_divisor, over, up
 
 if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
@@ -201,7 +201,7 @@ class _Layer:
     def window(self, depth: int, height: int, width: int) -> int:
         """Bytes of one channel of dY that meet a block of positions."""
         spans = zip((depth, height, width), self.stride, self.kernel, self.dilation, strict=True)
-        return self.itemsize * math.prod(_up((n - 1) * s + (k - 1) * d + 1, s) for n, s, k, d in spans)
+        return self.itemsize * math.prod(up((n - 1) * s + (k - 1) * d + 1, s) for n, s, k, d in spans)
 
 
 def input_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[InputTiles]]:
@@ -222,10 +222,10 @@ def bias_candidates(gradient: Gradient, machine: Machine) -> list[Estimate[BiasT
     lanes = machine.vector_bytes // layer.sum_itemsize
     positions = math.prod(axis.out for axis in layer.axes)
     along = layer.layout == "NDHWC"
-    vectors = positions if along else _over(positions, lanes)
+    vectors = positions if along else over(positions, lanes)
     # several sums at a time would hide the additions' latency, but memory is slower still
     busy = 1 if along else layer.channels_out * (layer.batch or 1)
-    slices = max(1, min(_over(machine.cores, busy), vectors // 64))
+    slices = max(1, min(over(machine.cores, busy), vectors // 64))
     y_bytes = layer.bytes_of(layer.y_shape)
     tiles = BiasTiles("channels" if along else "row", lanes, slices)
     return [Estimate(tiles, y_bytes / layer.itemsize / lanes * 4, y_bytes / 4, 1.0)]
@@ -251,28 +251,28 @@ def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
             continue
         if columns >= width + (lanes if vector == "row" else 1):
             continue
-        whole = _up(layer.c, channels)
+        whole = up(layer.c, channels)
         turn = largest_divisor(layer.m, _LINES // layer.taps)
-        for depth, height in product((1, 2, planes), sorted({rows, 2 * rows, 4 * rows, _up(lines, rows)})):
+        for depth, height in product((1, 2, planes), sorted({rows, 2 * rows, 4 * rows, up(lines, rows)})):
             if depth > planes or height >= lines + rows:
                 continue
             held = layer.together * (
-                layer.m * layer.window(depth, height, _up(width, columns))
-                + layer.itemsize * whole * depth * height * _up(width, columns)
+                layer.m * layer.window(depth, height, up(width, columns))
+                + layer.itemsize * whole * depth * height * up(width, columns)
             )
-            tasks = layer.images // layer.together * _over(planes, depth) * _over(lines, height)
-            task = _part_of(whole, channels, _over(machine.cores, tasks), exact=layer.groups > 1)
+            tasks = layer.images // layer.together * over(planes, depth) * over(lines, height)
+            task = _part_of(whole, channels, over(machine.cores, tasks), exact=layer.groups > 1)
             if held <= machine.l2_bytes // _SHARE_OF_L2 or (depth, height) == (1, rows):
                 yield InputTiles(vector, lanes, vectors, scalars, rows, task, depth, height, turn, "weights")  # type: ignore[arg-type]
-        task = _part_of(whole, channels, _over(machine.cores, layer.images), exact=layer.groups > 1)
+        task = _part_of(whole, channels, over(machine.cores, layer.images), exact=layer.groups > 1)
         if layer.channels_first and math.prod(layer.size) <= _FEW_POSITIONS:
-            yield InputTiles(vector, lanes, vectors, scalars, rows, task, planes, _up(lines, rows), turn, "dy")  # type: ignore[arg-type]
+            yield InputTiles(vector, lanes, vectors, scalars, rows, task, planes, up(lines, rows), turn, "dy")  # type: ignore[arg-type]
 
 
 def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[InputTiles]:
-    planes, lines, width = (_up(n, of) for n, of in zip(layer.size, (t.depth, t.height, t.columns), strict=True))
+    planes, lines, width = (up(n, of) for n, of in zip(layer.size, (t.depth, t.height, t.columns), strict=True))
     a_tile = t.vectors * t.lanes if t.vector == "channels" else t.scalars
-    channels, sums = _up(layer.c, t.channels), t.vectors * t.scalars * t.rows
+    channels, sums = up(layer.c, t.channels), t.vectors * t.scalars * t.rows
     tiles = layer.images * planes * (lines // t.rows) * (width // t.columns) * (channels // a_tile)
     # weights pass by once a tile: out of the first cache, the second, or beyond
     of_tile = layer.itemsize * a_tile * layer.m * layer.taps
@@ -311,15 +311,15 @@ def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[
 def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
     lanes = machine.vector_bytes // layer.itemsize
     for vector, vectors, scalars, taps in product(
-        ("channels", "row"), range(1, 7), range(1, 17), _divisors(layer.kernel[2])
+        ("channels", "row"), range(1, 7), range(1, 17), divisors(layer.kernel[2], layer.kernel[2])
     ):
         if _registers(vectors, scalars * taps) > machine.registers or scalars > layer.m:
             continue
         channels = vectors * lanes if vector == "channels" else vectors
         if channels >= layer.c + (lanes if vector == "channels" else 1):
             continue
-        width = layer.size[2] if vector == "channels" else _up(layer.size[2], lanes)
-        whole_c, whole_m = _up(layer.c, channels), _up(layer.m, scalars)
+        width = layer.size[2] if vector == "channels" else up(layer.size[2], lanes)
+        whole_c, whole_m = up(layer.c, channels), up(layer.m, scalars)
         turn = largest_divisor(layer.m, _LINES // layer.taps)
         seen = set()
         for (depth, height), parts in product(_blocks(layer), (1, 2, 4, 8)):
@@ -335,8 +335,8 @@ def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
 def _blocks(layer: _Layer) -> list[tuple[int, int]]:
     """Blocks of planes and rows that waste little at the end; the smallest first."""
     planes, lines, _ = layer.size
-    heights = {n for n in (1, 2, 4, 8, 16, lines) if n <= lines and _up(lines, n) * 8 <= lines * 9}
-    depths = {n for n in (2, 4, planes) if n <= planes and _up(planes, n) * 8 <= planes * 9}
+    heights = {n for n in (1, 2, 4, 8, 16, lines) if n <= lines and up(lines, n) * 8 <= lines * 9}
+    depths = {n for n in (2, 4, planes) if n <= planes and up(planes, n) * 8 <= planes * 9}
     return sorted({(1, height) for height in heights} | {(depth, lines) for depth in depths})
 
 
@@ -350,20 +350,20 @@ def _spread(
     channels are split into ``parts`` at least, so that larger blocks of positions fit into the cache.
     """
     (tile_c, tile_m), (whole_c, whole_m) = tile, whole
-    wanted = _over(machine.cores, layer.groups)
-    planes = _over(layer.size[0], depth)
+    wanted = over(machine.cores, layer.groups)
+    planes = over(layer.size[0], depth)
     sums, summed = whole_c * whole_m * layer.taps, layer.m * math.prod(layer.size) * math.prod(layer.stride)
     most = min(wanted, planes, summed // (16 * sums) if sums else 1)
-    slices = max((n for n in range(1, most + 1) if _up(planes, n) * 8 <= planes * 9), default=1)
-    task_m = _part_of(whole_m, tile_m, _over(wanted, slices * parts), exact=False)
-    task_c = _part_of(whole_c, tile_c, max(parts, _over(wanted, slices * (whole_m // task_m))), exact=False)
+    slices = max((n for n in range(1, most + 1) if up(planes, n) * 8 <= planes * 9), default=1)
+    task_m = _part_of(whole_m, tile_m, over(wanted, slices * parts), exact=False)
+    task_c = _part_of(whole_c, tile_c, max(parts, over(wanted, slices * (whole_m // task_m))), exact=False)
     return slices, task_c, task_m
 
 
 def _estimate_weight(layer: _Layer, machine: Machine, t: WeightTiles) -> Estimate[WeightTiles]:
-    planes, lines = _up(_over(layer.size[0], t.depth), t.slices), _over(layer.size[1], t.height)
-    width = layer.size[2] if t.vector == "channels" else _up(layer.size[2], t.lanes)
-    c, m, sums = _up(layer.c, t.task_c), _up(layer.m, t.task_m), t.vectors * t.scalars * t.taps
+    planes, lines = up(over(layer.size[0], t.depth), t.slices), over(layer.size[1], t.height)
+    width = layer.size[2] if t.vector == "channels" else up(layer.size[2], t.lanes)
+    c, m, sums = up(layer.c, t.task_c), up(layer.m, t.task_m), t.vectors * t.scalars * t.taps
     parts = layer.images * planes * lines
     tiles = (c // t.width) * (m // t.scalars) * (layer.taps // t.taps)
     loads: float
@@ -401,17 +401,4 @@ def _part_of(whole: int, tile: int, parts: int, *, exact: bool) -> int:
     if exact:
         return whole
     tiles = whole // tile
-    fit = [n for n in _divisors(tiles) if tiles // n >= parts]
-    return tile * max(fit, default=1)
-
-
-def _divisors(size: int) -> list[int]:
-    return [n for n in range(1, size + 1) if size % n == 0]
-
-
-def _up(size: int, multiple: int) -> int:
-    return _over(size, multiple) * multiple
-
-
-def _over(size: int, part: int) -> int:
-    return -(-size // part)
+    return tile * largest_divisor(tiles, tiles // parts)

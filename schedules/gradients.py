@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
+from schedules.division import largest_divisor
 from schedules.gradient_tiles import (
     BiasTiles,
     Estimate,
@@ -25,7 +26,6 @@ from schedules.gradient_tiles import (
     input_candidates,
     weight_candidates,
 )
-from schedules.tiles import largest_divisor
 from schedules.unchecked import claim
 
 if TYPE_CHECKING:

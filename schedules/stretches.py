@@ -17,6 +17,7 @@ from tvm import s_tir, tirx
 from tvm.ir import Range
 from tvm_ffi import structural_map
 
+from schedules.division import up
 from schedules.statements import ROW, begin, every, in_turn, nest, replaced
 from schedules.tiles import CACHE_LINE, divided, elements_of_stretch, left_over
 
@@ -30,7 +31,7 @@ _A_LINE = CACHE_LINE // 4
 
 def stretches(spec: ConvTranspose3d, t: Tiles) -> tirx.Buffer:
     """The buffer of a band: rows of a plane of each channel, and room for them to begin anywhere in a line."""
-    pitch = -(-elements_of_stretch(spec, t) // _A_LINE) * _A_LINE + _A_LINE
+    pitch = up(elements_of_stretch(spec, t), _A_LINE) + _A_LINE
     return tirx.decl_buffer((tirx.const(t.task, "int64"), tirx.const(pitch, "int64")), "float32", "stretches")
 
 

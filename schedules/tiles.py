@@ -10,6 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from schedules.counted import counted
+from schedules.division import largest_divisor, over, up
 
 if TYPE_CHECKING:
     from opcompile.spec import Axis, ConvTranspose3d
@@ -344,7 +345,7 @@ def reads_in_place(spec: ConvTranspose3d, t: Tiles) -> bool:
         return False
     few = spec.channels_out // spec.groups <= _FEW_OUTPUTS
     spans = zip(spec.axes, t.positions, strict=True)
-    return few and all(a.reads == (0, 0) and _up(a.positions, multiple) <= a.size for a, multiple in spans)
+    return few and all(a.reads == (0, 0) and up(a.positions, multiple) <= a.size for a, multiple in spans)
 
 
 def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
@@ -362,12 +363,6 @@ def phases_at_once(spec: ConvTranspose3d, t: Tiles) -> int:
 def tiles_of_band(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many register tiles of a band multiply the same weights."""
     return _layer(spec, t).band(t) // (t.columns * t.rows)
-
-
-@lru_cache(maxsize=1024)
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of ``number`` that is no more than ``most``, or 1."""
-    return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
 def weaves(spec: ConvTranspose3d) -> bool:
@@ -545,7 +540,7 @@ class _Layer:
     def tasks(self, t: Tiles) -> int:
         """How many tasks there are."""
         channels, planes, rows = t.of_task
-        return self.spans(planes, rows) * _over(self.m, channels)
+        return self.spans(planes, rows) * over(self.m, channels)
 
     def whole_groups(self, t: Tiles) -> bool:
         """Whether a task must cover all channels of a group: no tile may straddle two, nor lie beside another group."""
@@ -553,7 +548,7 @@ class _Layer:
 
     def spans(self, depth: int, height: int) -> int:
         """How many pieces of ``depth`` planes and ``height`` rows there are."""
-        return self.images // self.together * _over(self.depth, depth) * _over(self.height, height)
+        return self.images // self.together * over(self.depth, depth) * over(self.height, height)
 
     def window(self, t: Tiles) -> int:
         """Bytes of X that a task reads."""
@@ -602,13 +597,13 @@ class _Layer:
     def band(self, t: Tiles) -> int:
         """Positions that a band computes, those that it throws away included."""
         if t.vector == "plane":
-            return t.depth // self.joined(t) * _up(self.as_they_lie(t), t.columns)
+            return t.depth // self.joined(t) * up(self.as_they_lie(t), t.columns)
         if t.vector == "taps":
-            return t.depth * _up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
+            return t.depth * up((t.height + self.reach[1] - self.height) * self.reach[2], t.columns)
         if t.line:
             planes = self.joined(t)
-            return t.depth // planes * _up((planes * t.height - 1) * self.reach[2] + self.width, t.columns)
-        return t.depth * t.height * _up(self.width, t.columns)
+            return t.depth // planes * up((planes * t.height - 1) * self.reach[2] + self.width, t.columns)
+        return t.depth * t.height * up(self.width, t.columns)
 
     def stretch(self, t: Tiles) -> int:
         """Elements of Y that a task writes side by side; bands of a few channels go on where the one before ended."""
@@ -723,7 +718,7 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
     if not any(weights.values()) or (spec.layout == "NDHWC" and lanes < LEAST_WOVEN_LAST):
         return
     spans = [("taps", *span) for span in _spans(layer, "line", 1)]
-    spans += [("plane", depth, layer.height) for depth in sorted({_over(layer.depth, n) for n in _PARTS})]
+    spans += [("plane", depth, layer.height) for depth in sorted({over(layer.depth, n) for n in _PARTS})]
     for vectors in range(1, 7):
         fits = machine.l1_bytes // 3 // (vectors * machine.vector_bytes + CACHE_LINE)
         ways = [("task", layer.c), ("whole", layer.c), *(("chunk", chunk) for chunk in _chunks_of_taps(layer, fits))]
@@ -739,7 +734,7 @@ def _by_taps(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Map
                 # no task is smaller than a plane, nor than a vector
                 least = vector == "plane" and (depth * bands == 1 or math.prod(layer.sizes[1:]) < lanes)
                 worthwhile = _fits if least else _worthwhile
-                if _over(layer.depth, depth) % bands == 0 and worthwhile(layer, machine, tiles):
+                if over(layer.depth, depth) % bands == 0 and worthwhile(layer, machine, tiles):
                     yield tiles
 
 
@@ -758,10 +753,10 @@ def _by_tiles(spec: ConvTranspose3d, layer: _Layer, machine: Machine, stores: Ma
         many = weights * vectors * rows + min(weights, vectors * rows) >= machine.registers
         if many or layer.m % scalars or vectors * lanes >= layer.width + lanes:
             continue
-        plane, chunk = _up(layer.height, rows), _chunk(layer, machine, "row", rows, vectors * lanes)
+        plane, chunk = up(layer.height, rows), _chunk(layer, machine, "row", rows, vectors * lanes)
         parts = (1, 2, 4, 8, 16) if put_together else (1, 2, 4)
         for height in sorted({min(rows * n, plane) for n in parts} | {plane}):
-            of_plane = _over(layer.height, height)
+            of_plane = over(layer.height, height)
             tasks = sorted({scalars, layer.m})
             copying = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), tasks)
             ways = [] if copying_is_slower else [("whole", 1, 1, scalars), *copying]
@@ -795,12 +790,12 @@ def _chunks_of_taps(layer: _Layer, fits: int) -> list[int]:
 
 def _in_bands(layer: _Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
     """Tasks of several bands, each a tile of channels wide, whose phases stay in the first cache."""
-    tiles = _over(layer.m, t.channels)
+    tiles = over(layer.m, t.channels)
     if t.copy == "whole" or t.depth > layer.joined(t) or layer.held(t) > machine.l1_bytes:
         return
     if tiles > 1 and layer.whole_groups(t):
         return
-    of_plane, planes = _over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
+    of_plane, planes = over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     for bands_d, bands_h in product(planes, sorted({1, 2, 4, 8, of_plane})):
         if bands_d * bands_h * tiles > 1 and of_plane % bands_h == 0 and layer.depth % bands_d == 0:
             bands = (bands_d, bands_h, tiles)
@@ -840,13 +835,13 @@ def _small(layer: _Layer, machine: Machine, part: int = _PART_OF_SECOND) -> int:
 def _spans(layer: _Layer, vector: str, rows: int) -> list[tuple[int, int]]:
     """Planes and rows that a task may cover: a register tile's rows, twice as many, all; of lines, any even part."""
     if vector == "line":
-        heights = {_over(layer.height, parts) for parts in _PARTS if parts < layer.height or parts == 1}
+        heights = {over(layer.height, parts) for parts in _PARTS if parts < layer.height or parts == 1}
     else:
-        plane = _up(layer.height, rows)
+        plane = up(layer.height, rows)
         heights = {rows, min(2 * rows, plane), plane}
     spans = set(product((1, min(2, layer.depth), layer.depth), heights))
     if vector == "line" and layer.flat:
-        spans |= {(_over(layer.depth, parts), layer.height) for parts in _PARTS if parts < layer.depth}
+        spans |= {(over(layer.depth, parts), layer.height) for parts in _PARTS if parts < layer.depth}
     return sorted(spans)
 
 
@@ -857,7 +852,7 @@ def _task(layer: _Layer, machine: Machine, t: Tiles) -> int:
     output element, and in a grouped layer it would straddle two groups, for which the packed
     weight has no place. ``t.task`` is the channels of one tile.
     """
-    tiles = _over(layer.m, t.channels)
+    tiles = over(layer.m, t.channels)
     if tiles == 1 or layer.whole_groups(t):
         return t.channels * tiles
     held = layer.held(t)
@@ -918,7 +913,7 @@ class _Sizes(NamedTuple):
 
 
 def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
-    bands = _over(layer.depth, t.depth) * _over(layer.height, t.height)
+    bands = over(layer.depth, t.depth) * over(layer.height, t.height)
     sizes = _Sizes(layer.band(t), layer.held(t), layer.window(t), bands)
     sums = t.vectors * t.scalars * t.rows
     summing, moving = (_summing_by_tap if t.by_taps else _summing_by_phase)(layer, machine, t, sums, sizes)
@@ -928,15 +923,15 @@ def _estimate(layer: _Layer, machine: Machine, t: Tiles) -> Estimate:
     computing = summing + machine.overhead * moving
     storing = machine.overhead * layer.outputs * _weaving(layer, machine, t, sizes)
     if t.woven == "band":
-        storing += machine.settling * layer.images * bands * _over(layer.m, t.task)
-    used = layer.m * layer.depth * layer.height * layer.width / (_up(layer.m, t.task) * bands * sizes.band)
+        storing += machine.settling * layer.images * bands * over(layer.m, t.task)
+    used = layer.m * layer.depth * layer.height * layer.width / (up(layer.m, t.task) * bands * sizes.band)
     return Estimate(t, computing + storing, computing, storing, used, sums * layer.at_once(t))
 
 
 def _summing_by_phase(layer: _Layer, machine: Machine, t: Tiles, sums: int, sizes: _Sizes) -> tuple[float, float]:
     """The products, and what else sums take: each tile goes through the taps of all phases, or of those that read X."""
     positions = layer.images * sizes.bands * sizes.band
-    tiles = positions // (t.rows * t.columns) * (_up(layer.m, t.task) // t.channels)
+    tiles = positions // (t.rows * t.columns) * (up(layer.m, t.task) // t.channels)
     beside_d, beside_h, beside_w = layer.beside
     no_rows = layer.apart and t.trims_rows(layer.height, layer.most_taps[1] * layer.most_taps[2])
     no_columns = layer.apart and t.trims(layer.width, layer.most_taps[2])
@@ -995,7 +990,7 @@ def _weaving(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
 
 def _reading(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
     """Each phase reads what the one before it has just read, as each band does, and finds in cache what part fits."""
-    rows = layer.images * _up(layer.depth, t.depth) * _up(layer.height, t.height) * _over(layer.m, t.task)
+    rows = layer.images * up(layer.depth, t.depth) * up(layer.height, t.height) * over(layer.m, t.task)
     band = layer.read(t, 1, 1) * (1 if t.copy == "whole" else 2) + sizes.held
     # what a task copied comes back for the first of the bands that read it, beside what else the cache is for
     far_of_band, far_of_task = (max(0, 1 - machine.l2_bytes / held) / 6 for held in (band, 2 * sizes.window))
@@ -1026,7 +1021,7 @@ def _copying(layer: _Layer, machine: Machine, t: Tiles, sizes: _Sizes) -> float:
         return layer.tasks(t) * sizes.window * _IN_PLACE * layer.phases / layer.at_once(t)
     if t.copy == "whole":
         # lines that share rows have each its own copy of them
-        shared = _over(layer.height, t.height) * (t.height + height - layer.height) / height if t.line else 1
+        shared = over(layer.height, t.height) * (t.height + height - layer.height) / height if t.line else 1
         return layer.images * depth * a_plane * shared * ((0.1 if planes else 0.4) + 0.8 * far + a_row)
     # what a task shares with one in the next plane is read again after a plane of tasks
     missed = max(0, 1 - machine.l2_bytes / (layer.most_taps[0] * a_plane))
@@ -1128,11 +1123,3 @@ def _on_the_stack(layer: _Layer, machine: Machine, t: Tiles, sums: int, unrolled
         sides = factors(t.vector, t.vectors, layer.at_once(t) * t.scalars, t.rows)
         return 1.5 * max(0, sums + sum(sides) - machine.registers)
     return 0.0
-
-
-def _up(size: int, multiple: int) -> int:
-    return _over(size, multiple) * multiple
-
-
-def _over(size: int, part: int) -> int:
-    return -(-size // part)
