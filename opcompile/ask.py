@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opcompile.errors import EngineError
+from opcompile.errors import EngineError, first_words
 from opcompile.importers.imported import Imported, Tensor
 from opcompile.say import openvino_weight
 
@@ -48,7 +48,7 @@ def ask(system: str, call: str, layer: Imported, x: Tensor, w: Tensor, b: Tensor
     try:
         y = np.asarray(_RUNNERS[name](module, call, own, weight, b), np.float64)
     except Exception as error:  # they share no base, and each means that it cannot
-        raise EngineError(f"{system} {found} fails: {_first_line(error)}") from error
+        raise EngineError(f"{system} {found} fails: {first_words(error)}") from error
     return found, order(y, layer.y_layout, "NCDHW")
 
 
@@ -72,7 +72,7 @@ def _package(name: str) -> tuple[Any, str]:
         return import_module(module), found
     except Exception as error:  # whatever a package does at its import, like Keras without its backend
         way_out = "; set KERAS_BACKEND to one that is installed, torch or jax" if name == "Keras" else ""
-        raise EngineError(f"the package {distribution} cannot be imported: {_first_line(error)}{way_out}") from error
+        raise EngineError(f"the package {distribution} cannot be imported: {first_words(error)}{way_out}") from error
 
 
 def _version(distribution: str) -> str | None:
@@ -80,10 +80,6 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _evaluated(text: str, **names: Any) -> Any:

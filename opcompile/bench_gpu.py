@@ -26,7 +26,7 @@ from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, smal
 from opcompile.bounds import Inputs
 from opcompile.cuda_driver import device
 from opcompile.engines import OURS, require_torch_can, torch_geometry
-from opcompile.errors import CallError, EngineError, TargetError, VerificationError
+from opcompile.errors import CallError, EngineError, TargetError, VerificationError, first_words
 from opcompile.gpus import gpu_target
 from opcompile.roofline import Roof, Sample
 from opcompile.runtime import stored
@@ -175,7 +175,7 @@ class _Layer:
         try:
             calls[0]()
         except RuntimeError as error:
-            raise EngineError(str(error).splitlines()[0]) from error
+            raise EngineError(first_words(error)) from error
         return self._weighed(f"{torch.backends.cudnn.version()}, torch {torch.__version__}", calls)
 
     def _weighed(self, version: str, calls: list[Call]) -> _Engine:

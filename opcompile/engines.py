@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.bounds import sums_of
-from opcompile.errors import EngineError
+from opcompile.errors import EngineError, first_line
 from opcompile.runtime import MODEL, aligned, load
 from opcompile.spec import ConvTranspose3d, at_batch
 
@@ -115,7 +115,7 @@ def _onnxruntime(job: Job) -> Engine:
     try:
         session = onnxruntime.InferenceSession(str(job.directory / MODEL), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # they share no base, and each means that it cannot
-        raise EngineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise EngineError(first_line(error)) from error
     binding = session.io_binding()
     binding.bind_ortvalue_input("X", onnxruntime.OrtValue.ortvalue_from_numpy(job.x))
     out = onnxruntime.OrtValue.ortvalue_from_numpy(job.new_y())

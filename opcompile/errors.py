@@ -84,3 +84,13 @@ class KernelError(EngineError):
 
 class VerificationError(OpcompileError):
     """Outputs that lie beyond the derived error bound."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an exception says first, after its name."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def first_words(error: BaseException) -> str:
+    """Return the first words of an exception, for the middle of a sentence; its name where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from opcompile.arguments import checked_engines, checked_seed
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
-from opcompile.errors import CallError, EngineError, TargetError, VerificationError
+from opcompile.errors import CallError, EngineError, TargetError, VerificationError, first_line
 from opcompile.needed import packages_named
 from opcompile.packing import Packing
 from opcompile.reference import reference
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from opcompile.gradients.runtime import Derivative
     from opcompile.runtime import Artifact
 
-__all__ = ["InputSet", "NotAsked", "Report", "Row", "bounds", "compare", "first_line", "input_sets", "verify"]
+__all__ = ["InputSet", "NotAsked", "Report", "Row", "bounds", "compare", "input_sets", "verify"]
 
 Tensor = NDArray[Any]
 
@@ -390,11 +390,6 @@ class _OnnxRuntime:
             raise EngineError("its model asks for weights that were compiled in")
         bits = array.view(np.uint16) if self._spec.dtype == "bfloat16" else array
         return self._value.ortvalue_from_numpy_with_onnx_type(bits, self._ELEMENT_TYPES[self._spec.dtype])
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an exception says first, after its name."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # --- the questions, one after the other ---

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from opcompile.errors import EngineError, ModelError
+from opcompile.errors import EngineError, ModelError, first_words
 from opcompile.importers.imported import Tensor, array
 from opcompile.needed import bfloat16
 from opcompile.paths import checked_path
@@ -45,8 +45,9 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             except (EngineError, ModelError):
                 raise
             except Exception as error:  # of many kinds, and each means that it cannot be read
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise ModelError(f"cannot read {text}: {reason}; save it again as one of {_ENDINGS}") from error
+                raise ModelError(
+                    f"cannot read {text}: {first_words(error)}; save it again as one of {_ENDINGS}"
+                ) from error
     raise ModelError(f"{text} is not a file of weights known here; its name must end in one of {_ENDINGS}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import SpecError, WordsError
+from opcompile.errors import SpecError, WordsError, first_words
 from opcompile.needed import bfloat16
 from opcompile.spec import AXIS_NAMES, DTYPES, Axis, ConvTranspose3d
 
@@ -385,6 +385,6 @@ def _of_torch(tensor: Any, is_bfloat16: bool) -> Tensor:
     except (TypeError, RuntimeError) as error:
         raise WordsError(
             f"a torch tensor ({tensor.dtype}, {tensor.layout}, {tensor.device}) gives no array: "
-            f"{str(error).splitlines()[0]}; pass a plain one that holds values, by to_dense() or dequantize()"
+            f"{first_words(error)}; pass a plain one that holds values, by to_dense() or dequantize()"
         ) from error
     return found.astype(bfloat16()) if is_bfloat16 else found

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from opcompile.errors import EngineError, ModelError, OpcompileError, SpecError, WordsError
+from opcompile.errors import EngineError, ModelError, OpcompileError, SpecError, WordsError, first_words
 from opcompile.importers.imported import (
     Found,
     Imported,
@@ -252,8 +252,9 @@ def find(source: Any) -> list[Found]:
         try:
             model = keras.models.load_model(source, compile=False, safe_mode=True)
         except Exception as error:  # of many kinds, and each means that it cannot be read
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(f"cannot read {source} as a Keras model: {reason}; save it again as .keras") from error
+            raise ModelError(
+                f"cannot read {source} as a Keras model: {first_words(error)}; save it again as .keras"
+            ) from error
     if not hasattr(model, "layers"):
         raise ModelError(f"{type(source).__name__} is not a Keras model; name one, or its .keras file")
     # the public `layers` knows nothing of wrapped layers, nor of those inside of a layer of one's own

@@ -34,7 +34,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
+from opcompile.errors import CallError, ModelError, OpcompileError, SpecError, first_words
 from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
 from opcompile.importers.imported import unique
 from opcompile.importers.order import order
@@ -306,7 +306,7 @@ def _refine(outline: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.Mod
         MemoryError,
     ) as error:
         raise ModelError(
-            f"the model is not valid ONNX: {_first_line(error)}; onnx {onnx.__version__} must accept it: "
+            f"the model is not valid ONNX: {first_words(error)}; onnx {onnx.__version__} must accept it: "
             "export it again, or install a newer onnx"
         ) from error
 
@@ -340,12 +340,8 @@ def _objection(outline: onnx.ModelProto) -> str | None:
     try:
         onnx.shape_inference.infer_shapes(outline, data_prop=True, strict_mode=True)
     except onnx.shape_inference.InferenceError as error:
-        return _first_line(error)
+        return first_words(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 # --- walking: names in scope, nodes in order ---
@@ -741,7 +737,7 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
         os.stat(folder / where)  # of a file that is not there, onnx would say that it is no regular one
         onnx.external_data_helper.load_external_data_for_tensor(copy, str(folder))
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_words(error)
         raise ModelError(
             f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {reason}; "
             f"put that file, whole, into {folder}"

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import EngineError
-from opcompile.verify import first_line
+from opcompile.errors import EngineError, first_line
 
 Tensor = NDArray[Any]
 Feeds = Mapping[str, Tensor]
