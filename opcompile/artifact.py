@@ -132,7 +132,7 @@ def write(
     return publish(place, fill, replacing)
 
 
-def publish(place: Path, fill: Callable[[Path], dict[str, Any]], replacing: Callable[[], None] | None = None) -> Path:
+def publish(place: Path, fill: Callable[[Path], dict[str, Any]], replacing: Callable[[], None] | None) -> Path:
     """Let ``fill`` write the files of an artifact and return its manifest, then put it into ``place`` as a whole."""
     require_replaceable(place)
     beside = new_beside(place)

@@ -49,8 +49,8 @@ class FlatGrain:
     ``positions / own`` apart, so that what neighbouring threads read and write at a time lies side by side.
     """
 
-    channels: int = 1
-    positions: int = 1
+    channels: int
+    positions: int
     apart: bool = False
     own: int = 1
 
@@ -126,7 +126,7 @@ def phase_axes(spec: ConvTranspose3d, apart: bool) -> bool:
     return apart or same_columns(spec, apart)
 
 
-def declare_flat(spec: ConvTranspose3d, grain: FlatGrain = FlatGrain()) -> tirx.PrimFunc:
+def declare_flat(spec: ConvTranspose3d, grain: FlatGrain) -> tirx.PrimFunc:
     """Return the unscheduled function ``main(X, W[, B], output)``, of the shapes that `declare` gives X, B and Y.
 
     W has that of `weight_shape`.

@@ -61,14 +61,14 @@ if TYPE_CHECKING:
 def tune_gpu(
     spec: ConvTranspose3d,
     target: str,
-    trials: int = 64,
+    trials: int,
     *,
-    seed: int = 0,
-    tracker: str | None = None,
-    key: str | None = None,
-    work_dir: str | Path | None = None,
-    into: str | Path | None = None,
-    progress: ProgressCallback | None = None,
+    seed: int,
+    tracker: str | None,
+    key: str | None,
+    work_dir: str | Path | None,
+    into: str | Path | None,
+    progress: ProgressCallback | None,
 ) -> Record:
     """Do `emit`, `opcompile.measure.measure` and `absorb` in turn, in ``work_dir`` or a temporary directory.
 

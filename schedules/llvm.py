@@ -181,7 +181,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         sch.annotate(m_in, VECTORS, [0, int(sch.get(m_in).extent), tiles.lanes])
 
 
-def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None = None) -> Callable[[Schedule], None]:
+def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None) -> Callable[[Schedule], None]:
     """Return the function of a MetaSchedule `ScheduleFn`: sample one of ``choices``, then make its moves.
 
     All ``choices`` must agree on what the declaration is rounded up to. ``decision`` fixes the sample.

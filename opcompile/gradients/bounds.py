@@ -104,10 +104,10 @@ def _checked(gradient: Gradient, operands: Mapping[str, Any]) -> dict[str, Tenso
     return given
 
 
-def judge_all(truth: Truth, answer: Tensor, *, depth: int | None = None, exact: bool = False) -> Check:
+def judge_all(truth: Truth, answer: Tensor, *, depth: int | None, exact: bool) -> Check:
     """Judge ``answer`` against the oracle.
 
-    ``depth`` is how many roundings a term of the answer meets at most, by default as many as there are
+    ``depth`` is how many roundings a term of the answer meets at most; None stands for as many as there are
     terms, which holds in any order. With ``exact``, for small integers, equality to the last bit is
     asked. Raises `VerificationError` for an answer of the wrong shape, `CallError` where ``exact`` is
     asked for operands whose sums may round.

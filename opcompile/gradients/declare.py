@@ -329,18 +329,18 @@ def _step(y: Any, above: Any, below: Any) -> Any:
     return tirx.Select(y > _const(y, 0), above, below)
 
 
-def _between(y: Any, low: float, high: float, inside: Any) -> Any:
-    return tirx.Select(tirx.all(y > _const(y, low), y < _const(y, high)), inside, _const(y, 0))
+def _between(y: Any, high: float, inside: Any) -> Any:
+    return tirx.Select(tirx.all(y > _const(y, 0), y < _const(y, high)), inside, _const(y, 0))
 
 
 _SLOPES: dict[str, Callable[..., Any]] = {
     "relu": lambda y: _step(y, _const(y, 1), _const(y, 0)),
-    "relu6": lambda y: _between(y, 0, 6, _const(y, 1)),
+    "relu6": lambda y: _between(y, 6, _const(y, 1)),
     "leaky_relu": lambda y, alpha: _step(y, _const(y, 1), alpha),
     "elu": lambda y, alpha: _step(y, _const(y, 1), y + alpha),
     "selu": lambda y, alpha, gamma: _step(y, gamma, y + alpha * gamma),
     "sigmoid": lambda y: y * (_const(y, 1) - y),
-    "hard_sigmoid": lambda y, alpha, _beta: _between(y, 0, 1, alpha),
+    "hard_sigmoid": lambda y, alpha, _beta: _between(y, 1, alpha),
     "softplus": lambda y: _const(y, 1) - tirx.exp(-y),
     "softsign": lambda y: (_const(y, 1) - tirx.abs(y)) * (_const(y, 1) - tirx.abs(y)),
     "tanh": lambda y: _const(y, 1) - y * y,
