@@ -429,7 +429,7 @@ def _golden(spec: ConvTranspose3d, weight: NDArray[Any] | None, bias: NDArray[An
     A corner needs only the inputs near it, so that this is quick for a layer of any size; a few
     channels of each group stand for all.
     """
-    batch, groups, m = spec.batch or 2, spec.groups, spec.channels_out // spec.groups
+    batch, groups, m = spec.batch or 2, spec.groups, spec.m_out
     # of each group
     picked = np.unique(np.linspace(0, m - 1, min(m, max(1, 8 // groups))).astype(int))
     channels = (np.arange(groups)[:, None] * m + picked).ravel()

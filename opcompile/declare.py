@@ -317,12 +317,12 @@ class Scope:
 
     def summed_channels(self) -> Any:
         """Reduction axis over the input channels of a group."""
-        zero, count = self.sizes(0, self.spec.channels_in // self.spec.groups)
+        zero, count = self.sizes(0, self.spec.c_in)
         return te.reduce_axis((zero, count), "c")
 
     def pad(self, x: Any) -> Any:
         """The part of X that is read, in the type of the sums or as stored bits, zero where X has no element."""
-        spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
+        spec, c_in = self.spec, self.spec.c_in
 
         def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
             where = self.where.element(at)
@@ -348,7 +348,7 @@ class Scope:
         first: Sequence[tuple[Any, Any]],
     ) -> Any:
         """Sum over taps and channels at ``q``; ``first`` holds the first tap and its offset along each axis."""
-        spec, c_in = self.spec, self.spec.channels_in // self.spec.groups
+        spec, c_in = self.spec, self.spec.c_in
         n, g, m = lead
         c = self.summed_channels()
         along = list(zip(first, taps, spec.axes, strict=True))
@@ -413,7 +413,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
 
 def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a plane of the kernel, each tap summed over channels alone; an output adds up the taps of its phase."""
-    spec, c_in = scope.spec, scope.spec.channels_in // scope.spec.groups
+    spec, c_in = scope.spec, scope.spec.c_in
     where = cast("_Lines | _Planes | _Volume", scope.where)
     kernel = [axis.kernel for axis in spec.axes]
     at_first = [axis.reads[0] for axis in spec.axes[1:]]

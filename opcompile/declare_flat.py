@@ -171,7 +171,7 @@ class _Flat:
         w = te.placeholder(scope.sizes(*weight_shape(spec, self.grain.channels)), spec.dtype, name="W")
         b = te.placeholder(scope.sizes(spec.channels_out), spec.dtype, name="B")
         picked = self._axes(x, w) if self._as_axes else self._blocks(x, w)
-        m_out = spec.channels_out // spec.groups
+        m_out = spec.m_out
 
         def finished(n: Any, g: Any, m: Any, q: Any, *f: Any) -> Any:
             z = picked(n, g, m, q, f)
@@ -244,7 +244,7 @@ class _Flat:
         return sum_type(self.spec, column) * sum_type(self.spec, weight)
 
     def _channel(self) -> tuple[int, Any]:
-        c_in = self.spec.channels_in // self.spec.groups
+        c_in = self.spec.c_in
         index = self.scope.index
         return c_in, te.reduce_axis((tirx.IntImm(index, 0), tirx.IntImm(index, c_in)), "c")
 
@@ -338,7 +338,7 @@ class _Flat:
 
     def _scattered(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         spec, scope = self.spec, self.scope
-        m_out, count = spec.channels_out // spec.groups, math.prod(self.extents)
+        m_out, count = spec.m_out, math.prod(self.extents)
         same = same_columns(spec, self.grain.apart)
         axes = list(zip(spec.axes, self.extents, self._phases(), strict=True))
 

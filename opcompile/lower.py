@@ -96,7 +96,7 @@ def unused_flags(spec: ConvTranspose3d, target: Target, tiles: llvm.Tiles) -> It
         if spec.dtype != "bfloat16":
             yield f"+{flag} changes nothing: it is for bfloat16, and this layer has {spec.dtype}"
         elif tiles.products == 1:
-            c = spec.channels_in // spec.groups
+            c = spec.c_in
             even = "other tiles come out faster" if c % 2 == 0 else f"channels are taken in pairs, and a group has {c}"
             yield f"+{flag} changes nothing, and all products are {spec.sum_dtype}: {even}"
 

@@ -264,7 +264,7 @@ def _shared_first(module: tvm.IRModule) -> tvm.IRModule:
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:
     """Thread blocks for one image."""
-    rows = math.ceil(spec.channels_out // spec.groups / tiles.channels)
+    rows = math.ceil(spec.m_out / tiles.channels)
     apart = math.prod(axis.stride for axis in spec.axes) if tiles.apart else 1
     return spec.groups * rows * math.ceil(math.prod(extents(spec, tiles.apart)) / tiles.positions) * apart
 

@@ -434,7 +434,7 @@ def _broken_by_weaving(t: Tiles, spec: ConvTranspose3d, target: Target) -> Itera
 
 
 def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    m, weights = spec.channels_out // spec.groups, weights_by_taps(spec, t.vector)
+    m, weights = spec.m_out, weights_by_taps(spec, t.vector)
     if not weights:
         yield (
             f"vector is {t.vector!r}, but for sums by taps the layer has too many channels, taps or phases, or its "
@@ -444,7 +444,7 @@ def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
         yield f"scalars is {t.scalars}, but must be one of {', '.join(map(str, weights))}, whole rows of taps"
     if t.task != m:
         yield f"task is {t.task}, but must be the {m} channels of a group for sums by taps"
-    if t.copy != "chunk" and t.chunk != spec.channels_in // spec.groups:
+    if t.copy != "chunk" and t.chunk != spec.c_in:
         yield f"chunk is {t.chunk}, but must be all input channels of a group for sums by taps that copy no chunks"
     if t.vector == "plane" and t.height != spec.axes[1].positions:
         yield f"height is {t.height}, but must be all {spec.axes[1].positions} rows where vector is 'plane'"

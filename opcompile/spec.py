@@ -405,6 +405,16 @@ class ConvTranspose3d:
     # --- derived shapes ---
 
     @property
+    def c_in(self) -> int:
+        """C/g, the input channels of a group."""
+        return self.channels_in // self.groups
+
+    @property
+    def m_out(self) -> int:
+        """M/g, the output channels of a group."""
+        return self.channels_out // self.groups
+
+    @property
     def x_shape(self) -> tuple[int | None, ...]:
         """Shape of X in its layout; None stands for a dynamic batch."""
         return self.in_layout(self.batch, self.channels_in, *(a.size for a in self.axes))
@@ -412,7 +422,7 @@ class ConvTranspose3d:
     @property
     def w_shape(self) -> tuple[int, ...]:
         """Shape of the canonical weight, ``(C, M/g, kD, kH, kW)`` in both layouts."""
-        return (self.channels_in, self.channels_out // self.groups, *(a.kernel for a in self.axes))
+        return (self.channels_in, self.m_out, *(a.kernel for a in self.axes))
 
     @property
     def y_shape(self) -> tuple[int | None, ...]:
@@ -465,7 +475,7 @@ class ConvTranspose3d:
     def terms(self) -> int:
         """The largest number of products summed into one output element."""
         taps = math.prod(max(p.taps for p in axis.phases) for axis in self.axes)
-        return taps * (self.channels_in // self.groups)
+        return taps * self.c_in
 
     @property
     def flops(self) -> int:
@@ -475,7 +485,7 @@ class ConvTranspose3d:
     @property
     def needed_flops(self) -> int:
         """The part of `flops` that ends in Y: products that cropping drops are not counted."""
-        channels = self.channels_in * (self.channels_out // self.groups)
+        channels = self.channels_in * self.m_out
         return 2 * (self.batch or 1) * channels * math.prod(a.landing for a in self.axes)
 
     def bytes_of(self, shape: Iterable[int | None]) -> int:

@@ -69,7 +69,7 @@ def channels_ahead(spec: ConvTranspose3d, t: Tiles) -> int:
     axis = spec.axes[1]
     rows = joined(spec, t) * (t.height + reach(axis) - axis.positions) if t.vector in ("line", "taps") else 1
     ahead = max(_CHANNELS_AHEAD, BYTES_AHEAD // (rows * length_of_row(spec, t) * spec.itemsize))
-    return min(ahead, spec.channels_in // spec.groups // 2) if spec.layout == "NCDHW" else 0
+    return min(ahead, spec.c_in // 2) if spec.layout == "NCDHW" else 0
 
 
 def of_later_channel(copy: s_tir.SBlockRealize, lane: tirx.Var, channels: int, ahead: int) -> tirx.Stmt:
@@ -99,7 +99,7 @@ def _of_next_task(task: tirx.For, spec: ConvTranspose3d, t: Tiles, x: Any) -> ti
     n, of_group, d, h = _begins(spec, t, next_task)
     first_channel = of_group + next_channel
     stretch, planes = _lines(spec, t)
-    channels = 1 if several else spec.channels_in // spec.groups
+    channels = 1 if several else spec.c_in
     lines = stretch * planes * channels
 
     def line(channel: Any, number: Any) -> tirx.Stmt:
@@ -132,7 +132,7 @@ def _next(task: tirx.For, around: Loops, spec: ConvTranspose3d, t: Tiles) -> tup
         return task.loop_var + 1, 0
     chunk = around[0].loop_var
     last = tirx.floordiv(chunk + 1, around[0].extent)
-    return task.loop_var + last, t.chunk // t.products - last * (spec.channels_in // spec.groups // t.products)
+    return task.loop_var + last, t.chunk // t.products - last * (spec.c_in // t.products)
 
 
 def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, Any]:
@@ -143,7 +143,7 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
     for count in (
         over(axis_h.positions, rows),
         over(axis_d.positions, planes),
-        over(spec.channels_out // spec.groups, channels),
+        over(spec.m_out, channels),
         spec.groups,
     ):
         digits.append(tirx.floormod(task, count))
@@ -156,7 +156,7 @@ def _begins(spec: ConvTranspose3d, t: Tiles, task: Any) -> tuple[Any, Any, Any, 
     if t.vector == "plane":
         h = tirx.const(0, h.ty.dtype)
         d = h if joined(spec, t) > 1 else d
-    return task, g * (spec.channels_in // spec.groups), d, h
+    return task, g * spec.c_in, d, h
 
 
 def _lines(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
@@ -245,7 +245,7 @@ def _beginning(loop: tirx.For, fetches: list[tirx.Stmt]) -> tirx.For:
 def _ahead(spec: ConvTranspose3d, t: Tiles) -> list[Ahead]:
     """What to ask for as channels are multiplied."""
     ahead: list[Ahead] = []
-    channels = spec.channels_in // spec.groups
+    channels = spec.c_in
     if t.copy == "whole" and not t.of_channels and 1 < t.chunk < channels:
         ahead.append(_of_next_chunk)
     if _asks_for_weights(spec, t):

@@ -61,7 +61,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     """
     ((name, function),) = module.functions.items()
     y, in_llvm = function.params[-1], ""
-    channels = spec.channels_in // spec.groups
+    channels = spec.c_in
     if tiles.copy == "chunk":
         function = structural_map(function, (tirx.For, lambda loop: by_chunks(loop, tiles)))
     if tiles.products > 1:

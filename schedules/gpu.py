@@ -160,7 +160,7 @@ def _blocks(sch: Schedule) -> dict[str, Any]:
 
 
 def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: GpuTiles, phase: Any) -> None:
-    c_in = spec.channels_in // spec.groups
+    c_in = spec.c_in
 
     def blocked(c: Any, m: Any, kd: Any, kh: Any, kw: Any) -> tuple[Any, ...]:
         return c // c_in, m // t.channels, kd, kh, kw, c % c_in, m % t.channels

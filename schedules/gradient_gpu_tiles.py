@@ -48,7 +48,7 @@ def why(estimate: GpuEstimate) -> tuple[str, ...]:
 
 def _sums(gradient: Gradient) -> Sums:
     layer, wrt = gradient.layer, gradient.wrt
-    c, m = layer.channels_in // layer.groups, layer.channels_out // layer.groups
+    c, m = layer.c_in, layer.m_out
     taps, sizes, outs = (math.prod(n) for n in zip(*((a.kernel, a.size, a.out) for a in layer.axes), strict=True))
     images = layer.batch or 1
     rows, terms, grid, columns = {

@@ -178,8 +178,8 @@ class _Layer:
         d, h, w = spec.axes
         return cls(
             itemsize=spec.sum_itemsize,
-            c=spec.channels_in // spec.groups,
-            m=spec.channels_out // spec.groups,
+            c=spec.c_in,
+            m=spec.m_out,
             groups=spec.groups,
             images=spec.groups * (spec.batch or 1),
             size=(d.size, h.size, w.size),

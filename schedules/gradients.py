@@ -69,7 +69,7 @@ def schedule(sch: Schedule, gradient: Gradient, tiles: GradientTiles) -> None:
 def _of_input(sch: Schedule, layer: ConvTranspose3d, t: InputTiles) -> None:
     pad, weights, total, output = (sch.get_sblock(name) for name in ("pad", "weights", "sum", "output"))
     first = layer.layout == "NCDHW"
-    c_in = layer.channels_in // layer.groups
+    c_in = layer.c_in
 
     # --- layouts ---
     block = t.block
@@ -152,7 +152,7 @@ def _claim_whole_tiles(sch: Schedule, layer: ConvTranspose3d, t: InputTiles, out
     """Let each output element claim the whole tiles of its task, ragged ends included: no test in the inner loop."""
     block = sch.get(output)
     n, c, d, h, _ = layer.from_layout([v.var for v in block.iter_vars])
-    c_in, zero = layer.channels_in // layer.groups, tirx.const(0, n.ty.dtype)
+    c_in, zero = layer.c_in, tirx.const(0, n.ty.dtype)
     (read,) = block.reads
     shape = list(read.source.shape)
     group = tirx.floordiv(c, c_in)
@@ -219,9 +219,7 @@ def _of_weight(sch: Schedule, layer: ConvTranspose3d, t: WeightTiles) -> None:
     sch.decompose_reduction(part, sums_begin)
     sch.decompose_reduction(total, sch.get_loops(total)[1])
     c, m, *taps = sch.get_loops(output)
-    c, c_in_block = sch.split(
-        c, [None, largest_divisor(layer.channels_in // layer.groups, lanes) if in_channels else 1]
-    )
+    c, c_in_block = sch.split(c, [None, largest_divisor(layer.c_in, lanes) if in_channels else 1])
     m, m_in_turn = sch.split(m, [None, t.turn])
     sch.reorder(c, m, c_in_block, m_in_turn, *taps)
     _unroll_taps(sch, layer, taps)

@@ -267,7 +267,7 @@ def _lay_out_pad(sch: Schedule, spec: ConvTranspose3d, t: Tiles) -> None:
 def _channels_copied(spec: ConvTranspose3d, t: Tiles) -> int:
     """How many channels of a group lie side by side in a copy of X: of one with all of them, those of a task."""
     if t.vector != "groups":
-        return spec.channels_in // spec.groups
+        return spec.c_in
     return t.of_task[0] if t.copy == "task" else spec.channels_in
 
 

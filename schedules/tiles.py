@@ -281,7 +281,7 @@ def baseline(spec: ConvTranspose3d, machine: Machine) -> Estimate:
 
 def takes_pairs(spec: ConvTranspose3d, machine: Machine) -> bool:
     """Whether channels of ``spec`` can be multiplied as pairs of bfloat16."""
-    return machine.pairs and spec.dtype == "bfloat16" and spec.channels_in // spec.groups % 2 == 0
+    return machine.pairs and spec.dtype == "bfloat16" and spec.c_in % 2 == 0
 
 
 def takes_groups(spec: ConvTranspose3d) -> bool:
@@ -292,7 +292,7 @@ def takes_groups(spec: ConvTranspose3d) -> bool:
 def divided(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int, int]:
     """Groups, and how many output and input channels each has; what vectors run along is channels of a single one."""
     groups = 1 if t.vector == "groups" else spec.groups
-    return groups, spec.channels_out // groups, spec.channels_in // spec.groups
+    return groups, spec.channels_out // groups, spec.c_in
 
 
 def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
@@ -303,7 +303,7 @@ def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
 def halved(spec: ConvTranspose3d, machine: Machine) -> Machine | None:
     """The machine with vectors of half the width, where those of the channels of ``spec`` waste less so."""
     half, lanes = machine.halved, sums_of_a_vector(spec, machine)
-    wasted = -(spec.channels_out // spec.groups) % lanes
+    wasted = -spec.m_out % lanes
     return half if half is not None and wasted >= lanes // 2 else None
 
 
@@ -343,7 +343,7 @@ def reads_in_place(spec: ConvTranspose3d, t: Tiles) -> bool:
     """
     if t.woven == "band" or t.of_channels or spec.dtype != spec.sum_dtype:
         return False
-    few = spec.channels_out // spec.groups <= _FEW_OUTPUTS
+    few = spec.m_out <= _FEW_OUTPUTS
     spans = zip(spec.axes, t.positions, strict=True)
     return few and all(a.reads == (0, 0) and up(a.positions, multiple) <= a.size for a, multiple in spans)
 
@@ -386,14 +386,14 @@ def square(spec: ConvTranspose3d, columns: int) -> int:
     # where a variable is bound, TVM forgets that the integers that it keeps bfloat16 as are none
     if spec.layout == "NCDHW" or spec.dtype == "bfloat16":
         return 0
-    channels = spec.channels_in // spec.groups
+    channels = spec.c_in
     return next((n for n in (8, 4) if n <= columns and channels % n == 0), 0)
 
 
 def streams(spec: ConvTranspose3d, vector: str, machine: Machine) -> bool:
     """Whether Y is written past the caches: a large one, in whole lines."""
     channels_first = spec.layout == "NCDHW"
-    channels = spec.channels_out if vector == "groups" else spec.channels_out // spec.groups
+    channels = spec.channels_out if vector == "groups" else spec.m_out
     side_by_side = spec.axes[2].out if channels_first else channels
     # what is written at once, woven of all phases of a row, must be whole lines too
     of_lines = machine.vector_bytes * (spec.axes[2].stride if channels_first else 1) % CACHE_LINE == 0
@@ -502,7 +502,7 @@ class _Layer:
             products=products,
             itemsize=spec.sum_itemsize,
             m=spec.channels_out // groups,
-            c=spec.channels_in // spec.groups // products,
+            c=spec.c_in // products,
             images=groups * (spec.batch or 1),
             depth=depth,
             height=height,
@@ -700,7 +700,7 @@ def weights_by_taps(spec: ConvTranspose3d, vector: str) -> list[int]:
 
     Rows of taps of one channel, or all that a plane of the kernel has for some channels.
     """
-    m, (_, kh, kw) = spec.channels_out // spec.groups, (axis.kernel for axis in spec.axes)
+    m, (_, kh, kw) = spec.m_out, (axis.kernel for axis in spec.axes)
     taps = math.prod(axis.kernel for axis in spec.axes)
     most = min(_MOST_TAPS[vector], _MOST_TAPS_OF_MANY_PHASES) if spec.phases_as_axes else _MOST_TAPS[vector]
     many = m > _FEW_OUTPUTS or taps > most or spec.many_phases

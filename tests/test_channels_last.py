@@ -31,7 +31,7 @@ def last(text: str) -> ConvTranspose3d:
 
 def tiles_of(spec: ConvTranspose3d, vector: Any, **change: Any) -> Tiles:
     lanes = HERE.machine.vector_bytes // (8 if spec.dtype == "float64" else 4)
-    m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
+    m, c = spec.m_out, spec.c_in
     depth, height, scalars = 1, min(2, spec.axes[1].positions), m
     if vector in ("taps", "plane"):
         scalars = max(n for n in weights_by_taps(spec, vector) if n < 12)

@@ -158,7 +158,7 @@ def test_taps_of_a_row_are_taken_at_once(vector: str, text: str, together: bool)
 @pytest.mark.parametrize("text", ["in=1x4x3x8x40 co=4 k=7 s=2 p=3 g=4", "in=1x4x3x8x40 co=1 k=3 d=2"])
 def test_products_of_a_row_of_x_follow_each_other_in_a_tile_of_several_rows(text: str) -> None:
     spec = ConvTranspose3d.parse(text)
-    tiles = Tiles("row", LANES, 2, 1, 4, 1, 1, 4, chunk=spec.channels_in // spec.groups, copy="task")
+    tiles = Tiles("row", LANES, 2, 1, 4, 1, 1, 4, chunk=spec.c_in, copy="task")
     step, turns = spec.axes[1].offset_step, dict[str, list[tuple[int, int]]]()
     for at, loops in statements(scheduled(spec, tiles)[KERNEL].body):
         if isinstance(at, s_tir.SBlockRealize) and ADDING.fullmatch(at.block.name_hint):
@@ -460,7 +460,7 @@ def test_a_task_asks_for_what_of_x_the_next_one_copies(text: str, vector: str, c
         )
         if vector == "plane":  # as it lies
             of_d, of_h = slice(None) if tiles.depth == axis_d.positions else of_d, slice(None)
-        c = spec.channels_in // spec.groups
+        c = spec.c_in
         return x[n, g * c : (g + 1) * c][channels, of_d, of_h].ravel() // elements
 
     in_chunks = tiles.copy == "chunk"

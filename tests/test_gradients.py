@@ -116,7 +116,7 @@ def known(activation: Activation) -> Activation:
 @pytest.mark.parametrize("vector", ["channels", "row"])
 def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
     layer = case(name).spec
-    c = layer.channels_in // layer.groups
+    c = layer.c_in
     wide = vector == "channels"
     channels = 32 * -(-c // 32) if wide else 3 * -(-c // 3)
     x = InputTiles(vector, 16, 2, 3, 2, channels, 2, 4, 1, "weights")

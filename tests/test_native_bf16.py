@@ -92,9 +92,7 @@ def test_integers_are_exact_and_reals_within_the_bound(layer: str) -> None:
 
 
 @here
-@pytest.mark.parametrize(
-    "name", [c.name for c in CASES if "corner" in c.tags and c.spec.channels_in // c.spec.groups % 2 == 0]
-)
+@pytest.mark.parametrize("name", [c.name for c in CASES if "corner" in c.tags and c.spec.c_in % 2 == 0])
 def test_corner_cases_in_bfloat16(name: str) -> None:
     spec = replace(case(name).spec, dtype="bfloat16")
     found = in_pairs(spec)

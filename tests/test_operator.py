@@ -126,10 +126,10 @@ RAGGED = ["prime-sizes", "groups-wide", "k-below-s-mixed", "huge-stride-k", "cha
 def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, rest: bool) -> None:
     """At once one choice of bands and copy for each layer and vector, so that every two choices meet."""
     spec = case(name).spec
-    m = spec.channels_out // spec.groups
+    m = spec.m_out
     channels = 32 if vector == "channels" else 3
     task = channels * -(-m // channels) if spec.groups > 1 else channels
-    c = spec.channels_in // spec.groups
+    c = spec.c_in
     chunk = max(n for n in range(1, c) if c % n == 0) if c > 1 else 1
     rows = 1 if vector == "line" else 2
     at_once = llvm.Tiles(vector, 16, 2, 3, rows, task, depth=2, height=4, chunk=chunk, copy="task")
@@ -157,7 +157,7 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any, rest: bool)
 @pytest.mark.parametrize("vector", ["row", "line"])
 def test_a_task_may_copy_x_by_chunks_of_its_channels(text: str, vector: Any) -> None:
     spec = ConvTranspose3d.parse(text)
-    m = spec.channels_out // spec.groups
+    m = spec.m_out
     lanes = 8 if spec.dtype == "float64" else 16
     tiles = llvm.Tiles(vector, lanes, 1, 2, 1, -(-m // 2) * 2, depth=1, height=2, chunk=4, copy="chunk", bands_h=2)
     x, w, b = integers(spec, batch=2) if spec.batch is None else integers(spec)
@@ -195,7 +195,7 @@ def test_planes_that_several_tasks_read_are_copied_first_on_zen_5(text: str, on:
 def test_a_line_goes_through_planes_where_no_tap_reads_another(text: str, through: bool, half: int) -> None:
     spec = ConvTranspose3d.parse(text)
     depth, height, _ = (axis.positions for axis in spec.axes)
-    m = spec.channels_out // spec.groups
+    m = spec.m_out
     x, w, b = integers(spec)
     for i, (copy, (planes, bands)) in enumerate(product(("task", "whole"), ((2, 1), (depth, 1), (2, -(-depth // 2))))):
         tiles = llvm.Tiles("line", 16, 1, m, 1, m, planes, height, 1, copy, bands)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def test_a_line_goes_through_planes_where_no_tap_reads_another(text: str, throug
 def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
     spec = ConvTranspose3d.parse(text)
     x, w, b = integers(spec)
-    c, m = spec.channels_in // spec.groups, spec.channels_out // spec.groups
+    c, m = spec.c_in, spec.m_out
     weights = weights_by_taps(spec, "taps")
     assert weights[-1] == m * spec.axes[1].kernel * spec.axes[2].kernel
     for i, scalars in enumerate(sorted({weights[0], max(n for n in weights if n < 20)}, reverse=True)):
@@ -268,7 +268,7 @@ def test_each_tap_may_have_sums_of_its_own(text: str, half: int) -> None:
 def test_taps_may_be_summed_at_planes_of_x_as_they_lie(text: str, ways: list[tuple[Any, int, int]]) -> None:
     spec = ConvTranspose3d.parse(text)
     x, w, b = integers(spec)
-    c, m, rows = spec.channels_in // spec.groups, spec.channels_out // spec.groups, spec.axes[1].positions
+    c, m, rows = spec.c_in, spec.m_out, spec.axes[1].positions
     lanes, scalars = 8 if spec.dtype == "float64" else 16, max(n for n in weights_by_taps(spec, "plane") if n < 26)
     for copy, depth, bands in ways:
         chunk = c // 2 if copy == "chunk" else c
@@ -292,7 +292,7 @@ def test_rows_of_a_tile_may_share_what_their_taps_read(text: str) -> None:
     spec = ConvTranspose3d.parse(text)
     x, w, b = integers(spec)
     for vectors, rows in ((2, 4), (1, 8)):
-        tiles = llvm.Tiles("row", 8, vectors, 1, rows, 1, 1, rows, spec.channels_in // spec.groups, "task")
+        tiles = llvm.Tiles("row", 8, vectors, 1, rows, 1, 1, rows, spec.c_in, "task")
         compare(spec, kernel(spec, tiles, optimised=False)(x, w, b), x, w, b, exact=True).require()
 
 
@@ -399,7 +399,7 @@ def test_with_channels_last_a_task_has_whole_groups(text: str) -> None:
     for tiles in {c.tiles.vector: c.tiles for c in candidates}.values():
         lower.scheduled(spec, tiles)
         assert illegal(asdict(tiles), spec, HERE) is None
-    assert all(c.tiles.task >= spec.channels_out // spec.groups for c in candidates)
+    assert all(c.tiles.task >= spec.m_out for c in candidates)
     lanes = HERE.machine.vector_bytes // 4
     part = replace(candidates[0].tiles, vector="row", lanes=lanes, vectors=1, scalars=1, rows=1, task=1)
     assert "must cover the" in str(illegal(asdict(part), spec, HERE))

@@ -24,7 +24,7 @@ from tests.test_finish import fetched, statements
 
 def tiles_of(spec: ConvTranspose3d, vector: Any, copy: Any) -> Tiles:
     lanes = HERE.machine.vector_bytes // (8 if spec.dtype == "float64" else 4)
-    m, c = spec.channels_out // spec.groups, spec.channels_in // spec.groups
+    m, c = spec.m_out, spec.c_in
     return Tiles(vector, lanes, 1, 1, 1, task=m, depth=1, height=2, chunk=c, copy=copy)
 
 

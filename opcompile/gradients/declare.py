@@ -139,8 +139,8 @@ class _Scope:
             planes, rows, width = _blocks(layer, grain)
             positions = (planes * grain.block[0], rows * grain.block[1], width)
         c, m = (
-            round_up(layer.channels_in // layer.groups, grain.c),
-            round_up(layer.channels_out // layer.groups, grain.m),
+            round_up(layer.c_in, grain.c),
+            round_up(layer.m_out, grain.m),
         )
         batch = te.var("batch", INDEX) if layer.batch is None else tirx.IntImm(INDEX, layer.batch)
         return cls(gradient, grain, positions, c, m, batch)
@@ -169,7 +169,7 @@ class _Scope:
 
     def pad(self, dz: Element) -> Any:
         """The part of dZ that is read, zero where Y has no element."""
-        layer, m_out = self.layer, self.layer.channels_out // self.layer.groups
+        layer, m_out = self.layer, self.layer.m_out
 
         def element(n: Any, g: Any, m: Any, *at: Any) -> Any:
             where = [i - a.begin for i, a in zip(at, layer.axes, strict=True)]
@@ -239,7 +239,7 @@ def _of_input(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
 
 def _of_weight(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
     layer, grain, pad, x = scope.layer, scope.grain, scope.pad(dz), read(scope.layer, given["x"])
-    c_in = layer.channels_in // layer.groups
+    c_in = layer.c_in
 
     def element(n: Any, g: Any, c: Any, *at: Any) -> Any:
         tests = [i < a.size for i, a, n in zip(at, layer.axes, scope.positions, strict=True) if n > a.size]
@@ -267,7 +267,7 @@ def _of_weight(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
     )
     s, lane = scope.reduced("s", grain.slices), scope.reduced("lane", grain.lanes)
     whole = te.compute(
-        scope.shape((layer.groups, c_in, layer.channels_out // layer.groups, *kernel)),
+        scope.shape((layer.groups, c_in, layer.m_out, *kernel)),
         lambda *at: te.sum(total(s, *at, lane), axis=[s, lane]),
         name="whole",
     )

@@ -54,7 +54,7 @@ def columns(gradient: Gradient) -> int:
     if gradient.wrt == "x":
         return math.prod(a.size for a in layer.axes)
     if gradient.wrt == "w":
-        return layer.channels_out // layer.groups * math.prod(a.kernel for a in layer.axes)
+        return layer.m_out * math.prod(a.kernel for a in layer.axes)
     return layer.channels_out
 
 
@@ -89,7 +89,7 @@ class _Flat:
         sizes = [math.prod(at_batch(shape, 1)) for shape in (*gradient.operands.values(), gradient.shape)]
         index = narrow_index(layer.batch, sizes)
         batch = te.var("batch", index) if layer.batch is None else tirx.IntImm(index, layer.batch)
-        rows = 1 if gradient.wrt == "b" else round_up(layer.channels_in // layer.groups, grain.channels)
+        rows = 1 if gradient.wrt == "b" else round_up(layer.c_in, grain.channels)
         count_up = round_up(count, grain.positions)
         return cls(gradient, index, batch, count, count_up, rows, round_up(summed(gradient), terms))
 
@@ -110,7 +110,7 @@ class _Flat:
     # --- the three sums, and where they go ---
 
     def _of_input(self, dz: Element, given: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-        layer, (c_in, m_out) = self.layer, self._channels
+        layer, c_in, m_out = self.layer, self.layer.c_in, self.layer.m_out
         sizes, kernel = [a.size for a in layer.axes], [a.kernel for a in layer.axes]
         w = given["w"]
 
@@ -136,7 +136,8 @@ class _Flat:
         return total, place
 
     def _of_weight(self, dz: Element, given: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-        layer, (c_in, m_out), x = self.layer, self._channels, read(self.layer, given["x"])
+        layer, x = self.layer, read(self.layer, given["x"])
+        c_in, m_out = layer.c_in, layer.m_out
         sizes, kernel = [a.size for a in layer.axes], [a.kernel for a in layer.axes]
         ragged = self.terms > math.prod(sizes)
 
@@ -187,10 +188,6 @@ class _Flat:
     def layer(self) -> ConvTranspose3d:
         return self.gradient.layer
 
-    @property
-    def _channels(self) -> tuple[int, int]:
-        return self.layer.channels_in // self.layer.groups, self.layer.channels_out // self.layer.groups
-
     def shape(self, *sizes: int | None) -> list[Any]:
         """The sizes in the type of the indices; None stands for the batch."""
         return [self.batch if n is None else tirx.IntImm(self.index, n) for n in sizes]
@@ -214,6 +211,5 @@ class _Flat:
 
     def _guards(self, c: Any, q: Any) -> list[Any]:
         """What a sum that is stored must satisfy: its row and its column are no rounding up."""
-        c_in, _ = self._channels
-        guards = [c < c_in] if self.gradient.wrt != "b" and self.rows > c_in else []
+        guards = [c < self.layer.c_in] if self.gradient.wrt != "b" and self.rows > self.layer.c_in else []
         return guards + ([q < self.count] if self.rounded > self.count else [])

@@ -74,7 +74,7 @@ def _of_sums(gradient: Gradient, batch: int) -> tuple[NDArray[np.int64], Array]:
     """Compute dW or dB of some channels of the first and the last group: a layer of its own, with all positions."""
     layer = gradient.layer
     groups = sorted({0, layer.groups - 1})
-    c_in, m_out = layer.channels_in // layer.groups, layer.channels_out // layer.groups
+    c_in, m_out = layer.c_in, layer.m_out
     c, m = (np.unique(_picked(count)[[0, -1]]) for count in (c_in, m_out))
     part = replace(
         layer,
@@ -100,7 +100,7 @@ def _of_sums(gradient: Gradient, batch: int) -> tuple[NDArray[np.int64], Array]:
 def _of_input(gradient: Gradient, batch: int) -> Iterable[tuple[NDArray[np.int64], Array]]:
     """Compute dX at the corners of the first and the last image, from the outputs near them."""
     layer = gradient.layer
-    c_in = layer.channels_in // layer.groups
+    c_in = layer.c_in
     picked = _picked(c_in) if layer.groups <= _CHANNELS else _picked(c_in)[:1]
     channels = _channels(picked, range(layer.groups), c_in)
     everything = np.arange(layer.channels_out)

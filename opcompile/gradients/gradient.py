@@ -102,7 +102,7 @@ class Gradient:
         """Return the largest number of products, or of elements, that are summed into one element of the result."""
         layer = self.layer
         if self.wrt == "x":
-            return layer.channels_out // layer.groups * math.prod(a.kernel for a in layer.axes)
+            return layer.m_out * math.prod(a.kernel for a in layer.axes)
         if self.wrt == "w":
             return batch * math.prod(a.size for a in layer.axes)
         return batch * math.prod(a.out for a in layer.axes)

@@ -77,7 +77,7 @@ def blocks(gradient: Gradient, tiles: GpuTiles) -> int:
     wide = math.ceil(columns(gradient) / tiles.positions)
     if gradient.wrt == "b":
         return wide
-    return layer.groups * math.ceil(layer.channels_in // layer.groups / tiles.channels) * wide
+    return layer.groups * math.ceil(layer.c_in / tiles.channels) * wide
 
 
 def _terms(tiles: GpuTiles) -> int:
