@@ -457,22 +457,31 @@ def take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]
     """Warm up, find out how many calls fill a sample, then time round after round."""
     calls = {name: _calls(engine.run) for name, engine in engines.items()}
     round_us = sum(count * us for count, us in calls.values())
-    rounds = rounds_in(seconds * len(engines), round_us)
-    samples: dict[str, list[float]] = {name: [] for name in engines}
-    order = list(engines)
-    for _ in range(rounds):
-        for name in order:
-            count, us = calls[name]
-            if us < _SAMPLE_US:
-                engines[name].run()  # what fits into the caches is brought back into them
-            samples[name].append(_time(engines[name].run, count))
-        order.append(order.pop(0))
-    return tuple(Timing(name, e.version, calls[name][0], tuple(samples[name])) for name, e in engines.items())
+
+    def sample(name: str) -> float:
+        count, us = calls[name]
+        if us < _SAMPLE_US:
+            engines[name].run()  # what fits into the caches is brought back into them
+        return _time(engines[name].run, count)
+
+    samples = in_turns(sample, list(engines), seconds, round_us)
+    return tuple(Timing(name, e.version, calls[name][0], samples[name]) for name, e in engines.items())
 
 
-def rounds_in(seconds: float, round_us: float) -> int:
-    """How many rounds to take in about ``seconds``: never so few that nothing can be concluded."""
-    return min(max(int(seconds * 1e6 / round_us), _FEWEST_ROUNDS), _MOST_ROUNDS)
+def in_turns(
+    sample: Callable[[str], float], names: list[str], seconds: float, round_us: float
+) -> dict[str, tuple[float, ...]]:
+    """Sample each of ``names`` round after round, in an order that moves on by one, for about ``seconds`` each.
+
+    Never in so few rounds that nothing can be concluded.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    rounds = min(max(int(seconds * len(names) * 1e6 / round_us), _FEWEST_ROUNDS), _MOST_ROUNDS)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(sample(name))
+    return {name: tuple(taken) for name, taken in samples.items()}
 
 
 def _calls(run: Run) -> tuple[int, float]:

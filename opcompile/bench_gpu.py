@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opcompile.arguments import checked_engines, checked_seconds, checked_seed
-from opcompile.bench import BenchReport, Timing, answer_to_each, rounds_in, small_inputs, timed
+from opcompile.bench import BenchReport, Timing, answer_to_each, in_turns, small_inputs, timed
 from opcompile.bounds import Inputs
 from opcompile.cuda_driver import device
 from opcompile.engines import OURS, require_torch_can, torch_geometry
@@ -265,15 +265,9 @@ class _Series:
 
 
 def _in_turns(engines: dict[str, _Engine], series: dict[str, _Series], seconds: float) -> tuple[Timing, ...]:
-    """Time round after round, each engine once, in an order that moves on by one."""
     round_us = sum(s.sample() * s.count for s in series.values())
-    samples: dict[str, list[float]] = {name: [] for name in engines}
-    order = list(engines)
-    for _ in range(rounds_in(seconds * len(engines), round_us)):
-        for name in order:
-            samples[name].append(series[name].sample())
-        order.append(order.pop(0))
-    return tuple(Timing(name, e.version, series[name].count, tuple(samples[name])) for name, e in engines.items())
+    samples = in_turns(lambda name: series[name].sample(), list(engines), seconds, round_us)
+    return tuple(Timing(name, e.version, series[name].count, samples[name]) for name, e in engines.items())
 
 
 class _Probes:
