@@ -63,7 +63,7 @@ class Launch:
         arguments = [result if name == "output" else name.lower() for name in _POINTER.findall(parameters)]
         if re.search(r"\bbatch\b|_args_t\b", parameters):
             arguments.append("batch")
-        shared = sum(int(a["count"]) * _bytes(a["type"]) for a in _SHARED.finditer(source))
+        shared = sum(int(a["count"]) * _bytes(a["type"]) for a in shared_arrays(source))
         x, y, z = (*block, 1, 1)[:3]
         return cls(signature["kernel"], blocks, (x, y, z), shared, tuple(arguments), result, per_image)
 

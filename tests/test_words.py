@@ -204,7 +204,7 @@ def test_activations_that_are_not_fused_are_refused_by_name(name: str) -> None:
 
 def test_every_activation_of_keras_is_one_of_ours() -> None:
     for text in keras.ACTIVATIONS.values():
-        Activation.parse(text)
+        assert str(Activation.parse(text)) == text
 
 
 # --- wrong calls: the real messages are compared in `tests/conformance`, here their presence ---

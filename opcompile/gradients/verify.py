@@ -27,6 +27,7 @@ from opcompile.runtime import stored
 from opcompile.spec import at_batch
 from opcompile.target import cores
 from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, drawn_in, here
+from schedules.counted import counted
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
@@ -136,7 +137,7 @@ def _answers(artifact: Derivative, operands: Operands, threads: Sequence[int]) -
     if isinstance(artifact, GradientArtifact):
         given: dict[str, Any] = dict(operands)
         for count in threads:
-            yield f"opcompile, {count} thread{'s' * (count > 1)}", artifact(**given, threads=count)
+            yield f"opcompile, {counted(count, 'thread')}", artifact(**given, threads=count)
 
 
 def _ask(artifact: Derivative, question: _Question, rng: np.random.Generator, threads: Sequence[int]) -> Iterator[Row]:
