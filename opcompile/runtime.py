@@ -422,40 +422,61 @@ class Golden:
 # --- the artifact ---
 
 
-class Artifact:
+class OnCpu:
+    """A library for this machine, loaded: what a layer and its derivatives share. ``shapes`` ends with ``out``."""
+
+    __slots__ = ("_error", "_run", "_slots", "directory", "manifest", "threads")
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict[str, Any],
+        library: ctypes.CDLL,
+        threads: int,
+        dtype: str,
+        shapes: Mapping[str, tuple[int | None, ...]],
+    ) -> None:
+        """Take for granted what `load` checks."""
+        self.directory, self.manifest, self.threads = directory, manifest, threads
+        storage = STORAGE[dtype]
+        plain = None if dtype == "bfloat16" else storage
+        self._slots = {name: Slot(name, shape, dtype, storage, plain) for name, shape in shapes.items()}
+        self._run, self._error = library.opcompile_run, library.opcompile_error
+        self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
+        self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the directory, and what it holds: a library has its place in one process alone."""
+        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
+
+    def _borrow_out(self, out: Any, inputs: Mapping[str, tuple[int, tuple[int, ...]]]) -> int:
+        """Return the address of ``out``; raise `CallError` if it does not fit, or holds what is still to be read.
+
+        Each of ``inputs`` is an address and a shape; the first one says the batch.
+        """
+        slot, (first, (_, (batch, *_))) = self._slots["out"], next(iter(inputs.items()))
+        borrowed = address, shape, _ = slot.borrow(out, to_write=True)
+        if slot.shape[0] is None and shape[0] != batch:
+            raise CallError(f"out has batch {shape[0]}, but {first} has {batch}")
+        require_apart(borrowed, inputs, slot.storage.itemsize)
+        return address
+
+
+class Artifact(OnCpu):
     """A loaded layer: call it as ``y = artifact(x, w, b)``. Safe to call from several threads at once.
 
     Pickled, for another process, it is its directory, which must hold the same artifact when it is loaded there.
     """
 
-    __slots__ = (
-        "_error",
-        "_image",
-        "_run",
-        "_slots",
-        "_weights",
-        "directory",
-        "manifest",
-        "packing",
-        "spec",
-        "threads",
-    )
+    __slots__ = ("_image", "_weights", "packing", "spec")
 
     def __init__(self, directory: Path, manifest: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
         """Prefer `load`, which checks what is taken for granted here."""
-        self.directory = directory
-        self.manifest = manifest
         self.spec = spec = ConvTranspose3d.parse(manifest["spec"])
         self.packing = Packing.from_json(manifest["packing"])
-        self.threads = threads
-        storage = STORAGE[spec.dtype]
         shapes = {"x": spec.x_shape, "w": spec.w_shape, "b": (spec.channels_out,), "out": spec.y_shape}
-        plain = None if spec.dtype == "bfloat16" else storage
-        self._slots = {name: Slot(name, shape, spec.dtype, storage, plain) for name, shape in shapes.items()}
+        super().__init__(directory, manifest, library, threads, spec.dtype, shapes)
         self._image = tuple(size for size in spec.y_shape[1:] if size is not None)
-        self._run, self._error = library.opcompile_run, library.opcompile_error
-        self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
         self._weights: tuple[Packed | None, Borrowed | None] = (None, None)
         if manifest["weights"]:
             self._weights = self._read_weights()
@@ -463,10 +484,6 @@ class Artifact:
     def __repr__(self) -> str:
         """Name the layer, the target and the place."""
         return f"<Artifact {self.spec} for {self.manifest['target']['name']} in {self.directory}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Name the directory, and what it holds: a library has its place in one process alone."""
-        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
 
     def __call__(self, x: Any, w: Any = None, b: Any = None, *, out: Any = None, threads: int | None = None) -> Any:
         """Return Y for ``x``, as the kind of tensor that ``x`` is (or ``out``, filled, where that is given).
@@ -487,7 +504,8 @@ class Artifact:
             target = address_of(y)
         else:
             y = out
-            target = self._borrow_out(out, given, weight, bias)
+            of_bias = {} if bias is None else {"b": bias[:2]}
+            target = self._borrow_out(out, {"x": given[:2], "w": (weight.address, weight.data.shape), **of_bias})
         if self._run(most, batch, address, weight.address, None if bias is None else bias[0], target):
             raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
         return y if framework is None else as_kind_of(x, y, framework, self.spec.dtype)
@@ -542,16 +560,6 @@ class Artifact:
         if bias is None and self.spec.bias:
             raise CallError(f"b is missing: this layer has a bias; pass {self.spec.dtype} ({self.spec.channels_out})")
         return bias
-
-    def _borrow_out(self, out: Any, x: Borrowed, w: Packed, b: Borrowed | None) -> int:
-        """Return the address of ``out``; raise `CallError` if it does not fit, or holds what is still to be read."""
-        slot = self._slots["out"]
-        borrowed = address, shape, _ = slot.borrow(out, to_write=True)
-        if shape[0] != x[1][0]:
-            raise CallError(f"out has batch {shape[0]}, but x has {x[1][0]}")
-        inputs = {"x": x[:2], "w": (w.address, w.data.shape), **({"b": b[:2]} if b else {})}
-        require_apart(borrowed, inputs, slot.storage.itemsize)
-        return address
 
     def _read_weights(self) -> tuple[Packed | None, Borrowed | None]:
         """Packed W and B that were known at compile time, each or none."""

@@ -13,18 +13,13 @@ from opcompile.gradients.golden import GoldenGradient, golden_operands
 from opcompile.gradients.gradient import Gradient
 from opcompile.runtime import (
     GOLDEN,
-    STORAGE,
-    Borrowed,
-    Slot,
+    OnCpu,
     address_of,
     aligned,
     as_kind_of,
     checked_threads,
-    content,
     framework_of,
-    load_again,
     read_arrays,
-    require_apart,
 )
 from opcompile.spec import ConvTranspose3d, at_batch
 
@@ -81,31 +76,20 @@ class Derivative:
         return {name: values[name] for name in names}
 
 
-class GradientArtifact(Derivative):
+class GradientArtifact(Derivative, OnCpu):
     """A loaded derivative: call it as ``dx = artifact(dy, w)``, ``dw = artifact(dy, x)`` or ``db = artifact(dy)``.
 
     A layer that fuses an activation takes its output as well, last: ``dx = artifact(dy, w, y)``. Safe
     to call from several threads at once.
     """
 
-    __slots__ = ("_error", "_out", "_run", "_slots", "directory", "gradient", "manifest", "threads")
+    __slots__ = ("gradient",)
 
     def __init__(self, directory: Path, manifest: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
         """Prefer `opcompile.load`, which checks what is taken for granted here."""
-        self.directory, self.manifest, self.threads = directory, manifest, threads
         self.gradient = gradient = Gradient(ConvTranspose3d.parse(manifest["spec"]), manifest["derivative"])
-        dtype = gradient.layer.dtype
-        storage = STORAGE[dtype]
-        plain = None if dtype == "bfloat16" else storage
-        self._slots = [Slot(name, shape, dtype, storage, plain) for name, shape in gradient.operands.items()]
-        self._out = Slot("out", gradient.shape, dtype, storage, plain)
-        self._run, self._error = library.opcompile_run, library.opcompile_error
-        self._run.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        self._run.restype, self._error.restype = ctypes.c_int, ctypes.c_char_p
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Name the directory, and what it holds, as `Artifact` does."""
-        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
+        shapes = {**gradient.operands, "out": gradient.shape}
+        super().__init__(directory, manifest, library, threads, gradient.layer.dtype, shapes)
 
     def __call__(
         self,
@@ -124,34 +108,23 @@ class GradientArtifact(Derivative):
         are not contiguous are copied first. ``threads`` is the most to use in this call. Raises `CallError`.
         """
         most = self.threads if threads is None else checked_threads(threads, "threads")
-        values = list(self.bound(given, dy=dy, w=w, x=x, y=y).values())
-        borrowed = [slot.borrow(value) for slot, value in zip(self._slots, values, strict=True)]
-        batch = borrowed[0][1][0]
-        for slot, (_, shape, _) in zip(self._slots, borrowed, strict=True):
-            if slot.shape[0] is None and shape[0] != batch:
-                raise CallError(f"{slot.name} has batch {shape[0]}, but dy has {batch}")
-        framework = None if out is not None or isinstance(values[0], np.ndarray) else framework_of(values[0])
+        values = self.bound(given, dy=dy, w=w, x=x, y=y)
+        dy = values["dy"]
+        borrowed = {name: self._slots[name].borrow(value) for name, value in values.items()}
+        batch = borrowed["dy"][1][0]
+        for name, (_, shape, _) in borrowed.items():
+            if self._slots[name].shape[0] is None and shape[0] != batch:
+                raise CallError(f"{name} has batch {shape[0]}, but dy has {batch}")
+        framework = None if out is not None or isinstance(dy, np.ndarray) else framework_of(dy)
         if out is None:
             shape = at_batch(self.gradient.shape, batch)
-            result: Any = np.empty(shape, values[0].dtype) if framework is None else aligned(shape, self._out.storage)
+            result: Any = np.empty(shape, dy.dtype) if framework is None else aligned(shape, self._slots["out"].storage)
             target = address_of(result)
         else:
-            result, target = out, self._borrow_out(out, batch, borrowed)
-        if self._run(most, batch, *self._pointers(borrowed), target):
+            spans = {name: each[:2] for name, each in borrowed.items()}
+            result, target = out, self._borrow_out(out, spans)
+        # dY, the factor, and Y where it is needed
+        at = {name: address for name, (address, _, _) in borrowed.items()}
+        if self._run(most, batch, at["dy"], at.get("w", at.get("x")), at.get("y"), target):
             raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
-        return result if framework is None else as_kind_of(values[0], result, framework, self.gradient.layer.dtype)
-
-    # --- arguments ---
-
-    def _pointers(self, borrowed: list[Borrowed]) -> list[int | None]:
-        """Return the first three pointers of the library's entry: dY, the factor, and Y where it is needed."""
-        addresses = {slot.name: address for slot, (address, _, _) in zip(self._slots, borrowed, strict=True)}
-        return [addresses["dy"], addresses.get("w", addresses.get("x")), addresses.get("y")]
-
-    def _borrow_out(self, out: Any, batch: int, inputs: list[Borrowed]) -> int:
-        borrowed = address, shape, _ = self._out.borrow(out, to_write=True)
-        if self._out.shape[0] is None and shape[0] != batch:
-            raise CallError(f"out has batch {shape[0]}, but dy has {batch}")
-        spans = {slot.name: given[:2] for slot, given in zip(self._slots, inputs, strict=True)}
-        require_apart(borrowed, spans, self._out.storage.itemsize)
-        return address
+        return result if framework is None else as_kind_of(dy, result, framework, self.gradient.layer.dtype)
