@@ -26,7 +26,7 @@ from opcompile.reference import activate
 from opcompile.reference import reference as forward
 from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
 from schedules import gradients
-from schedules.gradients import InputTiles, WeightTiles
+from schedules.gradients import GradientTiles, InputTiles, WeightTiles
 from schedules.statements import every
 
 
@@ -99,9 +99,13 @@ def test_nan_in_dy_and_y_reaches_what_it_reaches_in_the_oracle(more: str) -> Non
 @settings(max_examples=8)
 def test_any_legal_layer_has_derivatives_that_equal_the_oracle(spec: ConvTranspose3d) -> None:
     for gradient in gradients_of(replace(spec, activation=known(spec.activation))):
-        operands = draw(gradient, integers=2)
-        exact = gradient.layer.activation.name in EXACT_ACTIVATIONS
-        compare(gradient, kernel(gradient, optimised=False)(operands), operands, exact=exact).require()
+        require_right_on_integers(gradient)
+
+
+def require_right_on_integers(gradient: Gradient, tiles: GradientTiles | None = None) -> None:
+    operands = draw(gradient, integers=2)
+    exact = gradient.layer.activation.name in EXACT_ACTIVATIONS
+    compare(gradient, kernel(gradient, tiles, optimised=False)(operands), operands, exact=exact).require()
 
 
 def known(activation: Activation) -> Activation:
@@ -121,10 +125,8 @@ def test_tiles_that_divide_nothing_are_legal(name: str, vector: Any) -> None:
     channels = 32 * -(-c // 32) if wide else 3 * -(-c // 3)
     x = InputTiles(vector, 16, 2, 3, 2, channels, 2, 4, 1, "weights")
     w = WeightTiles(vector, 16, 2, 3, 1, 32 if wide else 2, 6, 2, 3, 2, 1)
-    for gradient, tiles in ((Gradient(layer, "x"), x), (Gradient(layer, "w"), w)):
-        operands = draw(gradient, integers=2)
-        run = kernel(gradient, tiles, optimised=False)
-        compare(gradient, run(operands), operands, exact=True).require()
+    require_right_on_integers(Gradient(layer, "x"), x)
+    require_right_on_integers(Gradient(layer, "w"), w)
 
 
 def test_candidates_of_a_layer_agree() -> None:
@@ -134,20 +136,15 @@ def test_candidates_of_a_layer_agree() -> None:
         found = gradients.candidates(gradient, HERE.machine)
         assert {e.tiles.vector for e in found} == {"channels", "row"}
         assert found == gradients.candidates(gradient, HERE.machine)
-        operands = draw(gradient, integers=2)
         for estimate in found[:: len(found) // 2]:
-            run = kernel(gradient, estimate.tiles, optimised=False)
-            compare(gradient, run(operands), operands, exact=True).require()
+            require_right_on_integers(gradient, estimate.tiles)
 
 
 def test_weights_are_transposed_ahead_or_by_the_tasks() -> None:
     gradient = Gradient(case("prime-k2-s2").spec, "x")
     found = gradients.candidates(gradient, HERE.machine)
-    operands = draw(gradient, integers=2)
     for ahead in ("weights", "dy"):
-        tiles = next(e.tiles for e in found if e.tiles.ahead == ahead)
-        run = kernel(gradient, tiles, optimised=False)
-        compare(gradient, run(operands), operands, exact=True).require()
+        require_right_on_integers(gradient, next(e.tiles for e in found if e.tiles.ahead == ahead))
 
 
 def test_long_sums_are_cut_and_judged_by_how_deep_they_are() -> None:
