@@ -14,7 +14,7 @@ from opcompile.bounds import matrices_sum_in, pairs_sum_in, sums_of
 from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
 from opcompile.paths import checked_path
-from opcompile.runtime import MANIFEST, REPORT, parse_manifest
+from opcompile.runtime import MANIFEST, REPORT, parse_manifest, sizes_text
 from opcompile.source import brief
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d, require_layer
 from opcompile.target import any_target
@@ -77,7 +77,7 @@ class Description:
         yield _axes_table(spec)
         yield _facts(
             {
-                "X, W -> Y": f"{_shape(spec.x_shape)}, {_shape(spec.w_shape)} -> {_shape(spec.y_shape)}",
+                "X, W -> Y": f"{sizes_text(spec.x_shape)}, {sizes_text(spec.w_shape)} -> {sizes_text(spec.y_shape)}",
                 "work": f"{scaled(spec.flops, 'FLOP')}, {binary(spec.bytes())} of X, W, B and Y: "
                 f"{self.intensity:.3g} FLOP/byte",
                 "sums": f"up to {spec.terms} products each, in {spec.sum_dtype}{by}",
@@ -140,10 +140,6 @@ def _phase_lines(axis: Axis) -> Iterator[str]:
         yield f"{','.join(empty)}: no taps, the bias alone"
     if len(axis.phases) > _MOST_PHASES:
         yield f"... {len(axis.phases)} phases in all (--json has them)"
-
-
-def _shape(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("N" if n is None else str(n) for n in shape) + ")"
 
 
 def _facts(facts: dict[str, str]) -> Table:
