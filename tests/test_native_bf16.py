@@ -360,8 +360,7 @@ def test_a_target_without_the_instruction_refuses_and_names_those_that_have_it(n
 def test_this_machine_takes_the_flag_where_its_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
     present = frozenset(target("llvm:znver4").features)
     monkeypatch.setattr("opcompile.target.processor_flags", lambda: present)
-    monkeypatch.setattr("opcompile.target._architecture", lambda: "x86_64")
-    monkeypatch.setattr("opcompile.target.platform.system", lambda: "Linux")
+    monkeypatch.setattr("opcompile.target.host", lambda: ("x86_64", "linux"))
     assert target("llvm+bf16").name == "llvm:x86-64-v4+bf16"
     assert target("llvm+bf16").native
     monkeypatch.setattr("opcompile.target.processor_flags", lambda: present - {"avx512_bf16"})
