@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import INDEX, begin_index, directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
-from opcompile.paths import checked_path
+from opcompile.paths import checked_path, scratch
 from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
@@ -54,7 +54,7 @@ AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 _MOST_SIMULATED_FLOPS = 2**27
 
 # Directories of artifacts that were given no place; each is removed when the process ends.
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+_SCRATCH = ExitStack()
 
 
 @overload
@@ -196,8 +196,7 @@ def _unwritable(place: Path, error: OSError) -> ArtifactError:
 
 
 def _scratch() -> Path:
-    _SCRATCH.append(tempfile.TemporaryDirectory(prefix="opcompile-"))
-    return Path(_SCRATCH[-1].name) / "artifact"
+    return _SCRATCH.enter_context(scratch()) / "artifact"
 
 
 # --- a whole source ---

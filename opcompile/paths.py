@@ -45,16 +45,20 @@ def scratch() -> Iterator[Path]:
     LLVM would end the process where it has none. Raises `EngineError`.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="opcompile-") as name:
-            room = Path(name) / "room"
-            room.write_bytes(bytes(_ROOM))
-            room.unlink()
-            yield Path(name)
+        lent = tempfile.TemporaryDirectory(prefix="opcompile-")
     except OSError as error:
-        raise EngineError(
-            f"a temporary file could not be written: {error.strerror or error}; make room in "
-            f"{tempfile.gettempdir()}, or set TMPDIR to another folder"
-        ) from error
+        raise EngineError(f"{error.strerror or error}; make room, or set TMPDIR to another folder") from error
+    with lent as name:
+        room = Path(name) / "room"
+        try:
+            room.write_bytes(bytes(_ROOM))
+        except OSError as error:
+            raise EngineError(
+                f"a temporary file could not be written: {error.strerror}; make room in {Path(name).parent}, or set "
+                "TMPDIR to another folder"
+            ) from error
+        room.unlink()
+        yield Path(name)
 
 
 def discard(unfinished: Path) -> None:

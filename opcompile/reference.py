@@ -77,8 +77,13 @@ def _channels(spec: ConvTranspose3d, b: Array) -> Array:
 
 def activate(activation: Activation, z: Array) -> Array:
     """Apply the activation in float64; NaN stays NaN."""
+    return activated(activation.name, z, *activation.parameters)
+
+
+def activated(name: str, z: Array, *parameters: Array | float) -> Array:
+    """Apply the activation of this name with any ``parameters``, also such as `Activation` refuses."""
     with np.errstate(over="ignore", invalid="ignore"):
-        y: Array = _FORMULAS[activation.name](z, *activation.parameters)
+        y: Array = _FORMULAS[name](z, *parameters)
     return y
 
 

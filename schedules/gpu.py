@@ -16,7 +16,8 @@ goes through device memory in between. Four families share the first and the las
 *matrix*
     As *staged*, for the matrix instructions of tensor cores: warps own the tiles, sum them in fragments, and hand
     them to their threads through shared memory, 16 channels at a time. Factors are copied there in vectors of
-    channels. For float16 and bfloat16, where the input channels of a group are whole fragments.
+    channels. For the types of a device's matrix instructions, where the input channels of a group are whole
+    fragments.
 
 The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """

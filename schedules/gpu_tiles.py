@@ -156,7 +156,8 @@ class Sums:
     ``held`` where it is staged, which may be wider. ``m`` and ``c`` are channels of a group, ``images`` the groups of a
     batch (of one image where N is open), ``positions`` of a phase, ``together`` positions of all of them at once.
     ``phases`` counts them, ``with_taps`` those with taps, ``taps`` the taps of all, ``most_taps`` of the one that has
-    the most; ``alike`` says that together they read the same columns, ``many`` that they must lie apart.
+    the most; ``alike`` says that together they read the same columns, ``many`` that they must lie apart, ``gaps`` that
+    some have no taps, whatever the kernel: stride and dilation have a common factor.
     """
 
     itemsize: int
@@ -174,6 +175,7 @@ class Sums:
     most_taps: int
     alike: bool
     many: bool
+    gaps: bool
     row_stride: int
     channels_last: bool
     x_bytes: int
@@ -201,6 +203,7 @@ class Sums:
             most_taps=math.prod(max(phase.taps for phase in a.phases) for a in spec.axes),
             alike=alike,
             many=every > _MOST_TOGETHER,
+            gaps=any(math.gcd(a.stride, a.dilation) > 1 for a in spec.axes),
             row_stride=spec.axes[2].stride,
             channels_last=spec.layout == "NDHWC",
             x_bytes=spec.bytes_of(spec.x_shape),
@@ -310,7 +313,8 @@ def _fragments(layer: Sums) -> Iterator[GpuTiles]:
         # a thread copies channels of one position
         if not 2 <= warps_m * warps_q <= 8 or own_m * own_q > _MOST_OWN or tile_q > WARP * warps_m:
             continue
-        for apart in _apart(layer):
+        # with gaps TVM would declare what the sums leave through once for each phase
+        for apart in (each for each in _apart(layer) if not (each and layer.gaps)):
             yield GpuTiles("matrix", lanes, warps_m, warps_q, tile_m, tile_q, chunk, 1, apart)
 
 

@@ -72,6 +72,7 @@ def _sums(gradient: Gradient) -> Sums:
         most_taps=taps if wrt == "x" else 1,
         alike=False,
         many=False,
+        gaps=False,
         row_stride=1,
         channels_last=layer.layout == "NDHWC",
         x_bytes=sum(map(layer.bytes_of, gradient.operands.values())),

@@ -102,7 +102,10 @@ static __device__ __forceinline__ void opcompile_ldmatrix(unsigned *to, const vo
 template <class Sums>
 static __device__ __forceinline__ void opcompile_mma_load(Sums *held, int at, const TYPE *matrix, int row) {
   int lane = threadIdx.x;
-  opcompile_ldmatrix((unsigned *)held[at].x, matrix + (lane % 8 + lane / 16 * 8) * row + lane / 8 % 2 * 8);
+  unsigned b[4];
+  opcompile_ldmatrix(b, matrix + (lane % 8 + lane / 16 * 8) * row + lane / 8 % 2 * 8);
+  #pragma unroll
+  for (int i = 0; i < 4; i++) held[at].x[i] = __uint_as_float(b[i]);
 }
 """,
     "multiply": """
@@ -132,8 +135,10 @@ static __device__ __forceinline__ void opcompile_mma_multiply(Sums *sums, int to
   #pragma unroll
   for (int q = 0; q < across; q++) {
     #pragma unroll
-    for (int side = 0; side < 2; side++)
-      opcompile_mma_SHORT(sums[to + q].x + 4 * side, a, (const unsigned *)held[at + q].x + 2 * side);
+    for (int side = 0; side < 2; side++) {
+      unsigned b[2] = {__float_as_uint(held[at + q].x[2 * side]), __float_as_uint(held[at + q].x[2 * side + 1])};
+      opcompile_mma_SHORT(sums[to + q].x + 4 * side, a, b);
+    }
   }
 }
 """,
@@ -317,7 +322,7 @@ def _function(buffers: dict[str, tuple[str, str, str]], body: Sequence[str], acr
 
     lines = ["@T.prim_func(s_tir=True)", f"def main({', '.join(f'{name}_: T.handle' for name in buffers)}):"]
     for name, (dtype, scope, indices) in buffers.items():
-        # a fragment is a unit; rows in shared memory begin at multiples of 32 bytes, as the instructions demand
+        # a fragment is a unit; a matrix in shared memory begins at a multiple of 32 bytes, as `wmma` demands
         align = f"align=64, offset_factor={16 if scope == 'shared' else 256}"
         rows = ""
         if strides and scope == "shared":

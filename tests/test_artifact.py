@@ -796,11 +796,14 @@ def test_a_wrong_artifact_is_said_to_be_wrong_where_its_report_does_not_fit(
         opcompile.compile(ONE, plan="baseline", into=tmp_path / "wrong", verify=True)
 
 
-def test_no_room_for_temporary_files_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "words"), [(8192, "a temporary file .* make room in {}"), (0, ".*; make room")])
+def test_no_room_for_temporary_files_is_an_error_and_not_the_end_of_the_process(
+    room: int, words: str, tmp_path: Path
+) -> None:
     """In a process of its own: what ends it would end this one."""
     script = (
         "import opcompile, resource\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
         f"try: opcompile.compile(opcompile.ConvTranspose3d.parse({str(ONE)!r}))\n"
         "except opcompile.OpcompileError as error: print(type(error).__name__, error)\n"
     )
@@ -812,5 +815,5 @@ def test_no_room_for_temporary_files_is_an_error_and_not_the_end_of_the_process(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(rf"EngineError a temporary file .* make room in {tmp_path}, or set TMPDIR .*\n", done.stdout)
+    assert re.fullmatch(rf"EngineError {words.format(tmp_path)}, or set TMPDIR .*\n", done.stdout)
     assert not list(tmp_path.iterdir())

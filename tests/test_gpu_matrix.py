@@ -30,6 +30,7 @@ from opcompile.reference import reference
 from opcompile.simulate import Simulated, Simulator
 from opcompile.spec import ConvTranspose3d
 from opcompile.verify import verify
+from schedules import matrix
 from schedules.gpu import GpuEstimate, baseline, candidates
 
 pytestmark = pytest.mark.usefixtures("headers_at_hand")
@@ -205,7 +206,28 @@ def test_rows_in_shared_memory_begin_in_different_banks(target: Any, dtype: str)
         assert all(len({row * 2 * i % 128 // 16 for i in range(8)}) == 8 for row in (x, w))
 
 
+@pytest.mark.parametrize("text", ["in=1x64x2x3x8 co=32 k=1x1x4 s=1x1x2 d=1x1x2", "in=1x32x2x2x3 co=24 k=3 s=2 d=2"])
+def test_where_phases_have_no_taps_what_is_declared_is_counted(text: str) -> None:
+    spec = ConvTranspose3d.parse(f"{text} dtype=float16")
+    estimates = [*of_matrix(spec)[:2], baseline(spec, CUDA.gpu)]
+    for estimate in estimates:
+        assert lowered(spec, CUDA, estimate.tiles).launch.shared_bytes == estimate.shared
+
+
+def test_an_open_batch_of_simdgroups_can_be_simulated() -> None:
+    spec = ConvTranspose3d.parse("in=Nx32x1x4x8 co=16 k=1x1x2 s=1x1x2 dtype=float16")
+    words = next(words for other, _, *words in ASKED_FOR.values() if other is SIMDGROUP)
+    check(spec, of_matrix(spec, SIMDGROUP)[0], SIMDGROUP, *words)
+
+
 # --- where they are chosen ---
+
+
+@pytest.mark.parametrize("name", ["L15-segresnet-up1", "L21-videogpt-convt1", "L31-monoscene-nyu"])
+def test_long_sums_take_more_channels_at_a_time_or_more_positions_a_warp(name: str) -> None:
+    """As the tables of decision 46 have it: a block waits for each chunk, and loads of matrices take longest."""
+    tiles = baseline(replace(case(name).spec, dtype="float16"), CUDA.gpu).tiles
+    assert tiles.chunk > 32 or tiles.tile_q > 16
 
 
 @pytest.mark.parametrize("name", ["L04-nnunet-up4", "L24-psmnet-conv5", "L21-videogpt-convt1"])
@@ -569,6 +591,7 @@ def test_threads_multiply_as_the_manual_deals_elements_out() -> None:
     ("body", "words"),
     [
         ("unsigned r[4]; opcompile_ldmatrix(r, a + lane);", "not aligned"),
+        ("unsigned r[4]; opcompile_ldmatrix(r, a + 4 * lane);", "not aligned"),
         ("unsigned r[4]; opcompile_ldmatrix(r, a + 64 * lane);", "shared memory a"),
         ("unsigned r[4]; if (lane < 16) opcompile_ldmatrix(r, a + 8 * lane);", "divergent"),
         ("unsigned r[4] = {}; float s[4] = {}; if (lane) opcompile_mma_bf16(s, r, r);", "divergent"),
@@ -577,6 +600,20 @@ def test_threads_multiply_as_the_manual_deals_elements_out() -> None:
 def test_what_a_warp_must_not_do_with_ptx_is_said(body: str, words: str) -> None:
     with pytest.raises(VerificationError, match=re.escape(words)):
         warp(body + "\n", np.zeros((1, 2, 16, 16)), 1)
+
+
+def test_ptx_is_given_what_the_manual_names() -> None:
+    """The simulator has functions of its own in place of these."""
+    text = re.sub(r'"\s*"', "", matrix._MMA["load"] + matrix._MMA["multiply"])
+    bodies = dict(re.findall(r"\b(opcompile_(?:ldmatrix\w*|mma_SHORT))\([^)]*\) \{\n(.*?)^\}", text, re.M | re.S))
+    assert ".m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" in bodies["opcompile_ldmatrix"]
+    assert ".m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" in bodies["opcompile_ldmatrix_trans"]
+    of_ampere, of_turing = bodies["opcompile_mma_SHORT"].split("#else")
+    assert of_ampere.startswith("#if __CUDA_ARCH__ >= 800\n")
+    assert "m16n8k16.row.col.f32.SHORT.SHORT.f32" in of_ampere
+    assert "m16n8k8.row.col.f32.SHORT.SHORT.f32" in of_turing
+    assert re.findall(r'"r"\(([^)]*)\)', of_ampere) == ["a[0]", "a[1]", "a[2]", "a[3]", "b[0]", "b[1]"]
+    assert re.findall(r'"r"\(([^)]*)\)', of_turing) == ["a[2 * i]", "a[2 * i + 1]", "b[i]"]
 
 
 # --- Apple's, simulated ---

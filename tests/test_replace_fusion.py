@@ -80,6 +80,13 @@ AS_WRITTEN = {
                   node("Mul", "half", "up", "h"), node("Mul", "h", "u", "y")],
     "silu": [node("Sigmoid", "up", "s"), node("Mul", "up", "s", "y")],
     "mish": [node("Softplus", "up", "s"), node("Tanh", "s", "t"), node("Mul", "t", "up", "y")],
+    "silu, by an exponential": [node("Neg", "up", "n"), node("Exp", "n", "e"), node("Add", "e", "one", "d"),
+                                node("Div", "up", "d", "y")],
+    "gelu, seven digits": [node("Div", "up", "root7", "a"), node("Erf", "a", "e"), node("Add", "e", "one", "c"),
+                           node("Mul", "up", "c", "d"), node("Mul", "d", "half", "y")],
+    "hard_silu, seven digits": [node("Add", "up", "three", "p"), node("Max", "p", "zero", "q"),
+                                node("Min", "q", "six", "r"), node("Mul", "r", "sixth", "s"),
+                                node("Mul", "up", "s", "y")],
     "relu": [node("Max", "up", "zero", "y")],
     "hard_silu": [node("HardSigmoid", "up", "s", alpha=1 / 6, beta=0.5), node("Mul", "up", "s", "y")],
     "hard_silu, by clamps": [node("Add", "up", "three", "p"), node("Max", "p", "zero", "q"),
@@ -94,6 +101,8 @@ CONSTANTS = {
     "three": scalar(3),
     "six": scalar(6),
     "slope": scalar(0.01),
+    "sixth": scalar(0.1666667),
+    "root7": scalar(1.414214),
     "zero": scalar(0),
     "k": scalar(0.044715),
     "c2pi": scalar(math.sqrt(2 / math.pi)),
@@ -124,6 +133,57 @@ def test_a_clamp_behind_an_activation_stays(first: str, most: float) -> None:
 def test_a_small_number_behind_an_activation_stays(first: str, then: str, little: float) -> None:
     fusion = found([node(first, "up", "a"), node(then, "a", "little", "y")], {"little": scalar(little)})
     assert [n.op_type for n in fusion.nodes] == [first]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "number"),
+    [
+        ("Sigmoid", "Mul", 1 + 2.0**-22),
+        ("Sigmoid", "Min", 1 - 1e-7),
+        ("Tanh", "Min", 1 - 1e-7),
+        ("Relu", "Min", 3e38),
+        ("LeakyRelu", "Max", -1e9),
+        ("HardSwish", "Max", -0.37),
+        ("Gelu", "Max", -0.1696),
+        ("Exp", "Max", 1e-39),
+    ],
+)
+def test_what_changes_an_activation_at_any_size_stays(first: str, then: str, number: float) -> None:
+    fusion = found([node(first, "up", "a"), node(then, "a", "n", "y")], {"n": scalar(number)})
+    assert [n.op_type for n in fusion.nodes] == [first]
+
+
+def test_an_epsilon_in_a_denominator_stays() -> None:
+    after = [
+        node("Relu", "up", "r"),
+        node("Mul", "r", "r", "p"),
+        node("Add", "r", "n", "q"),
+        node("Div", "p", "q", "y"),
+    ]
+    assert [n.op_type for n in found(after, {"n": scalar(1e-12)}).nodes] == ["Relu"]
+
+
+@pytest.mark.parametrize("far", [12582912.0, 1e8])
+def test_what_float32_makes_anything_of_is_no_activation(far: float) -> None:
+    """Rounding to whole numbers, by a number of which float32 has no fractions."""
+    after = [node("Add", "up", "n", "s"), node("Sub", "s", "n", "y")]
+    assert found(after, {"n": scalar(far)}).activation.name == "none"
+    fusion = found(
+        [node("Sigmoid", "up", "a"), node("Add", "a", "n", "s"), node("Sub", "s", "n", "y")], {"n": scalar(far)}
+    )
+    assert [n.op_type for n in fusion.nodes] == ["Sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("LeakyRelu", {"alpha": 3.4028234e38}),
+        ("Elu", {"alpha": 1.1754944e-38}),
+        ("HardSigmoid", {"alpha": 1.1754944e-38}),
+    ],
+)
+def test_a_parameter_at_the_edge_of_float32(op: str, attributes: dict[str, float]) -> None:
+    assert [n.op_type for n in found([node(op, "up", "y", **attributes)]).nodes] == [op]
 
 
 def test_a_clamp_before_an_activation_is_no_part_of_it() -> None:

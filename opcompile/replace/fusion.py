@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,7 +24,7 @@ from onnx import helper
 
 from opcompile.errors import SpecError
 from opcompile.importers.folding import DOMAINS
-from opcompile.reference import activate
+from opcompile.reference import activate, activated
 from opcompile.replace.affine import Affine, affine
 from opcompile.replace.model import Graph, Model
 from opcompile.spec import ACTIVATIONS, Activation
@@ -37,7 +38,9 @@ _FLOAT32 = np.finfo(np.float32)
 _ROUNDING, _LEAST = float(_FLOAT32.eps), float(_FLOAT32.smallest_subnormal)
 # Where functions bend and where they are flat, and every size that float32 has.
 _SIZES = np.append(np.logspace(-44, 38, 329), float(_FLOAT32.max))
-_SAMPLES = np.concatenate([np.linspace(-128, 128, 2561), _SIZES, -_SIZES])
+_SAMPLES = np.concatenate([np.linspace(-16, 16, 3201), np.linspace(-128, 128, 2561), _SIZES, -_SIZES])
+# Where float32 may be further off than this, relative to what goes in and comes out, it says nothing.
+_VAGUE = 1e-4
 
 _NONE = Activation()
 
@@ -69,7 +72,8 @@ class _Computed:
         """Whether the values are those of ``activation`` on the samples."""
         expected = activate(activation, _SAMPLES)
         with np.errstate(invalid="ignore"):
-            close = np.isfinite(self.error) & (np.abs(self.value - expected) <= self.error)
+            clear = self.error <= _VAGUE * (1 + np.abs(_SAMPLES) + np.abs(expected))
+            close = clear & (np.abs(self.value - expected) <= self.error)
         return bool(np.all(close | (self.value == expected)))
 
 
@@ -111,6 +115,7 @@ def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeP
     values = {value: _Computed(_SAMPLES)}
     region: list[onnx.NodeProto] = []
     best: tuple[list[onnx.NodeProto], Activation] = ([], Activation())
+    known: Array | None = None
     while len(region) < _LONGEST:
         grown = next((n for n in _candidates(graph, values) if all(n is not r for r in region)), None)
         computed = None if grown is None else _computed(model, graph, grown, values)
@@ -121,8 +126,10 @@ def _activation(model: Model, graph: Graph, value: str) -> tuple[list[onnx.NodeP
         if _is_closed(graph, region, values):
             single = _single(model, graph, grown) if len(region) == 1 else None
             recognised = single or _recognised(computed)
-            if recognised is not None:
-                best = (list(region), recognised)
+            # what changes an activation, be it by less than float32 may be off, is no part of it
+            changed = known is not None and recognised == best[1] and not np.array_equal(known, computed.value)
+            if recognised is not None and not changed:
+                best, known = (list(region), recognised), computed.value
     return best
 
 
@@ -166,11 +173,7 @@ def _computed(model: Model, graph: Graph, node: onnx.NodeProto, values: Mapping[
 
 def _activated(single: Activation, given: _Computed) -> _Computed:
     """Compute one operator, whose parameters float32 has rounded."""
-
-    def formula(z: Array, *parameters: Array) -> Array:
-        return activate(Activation(single.name, tuple(map(float, parameters))), z)
-
-    return _Computed.by(formula, given, *map(_Computed.constant, single.parameters))
+    return _Computed.by(partial(activated, single.name), given, *map(_Computed.constant, single.parameters))
 
 
 def _constant(model: Model, graph: Graph, name: str) -> _Computed | None:

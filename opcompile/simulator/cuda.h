@@ -58,6 +58,16 @@ static inline longlong2 make_longlong2(long long a, long long b) { return {a, b}
 static inline longlong4 make_longlong4(long long a, long long b, long long c, long long d) { return {a, b, c, d}; }
 static inline unsigned __pack_half2(half a, half b) { return (unsigned)b.bits << 16 | a.bits; }
 static inline unsigned __pack_nv_bfloat162(nv_bfloat16 a, nv_bfloat16 b) { return (unsigned)b.bits << 16 | a.bits; }
+static inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+static inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
 static inline float __half2float(half value) { return value; }
 static inline half __float2half_rn(float value) { return value; }
 static inline float __bfloat162float(nv_bfloat16 value) { return value; }

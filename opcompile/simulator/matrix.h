@@ -1,8 +1,8 @@
 /* What all matrix instructions have in common: the 32 threads of a warp (of a simdgroup) execute them together, each
  * with its share of the elements.
  *
- * Which thread has which element is not specified, and nothing that is emitted asks for it. Products are added one by
- * one in float; tensor cores cut a sum off where this rounds it.
+ * Which thread has which element is specified by PTX alone (mma.h). Products are added one by one in float; tensor
+ * cores cut a sum off where this rounds it.
  */
 #pragma once
 #include "gpu.h"

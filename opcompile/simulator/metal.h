@@ -22,6 +22,8 @@ typedef simulator::Vector2<int> int2;
 typedef simulator::Vector4<int> int4;
 typedef simulator::Vector2<uint> uint2;
 typedef simulator::Vector4<uint> uint4;
+typedef simulator::Vector2<long> long2;
+typedef simulator::Vector4<long> long4;
 static inline half operator""h(long double value) { return (float)value; }
 
 namespace metal {
