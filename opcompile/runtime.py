@@ -147,19 +147,7 @@ class Slot:
                     f"{self.name} is traced by JAX, and has no values yet; call this layer by jax.pure_callback"
                 )
             raise CallError(f"{self.name} is of type {_type_name(value)}; pass a NumPy array or a DLPack tensor")
-        require_values(self.name, value)
-        require_no_tangent(self.name, value)
-        # exporting such a tensor would drop it from the graph without a word
-        if getattr(value, "requires_grad", False) is True:
-            if _is_recorded(value):
-                raise CallError(
-                    f"{self.name} requires a gradient, which this kernel has not; pass {self.name}.detach()"
-                )
-            # older versions of PyTorch export no tensor that requires a gradient, under `torch.no_grad` either
-            value = value.detach()
-        # torch exports such a view (the imaginary part of a conjugate) as its memory, without the sign
-        if getattr(value, "is_neg", bool)():
-            raise CallError(f"{self.name} is a lazily negated view; pass {self.name}.resolve_neg()")
+        value = detached(self.name, value)
         try:
             device = value.__dlpack_device__()[0]
             if device not in _HOST_MEMORY:
@@ -250,6 +238,24 @@ def _type_name(value: object) -> str:
 def sizes_text(shape: Iterable[int | None]) -> str:
     """Write a shape for a person, a dynamic batch as N."""
     return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+
+
+def detached(name: str, value: Any) -> Any:
+    """Return a tensor of PyTorch out of its graph; others as they are.
+
+    Raises `CallError` for what exporting would drop without a word: a graph or a tangent that is recorded, a sign.
+    """
+    require_values(name, value)
+    require_no_tangent(name, value)
+    if getattr(value, "requires_grad", False) is True:
+        if _is_recorded(value):
+            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
+        # older versions of PyTorch export no tensor that requires a gradient, under `torch.no_grad` either
+        value = value.detach()
+    # torch exports such a view (the imaginary part of a conjugate) as its memory
+    if getattr(value, "is_neg", bool)():
+        raise CallError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+    return value
 
 
 def _is_recorded(value: Any) -> bool:

@@ -24,13 +24,12 @@ from opcompile.runtime import (
     NOT_EXPORTED,
     Golden,
     content,
+    detached,
     dtype_name,
     load_again,
     not_exported,
     own_weights,
     read_golden,
-    require_no_tangent,
-    require_values,
     sizes_text,
 )
 from opcompile.spec import ConvTranspose3d, fits
@@ -77,16 +76,13 @@ class OnGpu:
         """
         if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
             raise CallError(f"{name} is of type {type(value).__name__}; pass a tensor on a GPU that speaks DLPack")
-        require_values(name, value)
-        require_no_tangent(name, value)
+        value = detached(name, value)
         try:
             kind, number = value.__dlpack_device__()
         except NOT_EXPORTED as error:
             raise not_exported(name, value, error) from error
         if int(kind) != CUDA:
             raise CallError(f"{name} is on DLPack device type {int(kind)}, not on a CUDA GPU; copy it there first")
-        if getattr(value, "requires_grad", False) is True:
-            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
         try:
             tensor = self._from_dlpack(value)
         except NOT_EXPORTED as error:
