@@ -34,8 +34,8 @@ from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.machine import command_in
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest
-from opcompile.spec import ConvTranspose3d, at_batch
+from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest, sizes_text
+from opcompile.spec import ConvTranspose3d, at_batch, fits
 from opcompile.target import cores
 
 if TYPE_CHECKING:
@@ -192,10 +192,12 @@ class Simulated:
                 elif name != "b" or self.spec.bias:
                     raise CallError(f"{name} is missing: this layer was compiled without it")
                 continue
-            wanted = tuple(x.shape[0] if size is None else size for size in shapes[name])
-            if array.shape != wanted or array.dtype.name != self.spec.dtype:
+            if not isinstance(array, np.ndarray):
+                raise CallError(f"{name} is of type {type(array).__name__}; pass a NumPy array")
+            if not fits(array.shape, shapes[name]) or array.dtype.name != self.spec.dtype:
                 raise CallError(
-                    f"{name} is {array.dtype} {array.shape}, but this layer needs {self.spec.dtype} {wanted}"
+                    f"{name} is {array.dtype} {array.shape}, but this layer needs {self.spec.dtype} "
+                    f"{sizes_text(shapes[name])}"
                 )
             inputs[name] = self.packing(array) if name == "w" else array
         y = np.empty(at_batch(self.spec.y_shape, x.shape[0]), x.dtype)

@@ -191,6 +191,10 @@ def test_wrong_arrays_are_refused(place: Path) -> None:
         kernel(x.astype("float64"), w, b)
     with pytest.raises(CallError, match="w is float32"):
         kernel(x, w[1:], b)
+    with pytest.raises(CallError, match=r"x is float32 \(\), but this layer needs"):
+        kernel(np.array(x.sum()))
+    with pytest.raises(CallError, match="x is of type list; pass a NumPy array"):
+        kernel(x.tolist())
 
 
 def test_a_changed_text_is_refused(place: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ def farm() -> Iterator[Rack]:
     from tvm.rpc import Server
     from tvm.rpc.tracker import Tracker
 
-    tracker = Tracker("127.0.0.1", port=19190, port_end=19990, silent=True)
+    # where no server of another run looks for the tracker that it lost
+    tracker = Tracker("127.0.0.1", port=19190 + os.getpid() % 700, port_end=19990, silent=True)
     at = ("127.0.0.1", tracker.port)
     with ThreadPoolExecutor() as both:
         starting = [
