@@ -29,6 +29,10 @@ Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
 
+# TVM's own server.
+_TVMS = "tvm.exec.rpc_server"
+
+
 @dataclass(frozen=True, slots=True)
 class Farm:
     """The servers that the tracker at ``host:port`` has for ``key``; the module ``serving`` starts one."""
@@ -36,10 +40,10 @@ class Farm:
     host: str
     port: int
     key: str
-    serving: str = "tvm.exec.rpc_server"
+    serving: str = _TVMS
 
     @classmethod
-    def named(cls, tracker: str | None, key: str | None, serving: str = "tvm.exec.rpc_server") -> Farm | None:
+    def named(cls, tracker: str | None, key: str | None, serving: str = _TVMS) -> Farm | None:
         """Read ``HOST:PORT``, and ask the tracker for such servers; None where neither word is given.
 
         Raises `UnknownTargetError` for one word without the other, or in another form, `TargetError` where there is no
@@ -60,9 +64,11 @@ class Farm:
         keys, at = listed(self.host, self.port), f"{self.host}:{self.port}"
         if self.key not in keys:
             others = f"it has servers for: {', '.join(sorted(set(keys)))}" if keys else "it has no server at all"
+            # TVM's server asks nobody else how many threads it has
+            threads = "TVM_NUM_THREADS=1 " if self.serving == _TVMS else ""
             raise TargetError(
                 f"the RPC tracker {at} has no server for key {self.key!r}; {others}; start one with "
-                f"`python -m {self.serving} --tracker {at} --key {self.key}`"
+                f"`{threads}python -m {self.serving} --tracker {at} --key {self.key}`"
             )
         return keys.count(self.key)
 
@@ -134,7 +140,7 @@ def listed(host: str, port: int) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"the RPC tracker {host}:{port} does not answer ({error}); start one with "
-            f"`python -m tvm.exec.rpc_tracker --host {host} --port {port}`"
+            f"`python -m tvm.exec.rpc_tracker --host {host} --port {port} --port-end {port + 1}`"
         ) from error
 
 

@@ -282,6 +282,8 @@ def _check_fields(path: Path, content: Mapping[str, Any], provenance: Mapping[st
         for i, sample in enumerate(content[name]):
             if complaint := unsound(sample):
                 _refuse(path, f"{name}[{i}] {complaint}")
+    if not content["samples"]:
+        _refuse(path, "its samples are none")
     if not any(sample["tiles"] == content["tiles"] for sample in content["finals"]):
         _refuse(path, "its tiles are not among its finals")
 

@@ -585,12 +585,20 @@ def read_golden(
     """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
     stored = read_arrays(directory, manifest, GOLDEN)
     bias = spec.bias and not own_bias
+    try:
+        batch, indices, expected = (stored[name] for name in ("batch", "indices", "expected"))
+        x_shape, y_shape = (at_batch(shape, int(batch)) for shape in (spec.x_shape, spec.y_shape))
+        fitting = fits(x_shape, spec.x_shape) and indices.size and indices.shape == expected.shape
+        if not fitting or indices.min() < 0 or indices.max() >= math.prod(y_shape):
+            raise ValueError("its indices are none of this layer's Y")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{GOLDEN} is no test vector of this layer: {error}; compile the layer again") from error
     return Golden(
-        x=golden_tensor(at_batch(spec.x_shape, int(stored["batch"])), X_SALT, X_AMPLITUDE, spec.dtype),
+        x=golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
         w=None if own_weight else golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
         b=golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
-        indices=stored["indices"],
-        expected=stored["expected"],
+        indices=indices,
+        expected=expected,
     )
 
 

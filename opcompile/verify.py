@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from opcompile.arguments import checked_engines, checked_seed
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
-from opcompile.errors import CallError, EngineError, TargetError, VerificationError, first_line
+from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError, first_line
 from opcompile.needed import packages_named
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import own_weights, stored
+from opcompile.runtime import own_weights, sizes_text, stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d
@@ -369,7 +369,14 @@ class _OnnxRuntime:
             )
         except self._refusals as error:
             raise EngineError(first_line(error)) from error
-        self.inputs = tuple(given.name for given in self._session.get_inputs())
+        given = {each.name: each.shape for each in self._session.get_inputs()}
+        self.inputs = tuple(given)
+        wanted = [size if isinstance(size, int) else None for size in given.get("X", ())]
+        if wanted != list(spec.x_shape):
+            raise ArtifactError(
+                f"{model.name} is of another layer: its X is {sizes_text(wanted)}, and this layer's "
+                f"{sizes_text(spec.x_shape)}; compile the layer again"
+            )
 
     def __call__(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         """Return Y in the spec's dtype."""

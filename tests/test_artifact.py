@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -817,3 +819,39 @@ def test_no_room_for_temporary_files_is_an_error_and_not_the_end_of_the_process(
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"EngineError {words.format(tmp_path)}, or set TMPDIR .*\n", done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def put(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file, with the hashes that belong to it."""
+    (folder / name).write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    edit(folder, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def test_a_model_of_another_layer_is_refused_where_it_is_asked(copy: Path, tmp_path: Path) -> None:
+    opcompile.export_onnx(ConvTranspose3d.parse("in=1x3x2x3x5 co=4 k=2 s=2"), tmp_path / "other.onnx")
+    put(copy, "model.onnx", (tmp_path / "other.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=r"model.onnx is of another layer: its X is \(1, 3, 2, 3, 5\), .* again"):
+        verify(load(copy))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"indices": [10**6]}, {"indices": []}, {"indices": [-1]}, {"batch": None}, {"expected": [1.0, 2.0]}],
+    ids=str,
+)
+def test_a_test_vector_of_another_layer_is_refused(change: dict[str, Any], copy: Path) -> None:
+    with np.load(copy / "golden.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for name, values in change.items():
+        if values is None:
+            del arrays[name]
+        else:
+            arrays[name] = np.array(values, arrays[name].dtype)
+            if name == "indices":
+                arrays["expected"] = arrays["expected"][: len(values)]
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    put(copy, "golden.npz", file.getvalue())
+    with pytest.raises(ArtifactError, match=r"golden.npz is no test vector of this layer: .*; compile the layer again"):
+        load(copy).golden()

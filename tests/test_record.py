@@ -218,6 +218,7 @@ def test_a_missing_provenance_is_refused(own: Path, name: str) -> None:
         ("samples", [{"tiles": TILES}], "samples[0] has neither an error nor times_us"),
         ("samples", [{"tiles": TILES, "times_us": [1.0, "2"], "run_us": 1.0}], "samples[0] has neither"),
         ("finals", [], "its tiles are not among its finals"),
+        ("samples", [], "its samples are none"),
         ("provenance", "me", "field provenance is of type str"),
         ("format", "1", "field format is of type str"),
         ("format", True, "field format is of type bool"),
