@@ -35,7 +35,7 @@ from opcompile._memory import weigh
 from opcompile.arguments import checked_engines, checked_seconds, checked_seed
 from opcompile.bounds import Answer, Inputs, compare_all
 from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
-from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.errors import CallError, EngineError, VerificationError, first_words
 from opcompile.machine import processor, system
 from opcompile.roofline import Roof
 from opcompile.runtime import stored
@@ -351,7 +351,8 @@ def bench(
         before = probes.samples()
         cpu, wall = time.process_time(), time.perf_counter()
         with memory_kept():
-            timings = take_turns(engines, seconds)
+            timings, failed = _turns_of_all(engines, seconds)
+        engines = {name: engine for name, engine in engines.items() if name not in failed}
         cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         roof = Roof(probes.dtype, before, probes.samples())
         weights, not_weighed = answer_to_each(engines if memory else (), lambda name: weigh(name, job))
@@ -365,7 +366,7 @@ def bench(
         cpu_share=round(cpu_share, 3),
         timings=timings,
         memory=weights,
-        not_timed={**not_timed, **wrong},
+        not_timed={**not_timed, **wrong, **failed},
         not_weighed=not_weighed,
     )
 
@@ -453,16 +454,50 @@ def small_inputs(spec: ConvTranspose3d, rng: np.random.Generator) -> tuple[Input
     return Inputs.of(spec, x, w, b if spec.bias else None), largest > 0
 
 
+class PeerFailedError(EngineError):
+    """A peer, ``name``, that raised while it was timed."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        """Say what it said."""
+        super().__init__(f"it failed: {first_words(error)}")
+        self.name = name
+
+
+@contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """Say which peer it was that raised."""
+    try:
+        yield
+    except Exception as error:
+        if name == OURS:
+            raise
+        raise PeerFailedError(name, error) from error
+
+
+def _turns_of_all(engines: dict[str, Engine], seconds: float) -> tuple[tuple[Timing, ...], dict[str, str]]:
+    """Let all take turns; a peer that fails is left out, for the reason that is returned, and they begin again."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return take_turns({n: engine for n, engine in engines.items() if n not in failed}, seconds), failed
+        except PeerFailedError as error:
+            failed[error.name] = str(error)
+
+
 def take_turns(engines: dict[str, Engine], seconds: float) -> tuple[Timing, ...]:
-    """Warm up, find out how many calls fill a sample, then time round after round."""
-    calls = {name: _calls(engine.run) for name, engine in engines.items()}
+    """Warm up, find out how many calls fill a sample, then time round after round. Raises `PeerFailedError`."""
+    calls = {}
+    for name, engine in engines.items():
+        with _asking(name):
+            calls[name] = _calls(engine.run)
     round_us = sum(count * us for count, us in calls.values())
 
     def sample(name: str) -> float:
         count, us = calls[name]
-        if us < _SAMPLE_US:
-            engines[name].run()  # what fits into the caches is brought back into them
-        return _time(engines[name].run, count)
+        with _asking(name):
+            if us < _SAMPLE_US:
+                engines[name].run()  # what fits into the caches is brought back into them
+            return _time(engines[name].run, count)
 
     samples = in_turns(sample, list(engines), seconds, round_us)
     return tuple(Timing(name, e.version, calls[name][0], samples[name]) for name, e in engines.items())
@@ -500,12 +535,16 @@ def _time(run: Run, calls: int) -> float:
 
 def _wrong(inputs: Inputs, engines: dict[str, Engine], exact: bool) -> dict[str, str]:
     """Return what is wrong with the outputs of peers. Raises `VerificationError` where ours are."""
-    answers = {}
+    answers, failed = {}, {}
     for name, engine in engines.items():
-        engine.run()
-        answers[name] = Answer(engine.y(), engine.computed_in)
+        try:
+            with _asking(name):
+                engine.run()
+                answers[name] = Answer(engine.y(), engine.computed_in)
+        except PeerFailedError as error:
+            failed[name] = str(error)
     pairs = [(name, "reference") for name in answers]
     wrong = {name: check for (name, _), check in compare_all(inputs, answers, exact, pairs).items() if not check.passed}
     if OURS in wrong:
         raise VerificationError(f"{OURS} is wrong on {inputs.spec}, so nothing was timed: {wrong[OURS]}")
-    return {name: f"its output is wrong: {check}" for name, check in wrong.items()}
+    return failed | {name: f"its output is wrong: {check}" for name, check in wrong.items()}

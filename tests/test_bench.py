@@ -167,6 +167,32 @@ def test_a_peer_that_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.Monkey
     assert "onnxruntime" not in report.memory
 
 
+@pytest.mark.parametrize("call", [1, 2, 9])
+def test_a_peer_that_fails_is_listed_and_not_timed(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first call, as calls are counted for a sample, or while it is timed."""
+    import opcompile.engines as engines
+
+    calls = 0
+
+    def maker(*args: Any) -> Any:
+        def run() -> None:
+            nonlocal calls
+            calls += 1
+            if calls >= call:
+                raise RuntimeError("no room for\ny")
+            engine.run()
+
+        engine = honest(*args)
+        return replace(engine, run=run)
+
+    honest = engines._MAKERS["onnxruntime"]
+    monkeypatch.setitem(engines._MAKERS, "onnxruntime", maker)
+    report = bench(SPEC, plan="baseline", seconds=0.01)
+    assert [timing.engine for timing in report.timings] == ["opcompile"]
+    assert report.not_timed["onnxruntime"].startswith("it failed: no room for")
+    assert "onnxruntime" not in report.memory
+
+
 @pytest.mark.parametrize(
     "text",
     [
