@@ -78,6 +78,7 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(RUN) mypy
+	$(RUN) pytest tests/test_docs.py -k test_the_python_examples_have_the_right_types
 
 bench: $(VENV)/.installed
 	$(INSTALL) "$(TORCH)" --editable ".[peers,plot]"
