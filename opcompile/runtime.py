@@ -761,15 +761,17 @@ def identity(place: Path) -> tuple[int, ...] | None:
 
 def read_manifest(directory: Path) -> bytes:
     """Return the manifest's text. Raises `ArtifactError` where there is none."""
-    patience = time.monotonic() + 1
+    patience, written = time.monotonic() + 1, False
     while True:
         try:
             return (directory / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            # where directories cannot be exchanged, a writer leaves the place empty for an instant
-            if time.monotonic() > patience or not any(directory.parent.glob(f".{escape(directory.name)}.*")):
+            if written or time.monotonic() > patience:
                 break
-            time.sleep(0.005)
+            # where directories cannot be exchanged, a writer leaves the place empty for an instant; one that is not
+            # seen any more may have filled it since
+            written = not any(directory.parent.glob(f".{escape(directory.name)}.*"))
+            time.sleep(0 if written else 0.005)
         except OSError as error:
             raise ArtifactError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
     if (directory / INDEX).is_file():

@@ -855,3 +855,17 @@ def test_a_test_vector_of_another_layer_is_refused(change: dict[str, Any], copy:
     put(copy, "golden.npz", file.getvalue())
     with pytest.raises(ArtifactError, match=r"golden.npz is no test vector of this layer: .*; compile the layer again"):
         load(copy).golden()
+
+
+def test_a_place_that_a_writer_fills_after_it_was_looked_at_is_read(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = copy.rename(copy.with_name("away"))
+
+    def through_since(_: Path, pattern: str) -> Any:
+        if away.exists():
+            away.rename(copy)
+        return iter(())
+
+    monkeypatch.setattr(Path, "glob", through_since)
+    assert runtime.read_manifest(copy) == (copy / MANIFEST).read_bytes()
