@@ -535,14 +535,13 @@ def _time(run: Run, calls: int) -> float:
 
 def _wrong(inputs: Inputs, engines: dict[str, Engine], exact: bool) -> dict[str, str]:
     """Return what is wrong with the outputs of peers. Raises `VerificationError` where ours are."""
-    answers, failed = {}, {}
-    for name, engine in engines.items():
-        try:
-            with _asking(name):
-                engine.run()
-                answers[name] = Answer(engine.y(), engine.computed_in)
-        except PeerFailedError as error:
-            failed[name] = str(error)
+
+    def answer(name: str) -> Answer:
+        with _asking(name):
+            engines[name].run()
+            return Answer(engines[name].y(), engines[name].computed_in)
+
+    answers, failed = answer_to_each(engines, answer)
     pairs = [(name, "reference") for name in answers]
     wrong = {name: check for (name, _), check in compare_all(inputs, answers, exact, pairs).items() if not check.passed}
     if OURS in wrong:

@@ -32,7 +32,7 @@ from opcompile.reference import reference
 from opcompile.runtime import own_weights, sizes_text, stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
-from opcompile.spec import ConvTranspose3d
+from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.target import cores
 from schedules.counted import counted
 
@@ -380,7 +380,7 @@ class _OnnxRuntime:
 
     def __call__(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         """Return Y in the spec's dtype."""
-        y = np.empty((x.shape[0], *(n or 0 for n in self._spec.y_shape[1:])), x.dtype)
+        y = np.empty(at_batch(self._spec.y_shape, x.shape[0]), x.dtype)
         binding = self._session.io_binding()
         try:
             for name, array in (("X", x), ("W", w), ("B", b)):

@@ -394,25 +394,28 @@ def _sum_in_fragments(
     weights = sch.cache_read(phase, 1, "shared", [phase])
     sch.transform_layout(elements, ("write", 0), lambda *i: (*i[:-2], i[-1] // EDGE, i[-2], i[-1] % EDGE))
     sch.compute_at(elements, c_step, preserve_unit_loops=True)
-    *_, each, place = _own(sch, elements, c_step)
-    place, column = sch.split(place, [None, EDGE])
-    sch.reorder(place, each, column)
-    sch.unroll(place)
+    *_, loaded, column = _own(sch, elements, c_step)
+    _by_matrices(sch, loaded, column)
     shared = _columns_to_shared(sch, t, columns, c, WIDEST[unit])
     _to_shared(sch, t, weights, c, WIDEST[unit])
     sch.storage_align(shared, 0, -2, EDGE, PAD_X[DataType(dtype).itemsize])
     sch.storage_align(weights, 0, -2, EDGE, PAD)
     *_, filled, column = sch.get_loops(sch.decompose_reduction(phase, t_d))
-    place, column = sch.split(column, [None, EDGE])
-    sch.reorder(place, filled, column)
-    sch.unroll(place)
+    _by_matrices(sch, filled, column)
     *outer, m, _ = _own(sch, leave, step)
     for loop in outer:
         sch.unroll(loop)
     sch.tensorize(m, does["store"])
-    sch.tensorize(each, does["load"])
+    sch.tensorize(loaded, does["load"])
     sch.tensorize(filled, does["fill"])
     sch.tensorize(m_in, does["multiply"])
+
+
+def _by_matrices(sch: Schedule, row: Any, column: Any) -> None:
+    """Go through rows and columns of all that a warp has side by side matrix by matrix: each begins at loop ``row``."""
+    matrix, column = sch.split(column, [None, EDGE])
+    sch.reorder(matrix, row, column)
+    sch.unroll(matrix)
 
 
 def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest: int) -> Any:

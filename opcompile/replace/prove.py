@@ -20,6 +20,7 @@ from opcompile.replace.library import Kernel, Operator
 from opcompile.replace.report import OutputCheck, Proof, Speed
 from opcompile.replace.rewrite import alone
 from opcompile.replace.sessions import InputSet, Session, version
+from opcompile.spec import at_batch
 from opcompile.verify import input_sets
 
 Tensor = NDArray[Any]
@@ -70,7 +71,7 @@ def race(
 ) -> tuple[Speed, ...]:
     """Time one node of a kernel and one of ONNX Runtime's own in turns, weights constant, on each number of threads."""
     spec, rng = kernel.spec, np.random.default_rng(0)
-    shapes = ((spec.batch or 1, *(n or 0 for n in spec.x_shape[1:])), spec.w_shape, (spec.channels_out,))
+    shapes = (at_batch(spec.x_shape, 1), spec.w_shape, (spec.channels_out,))
     x, w, b = (rng.standard_normal(shape, np.float32) for shape in shapes)
     packed = kernel.lowered.packing(w) if operator.packed else w
     ours = alone(spec, operator.name, operator.domain, packed.shape, W=packed, B=b)
