@@ -2,7 +2,7 @@
 #
 #   make demo        compile, verify and time the layers of a real ONNX file
 #   make test        the test suite
-#   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, links for other machines;
+#   make test-peers  the same operator in PyTorch, MLX, Keras, JAX, OpenVINO, and on an emulated arm64;
 #                    TORCH=torch==2.13.0 picks a version
 #   make test-gpu    every case as GPU code, simulated on the CPU
 #   make test-on-gpu  every case on a GPU of NVIDIA, and its compute-sanitizer; needs one, nvcc and PyTorch for CUDA
@@ -51,7 +51,7 @@ test-on-gpu: $(VENV)/.installed-test
 	$(RUN) pytest -n auto -m gpu tests/test_on_gpu.py $(ARGS)
 
 test-peers: $(VENV)/.installed-test
-	$(INSTALL) "$(TORCH)" --editable ".[cross,peers,plot,words]"
+	$(INSTALL) "$(TORCH)" --editable ".[cross,emulate,peers,plot,words]"
 	$(RUN) pytest -n auto -m peers $(ARGS)
 
 # The oldest lies in a folder of its own, before the newest on Python's path.

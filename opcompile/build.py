@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from opcompile import artifact
 from opcompile.arguments import checked_flag, require_progress
 from opcompile.cuda_driver import device, require_runs_on
+from opcompile.emulate import require_emulated
 from opcompile.errors import (
     ArtifactError,
     CallError,
@@ -356,14 +357,17 @@ class _Job:
 
     def _verified(self, place: Path, spec: ConvTranspose3d) -> tuple[Report | None, str]:
         """Verify where the code runs here, or can be simulated. Returns the report, or the reason why there is none."""
-        on_gpu = isinstance(self.machine, GpuTarget)
         flops = Gradient(spec, self.derivative).flops if self.derivative else spec.flops
-        if on_gpu and flops > _MOST_SIMULATED_FLOPS:
+        native = isinstance(self.machine, Target) and self.machine.native
+        if not native and isinstance(self.machine, Target):
+            try:
+                require_emulated(self.machine.architecture)
+            except (EngineError, TargetError) as error:
+                return None, f"code for {self.machine.name} does not run on this machine, and {error}"
+        if not native and flops > _MOST_SIMULATED_FLOPS:
             return None, f"simulating {flops / 1e9:.1f} GFLOP takes long; `opcompile verify --simulate` does it"
-        if not isinstance(self.machine, GpuTarget) and not self.machine.native:
-            return None, f"code for {self.machine.name} does not run on this machine"
         self.report("verify")
-        found = check(simulated(place) if on_gpu else load_any(place))
+        found = check(load_any(place) if native else simulated(place))
         try:
             artifact.store(place, found)
         except ArtifactError as error:  # it is there, and was verified

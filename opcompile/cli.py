@@ -320,7 +320,11 @@ def compile_(
 
 @cli.command()
 @click.argument("directory", metavar="DIR")
-@click.option("--simulate", is_flag=True, help="Run GPU code on the CPU, one fiber for each GPU thread.")
+@click.option(
+    "--simulate",
+    is_flag=True,
+    help="Run code for a GPU or an arm64 on this CPU: simulated, one fiber for each GPU thread, or emulated.",
+)
 @_json
 def verify(directory: str, simulate: bool, as_json: bool) -> int:
     """Verify the artifact in DIR, or every artifact of a model, against the oracle and ONNX Runtime.

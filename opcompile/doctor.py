@@ -34,6 +34,8 @@ _REQUIRED = {
 _OPTIONAL = {
     "ml_dtypes": ("bfloat16 arrays in NumPy", "pip install ml_dtypes"),
     "ziglang": ("links for other machines", "pip install 'opcompile[cross]'"),
+    "unicorn": ("emulates an arm64", "pip install 'opcompile[emulate]'"),
+    "lief": ("reads libraries for it", "pip install 'opcompile[emulate]'"),
     "torch": ("a peer for bench", "pip install 'opcompile[peers]'"),
     "openvino": ("a peer for bench", "pip install 'opcompile[peers]'"),
     "keras": ("its layers, and diff", "pip install 'opcompile[words]'"),

@@ -847,9 +847,10 @@ def _require_machine(target: dict[str, Any], directory: Path) -> None:
     """Raise `TargetError` where the library would not run: a wrong instruction ends the process."""
     needed = (target["architecture"], target["system"])
     if needed != host():
+        emulated = "; `opcompile verify --simulate` runs it in an emulated one" if needed[0] == "aarch64" else ""
         raise TargetError(
             f"{directory} was compiled for {target['name']} ({' '.join(needed)}), and this is {' '.join(host())}; "
-            "take it to such a machine, or compile it for this one"
+            f"take it to such a machine, or compile it for this one{emulated}"
         )
     # macOS lists no flags; there the architecture alone decides
     present = processor_flags()

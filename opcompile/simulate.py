@@ -1,5 +1,7 @@
 """GPU code on the CPU: emitted CUDA C or Metal, compiled as C++ and run with one fiber for each GPU thread.
 
+An artifact for another CPU is opened here as well, and runs in an emulated one (`opcompile.emulate`).
+
 It shows that a kernel computes what it should, and finds what a GPU would do in silence: an access beyond a
 buffer (guarded pages) or an array, a write to an input, a read of shared memory that nobody has written (it is
 poisoned), a barrier that some threads miss, and races: every run is done twice, with the threads and blocks in
@@ -29,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
+from opcompile.emulate import Emulator, require_emulated
+from opcompile.errors import ArtifactError, CallError, EngineError, VerificationError
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.machine import command_in
@@ -53,6 +56,8 @@ _TOO_SMALL_FOR_TWO = 4
 
 class Simulator:
     """One kernel, ready to run: ``source`` in ``language`` (``cuda`` or ``metal``), started as ``launch`` says."""
+
+    instead = ("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
     def __init__(self, source: str, language: str, launch: Launch) -> None:
         self.source, self.language, self.launch = source, language, launch
@@ -147,18 +152,20 @@ def simulated(path: str | os.PathLike[str]) -> Simulated | SimulatedGradient:
 
 def opened_simulator(
     path: str | os.PathLike[str], *, derivative: bool = False
-) -> tuple[Path, dict[str, Any], Simulator]:
+) -> tuple[Path, dict[str, Any], Simulator | Emulator]:
     """Return the directory of a layer's or a derivative's artifact, its manifest, and its kernel ready to run.
 
-    Raises `ArtifactError`, also where it is the other of the two, and `TargetError` for one of a CPU.
+    Raises `ArtifactError`, also where it is the other of the two, `TargetError` for a CPU that is not emulated, and
+    `EngineError` where what emulates is missing.
     """
     directory, manifest = opened(path)
     name, held = manifest["target"]["name"], manifest["derivative"]
-    if not is_gpu(name):
-        raise TargetError(f"{path} was compiled for {name}, a CPU; load it there, only GPUs are simulated")
     if bool(held) != derivative:
         what = f"the derivative d{held}" if held else "the layer itself, no derivative"
         raise ArtifactError(f"{path} holds {what}; opcompile.simulate.simulated opens either")
+    if not is_gpu(name):
+        require_emulated(manifest["target"]["architecture"])
+        return directory, manifest, Emulator(directory / manifest["library"])
     language = name.partition(":")[0]
     try:
         source, launch = ((directory / file).read_text() for file in (SOURCES[language], LAUNCH))
@@ -172,7 +179,7 @@ class Simulated:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
-        self.directory, self.manifest, self._simulator = opened_simulator(path)
+        self.directory, self.manifest, self.simulator = opened_simulator(path)
         self.spec = ConvTranspose3d.parse(self.manifest["spec"])
         self.packing = Packing.from_json(self.manifest["packing"])
         self._own = own_weights(self.directory, self.manifest)
@@ -201,7 +208,7 @@ class Simulated:
                 )
             inputs[name] = self.packing(array) if name == "w" else array
         y = np.empty(at_batch(self.spec.y_shape, x.shape[0]), x.dtype)
-        self._simulator.run(inputs, y, x.shape[0])
+        self.simulator.run(inputs, y, x.shape[0])
         return y
 
     def golden(self) -> Golden:

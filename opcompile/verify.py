@@ -82,7 +82,6 @@ class NotAsked:
 OWN_WEIGHTS = NotAsked(
     "opcompile with the weights compiled in", "its weights hold infinities or NaN, for which there is no bound"
 )
-SIMULATED = NotAsked("a GPU", "the kernel's text ran on the CPU, a fiber for each GPU thread")
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +567,7 @@ def verify(
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
     threads = () if simulated or on_gpu else (1, max(2, cores()))
     rows: list[Row] = []
-    not_asked = [SIMULATED] if simulated else []
+    not_asked = [NotAsked(*artifact.simulator.instead)] if isinstance(artifact, Simulated) else []
     versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
     runtime = None
     if "onnxruntime" in engines:

@@ -19,6 +19,7 @@ CHECKED = {"cuda": "compiled by nvcc: `tests/test_cuda.py`", "metal": "types, by
 # What was run where, by hand: a GPU is not at hand for every test run.
 ON_DEVICE = {"cuda": "layers, on an H100: `tests/test_on_gpu.py`", "metal": "no"}
 
+LINKED = "compiled and linked: `tests/test_target.py`, `tests/test_artifact.py`"
 CPU_FLAGGED = "llvm:znver4+bf16"
 ASSEMBLY = "instructions in its assembly: `tests/test_native_bf16.py`"
 
@@ -57,7 +58,10 @@ def _verified() -> list[str]:
     head = ["| Target | cases | numerics | else | on the device |", "|---|---|---|---|---|"]
     rows = ["## What is verified, and how", "", *head]
     rows.append(f"| `{names()[0]}` | {len(CASES)} | run: `tests/test_operator.py` | | yes |")
-    rows.append("| other CPUs | | | compiled and linked: `tests/test_target.py`, `tests/test_artifact.py` | no |")
+    corners = sum("corner" in case.tags for case in CASES)
+    for name, count in (("llvm:cortex-a76", len(CASES)), ("llvm:apple-m1", corners)):
+        rows.append(f"| `{name}` | {count} | emulated: `tests/test_emulate.py` | {LINKED} | no |")
+    rows.append(f"| other CPUs | | | {LINKED} | no |")
     for name in ("cuda:sm_90", "metal:apple-m1"):
         t = gpu_target(name)
         count = sum(case.spec.dtype in t.dtypes for case in CASES)

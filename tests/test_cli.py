@@ -867,11 +867,16 @@ def test_what_cannot_be_asked_is_not_verified_and_not_wrong(tmp_path: Path, monk
 
 
 def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> None:
+        raise EngineError("nobody emulates it")
+
     monkeypatch.setattr("opcompile.artifact.link", lambda *_: b"a library")
+    monkeypatch.setattr("opcompile.build.require_emulated", refuse)
     away = "llvm:cortex-a72" if os.uname().machine == "x86_64" else "llvm:x86-64-v3"
     result = invoke("compile", LAYER, "-o", tmp_path / "a", "--target", away, "--json")
     (layer,) = of_json(result)["layers"]
-    assert (layer["status"], layer["reason"]) == ("not verified", f"code for {away} does not run on this machine")
+    reason = f"code for {away} does not run on this machine, and nobody emulates it"
+    assert (layer["status"], layer["reason"]) == ("not verified", reason)
     assert of_json(invoke("inspect", tmp_path / "a", "--json"))["a"]["manifest"]["target"]["name"] == away
     assert invoke("verify", tmp_path / "a").exit_code == 3
 

@@ -20,7 +20,7 @@ class SimulatedGradient(Derivative):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
-        self.directory, self.manifest, self._simulator = opened_simulator(path, derivative=True)
+        self.directory, self.manifest, self.simulator = opened_simulator(path, derivative=True)
         self.gradient = Gradient(ConvTranspose3d.parse(self.manifest["spec"]), self.manifest["derivative"])
 
     def __call__(self, *given: Any, dy: Any = None, w: Any = None, x: Any = None, y: Any = None) -> NDArray[Any]:
@@ -35,5 +35,5 @@ class SimulatedGradient(Derivative):
             if array.shape != shape or array.dtype.name != dtype:
                 raise CallError(f"{name} is {array.dtype} {array.shape}, but {gradient.name} takes {dtype} {shape}")
         result = np.empty(at_batch(gradient.shape, batch), operands["dy"].dtype)
-        self._simulator.run(operands, result, batch)
+        self.simulator.run(operands, result, batch)
         return result

@@ -26,7 +26,7 @@ from opcompile.reference import activate
 from opcompile.runtime import stored
 from opcompile.spec import at_batch
 from opcompile.target import cores
-from opcompile.verify import SIMULATED, NotAsked, Report, Row, distinct, drawn_in, here
+from opcompile.verify import NotAsked, Report, Row, distinct, drawn_in, here
 from schedules.counted import counted
 
 Tensor = NDArray[Any]
@@ -190,7 +190,7 @@ def verify(artifact: Derivative, *, seed: int = 0) -> Report:
     rows: list[Row] = []
     not_asked = [NotAsked("onnxruntime", "a derivative has no ONNX model; the oracle alone judges it")]
     if isinstance(artifact, SimulatedGradient):
-        not_asked.insert(0, SIMULATED)
+        not_asked.insert(0, NotAsked(*artifact.simulator.instead))
     try:
         for number, question in enumerate(questions):
             rows += _ask(artifact, question, np.random.default_rng([seed, number]), threads)

@@ -1,0 +1,166 @@
+"""Code for arm64, run in an emulated one: every case for Linux, families for macOS; what is wrong with it is found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gpu_kernels import cut
+from kernels import dtype_of, integers, reals
+
+import opcompile as oc
+from opcompile import build
+from opcompile.artifact import header
+from opcompile.bounds import compare
+from opcompile.cases import CASES, Case
+from opcompile.cli import cli
+from opcompile.emulate import Emulator, require_emulated
+from opcompile.errors import EngineError, TargetError, VerificationError
+from opcompile.link import link, link_library
+from opcompile.lower import lower
+from opcompile.simulate import simulated
+from opcompile.spec import ACTIVATIONS, ConvTranspose3d
+from opcompile.target import target
+
+pytestmark = pytest.mark.peers
+
+LINUX, MACOS = target("llvm:cortex-a76"), target("llvm:apple-m1")
+SMALL = "in=1x4x3x3x3 co=4 k=3 s=2"
+_EMULATED_FLOPS = 2**22
+
+
+def check(spec: ConvTranspose3d, machine: Any, folder: Path) -> None:
+    """The linked library is exact on integers, and within the bound on reals."""
+    lowered, path = lower(spec, machine, "baseline"), folder / "library"
+    path.write_bytes(link(lowered.object_code, header(spec, lowered.packing), machine))
+    emulator = Emulator(path)
+    for draw in (integers, reals):
+        x, w, b = draw(spec)
+        y = np.zeros((x.shape[0], *spec.y_shape[1:]), x.dtype)
+        given = {"x": x, "w": lowered.packing(w), **({"b": b} if spec.bias else {})}
+        emulator.run(given, y, x.shape[0])
+        compare(spec, y, x, w, b, exact=draw is integers).require()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case_is_exact_on_integers_and_within_the_bound_on_reals(case: Case, tmp_path: Path) -> None:
+    check(cut(case.spec, _EMULATED_FLOPS), LINUX, tmp_path)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "corner" in c.tags], ids=lambda c: c.name)
+def test_corners_are_so_on_macos_too(case: Case, tmp_path: Path) -> None:
+    check(cut(case.spec, _EMULATED_FLOPS), MACOS, tmp_path)
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_functions_of_float64_are_those_of_a_library(activation: str, machine: Any, tmp_path: Path) -> None:
+    check(ConvTranspose3d.parse(f"{SMALL} act={activation} dtype=float64"), machine, tmp_path)
+
+
+@pytest.mark.parametrize("derivative", ["x", "w", "b"])
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+def test_derivatives_are_verified(machine: Any, derivative: Any, tmp_path: Path) -> None:
+    spec = ConvTranspose3d.parse(f"{SMALL} act=tanh")
+    place = build.write(spec, machine.name, "baseline", tmp_path / "d", derivative=derivative)
+    assert oc.verify(simulated(place)).require().not_asked[0].what == "an arm64 processor"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_an_artifact_with_its_weights_and_an_open_batch_is_verified(dtype: str, tmp_path: Path) -> None:
+    spec, rng = ConvTranspose3d.parse(f"in=Nx4x3x3x3 co=4 k=3 s=2 dtype={dtype}"), np.random.default_rng(0)
+    w, b = (rng.standard_normal(shape).astype(dtype_of(spec)) for shape in (spec.w_shape, (4,)))
+    place = build.write(spec, LINUX.name, "baseline", tmp_path / "a", weight=w, bias=b)
+    report = oc.verify(simulated(place)).require()
+    assert {row.batch for row in report.rows} >= {1, 2, 3}
+    assert {row.weights for row in report.rows} == {"caller", "compiled"}
+
+
+def test_compile_verifies_what_it_made_for_another_machine(tmp_path: Path) -> None:
+    place = str(tmp_path / "a")
+    result = CliRunner().invoke(cli, ["compile", SMALL, "-o", place, "--target", LINUX.name, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["layers"][0]["status"] == "verified"
+    assert CliRunner().invoke(cli, ["verify", place, "--simulate"]).exit_code == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["not_asked"][0]["what"] == "an arm64 processor"
+
+
+def test_without_the_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "unicorn" else real(name))
+    place = str(tmp_path / "a")
+    result = CliRunner().invoke(cli, ["compile", SMALL, "-o", place, "--target", LINUX.name])
+    assert result.exit_code == 0, result.output
+    assert "does not run on this machine" in result.output
+    assert "pip install 'opcompile[emulate]'" in result.output
+    with pytest.raises(EngineError, match=r"emulating aarch64 needs the package unicorn; pip install"):
+        simulated(place)
+
+
+def test_other_processors_are_not_emulated() -> None:
+    with pytest.raises(TargetError, match="x86_64 is not emulated"):
+        require_emulated("x86_64")
+
+
+FAULTS = {
+    "reads beyond an input": ("y[0] = x[n];", r"reads 4 bytes, 0 bytes beyond the end of x"),
+    "reads far beyond one": ("y[0] = w[n + 3];", r"reads 4 bytes, 12 bytes beyond the end of w"),
+    "writes beyond the result": ("y[n] = x[0];", r"writes 4 bytes, 0 bytes beyond the end of the result"),
+    "reads across its end": (
+        "*(struct four *)y = *(struct four *)(x + n - 2);",
+        r"reads 8 bytes, 0 bytes beyond the end of x",
+    ),
+    "writes to an input": ("((float *)x)[1] = 0;", r"writes to x"),
+    "reads what is nowhere": ("y[0] = *(volatile float *)8;", r"reads 4 bytes at 0x8, where nothing lies"),
+    "reads what it freed": (
+        "void *p; posix_memalign(&p, 64, 64); free(p); y[0] = *(volatile float *)p;",
+        r"reads 4 bytes at 0x\w+, where nothing lies",
+    ),
+    "has no such instruction": ('__asm__(".inst 0");', "the library, at 0x"),
+    "fails": ("return -1;", "the kernel failed: in so many words"),
+}
+
+
+def faulty(tmp_path: Path, statement: str, machine: Any) -> Emulator:
+    source = tmp_path / "fault.c"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
+        "struct four { float at[4]; };\n"
+        "static volatile int loaded;\n__attribute__((constructor)) static void load(void) { loaded = 1; }\n"
+        '__attribute__((visibility("default"))) const char *opcompile_error(void) { return "in so many words"; }\n'
+        '__attribute__((visibility("default"))) int opcompile_run(int threads, int64_t n, const float *x, '
+        f"const float *w, const float *b, volatile float *y) {{ if (!loaded) return 1; {statement} return 0; }}\n"
+    )
+    path = tmp_path / "library"
+    path.write_bytes(link_library([source], {}, [], ("opcompile_run", "opcompile_error"), machine))
+    return Emulator(path)
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_library_that_goes_wrong_is_found(fault: str, machine: Any, tmp_path: Path) -> None:
+    statement, message = FAULTS[fault]
+    x = np.zeros(5, "float32")
+    with pytest.raises(VerificationError, match=message):
+        faulty(tmp_path, statement, machine).run({"x": x, "w": x}, np.zeros(5, "float32"), 5)
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+def test_what_is_not_written_shows(machine: Any, tmp_path: Path) -> None:
+    x, y = np.ones(5, "float32"), np.zeros(5, "float32")
+    faulty(tmp_path, "y[1] = x[4];", machine).run({"x": x, "w": x}, y, 5)
+    assert y[1] == 1
+    assert np.isnan(y[[0, 2, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+def test_a_function_that_is_not_emulated_is_named(machine: Any, tmp_path: Path) -> None:
+    x = np.zeros(5, "float32")
+    with pytest.raises(EngineError, match="the library calls getpid, which is not emulated"):
+        faulty(tmp_path, "y[0] = getpid();", machine).run({"x": x, "w": x}, np.zeros(5, "float32"), 5)
