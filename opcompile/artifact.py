@@ -567,7 +567,8 @@ _ABOUT = """\
  *
  * threads is the most that the call may use, the caller among them: 1 to 1024, or 0 for the variable
  * OPCOMPILE_NUM_THREADS (read when the library is loaded), and without that every CPU the process may
- * run on. Calls may come from several threads at once; a child process may call after a fork.
+ * run on, or as many as a container is granted. Calls may come from several threads at once; a child
+ * process may call after a fork.
  * The result is 0, or something else, and then opcompile_error() says why, for the calling thread.
  *
  * The inputs of golden.npz: element i of x is opcompile_golden(i, {x_salt}, {x_amplitude}) / 64.0, of the canonical w

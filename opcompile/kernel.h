@@ -4,14 +4,13 @@
  * defines `launch`, which runs a kernel's tasks.
  */
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "call.h"
+#include "cpus.h"
 
 /* --- parallel loops, as a kernel asks for them --- */
 
@@ -204,13 +203,4 @@ static struct tensor borrow(void *data, uint8_t code, uint8_t bits, int64_t *sha
                          .dtype_lanes = 1,
                          .shape = shape,
                          .strides = strides};
-}
-
-static int usable_cpus(void) {
-#ifdef __linux__
-  cpu_set_t set;
-  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
-#endif
-  long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online < 1 ? 1 : (int)online;
 }

@@ -24,7 +24,7 @@ from opcompile.target import Target, host
 
 _HERE = Path(__file__).parent
 # What every host of a kernel includes.
-_SHARED = tuple(_HERE / name for name in ("call.h", "kernel.h", "processor.h"))
+_SHARED = tuple(_HERE / name for name in ("call.h", "cpus.h", "kernel.h", "processor.h"))
 _COMPILE = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-I.")
 # Names of files where a compiler works.
 _COMMON, _EXPORTS, _MADE, _TARGET = "common.o", "exports", "made", "target.c"
