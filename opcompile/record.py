@@ -389,7 +389,7 @@ def _broken_by_registers(t: Tiles, spec: ConvTranspose3d, target: Target) -> Ite
 
 
 def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    groups, m, c = divided(spec, t)
+    groups, m = divided(spec, t)
     whole = -(-m // t.channels) * t.channels
     if t.task % t.channels:
         yield f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
@@ -399,8 +399,8 @@ def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
         yield f"task is {t.task}, but must divide the {m} channels of a group, or cover them"
     if groups > 1 and spec.layout == "NDHWC" and t.task != whole:
         yield f"task is {t.task}, but must cover the {m} channels of a group where channels come last"
-    if c % t.chunk:
-        yield f"chunk is {t.chunk}, but must divide the {c} input channels of a group"
+    if spec.c_in % t.chunk:
+        yield f"chunk is {t.chunk}, but must divide the {spec.c_in} input channels of a group"
 
 
 def _broken_by_chunks(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
@@ -453,7 +453,7 @@ def _broken_by_taps(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
 
 
 def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
-    _, m, _ = divided(spec, t)
+    _, m = divided(spec, t)
     planes, rows, _ = (axis.positions for axis in spec.axes)
     if t.depth > planes:
         yield f"depth is {t.depth}, but the layer has {planes} planes of positions"

@@ -345,7 +345,7 @@ def _of_y(loop: tirx.For, spec: ConvTranspose3d, t: Tiles, y: Any) -> tirx.Stmt:
     o = [q * axis.stride + f for q, axis, f in zip((d, h, w), spec.axes, phase, strict=True)]
     if t.vector == "channels" and spec.layout == "NCDHW":  # the channels of a vector are a line each
         m = m + tirx.floormod(o[2], t.lanes)
-    _, m_out, _ = divided(spec, t)
+    _, m_out = divided(spec, t)
     m = g * m_out + m
     return tirx.SeqStmt([loop, fetch(y, spec.in_layout(n, m, *o))])
 

@@ -17,6 +17,7 @@ from tvm_ffi import structural_map
 
 from schedules import halves, pairs, streams, stretches
 from schedules.chunks import by_chunks
+from schedules.division import over
 from schedules.fetches import asking, channels_ahead, later, of_later_channel
 from schedules.imported import importing
 from schedules.pairs import added, narrowed
@@ -408,7 +409,7 @@ def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
         for first, count in _parts(spec, t, whole, lanes)
     ]
     if left:
-        lanes = max(2, 1 << (-(-left // stride) - 1).bit_length())
+        lanes = max(2, 1 << (over(left, stride) - 1).bit_length())
         parts.append(_weave(loops, block, stride, row - lanes * stride, 1, lanes))
     woven = [part for part in parts if part is not None]
     return in_turn(woven) if len(woven) == len(parts) else loop
@@ -433,7 +434,7 @@ def _parts(spec: ConvTranspose3d, t: Tiles, whole: int, lanes: int) -> list[tupl
     if t.vector != "plane":
         return [(0, whole)]
     first, last = spec.axes[2].reads
-    low = min(whole, -(-max(0, -first) // lanes))
+    low = min(whole, over(max(0, -first), lanes))
     high = max(low, min(whole, (spec.axes[2].size - max(0, last)) // lanes))
     return [(start, end - start) for start, end in ((0, low), (low, high), (high, whole)) if end > start]
 

@@ -134,7 +134,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     n, m, *spatial = spec.from_layout(sch.get_loops(output))
     split = [sch.split(loop, [None, axis.stride]) for loop, axis in zip(spatial, spec.axes, strict=True)]
     (q_d, f_d), (q_h, f_h), (q_w, f_w) = split
-    groups, m_out, _ = divided(spec, tiles)
+    groups, m_out = divided(spec, tiles)
     g, m = sch.split(m, [groups, None])
     m, m_in = sch.split(m, [None, min(tiles.task, m_out)])
     q_d, q_d_in = sch.split(q_d, [None, tiles.depth])
@@ -422,7 +422,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
     block = sch.get(output)
     n, m, *o = spec.from_layout([v.var for v in block.iter_vars])
     index = n.ty.dtype
-    of_groups, m_out, _ = divided(spec, t)
+    of_groups, m_out = divided(spec, t)
     q = [tirx.floordiv(i, a.stride) for i, a in zip(o, spec.axes, strict=True)]
     if t.task >= m_out:
         first_m = tirx.const(0, index)

@@ -83,7 +83,7 @@ def in_stretches(
         """Do it for each channel of the band in a plane, as far as Y has them."""
         channel = tirx.Var("channel", kind)
         count = tirx.min(tirx.const(elements_of_stretch(spec, t), kind), (axis_h.out - h) * axis_w.out)
-        _, of_group, _ = divided(spec, t)
+        _, of_group = divided(spec, t)
         more_channels, more_planes, _ = left_over(spec, t)
         tests = [
             *([tirx.floormod(m, of_group) + channel < of_group] if more_channels else []),

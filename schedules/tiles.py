@@ -289,10 +289,10 @@ def takes_groups(spec: ConvTranspose3d) -> bool:
     return spec.layout == "NDHWC" and 1 < spec.groups == spec.channels_in == spec.channels_out
 
 
-def divided(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int, int]:
-    """Groups, and how many output and input channels each has; what vectors run along is channels of a single one."""
+def divided(spec: ConvTranspose3d, t: Tiles) -> tuple[int, int]:
+    """Groups, and how many output channels each has; what vectors run along is channels of a single one."""
     groups = 1 if t.vector == "groups" else spec.groups
-    return groups, spec.channels_out // groups, spec.c_in
+    return groups, spec.channels_out // groups
 
 
 def sums_of_a_vector(spec: ConvTranspose3d, machine: Machine) -> int:
@@ -350,7 +350,7 @@ def reads_in_place(spec: ConvTranspose3d, t: Tiles) -> bool:
 
 def left_over(spec: ConvTranspose3d, t: Tiles) -> tuple[bool, bool, bool]:
     """Whether tasks go beyond the channels of a group, the planes and the rows of Y."""
-    _, m, _ = divided(spec, t)
+    _, m = divided(spec, t)
     depth, height, _ = spec.axes
     return m % t.task > 0, depth.out % (depth.stride * t.depth) > 0, height.out % (height.stride * t.height) > 0
 

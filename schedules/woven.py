@@ -123,7 +123,7 @@ def _writing(
     analyzer.bind(lane.loop_var, Range(0, t.lanes))
     for loop in [*around, *loops]:
         analyzer.bind(loop.loop_var, Range.from_min_extent(loop.min, loop.extent))
-    _, m_out, _ = divided(spec, t)
+    _, m_out = divided(spec, t)
     first_of_row = [i * axis.stride + f for i, axis, f in zip(q, spec.axes, phase_of(leave.block), strict=True)]
     if t.of_channels:
         # the channel's block, and its place there
