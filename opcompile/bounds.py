@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import CallError, VerificationError
-from opcompile.reference import activate, linear
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.reference import activate, by_channels, linear
+from opcompile.spec import Activation, ConvTranspose3d, at_batch
 
 Array = NDArray[np.float64]
 Tensor = NDArray[Any]
@@ -315,9 +315,9 @@ def _part(spec: ConvTranspose3d, block: Sequence[slice]) -> _Part:
     """Return the part that holds outputs ``block``: images, and rows of D, H and W."""
     crops = [axis.crop(range(s.start, s.stop)) for axis, s in zip(spec.axes, block[1:], strict=True)]
     layer = replace(spec, batch=None, axes=(crops[0][0], crops[1][0], crops[2][0]))
-    x, y, channels = [block[0], *(slice(at.start, at.stop) for _, at in crops)], list(block), slice(0, None)
-    where = 4 if spec.layout == "NDHWC" else 1
-    return _Part(layer, (*x[:where], channels, *x[where:]), (*y[:where], channels, *y[where:]))
+    images, *written = block
+    read, channels = [slice(at.start, at.stop) for _, at in crops], slice(0, None)
+    return _Part(layer, spec.in_layout(images, channels, *read), spec.in_layout(images, channels, *written))
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +335,7 @@ class _Truth:
         spec, x, w = part.spec, inputs.x[part.x].astype(np.float64), inputs.w.astype(np.float64)
         by_channel: Array | float = 0.0
         if inputs.b is not None:
-            by_channel = inputs.b.astype(np.float64)[
-                (...,) if spec.layout == "NDHWC" else (slice(None), None, None, None)
-            ]
+            by_channel = by_channels(spec, inputs.b.astype(np.float64))
         z = linear(spec, x, w)
         z += by_channel
         magnitude = None
@@ -578,7 +576,7 @@ def compare_all(
     answer of the wrong shape, `CallError` where ``exact`` is asked for inputs whose sums may round.
     """
     spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
-    shape = (inputs.batch, *spec.y_shape[1:])
+    shape = at_batch(spec.y_shape, inputs.batch)
     engines = {name: answer.computed_in or spec.sum_dtype for name, answer in answers.items()}
     exactly = {engine: inputs.sums_exactly(_engine(spec, engine)) for engine in engines.values()}
     for name, answer in answers.items():
@@ -639,11 +637,10 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ans
     The oracle is asked for the boxes that hold the indices, one for each image and corner of Y.
     """
     spec, storage = inputs.spec, FORMATS[inputs.spec.dtype]
-    shape = (inputs.batch, *(n or 0 for n in spec.y_shape[1:]))
-    channel = 4 if spec.layout == "NDHWC" else 1
     exactly = [inputs.sums_exactly(_engine(spec, answer.computed_in)) for answer in answers]
-    places = np.stack(np.unravel_index(indices, shape), axis=1)
-    voxels = np.delete(places, channel, axis=1)
+    at = np.unravel_index(indices, at_batch(spec.y_shape, inputs.batch))
+    image, _, *position = spec.from_layout(at)
+    places, voxels = np.stack(at, axis=1), np.stack([image, *position], axis=1)
     corners = np.concatenate([voxels[:, :1], 2 * voxels[:, 1:] // [axis.out for axis in spec.axes]], axis=1)
     found: list[list[Check]] = [[] for _ in answers]
     for corner in np.unique(corners, axis=0):

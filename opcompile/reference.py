@@ -22,7 +22,7 @@ def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = No
     y = linear(spec, x, w)
     if spec.bias and b is not None:
         _require_shape("b", b, (spec.channels_out,))
-        y += _channels(spec, np.asarray(b, np.float64))
+        y += by_channels(spec, np.asarray(b, np.float64))
     return activate(spec.activation, y)
 
 
@@ -71,7 +71,8 @@ def _landing(axis: Axis, tap: int) -> tuple[slice, slice]:
     return slice(first, end), slice(first * axis.stride + shift, end * axis.stride + shift, axis.stride)
 
 
-def _channels(spec: ConvTranspose3d, b: Array) -> Array:
+def by_channels(spec: ConvTranspose3d, b: Array) -> Array:
+    """View a number for each output channel so that it can be added to Y."""
     return b if spec.layout == "NDHWC" else b.reshape(-1, 1, 1, 1)
 
 

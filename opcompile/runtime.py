@@ -399,9 +399,7 @@ def elements(
     ranges: Sequence[range],
 ) -> NDArray[np.int64]:
     """Return where the elements of a box of an activation tensor lie in memory, in the order ``(N, C, D, H, W)``."""
-    strides = [math.prod(at_batch(shape[axis + 1 :], 1)) for axis in range(5)]
-    if spec.layout == "NDHWC":
-        strides = [strides[0], strides[4], *strides[1:4]]
+    strides = spec.from_layout([math.prod(at_batch(shape[axis + 1 :], 1)) for axis in range(5)])
     box = np.ix_(np.array(list(images)), channels, *(np.array(r) for r in ranges))
     return np.asarray(sum(i * stride for i, stride in zip(box, strides, strict=True)), np.int64)
 

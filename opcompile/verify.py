@@ -230,7 +230,7 @@ class InputSet:
 
 
 def _shapes(spec: ConvTranspose3d, batch: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    return (batch, *(n or batch for n in spec.x_shape[1:])), spec.w_shape, (spec.channels_out,)
+    return at_batch(spec.x_shape, batch), spec.w_shape, (spec.channels_out,)
 
 
 def drawn_in(dtype: str) -> type[np.float32 | np.float64]:

@@ -126,7 +126,8 @@ def _ends(axis: Axis) -> list[range]:
 
 
 def _spatial(layer: ConvTranspose3d, shape: Shape) -> Shape:
-    return shape[2:] if layer.layout == "NCDHW" else shape[1:4]
+    _, _, *spatial = layer.from_layout(shape)
+    return tuple(spatial)
 
 
 def _values(
@@ -134,10 +135,8 @@ def _values(
 ) -> Array:
     """Values of a box of an activation tensor, as ``(N, C, D, H, W)``; zero (of dY) where it has no element."""
     layer, shape = gradient.layer, gradient.operands[name]
-    inside = [
-        (np.array(r) >= 0) & (np.array(r) < (n or 0)) for r, n in zip(ranges, _spatial(layer, shape), strict=True)
-    ]
-    d, h, w = inside
+    spatial = _spatial(layer, shape)
+    d, h, w = ((np.array(r) >= 0) & (np.array(r) < (n or 0)) for r, n in zip(ranges, spatial, strict=True))
     there = d[:, None, None] & h[:, None] & w
     places = elements(layer, shape, images, channels, ranges)
     values = golden_values(np.where(there, places, 0), SALTS[name], amplitude(gradient, name))
