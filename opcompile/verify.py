@@ -39,6 +39,7 @@ from schedules.counted import counted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from opcompile.gradients.gradient import Gradient
     from opcompile.gradients.runtime import Derivative
     from opcompile.runtime import Artifact
 
@@ -48,7 +49,7 @@ Tensor = NDArray[Any]
 
 ENGINES = ("reference", "onnxruntime")
 
-# Above either of these a layer is asked two input sets, and otherwise all: the oracle takes seconds there.
+# Above either of these two input sets are asked, and otherwise all: the oracle takes seconds there.
 _LARGE_FLOPS = 2**28
 _LARGE_BYTES = 2**22
 
@@ -265,26 +266,42 @@ def _normal(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tupl
 def _impulse(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Y is the kernel, once: what lands in the wrong place is seen at once."""
     x, w, b = _normal(spec, rng, batch)
-    impulse = np.zeros_like(x)
-    impulse.reshape(-1)[rng.integers(x.size)] = 1
-    return impulse, w, b
+    return impulse(x, rng), w, b
+
+
+def impulse(like: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return zeros and, anywhere, a single one."""
+    drawn = np.zeros_like(like)
+    drawn.reshape(-1)[rng.integers(drawn.size)] = 1
+    return drawn
 
 
 def _alternating(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Neighbours cancel: sums far smaller than their terms, where the order of summation shows most."""
     x, w, b = _normal(spec, rng, batch)
+    return checkerboard(x.shape), np.abs(w), b
+
+
+def checkerboard(shape: tuple[int, ...]) -> Tensor:
+    """Return 1 and -1 in turns, along every axis."""
     parity = np.zeros((), np.int64)
-    for size in x.shape:
+    for size in shape:
         parity = parity[..., None] + np.arange(size)
-    checkerboard: Tensor = 1 - 2 * (parity % 2)
-    return checkerboard, np.abs(w), b
+    signs: Tensor = 1 - 2 * (parity % 2)
+    return signs
 
 
 def _wide(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Magnitudes over 2^-20 .. 2^20 (2^-6 .. 2^6 in float16, whose largest number is 65504)."""
+    """Magnitudes far apart: sums that one of their terms decides."""
     x, w, b = _normal(spec, rng, batch)
-    most = 6 if spec.dtype == "float16" else 20
-    return np.ldexp(x, rng.integers(-most, most + 1, x.shape, np.int32)), w, b
+    return scaled(x, spec.dtype, rng), w, b
+
+
+def scaled(values: Tensor, dtype: str, rng: np.random.Generator) -> Tensor:
+    """Multiply each value by any of 2^-20 .. 2^20 (2^-6 .. 2^6 in float16, whose largest number is 65504)."""
+    most = 6 if dtype == "float16" else 20
+    drawn: Tensor = np.ldexp(values, rng.integers(-most, most + 1, values.shape, np.int32))
+    return drawn
 
 
 def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,22 +314,28 @@ def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
     return x * x.dtype.type(smallest), w, b * 0
 
 
-def _is_large(spec: ConvTranspose3d) -> bool:
-    return spec.flops > _LARGE_FLOPS or spec.bytes() > _LARGE_BYTES
+def is_large(work: ConvTranspose3d | Gradient) -> bool:
+    """Whether a layer, or a derivative, is asked two input sets only."""
+    return work.flops > _LARGE_FLOPS or work.bytes() > _LARGE_BYTES
+
+
+def rule_of(work: ConvTranspose3d | Gradient, what: str) -> str:
+    """Say which input sets ``work`` is asked, and why: ``what`` it is."""
+    if not is_large(work):
+        return "all input sets"
+    size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
+    return f"two input sets, because the {what} is larger than {size}"
 
 
 def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSet]]:
     """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
-    large = _is_large(spec)
+    large = is_large(spec)
     main, *others = [spec.batch] if spec.batch else [2, 1, 3]
     integers = [("integers", _integers)] if _largest_integer(spec) else []
     asked = [InputSet(name, draw, main, exact=True) for name, draw in integers]
     if large:
         asked.append(InputSet("normal", _normal, main, compiled))
-        size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
-        rule = f"two input sets, because the layer is larger than {size}"
     else:
-        rule = "all input sets"
         asked += [InputSet("ones", _ones, main, exact=True)] if integers else []
         reals = {"normal": _normal, "impulse": _impulse, "alternating": _alternating, "wide": _wide, "tiny": _tiny}
         asked += [InputSet(name, draw, main) for name, draw in reals.items()]
@@ -320,7 +343,7 @@ def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSe
     for batch in others:
         asked += [InputSet(name, draw, batch, exact=True) for name, draw in integers]
         asked += [] if large else [InputSet("normal", _normal, batch, compiled)]
-    return rule, asked
+    return rule_of(spec, "layer"), asked
 
 
 # --- those who are asked ---
@@ -583,7 +606,7 @@ def verify(
             runtime = asked.runtime
             rows += asked.rows
             not_asked += [n for n in asked.not_asked if n not in not_asked]
-        if not _is_large(spec):
+        if not is_large(spec):
             rows += _ask_nan(artifact, np.random.default_rng([seed, len(questions)]), threads)
         rows += ask_golden(artifact, own) if finite else ()
     except (EngineError, TargetError) as error:

@@ -26,15 +26,23 @@ from opcompile.reference import activate
 from opcompile.runtime import stored
 from opcompile.spec import at_batch
 from opcompile.target import cores
-from opcompile.verify import NotAsked, Report, Row, distinct, drawn_in, here
+from opcompile.verify import (
+    NotAsked,
+    Report,
+    Row,
+    checkerboard,
+    distinct,
+    drawn_in,
+    here,
+    impulse,
+    is_large,
+    rule_of,
+    scaled,
+)
 from schedules.counted import counted
 
 Tensor = NDArray[Any]
 Operands = dict[str, Tensor]
-
-# Above either of these a derivative is asked two input sets, and otherwise all: the oracle takes seconds there.
-_LARGE_FLOPS = 2**28
-_LARGE_BYTES = 2**22
 
 
 # --- the operands ---
@@ -75,26 +83,20 @@ def _normal(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operand
 def _impulse(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
     """One element of dY alone: what lands in the wrong place is seen at once."""
     drawn = _normal(gradient, rng, batch)
-    impulse = np.zeros_like(drawn["dy"])
-    impulse.reshape(-1)[rng.integers(impulse.size)] = 1
-    return {**drawn, "dy": impulse}
+    return {**drawn, "dy": impulse(drawn["dy"], rng)}
 
 
 def _alternating(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
     """Neighbours cancel: sums far smaller than their terms, where the order of summation shows most."""
     drawn = _normal(gradient, rng, batch)
-    parity = np.zeros((), np.int64)
-    for size in drawn["dy"].shape:
-        parity = parity[..., None] + np.arange(size)
     factors: Operands = {name: np.abs(drawn[name]) for name in ("w", "x") if name in drawn}
-    return {**drawn, "dy": np.abs(drawn["dy"]) * (1 - 2 * (parity % 2)), **factors}
+    return {**drawn, "dy": np.abs(drawn["dy"]) * checkerboard(drawn["dy"].shape), **factors}
 
 
 def _wide(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
-    """Magnitudes over 2^-20 .. 2^20 (2^-6 .. 2^6 in float16, whose largest number is 65504)."""
+    """Magnitudes far apart: sums that one of their terms decides."""
     drawn = _normal(gradient, rng, batch)
-    most = 6 if gradient.layer.dtype == "float16" else 20
-    return {**drawn, "dy": np.ldexp(drawn["dy"], rng.integers(-most, most + 1, drawn["dy"].shape, np.int32))}
+    return {**drawn, "dy": scaled(drawn["dy"], gradient.layer.dtype, rng)}
 
 
 _Draw = Callable[[Gradient, np.random.Generator, int], Operands]
@@ -110,20 +112,15 @@ class _Question:
 
 def _questions(gradient: Gradient) -> tuple[str, list[_Question]]:
     """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
-    large = gradient.flops > _LARGE_FLOPS or gradient.bytes() > _LARGE_BYTES
     layer = gradient.layer
     main, *others = [layer.batch] if layer.batch else [2, 1, 3]
     exact = layer.activation.name in EXACT_ACTIVATIONS
     asked = [_Question("integers", _integers, main, exact), _Question("normal", _normal, main)]
-    if large:
-        size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
-        rule = f"two input sets, because the derivative is larger than {size}"
-    else:
-        rule = "all input sets"
+    if not is_large(gradient):
         rest = {"impulse": _impulse, "alternating": _alternating, "wide": _wide}
         asked += [_Question(name, draw, main) for name, draw in rest.items()]
     asked += [_Question("integers", _integers, batch, exact) for batch in others]
-    return rule, asked
+    return rule_of(gradient, "derivative"), asked
 
 
 # --- the questions, one after the other ---
