@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from opcompile.bench import BenchReport
     from opcompile.build import Built
     from opcompile.cases import Case
-    from opcompile.describe import Contents
     from opcompile.importers.onnx import Shapes
     from opcompile.record import Record
     from opcompile.source import Source
@@ -59,7 +58,7 @@ BUG, INTERRUPTED, GONE = 70, 130, 141
 # The width of a table that goes into a file or a pipe, unless COLUMNS says otherwise.
 _PIPED_WIDTH = 160
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 # --- the door: every way out has its code, and no mistake of the user shows a traceback ---
@@ -339,18 +338,14 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     from opcompile.verify import verify as check
 
     places = artifacts(directory)
-    reports: dict[str, Report] = {}
-    unread: dict[str, str] = {}
+
+    def verified(place: Path) -> Report:
+        report = check(simulated(place) if simulate else load_any(place))
+        _store(place, report)
+        return report
+
     with _progress("verifying") as show:
-        for number, (name, place) in enumerate(places.items()):
-            show(number, len(places), f"verify {name}")
-            try:
-                reports[name] = check(simulated(place) if simulate else load_any(place))
-                _store(place, reports[name])
-            except ArtifactError as error:
-                if len(places) == 1:
-                    raise
-                unread[name] = str(error)
+        reports, unread = _each(places, verified, lambda number, name: show(number, len(places), f"verify {name}"))
         show(len(places), len(places), None)
     passed = not unread and all(report.passed for report in reports.values())
     listed = {n: reports[n].to_json() if n in reports else {"passed": False, "reason": unread[n]} for n in places}
@@ -854,15 +849,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
 def _inspect_artifacts(places: dict[str, Path], as_json: bool) -> int:
     from opcompile.describe import contents
 
-    held: dict[str, Contents] = {}
-    unread: dict[str, str] = {}
-    for name, place in places.items():
-        try:
-            held[name] = contents(place)
-        except ArtifactError as error:
-            if len(places) == 1:
-                raise
-            unread[name] = str(error)
+    held, unread = _each(places, contents)
 
     def shown() -> Iterator[RenderableType]:
         for each in held.values():
@@ -936,6 +923,26 @@ def doctor(as_json: bool) -> int:
 
 
 # --- arrays and directories that a user names ---
+
+
+def _each(
+    places: dict[str, Path], of: Callable[[Path], T], begin: Callable[[int, str], None] = lambda _number, _name: None
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Return what ``of`` gives for each artifact, and for those that cannot be read why.
+
+    ``begin`` is told before each. Raises `ArtifactError` where there is one artifact only, and that cannot be read.
+    """
+    found: dict[str, T] = {}
+    unread: dict[str, str] = {}
+    for number, (name, place) in enumerate(places.items()):
+        begin(number, name)
+        try:
+            found[name] = of(place)
+        except ArtifactError as error:
+            if len(places) == 1:
+                raise
+            unread[name] = str(error)
+    return found, unread
 
 
 def _one_artifact(directory: str) -> Path:
