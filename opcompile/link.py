@@ -52,7 +52,7 @@ def link_library(
     are the texts of this library, by file name, which may include those headers. Raises `EngineError` when no linker
     is there for this target, or when it fails, with its own words.
     """
-    linker = tuple(_linker(target))
+    linker = tuple(linker_for(target))
     shared = {path.name: path.read_text() for path in (*common, *_SHARED)}
     kernels = {f"kernel{number}.o": code for number, code in enumerate(objects)}
     listed, flags = (_for_mach_o if target.system == "darwin" else _for_elf)(exports)
@@ -96,7 +96,7 @@ def _made(command: Sequence[str], files: Mapping[str, str | bytes], target: Targ
         return (folder / _MADE).read_bytes()
 
 
-def _linker(target: Target) -> list[str]:
+def linker_for(target: Target) -> list[str]:
     """Return the command that compiles C and links for ``target``, without its arguments."""
     if (target.architecture, target.system) == host():
         if command := command_in("CC"):

@@ -481,9 +481,7 @@ class Artifact(OnCpu):
         shapes = {"x": spec.x_shape, "w": spec.w_shape, "b": (spec.channels_out,), "out": spec.y_shape}
         super().__init__(directory, manifest, library, threads, spec.dtype, shapes)
         self._image = tuple(size for size in spec.y_shape[1:] if size is not None)
-        self._weights: tuple[Packed | None, Borrowed | None] = (None, None)
-        if manifest["weights"]:
-            self._weights = self._read_weights()
+        self._weights = self._read_weights()
 
     def __repr__(self) -> str:
         """Name the layer, the target and the place."""

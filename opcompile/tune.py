@@ -355,10 +355,10 @@ def _compile(target: dict[str, Any], folder: str, linker: list[str] | None, modu
 
 def _linker(machine: Target) -> list[str] | None:
     """Return the command that links for ``machine``; None where only its own kind can. Raises `EngineError`."""
-    from opcompile.link import _linker as command
+    from opcompile.link import linker_for
 
     foreign = (machine.architecture, machine.system) != host()
-    return None if foreign and importlib.util.find_spec("ziglang") is None else command(machine)
+    return None if foreign and importlib.util.find_spec("ziglang") is None else linker_for(machine)
 
 
 def _importable() -> Callable[[], None]:
