@@ -30,15 +30,11 @@ from opcompile.gpus import BF16, GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
 from schedules.gpu_tiles import GpuTiles, candidates
-from schedules.tiles import (
-    LATER,
+from schedules.layer import phases_at_once
+from schedules.rules import (
     MOST_WOVEN,
-    Tiles,
     copies_chunks,
-    divided,
     halved,
-    left_over,
-    phases_at_once,
     reads_in_place,
     streams,
     streams_stretches,
@@ -48,6 +44,7 @@ from schedules.tiles import (
     weights_by_taps,
     woven_by_tiles,
 )
+from schedules.tiles import LATER, Tiles, divided, left_over
 
 FORMAT = 1
 FOLDER_VARIABLE = "OPCOMPILE_RECORDS"

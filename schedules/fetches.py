@@ -15,6 +15,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules.division import over
+from schedules.layer import joined, length_of_row, reach, tiles_of_band
 from schedules.statements import (
     ADDING_ANY,
     LEAVING,
@@ -28,7 +29,7 @@ from schedules.statements import (
     replaced,
     with_turns,
 )
-from schedules.tiles import CACHE_LINE, by_rows, divided, joined, length_of_row, reach, tiles_of_band
+from schedules.tiles import CACHE_LINE, by_rows, divided
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d

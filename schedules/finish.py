@@ -20,7 +20,9 @@ from schedules.chunks import by_chunks
 from schedules.division import over
 from schedules.fetches import asking, channels_ahead, later, of_later_channel
 from schedules.imported import importing
+from schedules.layer import joined, length_of_row, reach
 from schedules.pairs import added, narrowed
+from schedules.rules import LEAST_WOVEN_LAST, puts_together, weaves
 from schedules.squares import in_squares
 from schedules.statements import (
     ADDING,
@@ -42,7 +44,6 @@ from schedules.statements import (
     with_turns,
     within,
 )
-from schedules.tiles import LEAST_WOVEN_LAST, joined, length_of_row, puts_together, reach, weaves
 from schedules.woven import written_by_tiles
 
 if TYPE_CHECKING:

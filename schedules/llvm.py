@@ -31,23 +31,13 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm import tirx
 
+from schedules.candidates import baseline, candidates
+from schedules.cycles import Estimate
 from schedules.finish import VECTORS, finish
+from schedules.layer import joined, length_of_row, phases_at_once, reach
+from schedules.rules import square
 from schedules.squares import SQUARES
-from schedules.tiles import (
-    CACHE_LINE,
-    Estimate,
-    Tiles,
-    baseline,
-    by_rows,
-    candidates,
-    divided,
-    factors,
-    joined,
-    length_of_row,
-    phases_at_once,
-    reach,
-    square,
-)
+from schedules.tiles import CACHE_LINE, Tiles, by_rows, divided, factors
 from schedules.unchecked import claim
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 
 from tvm import tirx
 
-from schedules.tiles import CACHE_LINE, MOST_WOVEN
+from schedules.rules import MOST_WOVEN
+from schedules.tiles import CACHE_LINE
 
 # float32 elements of a cache line.
 _A_LINE = CACHE_LINE // 4

@@ -18,6 +18,8 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules.fetches import later
+from schedules.layer import phases_at_once
+from schedules.rules import puts_together
 from schedules.statements import (
     OF_PHASE,
     ROW,
@@ -34,7 +36,7 @@ from schedules.statements import (
     within,
 )
 from schedules.stretches import in_stretches, stretches
-from schedules.tiles import divided, left_over, phases_at_once, puts_together
+from schedules.tiles import divided, left_over
 
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d

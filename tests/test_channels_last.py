@@ -18,8 +18,8 @@ from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, baseline, candidates
+from schedules.rules import weaves, weights_by_taps
 from schedules.statements import every, replaced
-from schedules.tiles import weaves, weights_by_taps
 from tests.test_finish import statements
 
 V4 = target("llvm:x86-64-v4")

@@ -24,9 +24,9 @@ from opcompile.lower import KERNEL, scheduled
 from opcompile.spec import ACTIVATIONS, Activation, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
+from schedules.layer import tiles_of_band
 from schedules.llvm import Tiles
 from schedules.statements import ADDING, begin, every, replaced
-from schedules.tiles import tiles_of_band
 
 MACHINE = target("llvm:x86-64-v4").machine
 LANES = MACHINE.vector_bytes // 4

@@ -17,7 +17,7 @@ from opcompile.reference import reference
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from schedules.llvm import Tiles, baseline, candidates
-from schedules.tiles import takes_groups
+from schedules.rules import takes_groups
 from tests.test_finish import statements
 
 V4 = target("llvm:x86-64-v4")

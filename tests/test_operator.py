@@ -27,7 +27,9 @@ from opcompile.reference import linear, reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
 from schedules import llvm
-from schedules.tiles import _beside, candidates, copies_chunks, weights_by_taps
+from schedules.candidates import candidates
+from schedules.layer import _beside
+from schedules.rules import copies_chunks, weights_by_taps
 
 # whose vectors hold 16 sums, as tiles here do; where they are narrower, LLVM splits them
 WIDE = target("llvm:x86-64-v4")

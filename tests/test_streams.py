@@ -17,7 +17,8 @@ from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, target
 from schedules import llvm
 from schedules.llvm import Tiles
-from schedules.tiles import CACHE_LINE, elements_of_stretch, puts_together, streams
+from schedules.rules import puts_together, streams
+from schedules.tiles import CACHE_LINE, elements_of_stretch
 
 candidates = lru_cache(llvm.candidates)
 V4, V3 = target("llvm:x86-64-v4"), target("llvm:x86-64-v3")

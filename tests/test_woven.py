@@ -16,9 +16,9 @@ from opcompile.record import illegal
 from opcompile.reference import reference
 from opcompile.spec import ACTIVATIONS, ConvTranspose3d
 from opcompile.target import target
+from schedules.candidates import candidates
 from schedules.llvm import Tiles
 from schedules.statements import every
-from schedules.tiles import candidates
 
 WIDE = target("llvm:x86-64-v4")
 SMALL = ConvTranspose3d.parse("in=1x4x2x4x32 co=6 k=2 s=2")
