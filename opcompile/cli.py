@@ -17,34 +17,30 @@ Whatever is heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from opcompile import __version__, interrupts
-from opcompile.errors import ArtifactError, CallError, EngineError, OpcompileError
+from opcompile import __version__
+from opcompile.door import Door
+from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.gpus import is_gpu
-from opcompile.needed import bfloat16, missing
+from opcompile.needed import bfloat16
+from opcompile.tables import built_table, cases_table, measured_table, records_table, report_tables
+from opcompile.terminal import plain, print_result, progress, tell, title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from rich.console import Console, RenderableType
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from opcompile.bench import BenchReport
-    from opcompile.build import Built
     from opcompile.cases import Case
     from opcompile.importers.onnx import Shapes
     from opcompile.record import Record
@@ -53,159 +49,7 @@ if TYPE_CHECKING:
     from opcompile.trials import Progress as TuneProgress
     from opcompile.verify import Report
 
-BUG, INTERRUPTED, GONE = 70, 130, 141
-
-# The width of a table that goes into a file or a pipe, unless COLUMNS says otherwise.
-_PIPED_WIDTH = 160
-
 T = TypeVar("T")
-
-
-# --- the door: every way out has its code, and no mistake of the user shows a traceback ---
-
-
-class _Command(click.Command):
-    """A command whose first sentence stands whole in the list of commands: the list wraps, click would cut it."""
-
-    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002 (click's own word)
-        """Return the first sentence, however long."""
-        return super().get_short_help_str(sys.maxsize)
-
-
-class _Door(click.Group):
-    """A group that turns exceptions into exit codes; commands return theirs, None for 0."""
-
-    command_class = _Command
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run a command and end the process with its exit code, or return its result outside of standalone mode."""
-
-        def command() -> Any:
-            return super(_Door, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
-
-        if not standalone_mode:
-            return command()
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # it was closed when the process began
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be anything
-        sys.exit(_exit_code(command))
-
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Read the words before a command, of which some print and end."""
-        with _pipe_named():
-            return super().make_context(*args, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
-        with _pipe_named():
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-
-
-class _Gone(Exception):
-    """Whoever read the output has gone."""
-
-
-@contextmanager
-def _pipe_named() -> Iterator[None]:
-    """Let a closed pipe keep its own name, for click would end with 1."""
-    try:
-        yield
-    except BrokenPipeError as error:
-        raise _Gone from error
-
-
-def _tell(message: str) -> None:
-    """Say on stderr what goes beside the result; where it takes nothing, the result and its exit code stand."""
-    with suppress(OSError):
-        click.echo(message, err=True)
-
-
-def _exit_code(command: Callable[[], Any]) -> int:
-    """Run ``command``, say what is to be said, and return the exit code."""
-    with _interrupts() as seen:
-        code, message = _outcome(command, seen)
-    if seen:
-        # whatever a compiler or a linker made of it
-        code, message = 128 + seen[0], "interrupted" if seen[0] == signal.SIGINT else "terminated"
-    if message:
-        _tell(f"opcompile: {message}")
-    return code
-
-
-def _outcome(command: Callable[[], Any], seen: list[int]) -> tuple[int, str]:
-    """Run ``command`` and turn what comes out of it into an exit code and a message."""
-    try:
-        code = command()
-        return code if isinstance(code, int) else 0, ""
-    except click.ClickException as error:
-        with suppress(OSError):
-            error.show()
-        return error.exit_code, ""
-    except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
-    except OpcompileError as error:
-        return error.exit_code, str(error)
-    except _Gone:
-        with suppress(OSError):  # a stdout that is no file
-            # Python flushes it once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return GONE, ""
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return 2, f"{where}{error.strerror or error}"
-    except MemoryError as error:
-        return 3, f"out of memory: {error}"
-    except Exception as error:  # the border: what arrives here is a bug, and is called one
-        if named := missing(error):
-            return named.exit_code, str(named)
-        if os.environ.get("OPCOMPILE_DEBUG") and not seen:
-            raise
-        kind = type(error).__name__
-        return BUG, f"{kind}: {error}\nThis is a mistake in opcompile; OPCOMPILE_DEBUG=1 shows where"
-
-
-# What each signal finds where nobody else waits for it.
-_ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-
-# Two may be one wish: `timeout` sends its signal to the command and to its group.
-_PATIENCE = 2
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Remember Ctrl-C and SIGTERM, and raise `KeyboardInterrupt`, so that nothing temporary stays behind.
-
-    TVM turns that into an error without a name. Who sends a third does not want to wait for that.
-    """
-    seen = interrupts.seen
-    seen.clear()
-
-    def note(number: int, _frame: object) -> None:
-        if len(seen) == _PATIENCE:
-            os._exit(128 + seen[0])
-        interrupts.note(number)
-
-    here = threading.current_thread() is threading.main_thread()
-    # a host with a handler of its own, or a shell that runs us in the background, keeps what it has
-    ours = {number: before for number, before in _ENDING.items() if here and signal.getsignal(number) is before}
-    for number in ours:
-        signal.signal(number, note)
-    try:
-        yield seen
-    finally:
-        for number, before in ours.items():
-            signal.signal(number, before)
 
 
 # --- words that several commands share ---
@@ -254,7 +98,7 @@ _shapes = click.option(
 _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
 
 
-@click.group(cls=_Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="opcompile", message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile 3-D transposed convolutions ahead of time, and prove them equal to ONNX Runtime.
@@ -297,7 +141,7 @@ def compile_(
     """
     from opcompile.build import compile_all
 
-    with _progress("compiling") as show:
+    with progress("compiling") as show:
         built = compile_all(
             source,
             into,
@@ -309,7 +153,7 @@ def compile_(
             verify=not no_verify,
             progress=lambda s: show(s.done, s.total, f"{s.step} {s.name}" if s.step != "done" else None),
         )
-    _emit(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: _built_table(built, into))
+    print_result(as_json, {"directory": into, "layers": [b.to_json() for b in built]}, lambda: built_table(built, into))
     if any(b.status == "wrong" for b in built):
         return 1
     if any(b.report and b.report.unverified is not None for b in built):
@@ -344,12 +188,12 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
         _store(place, report)
         return report
 
-    with _progress("verifying") as show:
+    with progress("verifying") as show:
         reports, unread = _each(places, verified, lambda number, name: show(number, len(places), f"verify {name}"))
         show(len(places), len(places), None)
     passed = not unread and all(report.passed for report in reports.values())
     listed = {n: reports[n].to_json() if n in reports else {"passed": False, "reason": unread[n]} for n in places}
-    _emit(as_json, {"passed": passed, "artifacts": listed}, lambda: _report_tables(reports, unread))
+    print_result(as_json, {"passed": passed, "artifacts": listed}, lambda: report_tables(reports, unread))
     if any(report.failures for report in reports.values()):
         return 1
     return 2 if unread else 0 if passed else 3
@@ -403,7 +247,7 @@ def run(
         raise
     _write_array(y_path, y)
     content = {"output": y_path, "shape": y.shape, "dtype": y.dtype.name}
-    _emit(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])
+    print_result(as_json, content, lambda: [f"{y_path}: {y.dtype.name} {y.shape}"])
 
 
 @cli.command()
@@ -478,7 +322,7 @@ def _tuned(
     from opcompile.source import brief
 
     records: list[Record] = []
-    with _progress("tuning") as show:
+    with progress("tuning") as show:
         for number, spec in enumerate(specs, 1):
             of = f" ({number} of {len(specs)})" if len(specs) > 1 else ""
             home = Path(work_dir) / record.key(str(spec)) if work_dir else None
@@ -500,21 +344,21 @@ def _tuned(
 
 def _emit_records(records: Sequence[Record], as_json: bool) -> None:
     content = [{**json.loads(r.to_json()), "path": str(r.path)} for r in records]
-    _emit(as_json, {"records": content}, lambda: _records_table(records))
+    print_result(as_json, {"records": content}, lambda: records_table(records))
 
 
 def _emit_job(specs: Sequence[ConvTranspose3d], target: str, trials: int, seed: int, into: str, as_json: bool) -> None:
     from opcompile.job import Job
     from opcompile.tune_gpu import emit
 
-    with _progress("building") as show:
+    with progress("building") as show:
         show(0, trials, f"candidates for {target}")
         place = emit(specs, target, trials, into=into, seed=seed, progress=lambda p: show(p.done, p.total, None))
     job = Job.read(place)
     candidates = [c for layer in job.layers for c in layer.candidates]
     said = f"{into}: {sum(not c.error for c in candidates)} of {len(candidates)} candidates built"
     then = f"where the GPU is: opcompile measure {into} -o results.json"
-    _emit(as_json, {"directory": into, "job": job.to_json()}, lambda: [_plain(said), _plain(then)])
+    print_result(as_json, {"directory": into, "job": job.to_json()}, lambda: [plain(said), plain(then)])
 
 
 @cli.command()
@@ -531,10 +375,10 @@ def measure(directory: str, output: str, as_json: bool) -> int:
     from opcompile.measure import measure as measured
 
     _require_place(output)
-    with _progress("measuring") as show:
+    with progress("measuring") as show:
         show(0, 1, f"candidates in {directory}")
         found = measured(directory, output, progress=lambda p: show(p.done, p.total, None, _best(p)))
-    _emit(as_json, found, lambda: _measured_table(found, output))
+    print_result(as_json, found, lambda: measured_table(found, output))
     return 0 if all(layer["finals"] for layer in found["layers"]) else 1
 
 
@@ -602,7 +446,7 @@ def bench(
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
-    with _progress("timing") as show:
+    with progress("timing") as show:
         for number, (name, spec) in enumerate(layers.items()):
             show(number, len(layers), f"time {name}")
             reports[name] = time_one(spec)
@@ -615,16 +459,16 @@ def bench(
 
     def shown() -> Iterator[RenderableType]:
         if markdown:
-            yield _plain(summary.markdown(reports))
+            yield plain(summary.markdown(reports))
             return
         for name, report in reports.items():
             if len(reports) > 1:
-                yield _title(name)
+                yield title(name)
             yield report.table()
         if len(reports) > 1:
             yield summary.table(reports)
 
-    _emit(as_json, content, shown)
+    print_result(as_json, content, shown)
     return 0 if at_least is None else _judged(reports, at_least)
 
 
@@ -698,7 +542,7 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], sh
     layer, spec = read(source, nodes, shapes).only()
     written = export_onnx(spec, path, opset=opset, weight=layer.weight, bias=layer.bias)
     content = {"output": str(written), "spec": str(spec), "opset": opset}
-    _emit(as_json, content, lambda: [f"{written}: {spec}"])
+    print_result(as_json, content, lambda: [f"{written}: {spec}"])
 
 
 @cli.command()
@@ -749,7 +593,7 @@ def replace(
     """
     from opcompile.replace import replace as replace_nodes
 
-    with _progress("replacing") as show:
+    with progress("replacing") as show:
         report = replace_nodes(
             model,
             into,
@@ -764,7 +608,7 @@ def replace(
             seconds=seconds,
             progress=show,
         )
-    _emit(as_json, report.to_json(), report.renderables)
+    print_result(as_json, report.to_json(), report.renderables)
     if report.wrong or report.slower:
         return 1
     if report.unanswered is not None:
@@ -839,10 +683,10 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     def shown() -> Iterator[RenderableType]:
         for name, description in described.items():
             if len(given.layers) > 1:
-                yield _title(name)
+                yield title(name)
             yield from description.renderables()
 
-    _emit(as_json, {"layers": content}, shown)
+    print_result(as_json, {"layers": content}, shown)
     return 0
 
 
@@ -854,10 +698,10 @@ def _inspect_artifacts(places: dict[str, Path], as_json: bool) -> int:
     def shown() -> Iterator[RenderableType]:
         for each in held.values():
             yield from each.renderables()
-        yield from (_plain(f"{name}: {reason}") for name, reason in unread.items())
+        yield from (plain(f"{name}: {reason}") for name, reason in unread.items())
 
     listed = {n: held[n].to_json() if n in held else {"reason": unread[n]} for n in places}
-    _emit(as_json, listed, shown)
+    print_result(as_json, listed, shown)
     return 0 if not unread and all(each.whole for each in held.values()) else 2
 
 
@@ -878,10 +722,10 @@ def diff_(source: str, no_measure: bool, nodes: tuple[str, ...], shapes: Shapes,
     from opcompile.source import read
 
     _, spec = read(source, nodes, shapes).only()
-    with _progress("comparing") as show:
+    with progress("comparing") as show:
         show(0, 1, "compare the words" if no_measure else "ask every system that is installed")
         found = diff(spec, measure=not no_measure)
-    _emit(as_json, found.to_json(), found.renderables)
+    print_result(as_json, found.to_json(), found.renderables)
 
 
 @cli.command()
@@ -891,7 +735,7 @@ def cases(tags: tuple[str, ...], as_json: bool) -> None:
     """List the named layers: real ones with their origin, and corners of the operator."""
     found = _tagged(tags)
     content = [{"name": c.name, "spec": str(c.spec), "tags": sorted(c.tags), "origin": c.origin} for c in found]
-    _emit(as_json, {"cases": content}, lambda: [_cases_table(found)])
+    print_result(as_json, {"cases": content}, lambda: [cases_table(found)])
 
 
 def _tagged(tags: Sequence[str]) -> list[Case]:
@@ -914,11 +758,11 @@ def doctor(as_json: bool) -> int:
     from opcompile.doctor import doctor as examine
     from opcompile.doctor import table
 
-    with _progress("examining") as show:
+    with progress("examining") as show:
         show(0, 1, "compile a small layer")
         findings = examine()
     healthy = all(f.state != "missing" for f in findings)
-    _emit(as_json, {"healthy": healthy, "findings": [asdict(f) for f in findings]}, lambda: [table(findings)])
+    print_result(as_json, {"healthy": healthy, "findings": [asdict(f) for f in findings]}, lambda: [table(findings)])
     return 0 if healthy else 3
 
 
@@ -1004,13 +848,16 @@ def _require_place(path: str) -> None:
         raise CallError(f"cannot write {path}: that is not permitted; name a file in a folder that is yours")
 
 
+# --- what is said beside the result ---
+
+
 def _store(place: Path, report: Report) -> None:
     from opcompile.artifact import store
 
     try:
         store(place, report)
     except ArtifactError as error:
-        _tell(f"opcompile: the report was not stored: {error}")
+        tell(f"opcompile: the report was not stored: {error}")
 
 
 def _best(progress: TuneProgress) -> str:
@@ -1020,203 +867,13 @@ def _best(progress: TuneProgress) -> str:
     return (f"best {duration(progress.best_us)}" if progress.best_us else progress.step) + failed
 
 
-# --- printing ---
-
-
 def _mention(source: Source) -> None:
     """Name the nodes that a command passes over, each with its reason."""
     for layer in source.refused:
-        _tell(f"opcompile: {layer.name} cannot be compiled: {layer.reason}")
+        tell(f"opcompile: {layer.name} cannot be compiled: {layer.reason}")
 
 
-def _emit(as_json: bool, content: Any, renderables: Callable[[], Iterable[RenderableType]]) -> None:
-    """Print JSON, or what a person reads."""
-    if as_json:
-        click.echo(json.dumps(content, indent=1, allow_nan=False))
-        return
-    from rich.text import Text
-
-    console = _console()
-    for renderable in renderables():
-        # the terminal wraps a text, so that a path in it stays in one piece
-        console.print(renderable, soft_wrap=isinstance(renderable, (str, Text)))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    class Piped(Console):
-        def on_broken_pipe(self) -> None:
-            # rich would end with 1, which here means a wrong result
-            raise _Gone
-
-    # of rich's own widths one is 0, where COLUMNS is, and nothing would be printed
-    width = shutil.get_terminal_size((_PIPED_WIDTH, 0)).columns
-    return Piped(width=width, highlight=False, emoji=False, file=sys.stdout)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[..., None]]:
-    """Show how far long work is: a bar on a terminal, otherwise a line for each thing that begins.
-
-    The function takes (done, total, what begins or None, a detail that only the bar shows).
-    """
-    if not sys.stderr.isatty():
-        yield lambda _done, _total, name, _detail="": _tell(name) if name else None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    name_column, detail_column = (
-        TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[detail]")
-    )
-    columns = (name_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), detail_column)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, detail="")
-
-        def show(done: int, total: int, name: str | None, detail: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=name or bar.tasks[0].description, detail=detail)
-
-        yield show
-
-
-def _plain(text: str) -> RenderableType:
-    from rich.text import Text
-
-    return Text(text)
-
-
-def _title(text: str) -> RenderableType:
-    from rich.rule import Rule
-    from rich.text import Text
-
-    return Rule(Text(text), align="left")
-
-
-def _table(*headings: str, right: Sequence[str] = ()) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
-    return table
-
-
-def _share(worst: float | None) -> str:
-    return "-" if worst is None else "equal" if worst == 0 else f"{worst:.1%}" if worst < 10 else "beyond"
-
-
-_COLOURS = {"verified": "green", "wrong": "red", "not verified": "yellow", "not compiled": "yellow"}
-
-
-def _built_table(built: Sequence[Built], into: str) -> Iterator[RenderableType]:
-    from rich.markup import escape
-
-    from opcompile.source import brief
-    from opcompile.units import binary
-
-    table = _table("layer", "plan", "size", "oracle", "ONNX RT", "verdict", right=("size", "oracle", "ONNX RT"))
-    for b in built:
-        name = escape(b.name) + (f"\n[dim]{brief(b.spec)}[/]" if b.spec else "")
-        verdict = f"[{_COLOURS[b.status]}]{b.status}[/]"
-        if b.manifest is None:
-            table.add_row(name, "-", "-", "-", "-", verdict)
-            continue
-        plan = f"{b.manifest['plan']['name']}\n{b.manifest['plan']['schedule']}"
-        table.add_row(name, plan, binary(b.size), _share(b.worst("reference")), _share(b.worst("onnxruntime")), verdict)
-    yield table
-    for words, names in _grouped(built).items():
-        yield _plain(f"{', '.join(names)}: {words}")
-    shares = (
-        " Errors are shares of the derived bound, the largest of each node." if any(b.report for b in built) else ""
-    )
-    yield _plain(
-        f"{into}: {sum(b.directory is not None for b in built)} of {len(built)} compiled, "
-        f"{sum(b.status == 'verified' for b in built)} verified.{shares}"
-    )
-
-
-def _grouped(built: Sequence[Built]) -> dict[str, list[str]]:
-    """Say once what holds for several nodes: the reason of a verdict, and whom nobody could ask."""
-    said: dict[str, list[str]] = {}
-    for b in built:
-        words = [f"{b.status}: {b.reason}"] if b.reason else []
-        if b.report:
-            asked = {row.against for row in b.report.rows}
-            # an engine that answered other questions is no news here; the report tells
-            asked |= {"opcompile"} if b.reason else set()
-            words += [f"not asked: {n.what}: {n.reason}" for n in b.report.not_asked if n.what.split()[0] not in asked]
-        for word in words:
-            said.setdefault(word, []).append(b.name)
-    return said
-
-
-def _report_tables(reports: dict[str, Report], unread: dict[str, str]) -> Iterator[RenderableType]:
-    """Show every comparison of one artifact; of several, one line each and the tables of those that failed."""
-    several = len(reports) + len(unread) > 1
-    for name, report in reports.items():
-        if not several or not report.passed:
-            yield report.table()
-        if report.unverified is not None and not report.failures:
-            yield _plain(
-                f"{name}: not verified: {report.unverified}" if several else f"not verified: {report.unverified}"
-            )
-    if several:
-        table = _table("artifact", "comparisons", "largest share of the bound", "verdict", right=("comparisons",))
-        for name, report in reports.items():
-            worst = max((row.check.worst for row in report.rows), default=None)
-            status = "verified" if report.passed else "wrong" if report.failures else "not verified"
-            verdict = f"[{_COLOURS[status]}]{status}[/]"
-            table.add_row(_plain(name), str(len(report.rows)), _share(worst), verdict)
-        for name in unread:
-            table.add_row(_plain(name), "-", "-", f"[{_COLOURS['not verified']}]not verified[/]")
-        yield table
-    yield from (_plain(f"{name}: not verified: {reason}") for name, reason in unread.items())
-
-
-def _records_table(records: Sequence[Record]) -> Iterator[RenderableType]:
-    from opcompile.source import brief
-    from opcompile.spec import ConvTranspose3d
-    from opcompile.units import duration
-
-    numbers = ("measured", "baseline", "tuned", "gain")
-    table = _table("layer", *numbers, right=numbers)
-    for r in records:
-        layer, gain = brief(ConvTranspose3d.parse(r.spec)), "-"
-        if r.baseline_us:
-            gain = f"{r.baseline_us / r.run_us:.2f}x"
-        baseline = duration(r.baseline_us) if r.baseline_us else "failed"
-        table.add_row(layer, str(len(r.samples)), baseline, duration(r.run_us), gain)
-    yield table
-    yield from (_plain(str(r.path)) for r in records)
-
-
-def _measured_table(found: dict[str, Any], output: str) -> Iterator[RenderableType]:
-    from opcompile.source import brief
-    from opcompile.spec import ConvTranspose3d
-    from opcompile.units import duration
-
-    numbers = ("measured", "failed", "fastest")
-    table = _table("layer", *numbers, right=numbers)
-    for layer in found["layers"]:
-        times = [s["run_us"] for s in layer["samples"] if "run_us" in s]
-        finals = [s["run_us"] for s in layer["finals"]]
-        counts = str(len(times)), str(len(layer["samples"]) - len(times))
-        table.add_row(brief(ConvTranspose3d.parse(layer["spec"])), *counts, duration(min(finals)) if finals else "-")
-    yield table
-    said = {s["error"] for layer in found["layers"] for s in layer["samples"] if "error" in s}
-    yield from (_plain(f"failed: {error}") for error in sorted(said))
-    yield _plain(f"{output}: on {found['machine']['device']}; then: opcompile tune --absorb {output}")
-
-
-def _cases_table(found: Sequence[Case]) -> Table:
-    from opcompile.source import brief
-
-    table = _table("case", "layer, origin, tags")
-    for c in found:
-        table.add_row(c.name, f"{brief(c.spec)}\n[dim]{c.origin} ({', '.join(sorted(c.tags))})[/]")
-    return table
+# --- the entry point ---
 
 
 class _WithoutTorch(MetaPathFinder):

@@ -30,13 +30,14 @@ from test_bench import report_of as bench_report
 import opcompile
 from opcompile import artifact
 from opcompile.cases import tagged
-from opcompile.cli import _progress, _write_array, cli
+from opcompile.cli import _write_array, cli
 from opcompile.describe import _verdict
 from opcompile.doctor import Finding
 from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
+from opcompile.terminal import progress
 from opcompile.verify import verify as check
 
 pytestmark = pytest.mark.usefixtures("as_scheduled")
@@ -344,7 +345,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
             return True
 
     def two_steps() -> None:
-        with _progress("working") as show:
+        with progress("working") as show:
             show(0, 2, "first [thing]")
             show(1, 2, None)
             show(2, 2, "last", "[so far]")
