@@ -15,7 +15,8 @@ from typing import Any
 from opcompile.bounds import Answer, Inputs, compare_at, sums_of
 from opcompile.cuda_driver import Gpu
 from opcompile.errors import ArtifactError, EngineError, TargetError
-from opcompile.runtime import Golden, opened
+from opcompile.golden import Golden
+from opcompile.manifest import opened
 from opcompile.runtime_cuda import CudaArtifact, PackedCuda
 from opcompile.trials import SAMPLE_MS, answer, failed
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from opcompile.engines import Job, in_its_order, package, prepare
 from opcompile.errors import EngineError, OpcompileError
 from opcompile.needed import bfloat16
-from opcompile.runtime import STORAGE
 from opcompile.spec import ConvTranspose3d
+from opcompile.tensors import STORAGE
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # The second call is the one to look at where the first one prepares something.

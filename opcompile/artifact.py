@@ -42,38 +42,29 @@ from numpy.typing import NDArray
 import opcompile
 from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.errors import ArtifactError, CallError
+from opcompile.golden import B_AMPLITUDE, B_SALT, W_SALT, X_AMPLITUDE, X_SALT, elements, golden_values, w_amplitude
 from opcompile.gpus import GpuTarget
 from opcompile.index import INDEX, LEFT_BY_BROWSERS
 from opcompile.link import link
-from opcompile.packing import Packing
-from opcompile.reference import reference
-from opcompile.runtime import (
-    B_AMPLITUDE,
-    B_SALT,
+from opcompile.manifest import (
     FORMAT,
     GOLDEN,
     HEADER,
-    KERNEL,
     MANIFEST,
     MODEL,
-    MOST_THREADS,
     REPORT,
-    STORAGE,
     VERSION,
-    W_SALT,
     WEIGHTS,
-    X_AMPLITUDE,
-    X_SALT,
     digest,
-    elements,
-    golden_values,
     identity,
     parse_manifest,
     read_manifest,
-    sizes_text,
-    w_amplitude,
 )
+from opcompile.packing import Packing
+from opcompile.reference import reference
+from opcompile.runtime import KERNEL, MOST_THREADS
 from opcompile.spec import Axis, ConvTranspose3d
+from opcompile.tensors import STORAGE, sizes_text
 
 if TYPE_CHECKING:
     from opcompile.build import AnyLowered

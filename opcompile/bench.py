@@ -38,10 +38,10 @@ from opcompile.engines import OURS, PEERS, Engine, Job, Run, prepare
 from opcompile.errors import CallError, EngineError, VerificationError, first_words
 from opcompile.machine import processor, system
 from opcompile.roofline import Roof
-from opcompile.runtime import stored
 from opcompile.source import brief
 from opcompile.spec import ConvTranspose3d, at_batch, require_layer
 from opcompile.target import cores
+from opcompile.tensors import stored
 from opcompile.units import binary, duration, scaled
 from schedules.counted import counted
 

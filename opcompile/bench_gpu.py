@@ -29,9 +29,9 @@ from opcompile.engines import OURS, require_torch_can, torch_geometry
 from opcompile.errors import CallError, EngineError, TargetError, VerificationError, first_words
 from opcompile.gpus import gpu_target
 from opcompile.roofline import Roof, Sample
-from opcompile.runtime import stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.spec import ConvTranspose3d
+from opcompile.tensors import stored
 from opcompile.verify import ask_golden
 
 if TYPE_CHECKING:

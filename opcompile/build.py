@@ -37,8 +37,9 @@ from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import INDEX, begin_index, directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
+from opcompile.manifest import MANIFEST, parse_manifest
 from opcompile.paths import checked_path, scratch
-from opcompile.runtime import MANIFEST, Artifact, load_any, parse_manifest
+from opcompile.runtime import Artifact, load_any
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
 from opcompile.spec import ConvTranspose3d, require_layer

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from opcompile.bounds import matrices_sum_in, pairs_sum_in, sums_of
 from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
+from opcompile.manifest import MANIFEST, REPORT, parse_manifest
 from opcompile.paths import checked_path
-from opcompile.runtime import MANIFEST, REPORT, parse_manifest, sizes_text
 from opcompile.source import brief
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d, require_layer
 from opcompile.target import any_target
+from opcompile.tensors import sizes_text
 from opcompile.units import binary, scaled
 
 if TYPE_CHECKING:

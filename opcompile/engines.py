@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from opcompile.bounds import sums_of
 from opcompile.errors import EngineError, first_line
-from opcompile.runtime import MODEL, aligned, load
+from opcompile.manifest import MODEL
+from opcompile.runtime import load
 from opcompile.spec import ConvTranspose3d, at_batch
+from opcompile.tensors import aligned
 
 Tensor = NDArray[Any]
 Run = Callable[[], None]

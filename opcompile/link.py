@@ -18,8 +18,9 @@ from pathlib import Path
 
 from opcompile.errors import EngineError
 from opcompile.machine import command_in
+from opcompile.manifest import HEADER
 from opcompile.paths import scratch
-from opcompile.runtime import EXPORTS, HEADER, KERNEL
+from opcompile.runtime import EXPORTS, KERNEL
 from opcompile.target import Target, host
 
 _HERE = Path(__file__).parent

@@ -25,8 +25,8 @@ from opcompile.errors import ArtifactError, OpcompileError, RecordError, TargetE
 from opcompile.farm import Farm
 from opcompile.gpus import gpu_target
 from opcompile.job import Candidate, Job, LayerJob
+from opcompile.manifest import parse_manifest, read_manifest
 from opcompile.record import write_atomically
-from opcompile.runtime import parse_manifest, read_manifest
 from opcompile.trials import (
     FINAL_SAMPLES,
     MEASURE_S,

@@ -18,21 +18,13 @@ from numpy.typing import NDArray
 
 from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
+from opcompile.golden import Golden, read_golden
 from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
+from opcompile.manifest import content, own_weights
 from opcompile.packing import Packing
-from opcompile.runtime import (
-    NOT_EXPORTED,
-    Golden,
-    content,
-    detached,
-    dtype_name,
-    load_again,
-    not_exported,
-    own_weights,
-    read_golden,
-    sizes_text,
-)
+from opcompile.runtime import load_again
 from opcompile.spec import ConvTranspose3d, fits
+from opcompile.tensors import NOT_EXPORTED, detached, dtype_name, not_exported, sizes_text
 
 _ALIGNMENT = 16
 _SIMULATE = "`opcompile verify --simulate` runs the kernel's text on the CPU"

@@ -33,13 +33,15 @@ from numpy.typing import NDArray
 
 from opcompile.emulate import Emulator, require_emulated
 from opcompile.errors import ArtifactError, CallError, EngineError, VerificationError
+from opcompile.golden import Golden, read_golden
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.machine import command_in
+from opcompile.manifest import opened, own_weights, parse_manifest, read_manifest
 from opcompile.packing import Packing
-from opcompile.runtime import Golden, opened, own_weights, parse_manifest, read_golden, read_manifest, sizes_text
 from opcompile.spec import ConvTranspose3d, at_batch, fits
 from opcompile.target import cores
+from opcompile.tensors import sizes_text
 
 if TYPE_CHECKING:
     from opcompile.gradients.simulate import SimulatedGradient

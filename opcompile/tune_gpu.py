@@ -25,6 +25,7 @@ from opcompile.farm import Farm
 from opcompile.gpus import GpuTarget, gpu_target, is_gpu
 from opcompile.index import LEFT_BY_BROWSERS
 from opcompile.job import JOB, Candidate, Job, LayerJob
+from opcompile.manifest import parse_manifest, read_manifest
 from opcompile.measure import FORMAT, Machine, measure
 from opcompile.paths import checked_path
 from opcompile.record import FORMAT as RECORD_FORMAT
@@ -39,7 +40,6 @@ from opcompile.record import (
     write_atomically,
     write_record,
 )
-from opcompile.runtime import parse_manifest, read_manifest
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import cores
 from opcompile.trials import (

@@ -26,14 +26,15 @@ from numpy.typing import NDArray
 from opcompile.arguments import checked_engines, checked_seed
 from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
 from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError, first_line
+from opcompile.manifest import own_weights
 from opcompile.needed import packages_named
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import own_weights, sizes_text, stored
 from opcompile.runtime_cuda import CudaArtifact
 from opcompile.simulate import Simulated
 from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.target import cores
+from opcompile.tensors import sizes_text, stored
 from schedules.counted import counted
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opcompile._measure_gpu import _require_right
 from opcompile.cuda_driver import Gpu
-from opcompile.runtime import opened
+from opcompile.manifest import opened
 from opcompile.runtime_cuda import CudaArtifact
 
 if __name__ == "__main__":

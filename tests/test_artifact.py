@@ -39,15 +39,18 @@ from opcompile.errors import (
     TargetError,
     VerificationError,
 )
+from opcompile.golden import golden_values
 from opcompile.gradients.artifact import header as header_of_derivative
 from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
 from opcompile.lower import Lowered, lower
+from opcompile.manifest import MANIFEST, REPORT, digest, read_manifest
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import ALIGNMENT, MANIFEST, REPORT, Artifact, digest, golden_values, load
+from opcompile.runtime import Artifact, load
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.target import target
+from opcompile.tensors import ALIGNMENT
 from opcompile.verify import verify
 
 ONE = ConvTranspose3d.parse("in=1x3x2x3x4 co=4 k=2 s=2")
@@ -588,7 +591,7 @@ def test_two_processes_write_and_a_third_reads(
 
 def test_an_equal_artifact_that_came_meanwhile_is_read_anew(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer may put the very same into the place: the manifest does not tell, and the directory does."""
-    check, calls = runtime._check_files, []
+    check, calls = runtime.check_files, []
 
     def gone_at_first(directory: Path, manifest: dict[str, Any], names: set[str]) -> None:
         calls.append(directory)
@@ -599,7 +602,7 @@ def test_an_equal_artifact_that_came_meanwhile_is_read_anew(copy: Path, monkeypa
             raise ArtifactError("a file is gone")
         check(directory, manifest, names)
 
-    monkeypatch.setattr(runtime, "_check_files", gone_at_first)
+    monkeypatch.setattr(runtime, "check_files", gone_at_first)
     assert holds(load(copy))
     assert len(calls) == 2
 
@@ -868,4 +871,4 @@ def test_a_place_that_a_writer_fills_after_it_was_looked_at_is_read(
         return iter(())
 
     monkeypatch.setattr(Path, "glob", through_since)
-    assert runtime.read_manifest(copy) == (copy / MANIFEST).read_bytes()
+    assert read_manifest(copy) == (copy / MANIFEST).read_bytes()

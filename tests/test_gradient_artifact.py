@@ -18,7 +18,8 @@ from opcompile.errors import ArtifactError, CallError, SpecError, VerificationEr
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.reference import reference
 from opcompile.gradients.runtime import GradientArtifact
-from opcompile.runtime import digest, load_any
+from opcompile.manifest import digest
+from opcompile.runtime import load_any
 
 TEXT = "in=Nx4x2x3x4 co=6 k=3 s=2 p=1 op=1 g=2 act=relu"
 

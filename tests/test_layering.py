@@ -48,7 +48,15 @@ BELOW = {
     "opcompile.elementary": set(),
     "opcompile.declare": {"opcompile.elementary", "opcompile.errors", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.paths", "opcompile.spec"},
-    "opcompile.engines": {"opcompile.bounds", "opcompile.errors", "opcompile.spec", "opcompile.runtime"},
+    "opcompile.tensors": {"opcompile.errors", "opcompile.needed", "opcompile.spec"},
+    "opcompile.engines": {
+        "opcompile.bounds",
+        "opcompile.errors",
+        "opcompile.manifest",
+        "opcompile.runtime",
+        "opcompile.spec",
+        "opcompile.tensors",
+    },
     "opcompile.say": {"opcompile.errors", "opcompile.spec"},
     "opcompile.importers.imported": {"opcompile.errors", "opcompile.needed", "opcompile.spec"},
     "opcompile.ask": {"opcompile.errors", "opcompile.importers.imported", "opcompile.say"},
@@ -146,11 +154,14 @@ JUDGES = [
 ]
 
 
+RUNNERS = ["runtime", "tensors", "manifest", "golden"]
+
+
 TIMERS = ["runtime_cuda", "cuda_driver", "trials", "job", "measure", "_measure_gpu"]
 
 
 @pytest.mark.parametrize(
-    "module", ["reference", "bounds", "verify", "runtime", "packing", "spec", "cases", "errors", *JUDGES, *TIMERS]
+    "module", ["reference", "bounds", "verify", *RUNNERS, "packing", "spec", "cases", "errors", *JUDGES, *TIMERS]
 )
 def test_these_import_neither(module: str) -> None:
     found = roots(imports_of(f"opcompile.{module}", types_too=True))

@@ -28,11 +28,13 @@ from opcompile import runtime
 from opcompile.artifact import header
 from opcompile.errors import ArtifactError, CallError
 from opcompile.link import link, link_library
+from opcompile.manifest import HEADER
 from opcompile.packing import Packing
 from opcompile.reference import reference
 from opcompile.runtime import Artifact, Packed, load
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
+from opcompile.tensors import ALIGNMENT
 
 LAYERS = {
     "float32": "in=1x5x3x4x5 co=6 k=3 s=2 p=1 op=1",
@@ -761,7 +763,7 @@ def polling(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Stub:
         text = text.replace(old, new)
     (folder / "runtime.c").write_text(text)
     spec = ConvTranspose3d.parse("in=1x1x16x16x16 co=1 k=9 p=4")
-    texts = {runtime.HEADER: header(spec, Packing.identity(spec.w_shape)), "layer.c": (own / "layer.c").read_text()}
+    texts = {HEADER: header(spec, Packing.identity(spec.w_shape)), "layer.c": (own / "layer.c").read_text()}
     code = (stub.folder / "kernel.o").read_bytes()
     common = [folder / "runtime.c", own / "layer.h"]
     (folder / "stub.so").write_bytes(
@@ -960,6 +962,6 @@ def test_packed_weights_that_are_copied_have_memory_of_their_own(
     x, w, b = whole_numbers(layer.spec)
     packed = copied(layer.pack(w))
     assert packed.address == packed.data.ctypes.data
-    assert packed.address % runtime.ALIGNMENT == 0
+    assert packed.address % ALIGNMENT == 0
     assert not packed.data.flags.writeable
     assert np.array_equal(layer(x, packed, b), right(layer.spec, x, w, b))

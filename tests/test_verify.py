@@ -21,10 +21,10 @@ from opcompile import verify as verify_function
 from opcompile.bounds import EXACT_ACTIVATIONS
 from opcompile.cases import CASES, case, tagged
 from opcompile.errors import CallError, EngineError, VerificationError
+from opcompile.golden import Golden
 from opcompile.graph import export_onnx
 from opcompile.packing import Packing
 from opcompile.reference import reference
-from opcompile.runtime import Golden
 from opcompile.spec import Activation, ConvTranspose3d
 from opcompile.verify import Report, verify
 

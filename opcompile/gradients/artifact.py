@@ -19,7 +19,8 @@ from opcompile.gpus import GpuTarget
 from opcompile.gradients.golden import SALTS, amplitude, golden
 from opcompile.gradients.gradient import Gradient
 from opcompile.link import link
-from opcompile.runtime import GOLDEN, sizes_text
+from opcompile.manifest import GOLDEN
+from opcompile.tensors import sizes_text
 
 if TYPE_CHECKING:
     from opcompile.gradients.lower import LoweredGradient

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opcompile.golden import W_SALT, X_AMPLITUDE, X_SALT, elements, golden_tensor, golden_values, w_amplitude
 from opcompile.gradients.gradient import Gradient, Shape
 from opcompile.gradients.reference import reference
-from opcompile.runtime import W_SALT, X_AMPLITUDE, X_SALT, elements, golden_tensor, golden_values, w_amplitude
 from opcompile.spec import Axis, ConvTranspose3d, at_batch
 
 Array = NDArray[np.float64]

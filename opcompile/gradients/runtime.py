@@ -11,17 +11,10 @@ import numpy as np
 from opcompile.errors import CallError
 from opcompile.gradients.golden import GoldenGradient, golden_operands
 from opcompile.gradients.gradient import Gradient
-from opcompile.runtime import (
-    GOLDEN,
-    OnCpu,
-    address_of,
-    aligned,
-    as_kind_of,
-    checked_threads,
-    framework_of,
-    read_arrays,
-)
+from opcompile.manifest import GOLDEN, read_arrays
+from opcompile.runtime import OnCpu, checked_threads
 from opcompile.spec import ConvTranspose3d, at_batch
+from opcompile.tensors import address_of, aligned, as_kind_of, framework_of
 
 
 class Derivative:

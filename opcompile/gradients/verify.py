@@ -23,9 +23,9 @@ from opcompile.gradients.runtime import Derivative, GradientArtifact
 from opcompile.gradients.runtime_cuda import CudaGradient
 from opcompile.gradients.simulate import SimulatedGradient
 from opcompile.reference import activate
-from opcompile.runtime import stored
 from opcompile.spec import at_batch
 from opcompile.target import cores
+from opcompile.tensors import stored
 from opcompile.verify import (
     NotAsked,
     Report,
