@@ -31,7 +31,7 @@ from schedules.tiles import CACHE_LINE, OF_CHANNELS, Tiles, Vector, elements_of_
 if TYPE_CHECKING:
     from opcompile.spec import ConvTranspose3d
     from opcompile.target import Machine
-    from schedules.tiles import Store
+    from schedules.tiles import Copy, Store
 
 # Workspaces of a task are so many times smaller than X and Y, or than the second cache; than that, sums by taps of an X
 # that is copied before.
@@ -48,6 +48,8 @@ _MANY_REGISTERS = 32
 # Where each phase has one tap, bands are up to 15 % faster than tiles that write Y of fewer output channels and more
 # input channels; and where an activation is more than a few selections.
 _FEW_BY_TILES = 4
+# Who may copy X, whatever the layer.
+_COPIES: tuple[Copy, ...] = ("task", "whole")
 # Into how many lines a plane may be cut.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -89,15 +91,16 @@ def _store(spec: ConvTranspose3d, vector: str, machine: Machine) -> Store:
 
 def _sensible(layer: Layer, machine: Machine, stores: Mapping[str, Store]) -> Iterator[Tiles]:
     lanes = machine.vector_bytes // layer.itemsize
-    of_rows = (range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1))
-    shapes = [
-        *product(("channels", "row"), *of_rows),
-        *product(("row",), range(1, 7), (1,), range(5, min(8, layer.height) + 1)),
-        *product(("line",), range(1, 9), range(1, 17), (1,)),
-    ]
+    of_few_rows = [*product(range(1, 7), range(1, machine.registers), range(1, min(4, layer.height) + 1))]
+    of_more_rows = product(range(1, 7), (1,), range(5, min(8, layer.height) + 1))
+    shapes: dict[Vector, list[tuple[int, int, int]]] = {
+        "channels": of_few_rows,
+        "row": [*of_few_rows, *of_more_rows],
+        "line": [*product(range(1, 9), range(1, 17), (1,))],
+    }
     if layer.own:
-        shapes = [*product(("groups",), *of_rows)]
-    for vector, vectors, scalars, rows in shapes:
+        shapes = {"groups": of_few_rows}
+    for vector, (vectors, scalars, rows) in ((v, shape) for v, those in shapes.items() for shape in those):
         # beside the sums: the factors of one side, and one of the other at a time
         if vectors * scalars * rows + min(factors(vector, vectors, scalars, rows)) + 1 > machine.registers:
             continue
@@ -108,14 +111,25 @@ def _sensible(layer: Layer, machine: Machine, stores: Mapping[str, Store]) -> It
         if vector != "line" and columns >= layer.width + (1 if of_channels else lanes):
             continue
         chunk = layer.products * _chunk(layer, machine, vector, rows, columns)
-        registers = (vector, lanes, vectors, scalars, rows)
-        for (depth, height), copy in product(_spans(layer, vector, rows), ("task", "whole")):
-            span = (depth, height, chunk, copy, 1, 1, 1, layer.products, stores[vector])
-            tiles = Tiles(*registers, channels, *span)  # type: ignore[arg-type]
+        for (depth, height), copy in product(_spans(layer, vector, rows), _COPIES):
+            tiles = Tiles(
+                vector=vector,
+                lanes=lanes,
+                vectors=vectors,
+                scalars=scalars,
+                rows=rows,
+                task=channels,
+                depth=depth,
+                height=height,
+                chunk=chunk,
+                copy=copy,
+                products=layer.products,
+                store=stores[vector],
+            )
             if vector == "line" and columns >= layer.joined(tiles) * height * layer.reach[2] + lanes:
                 continue
             task = _task(layer, machine, tiles)
-            whole = Tiles(*registers, task, *span) if task > channels else tiles  # type: ignore[arg-type]
+            whole = replace(tiles, task=task) if task > channels else tiles
             if (depth, height) == (1, rows) or _worthwhile(layer, machine, whole):
                 yield whole
             yield from (t for t in _in_bands(layer, machine, tiles) if _worthwhile(layer, machine, t))
@@ -127,11 +141,12 @@ def _by_taps(spec: ConvTranspose3d, layer: Layer, machine: Machine, stores: Mapp
     weights = {vector: weights_by_taps(spec, vector) for vector in MOST_TAPS}
     if not any(weights.values()) or (spec.layout == "NDHWC" and lanes < LEAST_WOVEN_LAST):
         return
-    spans = [("taps", *span) for span in _spans(layer, "line", 1)]
+    spans: list[tuple[Vector, int, int]] = [("taps", *span) for span in _spans(layer, "line", 1)]
     spans += [("plane", depth, layer.height) for depth in sorted({over(layer.depth, n) for n in _PARTS})]
     for vectors in range(1, 7):
         fits = machine.l1_bytes // 3 // (vectors * machine.vector_bytes + CACHE_LINE)
-        ways = [("task", layer.c), ("whole", layer.c), *(("chunk", chunk) for chunk in _chunks_of_taps(layer, fits))]
+        ways: list[tuple[Copy, int]] = [("task", layer.c), ("whole", layer.c)]
+        ways += [("chunk", chunk) for chunk in _chunks_of_taps(layer, fits)]
         for (vector, depth, height), (copy, chunk) in product(spans, ways):
             if (copy, vector) == ("chunk", "taps") and layer.c <= max(fits, _FEW_CHANNELS):
                 continue
@@ -139,8 +154,20 @@ def _by_taps(spec: ConvTranspose3d, layer: Layer, machine: Machine, stores: Mapp
             for scalars, bands in product(weights[vector], several):
                 if vectors * scalars + min(vectors, scalars) + 1 > machine.registers:
                     continue
-                span = (depth, height, chunk, copy, bands, 1, 1, 1, stores[vector])
-                tiles = Tiles(vector, lanes, vectors, scalars, 1, layer.m, *span)  # type: ignore[arg-type]
+                tiles = Tiles(
+                    vector=vector,
+                    lanes=lanes,
+                    vectors=vectors,
+                    scalars=scalars,
+                    rows=1,
+                    task=layer.m,
+                    depth=depth,
+                    height=height,
+                    chunk=chunk,
+                    copy=copy,
+                    bands_d=bands,
+                    store=stores[vector],
+                )
                 # no task is smaller than a plane, nor than a vector
                 least = vector == "plane" and (depth * bands == 1 or math.prod(layer.sizes[1:]) < lanes)
                 worthwhile = _fits if least else _worthwhile
@@ -168,13 +195,30 @@ def _by_tiles(spec: ConvTranspose3d, layer: Layer, machine: Machine, stores: Map
         for height in sorted({min(rows * n, plane) for n in parts} | {plane}):
             of_plane = over(layer.height, height)
             tasks = sorted({scalars, layer.m})
-            copying = product(("task",), planes, sorted({1, 2, 4, 8, 16, of_plane}), tasks)
-            ways = [] if copying_is_slower else [("whole", 1, 1, scalars), *copying]
-            for copy, bands_d, bands_h, task in [*ways, *(("none", 1, 1, task) for task in tasks)]:
+            ways: list[tuple[Copy, int, int, int]] = [("none", 1, 1, task) for task in tasks]
+            if not copying_is_slower:
+                bands = product(planes, sorted({1, 2, 4, 8, 16, of_plane}), tasks)
+                ways += [("whole", 1, 1, scalars), *(("task", *way) for way in bands)]
+            for copy, bands_d, bands_h, task in ways:
                 if layer.depth % bands_d or of_plane % bands_h:
                     continue
-                span = (1, height, chunk, copy, bands_d, bands_h, layer.m // task)
-                tiles = Tiles("row", lanes, vectors, scalars, rows, task, *span, 1, stores["row"], "tile")  # type: ignore[arg-type]
+                tiles = Tiles(
+                    vector="row",
+                    lanes=lanes,
+                    vectors=vectors,
+                    scalars=scalars,
+                    rows=rows,
+                    task=task,
+                    depth=1,
+                    height=height,
+                    chunk=chunk,
+                    copy=copy,
+                    bands_d=bands_d,
+                    bands_h=bands_h,
+                    bands_m=layer.m // task,
+                    store=stores["row"],
+                    woven="tile",
+                )
                 if copy == "none" and not reads_in_place(spec, tiles):
                     continue
                 stretch = elements_of_stretch(spec, tiles) * layer.itemsize
@@ -208,10 +252,9 @@ def _in_bands(layer: Layer, machine: Machine, t: Tiles) -> Iterator[Tiles]:
     of_plane, planes = over(layer.height, t.height), (1, 2, 4) if layer.most_taps[0] > 1 else (1,)
     for bands_d, bands_h in product(planes, sorted({1, 2, 4, 8, of_plane})):
         if bands_d * bands_h * tiles > 1 and of_plane % bands_h == 0 and layer.depth % bands_d == 0:
-            bands = (bands_d, bands_h, tiles)
-            banded = t.taking(t.copy, t.chunk, bands)
+            banded = replace(t, bands_d=bands_d, bands_h=bands_h, bands_m=tiles)
             yield banded
-            yield from (t.taking("chunk", chunk, bands) for chunk in _chunks(layer, machine, banded))
+            yield from (replace(banded, copy="chunk", chunk=chunk) for chunk in _chunks(layer, machine, banded))
 
 
 def _chunks(layer: Layer, machine: Machine, t: Tiles) -> Iterator[int]:

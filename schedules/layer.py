@@ -42,12 +42,12 @@ class Layer:
     depth: int
     height: int
     width: int
-    reach: tuple[int, int, int]
-    sizes: tuple[int, int, int]
+    reach: tuple[int, ...]
+    sizes: tuple[int, ...]
     kernel: int
     taps: int
-    most_taps: tuple[int, int, int]
-    beside: tuple[float, float, float]
+    most_taps: tuple[int, ...]
+    beside: tuple[float, ...]
     shared: float
     taps_of_row: int
     apart: bool
@@ -55,7 +55,7 @@ class Layer:
     phases: int
     outputs: int
     row: int
-    strides: tuple[int, int, int]
+    strides: tuple[int, ...]
     tensors: int
     channels_first: bool
     together: int
@@ -82,12 +82,12 @@ class Layer:
             depth=depth,
             height=height,
             width=width,
-            reach=tuple(map(reach, spec.axes)),  # type: ignore[arg-type]
-            sizes=tuple(axis.size for axis in spec.axes),  # type: ignore[arg-type]
+            reach=tuple(map(reach, spec.axes)),
+            sizes=tuple(axis.size for axis in spec.axes),
             kernel=math.prod(a.kernel for a in spec.axes),
             taps=math.prod(len(axis.offsets) for axis in spec.axes),
-            most_taps=tuple(axis.most_taps for axis in spec.axes),  # type: ignore[arg-type]
-            beside=tuple(map(_beside, spec.axes)),  # type: ignore[arg-type]
+            most_taps=tuple(axis.most_taps for axis in spec.axes),
+            beside=tuple(map(_beside, spec.axes)),
             shared=_shared(spec.axes[2]),
             taps_of_row=len(spec.axes[2].offsets),
             apart=not spec.phases_as_axes,
@@ -95,7 +95,7 @@ class Layer:
             phases=max(1, spec.phases[0]),
             outputs=spec.bytes_of(spec.y_shape) // spec.itemsize,
             row=spec.axes[2].out,
-            strides=tuple(a.stride for a in spec.axes),  # type: ignore[arg-type]
+            strides=tuple(a.stride for a in spec.axes),
             tensors=spec.bytes_of(spec.x_shape) + spec.bytes_of(spec.y_shape),
             channels_first=spec.layout == "NCDHW",
             together=1 if spec.layout == "NCDHW" else groups,

@@ -116,7 +116,7 @@ class Tiles:
         """Whether products of one vector of X follow each other, where taps are unrolled: for all rows that read it."""
         return self.vector == "row" and self.scalars == 1 and self.rows > 1
 
-    def skips_rows(self, taps: tuple[int, int, int]) -> bool:
+    def skips_rows(self, taps: tuple[int, ...]) -> bool:
         """Whether a tap can be left out where the row that it reads lies beside X: one row at a time, tap by tap."""
         return self.vector != "line" and self.rows == 1 and (taps[1] == 1 or not self.unrolls(taps[1] * taps[2]))
 
@@ -137,11 +137,6 @@ class Tiles:
     def of_task(self) -> tuple[int, int, int]:
         """Channels, planes of qD and rows of qH that a task covers, with all its bands."""
         return self.task * self.bands_m, self.depth * self.bands_d, self.height * self.bands_h
-
-    def taking(self, copy: Copy, chunk: int, bands: tuple[int, int, int]) -> Tiles:
-        """The same tiles in tasks of so many bands: `dataclasses.replace`, in half its time."""
-        tile = (self.vector, self.lanes, self.vectors, self.scalars, self.rows, self.task, self.depth, self.height)
-        return Tiles(*tile, chunk, copy, *bands, self.products, self.store, self.woven)
 
     @property
     def positions(self) -> tuple[int, int, int]:
