@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from opcompile.gradients.gradient import Gradient
     from opcompile.target import Machine
 
+# What vectors run along.
+Vector = Literal["channels", "row"]
+_ALONG: tuple[Vector, ...] = ("channels", "row")
 # What a task keeps beside its sums should leave the second cache room for what passes through.
 _SHARE_OF_L2 = 2
 # Up to so many positions, weights may outweigh what they meet.
@@ -35,7 +38,7 @@ class InputTiles:
     copied, and each task transposes its own weights: right where these outweigh dY.
     """
 
-    vector: Literal["channels", "row"]
+    vector: Vector
     lanes: int
     vectors: int
     scalars: int
@@ -68,7 +71,7 @@ class WeightTiles:
     output channels are transposed together when dW is written.
     """
 
-    vector: Literal["channels", "row"]
+    vector: Vector
     lanes: int
     vectors: int
     scalars: int
@@ -90,7 +93,7 @@ class WeightTiles:
 class BiasTiles:
     """The numbers of a schedule of dB: sums along ``vector`` in ``lanes``, of ``slices`` of the positions apart."""
 
-    vector: Literal["channels", "row"]
+    vector: Vector
     lanes: int
     slices: int
 
@@ -241,9 +244,7 @@ def _ranked(estimates: Iterator[Estimate[T]]) -> list[Estimate[T]]:
 def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
     lanes = machine.vector_bytes // layer.itemsize
     planes, lines, width = layer.size
-    for vector, vectors, scalars, rows in product(
-        ("channels", "row"), range(1, 7), range(1, 17), range(1, min(4, lines) + 1)
-    ):
+    for vector, vectors, scalars, rows in product(_ALONG, range(1, 7), range(1, 17), range(1, min(4, lines) + 1)):
         if _registers(vectors, scalars * rows) > machine.registers:
             continue
         channels, columns = (vectors * lanes, scalars) if vector == "channels" else (scalars, vectors * lanes)
@@ -263,10 +264,10 @@ def _inputs(layer: _Layer, machine: Machine) -> Iterator[InputTiles]:
             tasks = layer.images // layer.together * over(planes, depth) * over(lines, height)
             task = _part_of(whole, channels, over(machine.cores, tasks), exact=layer.groups > 1)
             if held <= machine.l2_bytes // _SHARE_OF_L2 or (depth, height) == (1, rows):
-                yield InputTiles(vector, lanes, vectors, scalars, rows, task, depth, height, turn, "weights")  # type: ignore[arg-type]
+                yield InputTiles(vector, lanes, vectors, scalars, rows, task, depth, height, turn, "weights")
         task = _part_of(whole, channels, over(machine.cores, layer.images), exact=layer.groups > 1)
         if layer.channels_first and math.prod(layer.size) <= _FEW_POSITIONS:
-            yield InputTiles(vector, lanes, vectors, scalars, rows, task, planes, up(lines, rows), turn, "dy")  # type: ignore[arg-type]
+            yield InputTiles(vector, lanes, vectors, scalars, rows, task, planes, up(lines, rows), turn, "dy")
 
 
 def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[InputTiles]:
@@ -311,7 +312,7 @@ def _estimate_input(layer: _Layer, machine: Machine, t: InputTiles) -> Estimate[
 def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
     lanes = machine.vector_bytes // layer.itemsize
     for vector, vectors, scalars, taps in product(
-        ("channels", "row"), range(1, 7), range(1, 17), divisors(layer.kernel[2], layer.kernel[2])
+        _ALONG, range(1, 7), range(1, 17), divisors(layer.kernel[2], layer.kernel[2])
     ):
         if _registers(vectors, scalars * taps) > machine.registers or scalars > layer.m:
             continue
@@ -329,7 +330,7 @@ def _weights(layer: _Layer, machine: Machine) -> Iterator[WeightTiles]:
             if not fits or (depth, height, task_c, task_m) in seen:
                 continue
             seen.add((depth, height, task_c, task_m))
-            yield WeightTiles(vector, lanes, vectors, scalars, taps, task_c, task_m, depth, height, slices, turn)  # type: ignore[arg-type]
+            yield WeightTiles(vector, lanes, vectors, scalars, taps, task_c, task_m, depth, height, slices, turn)
 
 
 def _blocks(layer: _Layer) -> list[tuple[int, int]]:
