@@ -48,7 +48,7 @@ from opcompile.verify import Report
 from opcompile.verify import verify as check
 
 if TYPE_CHECKING:
-    from opcompile.importers.onnx import Shapes
+    from opcompile.importers.outline import Shapes
 
 AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from opcompile.bench import BenchReport
     from opcompile.cases import Case
-    from opcompile.importers.onnx import Shapes
+    from opcompile.importers.outline import Shapes
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d

@@ -20,7 +20,7 @@ from opcompile.errors import CallError, ModelError, SpecError
 from opcompile.spec import ConvTranspose3d
 
 if TYPE_CHECKING:
-    from opcompile.importers.onnx import Shapes
+    from opcompile.importers.outline import Shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,26 +19,39 @@ stride``, and dtypes bfloat16 and float64.
 from __future__ import annotations
 
 import os
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from opcompile.errors import CallError, ModelError, OpcompileError, SpecError, first_words
-from opcompile.importers.folding import DOMAINS, MOST_FOLDED, fold, folds, stored
+from opcompile.errors import CallError, ModelError, OpcompileError, SpecError
+from opcompile.importers.folding import fold
 from opcompile.importers.imported import unique
 from opcompile.importers.order import order
-from opcompile.paths import checked_path
+from opcompile.importers.outline import (
+    Shapes,
+    check,
+    forget_shapes,
+    infer,
+    inline,
+    is_external,
+    load_nested,
+    loaded,
+    objection,
+    outlined,
+    read_model,
+    reading_texts,
+    refine,
+    reshape_inputs,
+    subgraphs,
+)
+from opcompile.importers.scope import SPARSE, Scope, Value, conv_transposes, to_give
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d
 
 _DTYPES = {
@@ -49,10 +62,8 @@ _DTYPES = {
 }
 
 _AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+_WAY_OUT = "give the model's inputs sizes, by {}, in Python by shapes="
 _ATTRIBUTE_TYPES = {"auto_pad": onnx.AttributeProto.STRING, "group": onnx.AttributeProto.INT}
-
-# Tensors above this many bytes tell shape inference nothing but their shape, and are kept away from it.
-_LARGEST_SHAPE_TENSOR = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +84,6 @@ class Found:
     output: str
 
 
-Shapes = Mapping[str, Sequence[int | str]]
-
-
 def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Shapes | None = None) -> list[Found]:
     """Return the 5-D ConvTranspose nodes of a model, in graph order.
 
@@ -85,19 +93,19 @@ def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Sh
     beside the file; a source that is not a path has no such place. Raises `ModelError` for what is not a
     valid ONNX model, `CallError` for a source of another type, and shapes that are none.
     """
-    with _texts():
-        model, folder = _read(source)
+    with reading_texts():
+        model, folder = read_model(source)
         if shapes is not None and not isinstance(shapes, Mapping):
             raise CallError(f"shapes is {shapes!r}, but must name each input, like {{'x': (1, 4, 32, 32, 32)}}")
         outline, tensors = _understood(model, folder, shapes)
-        whole = _Scope.of(tensors, outline.opset_import, _to_give(outline.graph, tensors))
-        found = [_found(node, scope, folder) for node, scope in _nodes(outline.graph, whole)]
+        whole = Scope.of(tensors, outline.opset_import, to_give(outline.graph, tensors))
+        found = [_found(node, scope, folder) for node, scope in conv_transposes(outline.graph, whole)]
         # the branch of an If that is not taken need not fit: where there are any, a node without a spec is the sign
         doubtful = any(f.spec is None for f in found) or not _branches(outline.graph)
-        if shapes and doubtful and (said := _objection(outline)):
-            as_it_is, _ = _outline(model)
+        if shapes and doubtful and (said := objection(outline)):
+            as_it_is, _ = outlined(model)
             order(as_it_is.graph)
-            if _objection(as_it_is) is None:  # else it is another flaw
+            if objection(as_it_is) is None:  # else it is another flaw
                 raise ModelError(
                     f"the model does not take the shapes that were given: {said}; give sizes that it takes"
                 )
@@ -113,10 +121,10 @@ def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.M
     with a reason stays as it is. Raises as `find` does, and where a tensor's data lie beside the model and cannot be
     read.
     """
-    with _texts():
-        model, folder = _read(source)
+    with reading_texts():
+        model, folder = read_model(source)
         outline, tensors = _understood(model, folder)
-        for node, scope in _nodes(outline.graph, _Scope.of(tensors, outline.opset_import)):
+        for node, scope in conv_transposes(outline.graph, Scope.of(tensors, outline.opset_import)):
             with suppress(OpcompileError):
                 _write_pads(node, _spec(node, scope))
     said = onnx.ModelProto()
@@ -127,381 +135,35 @@ def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.M
     said.opset_import.extend(outline.opset_import)
     said.graph.ClearField("node")
     said.graph.node.extend(outline.graph.node)
-    for tensor in filter(_is_external, said.graph.initializer):
-        tensor.CopyFrom(_loaded(tensor, folder))
+    for tensor in filter(is_external, said.graph.initializer):
+        tensor.CopyFrom(loaded(tensor, folder))
     return said
-
-
-# --- reading: from a source to an outline that shape inference understands ---
-
-
-@contextmanager
-def _texts() -> Iterator[None]:
-    """Raise `ModelError` where a text in the model cannot be read."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ModelError(f"a text in the model is not UTF-8 ({error}): the file is damaged; fetch it again") from error
 
 
 def _understood(
     model: onnx.ModelProto, folder: Path | None, shapes: Shapes | None = None
 ) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
     """Return a model's outline, in order, functions inlined and shapes inferred, and its large tensors by name."""
-    outline, tensors = _outline(model)
+    outline, tensors = outlined(model)
     order(outline.graph)
     if shapes:
-        _reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
-    _load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
-    for step in (_check, _inline, _infer):
-        outline = _refine(outline, step)
+        reshape_inputs(outline.graph, shapes, weights={t.name for t in model.graph.initializer})
+    load_nested([*outline.graph.node, *(n for f in outline.functions for n in f.node)], folder)
+    for step in (check, inline, infer):
+        outline = refine(outline, step)
     while _settle(outline.graph, tensors):
-        outline = _refine(outline, _infer)
+        outline = refine(outline, infer)
     return outline, tensors
-
-
-def _read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | None]:
-    if isinstance(source, onnx.ModelProto):
-        return source, None
-    if isinstance(source, bytes):
-        return _parse(source, "these bytes"), None
-    path = checked_path(source, "the model")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
-    return _parse(data, str(path)), path.parent
-
-
-def _parse(data: bytes, what: str) -> onnx.ModelProto:
-    other = next((way_out for ending, way_out in _NOT_ONNX.items() if what.endswith(ending)), None)
-    try:
-        model = onnx.load_model_from_string(data)
-    except DecodeError as error:
-        if other:
-            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}") from error
-        raise ModelError(f"{what} cannot be read as an ONNX model: {error}; export or fetch the file again") from error
-    if not model.HasField("graph"):
-        if other:
-            raise ModelError(f"{what} is no ONNX model, which is what is read here; {other}")
-        raise ModelError(f"{what} cannot be read as an ONNX model: there is no graph in it; export it again")
-    return model
-
-
-_READ_BY = "opcompile.importers.{} reads {}, and `opcompile compile` takes it"
-_WEIGHTS = "opcompile.importers.files.layer_arrays reads weights from it"
-_NOT_ONNX = {
-    ".pt2": _READ_BY.format("torch.find", "a torch.export program"),
-    ".keras": _READ_BY.format("keras.find", "a Keras model"),
-    ".weights.h5": _WEIGHTS,
-    ".h5": "save a Keras model as .keras, which `opcompile compile` takes",
-    ".pt": f"save a torch.export program as .pt2, which `opcompile compile` takes; {_WEIGHTS}",
-    ".pth": _WEIGHTS,
-    ".safetensors": _WEIGHTS,
-    ".npz": _WEIGHTS,
-}
-
-
-def _outline(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
-    """Return what shape inference needs to see of a model, and its large tensors by name.
-
-    Each of these is a graph input in the outline. So a model of any size stays below the 2 GiB that ONNX's
-    C++ side can be handed, and a missing file of weights hides no shape. What the file notes of an initializer
-    is left out: that says it itself.
-    """
-    graph = model.graph
-    tensors = {t.name: t for t in graph.initializer if _is_large(t)}
-    inputs = {value.name for value in graph.input}
-    held = {t.name for t in graph.initializer}
-    outline = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    outline.graph.CopyFrom(
-        onnx.GraphProto(
-            name=graph.name,
-            node=graph.node,
-            initializer=[t for t in graph.initializer if t.name not in tensors],
-            sparse_initializer=graph.sparse_initializer,
-            input=graph.input,
-            output=graph.output,
-            value_info=[value for value in graph.value_info if value.name not in held],
-        )
-    )
-    outline.graph.input.extend(
-        helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in tensors.items() if name not in inputs
-    )
-    return outline, tensors
-
-
-def _reshape_inputs(graph: onnx.GraphProto, shapes: Shapes, weights: set[str]) -> None:
-    """Give inputs other shapes, and forget those that followed from the old ones. Raises `ModelError`."""
-    inputs = {value.name: value for value in graph.input if value.name not in weights}
-    _forget_shapes(graph)
-    for name, sizes in shapes.items():
-        shape = _sizes(name, sizes)
-        if name not in inputs:
-            raise ModelError(f"the model has no input {name!r}; it has: {', '.join(inputs)}")
-        if not inputs[name].type.HasField("tensor_type"):
-            raise ModelError(f"input {name} is no tensor, and has no shape; leave it out")
-        dimensions = inputs[name].type.tensor_type.shape.dim
-        if inputs[name].type.tensor_type.HasField("shape") and len(dimensions) != len(shape):
-            raise ModelError(f"input {name} has {len(dimensions)} axes, but {len(shape)} sizes were given for it")
-        for given, dimension in zip(shape, dimensions, strict=False):
-            if dimension.HasField("dim_value") and dimension.dim_value != given:
-                raise ModelError(
-                    f"input {name} is {_sizes_text(d.dim_value or d.dim_param or '?' for d in dimensions)}, and "
-                    f"{_sizes_text(shape)} differs from its fixed sizes; only open sizes can be given"
-                )
-        element_type = inputs[name].type.tensor_type.elem_type
-        inputs[name].CopyFrom(helper.make_tensor_value_info(name, element_type, shape))
-
-
-def _sizes_text(sizes: Iterable[int | str]) -> str:
-    return " x ".join(map(str, sizes))
-
-
-def _sizes(name: str, given: Sequence[int | str]) -> list[int | str]:
-    """Return the sizes that a caller gives an input. Raises `CallError`."""
-    try:
-        sizes = [size if isinstance(size, str) else index(size) for size in given]
-    except TypeError:
-        sizes = []
-    if isinstance(given, str) or not sizes or not all(isinstance(size, str) or 1 <= size < 2**63 for size in sizes):
-        raise CallError(
-            f"shapes has {given!r} for input {name}, but must have a whole number of at least 1 for each size, below "
-            "2**63, or the name of an open one, like (1, 4, 32, 32, 32)"
-        )
-    return sizes
-
-
-def _is_large(tensor: onnx.TensorProto) -> bool:
-    return _is_external(tensor) or tensor.ByteSize() > _LARGEST_SHAPE_TENSOR
-
-
-def _is_external(tensor: onnx.TensorProto) -> bool:
-    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
-
-
-def _load_nested(nodes: Sequence[onnx.NodeProto], folder: Path | None) -> None:
-    """Load external data that sits in attributes and subgraphs, where no graph input can stand for it."""
-    for node in nodes:
-        for attribute in node.attribute:
-            initializers = [t for subgraph in _subgraphs(attribute) for t in subgraph.initializer]
-            for tensor in (attribute.t, *attribute.tensors, *initializers):
-                if _is_external(tensor):
-                    tensor.CopyFrom(_loaded(tensor, folder))
-            for subgraph in _subgraphs(attribute):
-                _load_nested(subgraph.node, folder)
-
-
-def _refine(outline: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
-    """Take one step on ONNX's C++ side, whose exceptions say that the model is invalid."""
-    try:
-        return step(outline)
-    except (
-        onnx.checker.ValidationError,
-        onnx.shape_inference.InferenceError,
-        EncodeError,
-        # the inliner's failed assertions; a model above 2 GiB; shapes that no memory could hold
-        RuntimeError,
-        ValueError,
-        MemoryError,
-    ) as error:
-        raise ModelError(
-            f"the model is not valid ONNX: {first_words(error)}; onnx {onnx.__version__} must accept it: "
-            "export it again, or install a newer onnx"
-        ) from error
-
-
-def _check(outline: onnx.ModelProto) -> onnx.ModelProto:
-    """Let ONNX's checker see the model first: shape inference on what it refuses can exhaust the memory.
-
-    A tensor of unknown rank is legal, but not to the checker: it is shown a scalar instead.
-    """
-    values = (*outline.graph.input, *outline.graph.output)
-    unknown = [v.type.tensor_type for v in values if v.type.HasField("tensor_type")]
-    unknown = [t for t in unknown if not t.HasField("shape")]
-    for tensor_type in unknown:
-        tensor_type.shape.SetInParent()
-    onnx.checker.check_model(outline)
-    for tensor_type in unknown:
-        tensor_type.ClearField("shape")
-    return outline
-
-
-def _inline(outline: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.inliner.inline_local_functions(outline) if outline.functions else outline
-
-
-def _infer(outline: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(outline, data_prop=True)
-
-
-def _objection(outline: onnx.ModelProto) -> str | None:
-    """Return what inference finds wrong, where it is content to leave shapes unknown otherwise."""
-    try:
-        onnx.shape_inference.infer_shapes(outline, data_prop=True, strict_mode=True)
-    except onnx.shape_inference.InferenceError as error:
-        return first_words(error)
-    return None
-
-
-# --- walking: names in scope, nodes in order ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """What is known of a tensor: its data (a constant), its dtype, its dimensions (a name where unknown).
-
-    A constant that the model computes from others has the node that does, and what that reads; a tensor without a shape
-    the operator where it was ``lost``.
-    """
-
-    name: str
-    tensor: onnx.TensorProto | None
-    element_type: int
-    shape: tuple[int | str, ...] | None
-    computed: _Computed | None = None
-    lost: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    node: onnx.NodeProto
-    inputs: tuple[_Value, ...]
-    opset: int
-    nodes: int  # this one, and those that compute what it reads
-
-
-_SPARSE = "a sparse initializer"
-_WAY_OUT = "give the model's inputs sizes, by {}, in Python by shapes="
-_ANY_INPUT = "--shape NAME=NxCxDxHxW"
-
-
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """The constants and the inferred types that a node sees, those of enclosing graphs included."""
-
-    opset: int
-    constants: ChainMap[str, onnx.TensorProto | _Computed | None]
-    types: ChainMap[str, onnx.TypeProto.Tensor]
-    lost: ChainMap[str, str]
-    to_give: str  # the options that give open sizes
-
-    @classmethod
-    def of(
-        cls,
-        tensors: Mapping[str, onnx.TensorProto],
-        imports: Sequence[onnx.OperatorSetIdProto] = (),
-        to_give: str = _ANY_INPUT,
-    ) -> _Scope:
-        opset = next((int(i.version) for i in imports if i.domain in DOMAINS), 1)
-        return cls(opset, ChainMap(dict(tensors)), ChainMap(), ChainMap(), to_give)
-
-    def inside(self, graph: onnx.GraphProto) -> _Scope:
-        """Return the scope of a graph's nodes before the first of them has run."""
-        values = (*graph.input, *graph.value_info, *graph.output)
-        types = {v.name: v.type.tensor_type for v in values if v.type.HasField("tensor_type")}
-        constants = {t.name: t for t in graph.initializer}
-        return replace(
-            self,
-            constants=self.constants.new_child(constants),
-            types=self.types.new_child(types),
-            lost=self.lost.new_child({t.values.name: _SPARSE for t in graph.sparse_initializer}),
-        )
-
-    def hiding(self, inputs: Sequence[onnx.ValueInfoProto]) -> _Scope:
-        """Return this scope for a graph inside whose inputs may have names that constants around it have, too."""
-        return replace(self, constants=self.constants.new_child({value.name: None for value in inputs}))
-
-    def learn(self, node: onnx.NodeProto) -> None:
-        """Remember the output of a node that is a constant, and the first operator whose outputs have no shape."""
-        for name in filter(None, node.output):
-            if self.value(name).shape is None:
-                first = next((self.lost[n] for n in node.input if n in self.lost), None)
-                self.lost[name] = first or f"{node.domain}.{node.op_type}".lstrip(".")
-        if (tensor := stored(node)) is not None:
-            self.constants[node.output[0]] = tensor
-        elif folds(node) and all(self.constants.get(name) is not None for name in node.input if name):
-            inputs = tuple(self.value(name) for name in node.input if name)
-            nodes = 1 + sum(v.computed.nodes for v in inputs if v.computed is not None)
-            if nodes <= MOST_FOLDED:
-                self.constants[node.output[0]] = _Computed(node, inputs, self.opset, nodes)
-
-    def value(self, name: str) -> _Value:
-        constant = self.constants.get(name)
-        if isinstance(constant, onnx.TensorProto):
-            return _Value(name, constant, constant.data_type, tuple(constant.dims))
-        found = self.types.get(name)
-        if found is None:
-            return _Value(name, None, onnx.TensorProto.UNDEFINED, None, constant, self.lost.get(name))
-        if not found.HasField("shape"):
-            return _Value(name, None, found.elem_type, None, constant, self.lost.get(name))
-        return _Value(name, None, found.elem_type, tuple(_dimension(d) for d in found.shape.dim), constant)
-
-
-def _to_give(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> str:
-    """Return the options that give sizes to a model's inputs, ready to edit: what is known of them stands there."""
-    held = {tensor.name for tensor in graph.initializer} | tensors.keys()
-    inputs = [v for v in graph.input if v.name not in held and v.type.HasField("tensor_type")]
-    options = (f"--shape {v.name}={sizes}" for v in inputs if (sizes := _to_edit(v.type.tensor_type)))
-    return " ".join(options) or _ANY_INPUT
-
-
-def _to_edit(found: onnx.TypeProto.Tensor) -> str:
-    """Write the sizes of an input, with a question mark for each that is open; none where at most the batch is."""
-    if not found.HasField("shape"):
-        return "NxCxDxHxW"
-    batch, *others = [_dimension(d) for d in found.shape.dim] or [1]
-    if all(isinstance(size, int) for size in others):
-        return ""
-    texts = [str(size) if isinstance(size, int) else "?" for size in others]
-    return "x".join([str(batch) if isinstance(batch, int) else "N", *texts])
-
-
-def _dimension(d: onnx.TensorShapeProto.Dimension) -> int | str:
-    return int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
-
-
-def _nodes(graph: onnx.GraphProto, outer: _Scope) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
-    """Yield every 5-D ConvTranspose with its scope, in graph order, subgraphs included."""
-    scope = outer.inside(graph)
-    for node in graph.node:
-        if _is_conv_transpose(node) and _is_5d(node, scope):
-            yield node, scope
-        for attribute in node.attribute:
-            for subgraph in _subgraphs(attribute):
-                yield from _nodes(subgraph, scope.hiding(subgraph.input))
-        scope.learn(node)
-
-
-def _subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:
-    # to touch a graph that is not there would set it
-    return (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
 
 
 def _branches(graph: onnx.GraphProto) -> bool:
-    return any(_subgraphs(attribute) for node in graph.node for attribute in node.attribute)
-
-
-def _is_conv_transpose(node: onnx.NodeProto) -> bool:
-    return node.op_type == "ConvTranspose" and node.domain in DOMAINS
-
-
-def _is_5d(node: onnx.NodeProto, scope: _Scope) -> bool:
-    """Go by the ranks of X and W, else by the attributes; where nothing tells, it may be: list it."""
-    shapes = [scope.value(name).shape for name in node.input[:2]]
-    ranks = {len(shape) for shape in shapes if shape is not None} or _attribute_ranks(node)
-    return 5 in ranks or not ranks
-
-
-def _attribute_ranks(node: onnx.NodeProto) -> set[int]:
-    sizes = {a.name: len(a.ints) for a in node.attribute if a.ints}
-    return {2 + (size // 2 if name == "pads" else size) for name, size in sizes.items()}
+    return any(subgraphs(attribute) for node in graph.node for attribute in node.attribute)
 
 
 # --- one node ---
 
 
-def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
+def _found(node: onnx.NodeProto, scope: Scope, folder: Path | None) -> Found:
     name = node.name or node.output[0]
     try:
         spec = _spec(node, scope)
@@ -511,12 +173,12 @@ def _found(node: onnx.NodeProto, scope: _Scope, folder: Path | None) -> Found:
     return Found(name, spec, weight, bias, None, node.output[0])
 
 
-def _weights(node: onnx.NodeProto, scope: _Scope) -> tuple[_Value, _Value | None]:
+def _weights(node: onnx.NodeProto, scope: Scope) -> tuple[Value, Value | None]:
     has_bias = len(node.input) > 2 and node.input[2] != ""
     return scope.value(node.input[1]), scope.value(node.input[2]) if has_bias else None
 
 
-def _spec(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d:
+def _spec(node: onnx.NodeProto, scope: Scope) -> ConvTranspose3d:
     """Read one node. Raises `ModelError` or `SpecError` with the reason why it cannot be compiled."""
     x, (w, b) = scope.value(node.input[0]), _weights(node, scope)
     batch, channels_in, sizes = _x_sizes(x, _WAY_OUT.format(scope.to_give))
@@ -555,7 +217,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _x_sizes(x: _Value, way_out: str) -> tuple[int | None, int | str, list[int]]:
+def _x_sizes(x: Value, way_out: str) -> tuple[int | None, int | str, list[int]]:
     if x.shape is None:
         told = f", for nothing tells what {x.lost} writes" if x.lost else ""
         raise ModelError(
@@ -573,8 +235,8 @@ def _x_sizes(x: _Value, way_out: str) -> tuple[int | None, int | str, list[int]]
     return batch if isinstance(batch, int) else None, channels, [int(size) for size in spatial]
 
 
-def _w_sizes(w: _Value) -> list[int]:
-    if w.lost == _SPARSE:
+def _w_sizes(w: Value) -> list[int]:
+    if w.lost == SPARSE:
         raise ModelError(
             f"W ({w.name}) is a sparse initializer, and such weights are not read; store it as a dense one"
         )
@@ -585,7 +247,7 @@ def _w_sizes(w: _Value) -> list[int]:
     return [int(size) for size in w.shape]
 
 
-def _dtype(values: Sequence[_Value]) -> str:
+def _dtype(values: Sequence[Value]) -> str:
     types = {v.element_type for v in values if v.tensor is not None or v.element_type != onnx.TensorProto.UNDEFINED}
     names = sorted(_DTYPES.get(t, _type_name(t)) for t in types)
     if len(names) != 1:
@@ -663,11 +325,11 @@ def _settle(graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> 
     Then all inferred shapes are forgotten, for those that follow from the wrong one are wrong too: that is
     why only the first node is judged. None is judged twice, for inference agrees about explicit paddings.
     """
-    for node, scope in _nodes(graph, _Scope.of(tensors)):
+    for node, scope in conv_transposes(graph, Scope.of(tensors)):
         spec = _disputed(node, scope)
         if spec is not None:
             _write_pads(node, spec)
-            _forget_shapes(graph)
+            forget_shapes(graph)
             return True
     return False
 
@@ -682,7 +344,7 @@ def _write_pads(node: onnx.NodeProto, spec: ConvTranspose3d) -> None:
     node.attribute.extend(kept)
 
 
-def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:
+def _disputed(node: onnx.NodeProto, scope: Scope) -> ConvTranspose3d | None:
     """Return the spec of a node whose inferred output differs from it."""
     if not {"auto_pad", "output_shape"} & {a.name for a in node.attribute}:
         return None
@@ -694,21 +356,10 @@ def _disputed(node: onnx.NodeProto, scope: _Scope) -> ConvTranspose3d | None:
     return spec if inferred is None or inferred[2:] != spec.y_shape[2:] else None
 
 
-def _forget_shapes(graph: onnx.GraphProto) -> None:
-    del graph.value_info[:]
-    for value in graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    for node in graph.node:
-        for attribute in node.attribute:
-            for subgraph in _subgraphs(attribute):
-                _forget_shapes(subgraph)
-
-
 # --- weights ---
 
 
-def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
+def _array(value: Value | None, folder: Path | None) -> NDArray[Any] | None:
     """Return the data of a constant, None for what is known at run time only."""
     if value is None:
         return None
@@ -717,34 +368,11 @@ def _array(value: _Value | None, folder: Path | None) -> NDArray[Any] | None:
         return fold(value.computed.node, inputs, value.computed.opset)
     if value.tensor is None:
         return None
-    tensor = _loaded(value.tensor, folder)
+    tensor = loaded(value.tensor, folder)
     try:
         return np.ascontiguousarray(numpy_helper.to_array(tensor))
     except ValueError as error:
         raise ModelError(f"{value.name} holds no {list(value.tensor.dims)} tensor: {error}; export it again") from error
-
-
-def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
-    """Return the tensor, or a copy with its external data in it. Raises `ModelError` where these are missing."""
-    if not _is_external(tensor):
-        return tensor
-    where = next((entry.value for entry in tensor.external_data if entry.key == "location"), "an unnamed file")
-    if folder is None:
-        raise ModelError(f"{tensor.name} is stored beside the model, in {where!r}; pass the path of the model file")
-    copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
-    try:
-        os.stat(folder / where)  # of a file that is not there, onnx would say that it is no regular one
-        onnx.external_data_helper.load_external_data_for_tensor(copy, str(folder))
-    except (onnx.checker.ValidationError, ValueError, OSError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_words(error)
-        raise ModelError(
-            f"{tensor.name} is stored in {where!r}, which cannot be read beside the model: {reason}; "
-            f"put that file, whole, into {folder}"
-        ) from error
-    copy.data_location = onnx.TensorProto.DEFAULT
-    copy.ClearField("external_data")
-    return copy
 
 
 # --- the list ---
@@ -752,7 +380,7 @@ def _loaded(tensor: onnx.TensorProto, folder: Path | None) -> onnx.TensorProto:
 
 def _in_functions(outline: onnx.ModelProto) -> list[Found]:
     """List what could not be inlined: functions written for another opset than the model's."""
-    nowhere = _Scope.of({})
+    nowhere = Scope.of({})
     return [
         Found(
             node.name or node.output[0],
@@ -764,5 +392,5 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
             node.output[0],
         )
         for function in outline.functions
-        for node, _ in _nodes(onnx.GraphProto(node=function.node), nowhere)
+        for node, _ in conv_transposes(onnx.GraphProto(node=function.node), nowhere)
     ]

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import ModelError
-from opcompile.importers.onnx import Found, Shapes, find
+from opcompile.importers.onnx import Found, find
+from opcompile.importers.outline import Shapes
 from opcompile.replace.fusion import Fusion, fuse
 from opcompile.replace.model import Graph, Model, Site
 from opcompile.spec import ConvTranspose3d
