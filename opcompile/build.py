@@ -39,6 +39,7 @@ from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.manifest import MANIFEST, parse_manifest
 from opcompile.paths import checked_path, scratch
+from opcompile.place import require_outside, require_replaceable, require_room
 from opcompile.runtime import Artifact, load_any
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
@@ -155,7 +156,7 @@ def write(
     if derivative is not None and not (weight is None and bias is None):
         raise CallError("a derivative has no weight or bias compiled in; leave them out, and give w in each call")
     machine, place = any_target(target), checked_path(into, "into")
-    artifact.require_replaceable(place)
+    require_replaceable(place)
     _require_writable(place)
     return _written(_lowered(spec, machine, plan, derivative), place, weight, bias)
 
@@ -187,7 +188,7 @@ def _written(
 def _require_writable(place: Path, *, inside: bool = False) -> None:
     """Raise `ArtifactError` where no directory can be made at ``place``, or in it: before the work, not after it."""
     try:
-        artifact.require_room(place.resolve() / INDEX if inside else place.resolve())
+        require_room(place.resolve() / INDEX if inside else place.resolve())
     except OSError as error:
         raise _unwritable(place, error) from error
 
@@ -290,9 +291,9 @@ def compile_all(
     alone = given.kind != "model"
     names = directory_names(layer.name for layer in given.layers)
     if alone:
-        artifact.require_replaceable(place)
+        require_replaceable(place)
     else:
-        artifact.require_outside(place)
+        require_outside(place)
         require_place(place, names)
     _require_writable(place, inside=not alone)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}

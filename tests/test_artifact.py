@@ -39,9 +39,10 @@ from opcompile.errors import (
     TargetError,
     VerificationError,
 )
-from opcompile.golden import golden_values
+from opcompile.golden import golden_values, w_amplitude
 from opcompile.gradients.artifact import header as header_of_derivative
 from opcompile.gradients.gradient import Gradient
+from opcompile.header import header
 from opcompile.link import link
 from opcompile.lower import Lowered, lower
 from opcompile.manifest import MANIFEST, REPORT, digest, read_manifest
@@ -152,7 +153,7 @@ def test_golden_values_are_the_oracles(case: Any) -> None:
     stored = artifact._golden(spec, None, None)
     batch = int(stored["batch"])
     x = golden_values(np.arange(batch * int(np.prod(spec.x_shape[1:]))), 1, 64).reshape(batch, *spec.x_shape[1:])
-    w = golden_values(np.arange(int(np.prod(spec.w_shape))), 2, artifact.w_amplitude(spec)).reshape(spec.w_shape)
+    w = golden_values(np.arange(int(np.prod(spec.w_shape))), 2, w_amplitude(spec)).reshape(spec.w_shape)
     full = reference(spec, x, w, golden_values(np.arange(spec.channels_out), 3, 64)).ravel()
     assert np.array_equal(full[stored["indices"]], stored["expected"])
     assert stored["indices"].size == min(4096, np.unique(stored["indices"]).size)
@@ -262,12 +263,12 @@ int call(int64_t batch, void *x, void *w, void *b, void *y, void *dy, void *dx) 
 def test_the_call_that_is_written_down_compiles_without_a_warning(
     lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, compiler: str, where: str
 ) -> None:
-    layer = artifact.header(ONE, lowered[ONE].packing)
-    header = header_of_derivative(Gradient(ONE, "x")) if where == "derivative" else layer
-    text = (Path(__file__).parents[1] / "docs" / "artifact.md").read_text() if where == "docs" else header
+    layer = header(ONE, lowered[ONE].packing)
+    included = header_of_derivative(Gradient(ONE, "x")) if where == "derivative" else layer
+    text = (Path(__file__).parents[1] / "docs" / "artifact.md").read_text() if where == "docs" else included
     call = re.search(r"void \*library = dlopen.*?error\(\)\);", text, re.DOTALL)
     assert call is not None
-    (tmp_path / "header.h").write_text(header)
+    (tmp_path / "header.h").write_text(included)
     (tmp_path / "host.c").write_text(CALLED.format(call=call[0].replace("\n * ", "\n")))
     flags = ["-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c"]
     subprocess.run([*compiler.split(), *flags, "host.c", "-o", "host.o"], cwd=tmp_path, check=True)
@@ -298,8 +299,8 @@ def test_headers_of_several_layers_in_one_file(
     wide = ConvTranspose3d.parse("in=1x5x2x3x4 co=4 k=2 s=2 dtype=float64")
     packing = lowered[ONE].packing
     texts = {
-        "one/conv_transpose3d.h": artifact.header(ONE, packing),
-        "wide/conv_transpose3d.h": artifact.header(wide, packing),
+        "one/conv_transpose3d.h": header(ONE, packing),
+        "wide/conv_transpose3d.h": header(wide, packing),
         "slope/conv_transpose3d_dx.h": header_of_derivative(Gradient(ONE, "x")),
     }
     for name, text in texts.items():
@@ -316,7 +317,7 @@ def test_the_headers_declare_the_entries_as_they_are_defined(
 ) -> None:
     here = Path(opcompile.__file__).parent
     flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-D_GNU_SOURCE=", "-include", "header.h"]
-    for text in (artifact.header(ONE, lowered[ONE].packing), header_of_derivative(Gradient(ONE, "x"))):
+    for text in (header(ONE, lowered[ONE].packing), header_of_derivative(Gradient(ONE, "x"))):
         (tmp_path / "header.h").write_text(text)
         subprocess.run(["cc", *flags, here / "runtime.c"], cwd=tmp_path, check=True)
 
@@ -482,7 +483,7 @@ def test_what_is_no_artifact_is_not_replaced(
     lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+        monkeypatch.setattr("opcompile.place._exchange", lambda *_: False)
     place = tmp_path / "thesis"
     place.mkdir()
     (place / ".DS_Store").write_text("where its window was")
@@ -555,7 +556,7 @@ def test_two_processes_write_and_a_third_reads(
     place = tmp_path / "it"
     writers = []
     for index, each in enumerate(lowered.values()):
-        library = link(each.object_code, artifact.header(each.spec, each.packing), each.target)
+        library = link(each.object_code, header(each.spec, each.packing), each.target)
         # any dataclass is a plan; this one spares the writers the import of TVM
         light = SimpleNamespace(**{f.name: getattr(each, f.name) for f in fields(each)} | {"plan": Activation()})
         (tmp_path / f"{index}.pickle").write_bytes(pickle.dumps((light, library)))
@@ -630,7 +631,7 @@ def test_a_report_never_brings_an_old_artifact_back(
     lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+        monkeypatch.setattr("opcompile.place._exchange", lambda *_: False)
     place = write(lowered[ONE], tmp_path / "it")
     complete = artifact._write_manifest
 
@@ -748,7 +749,7 @@ def test_another_machine_needs_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ziglang(monkeypatch)
     away = target("llvm:cortex-a72" if platform.machine() == "x86_64" else "llvm:x86-64-v3")
     with pytest.raises(EngineError, match=rf"cannot link for {away.name} .*ziglang"):
-        link(b"", artifact.header(ONE, Packing.identity(ONE.w_shape)), away)
+        link(b"", header(ONE, Packing.identity(ONE.w_shape)), away)
 
 
 def require_no_paths(folder: Path) -> None:

@@ -25,8 +25,8 @@ import tvm_ffi
 
 import opcompile
 from opcompile import runtime
-from opcompile.artifact import header
 from opcompile.errors import ArtifactError, CallError
+from opcompile.header import header
 from opcompile.link import link, link_library
 from opcompile.manifest import HEADER
 from opcompile.packing import Packing

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opcompile
-from opcompile.artifact import useful_threads
+from opcompile.header import useful_threads
 from opcompile.link import link_library
 from opcompile.packing import Packing
 from opcompile.spec import ConvTranspose3d
