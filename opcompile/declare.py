@@ -42,8 +42,9 @@ from typing import Any, cast
 from tvm import te, tirx
 from tvm_ffi import structural_map
 
-from opcompile.elementary import erf, expm1, log1p, tanh
-from opcompile.spec import Activation, Axis, ConvTranspose3d, Phase, at_batch
+from opcompile.activations import activate
+from opcompile.positions import Grid, Lines, Planes, Volume, Where, Window, round_up
+from opcompile.spec import Axis, ConvTranspose3d, Phase, at_batch
 
 # The type of indices.
 INDEX = "int64"
@@ -67,11 +68,6 @@ class Grain:
     taps: bool = False
     stored: bool = False
     groups: bool = False
-
-
-def round_up(size: int, grain: int) -> int:
-    """The smallest multiple of ``grain`` that is at least ``size``."""
-    return -(-size // grain) * grain
 
 
 def packed_from(spec: ConvTranspose3d, grain: Grain) -> tuple[int, int, int, int, int]:
@@ -112,143 +108,6 @@ Phases = tuple[Phase, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """The part of one input axis that the phases read: ``extent`` elements from ``start`` on."""
-
-    start: int
-    extent: int
-    positions: int
-
-    @classmethod
-    def of(cls, axis: Axis, grain: int) -> _Window:
-        positions, (first, last) = round_up(axis.positions, grain), axis.reads
-        return cls(first, last - first + positions, positions)
-
-    @classmethod
-    def of_all_taps(cls, axis: Axis, grain: int) -> _Window:
-        """The same, of all phases that the stride has: an output may be too short for some."""
-        positions, first, last = round_up(axis.positions, grain), axis.offset(axis.kernel - 1), axis.offset(0)
-        return cls(first, last - first + positions, positions)
-
-
-class _Grid:
-    """Positions axis by axis: ``pad (eD, eH, eW)``, ``phase (qD, qH, qW)``."""
-
-    def __init__(self, windows: Sequence[_Window]) -> None:
-        self._windows = windows
-        self.pitch = windows[-1].extent
-        self.read_from = tuple(win.extent for win in windows)
-        self.positions = tuple(win.positions for win in windows)
-
-    def element(self, at: Sequence[Any]) -> list[Any]:
-        """The element of X that ``pad`` holds at ``at``."""
-        return [i + win.start for i, win in zip(at, self._windows, strict=True)]
-
-    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
-        """Where ``pad`` holds what position ``q`` of a phase reads at ``offsets``."""
-        return [i + (offset - win.start) for i, offset, win in zip(q, offsets, self._windows, strict=True)]
-
-    def place(self, q: Sequence[Any]) -> list[Any]:
-        """Where a phase holds the sum of positions ``q``."""
-        return list(q)
-
-
-class _Lines:
-    """Lines of ``rows`` rows of qH end to end: ``pad (eD, blocks, rows read * eW)``, ``phase (qD, blocks, line)``.
-
-    A line may go through several ``planes``, where it has all their rows and no tap reads another plane or row than
-    its position's: eD and qD are then so many times fewer. With ``taps``, sums stand where X does, and a line has all
-    that is read.
-    """
-
-    def __init__(self, windows: Sequence[_Window], rows: int, planes: int, columns: int, taps: bool) -> None:
-        self._windows, self._rows, self._planes = windows, rows, planes
-        plane, row, column = windows
-        self.pitch = column.extent
-        blocks = -(-row.positions // rows)
-        line = (planes * rows - 1) * self.pitch + column.positions
-        beyond = (row.extent - row.positions) * self.pitch + column.extent - column.positions
-        if taps:
-            line, beyond = line + beyond, 0
-        line = round_up(line, columns)
-        self.read_from = (plane.extent // planes, blocks, round_up(line + beyond, self.pitch))
-        self.positions = (plane.positions // planes, blocks, line)
-
-    def element(self, at: Sequence[Any]) -> list[Any]:
-        d, block, i = at
-        h, w = tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch)
-        if self._planes > 1:
-            d, h = d * self._planes + tirx.floordiv(h, self._rows), tirx.floormod(h, self._rows)
-        return [i + win.start for i, win in zip((d, block * self._rows + h, w), self._windows, strict=True)]
-
-    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
-        of_d, of_h, of_w = (offset - win.start for offset, win in zip(offsets, self._windows, strict=True))
-        d, block, i = q
-        return [d + of_d, block, i + (of_h * self.pitch + of_w)]
-
-    def place(self, q: Sequence[Any]) -> list[Any]:
-        d, h, w = q
-        row = tirx.floormod(d, self._planes) * self._rows + tirx.floormod(h, self._rows)
-        return [tirx.floordiv(d, self._planes), tirx.floordiv(h, self._rows), row * self.pitch + w]
-
-    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
-        """Where a tap holds what it adds at ``q``, and no tests: beside X there are zeros."""
-        (*line, i), (_, row, column) = self.place(q), self._windows
-        return [*line, i + ((offsets[1] - row.start) * self.pitch + offsets[2] - column.start)], []
-
-
-class _Planes:
-    """Each plane of X as it lies, with no zeros beside its rows: ``pad (eD, 1, H*W)``, sums of a tap ``(qD, 1, H*W)``.
-
-    Sums stand where X does, but for their plane, which is that of qD.
-    """
-
-    def __init__(self, axes: Sequence[Axis], depth: int, columns: int) -> None:
-        self._of_row, self._window = axes[1:], _Window.of(axes[0], depth)
-        rows, self.pitch = (axis.size for axis in self._of_row)
-        line = round_up(rows * self.pitch, columns)
-        self.read_from = (self._window.extent, 1, line)
-        self.positions = (self._window.positions, 1, line)
-
-    def element(self, at: Sequence[Any]) -> list[Any]:
-        d, _, i = at
-        return [d + self._window.start, tirx.floordiv(i, self.pitch), tirx.floormod(i, self.pitch)]
-
-    def read(self, q: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
-        d, line, i = q
-        return [d + (offsets[0] - self._window.start), line, i]
-
-    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
-        """Where a tap holds what it adds at ``q``, and the tests for whether X has the row and the column."""
-        d, h, w = q
-        tests = _beside(self._of_row, q[1:], offsets[1:])
-        return [d, 0, (h + offsets[1]) * self.pitch + w + offsets[2]], tests
-
-
-class _Volume:
-    """All planes of X as they lie, end to end: ``pad (1, 1, D*H*W)``, and sums of a tap, which stand where X does."""
-
-    def __init__(self, axes: Sequence[Axis], columns: int) -> None:
-        self._axes, (planes, self._rows, self.pitch) = axes, (axis.size for axis in axes)
-        self.read_from = self.positions = (1, 1, round_up(planes * self._rows * self.pitch, columns))
-
-    def element(self, at: Sequence[Any]) -> list[Any]:
-        row, w = tirx.floordiv(at[-1], self.pitch), tirx.floormod(at[-1], self.pitch)
-        return [tirx.floordiv(row, self._rows), tirx.floormod(row, self._rows), w]
-
-    def read(self, q: Sequence[Any], _offsets: Sequence[Any]) -> list[Any]:
-        return list(q)
-
-    def sums(self, q: Sequence[Any], offsets: Sequence[int]) -> tuple[list[Any], list[Any]]:
-        """Where a tap holds what it adds at ``q``, and the tests for whether X has it."""
-        d, h, w = (i + offset for i, offset in zip(q, offsets, strict=True))
-        return [0, 0, (d * self._rows + h) * self.pitch + w], _beside(self._axes, q, offsets)
-
-
-Where = _Grid | _Lines | _Planes | _Volume
-
-
-@dataclass(frozen=True, slots=True)
 class Scope:
     """What the blocks of one declaration share: where positions lie, rounded sizes, type and unknowns of indices.
 
@@ -267,16 +126,16 @@ class Scope:
     @classmethod
     def of(cls, spec: ConvTranspose3d, grain: Grain) -> Scope:
         """Choose the layout of positions that suits ``spec`` and ``grain``; indices have 64 bits."""
-        window = _Window.of_all_taps if spec.phases_as_axes else _Window.of
+        window = Window.of_all_taps if spec.phases_as_axes else Window.of
         where: Where
         depth, _, columns = grain.positions
         if grain.taps and not grain.rows:
-            where = _Planes(spec.axes, depth, columns) if grain.planes == 1 else _Volume(spec.axes, columns)
+            where = Planes(spec.axes, depth, columns) if grain.planes == 1 else Volume(spec.axes, columns)
         elif grain.rows:
             windows = [window(a, g) for a, g in zip(spec.axes, (depth, 1, 1), strict=True)]
-            where = _Lines(windows, grain.rows, grain.planes, columns, grain.taps)
+            where = Lines(windows, grain.rows, grain.planes, columns, grain.taps)
         else:
-            where = _Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
+            where = Grid([window(a, g) for a, g in zip(spec.axes, grain.positions, strict=True)])
         groups = 1 if grain.groups else spec.groups
         channels = round_up(spec.channels_out // groups, grain.channels)
         batch = te.var("batch", INDEX) if spec.batch is None else tirx.IntImm(INDEX, spec.batch)
@@ -395,7 +254,7 @@ def _split(spec: ConvTranspose3d, o: Sequence[Any]) -> tuple[list[Any], list[Any
 
 def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a phase, each reduced over exactly its taps; a phase without taps is zero and has no block."""
-    spec, where = scope.spec, cast("_Grid | _Lines", scope.where)
+    spec, where = scope.spec, cast("Grid | Lines", scope.where)
 
     def block(phases: Phases) -> Any:
         taps = scope.reduced([p.taps for p in phases])
@@ -414,7 +273,7 @@ def _pick_blocks(scope: Scope, pad: Any, w: Any) -> Picker:
 def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
     """One block a plane of the kernel, each tap summed over channels alone; an output adds up the taps of its phase."""
     spec, c_in = scope.spec, scope.spec.c_in
-    where = cast("_Lines | _Planes | _Volume", scope.where)
+    where = cast("Lines | Planes | Volume", scope.where)
     kernel = [axis.kernel for axis in spec.axes]
     at_first = [axis.reads[0] for axis in spec.axes[1:]]
 
@@ -436,7 +295,7 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
             (kd, kh, kw), offsets = zip(*taps, strict=True)
             # lines have zeros beside X; of planes as they lie TVM allows no sums that are only read beside them
             beside = not all(axis.reaches(offset) for axis, offset in zip(spec.axes, offsets, strict=True))
-            if beside and not isinstance(where, _Lines):
+            if beside and not isinstance(where, Lines):
                 continue
             at, tests = where.sums(q, offsets)
             term = blocks[kd](n, *scope.grouped(m), kh, kw, *at)
@@ -449,17 +308,6 @@ def _pick_taps(scope: Scope, pad: Any, w: Any) -> Picker:
 def _taps(phase: Phase) -> list[tuple[int, int]]:
     """The taps of a phase, each with the offset that it reads at."""
     return [(phase.first_tap + j * phase.tap_step, offset) for j, offset in enumerate(phase.offsets())]
-
-
-def _beside(axes: Sequence[Axis], q: Sequence[Any], offsets: Sequence[int]) -> list[Any]:
-    """Tests for whether X has what position ``q`` reads at ``offsets``, where it may have not."""
-    tests = []
-    for axis, i, offset in zip(axes, q, offsets, strict=True):
-        if offset < 0:
-            tests.append(i + offset >= 0)
-        if offset + axis.positions > axis.size:
-            tests.append(i + offset < axis.size)
-    return tests
 
 
 def meets(phases: Phases) -> bool:
@@ -508,7 +356,7 @@ class _Alike:
 
 def _pick_axes(scope: Scope, pad: Any, w: Any) -> Picker:
     """Blocks with the phases as axes, each of those that have as many taps along each axis."""
-    spec, where = scope.spec, cast("_Grid | _Lines", scope.where)
+    spec, where = scope.spec, cast("Grid | Lines", scope.where)
 
     def block(alike: Sequence[_Alike]) -> Any:
         taps = scope.reduced([each.taps for each in alike])
@@ -558,100 +406,3 @@ def unaligned(func: tirx.PrimFunc, alignment: int) -> tirx.PrimFunc:
 
     tensors = {parameter: own(parameter) for parameter in func.params}
     return structural_map(func, (tirx.Var, lambda var: tensors.get(var, var)))
-
-
-# --- activations, on the sum type ---
-
-
-def activate(activation: Activation, z: Any) -> Any:
-    """The activation as an expression in the type of ``z``; `opcompile.reference` has the formulas.
-
-    It calls elementary functions by name; `opcompile.elementary` writes them out.
-    """
-    return _FORMULAS[activation.name](z, *(tirx.const(p, z.ty.dtype) for p in activation.parameters))
-
-
-def _const(z: Any, value: float) -> Any:
-    return tirx.const(value, z.ty.dtype)
-
-
-def _at_least(z: Any, low: float) -> Any:
-    # in this order: LLVM takes the first of two where it is the larger, otherwise, and for NaN, the second
-    return tirx.max(_const(z, low), z)
-
-
-def _clip(z: Any, low: float, high: float) -> Any:
-    return tirx.min(_const(z, high), _at_least(z, low))
-
-
-def _sigmoid(z: Any) -> Any:
-    # exp of a large positive number is inf, and 1/inf the right limit
-    return _const(z, 1) / (_const(z, 1) + tirx.exp(-z))
-
-
-def _hard_sigmoid(z: Any, alpha: Any, beta: Any) -> Any:
-    return _clip(alpha * z + beta, 0, 1)
-
-
-def _elu(z: Any, alpha: Any) -> Any:
-    return tirx.Select(z < _const(z, 0), alpha * expm1(tirx.min(z, _const(z, 0))), z)
-
-
-def _softplus(z: Any) -> Any:
-    return tirx.max(z, _const(z, 0)) + log1p(tirx.exp(-tirx.abs(z)))
-
-
-def _mish(z: Any) -> Any:
-    # tanh(log(1 + e)) = e*(e + 2) / (e*(e + 2) + 2), with e = exp(z) kept from overflowing: beyond 20 it is 1
-    e = tirx.exp(tirx.min(z, _const(z, 20)))
-    ratio = e * (e + _const(z, 2)) / (e * (e + _const(z, 2)) + _const(z, 2))
-    return tirx.Select(z > _const(z, 20), z, z * ratio)
-
-
-def _gelu(z: Any) -> Any:
-    return _const(z, 0.5) * z * (_const(z, 1) + erf(z * _const(z, math.sqrt(0.5))))
-
-
-def _gelu_tanh(z: Any) -> Any:
-    inner = _const(z, math.sqrt(2 / math.pi)) * (z + _const(z, 0.044715) * z * z * z)
-    return _const(z, 0.5) * z * (_const(z, 1) + tirx.tanh(inner))
-
-
-def _squareplus(z: Any) -> Any:
-    # (z + sqrt(z^2 + 4)) / 2 without its cancellation; where z^2 overflows, the quotient is 0 as it should be
-    root = tirx.sqrt(z * z + _const(z, 4))
-    return tirx.max(z, _const(z, 0)) + _const(z, 2) / (root + tirx.abs(z))
-
-
-def _sparse_plus(z: Any) -> Any:
-    # 0, then a parabola between -1 and 1, then z
-    inner = _clip(z, -1, 1) + _const(z, 1)
-    return tirx.Select(z < _const(z, 1), _const(z, 0.25) * inner * inner, z)
-
-
-_FORMULAS: dict[str, Callable[..., Any]] = {
-    "none": lambda z: z,
-    "relu": lambda z: _at_least(z, 0),
-    "relu6": lambda z: _clip(z, 0, 6),
-    "leaky_relu": lambda z, alpha: tirx.Select(z >= _const(z, 0), z, alpha * z),
-    "elu": _elu,
-    "selu": lambda z, alpha, gamma: gamma * _elu(z, alpha),
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "sigmoid": _sigmoid,
-    "hard_sigmoid": _hard_sigmoid,
-    "silu": lambda z: z * _sigmoid(z),
-    "hard_silu": lambda z: z * _hard_sigmoid(z, _const(z, 1 / 6), _const(z, 0.5)),
-    "mish": _mish,
-    "softplus": _softplus,
-    "softsign": lambda z: z / (_const(z, 1) + tirx.abs(z)),
-    "tanh": tanh,
-    "exponential": tirx.exp,
-    "hard_tanh": lambda z: _clip(z, -1, 1),
-    "soft_shrink": lambda z: z - _clip(z, -0.5, 0.5),
-    "hard_shrink": lambda z: tirx.Select(tirx.abs(z) <= _const(z, 0.5), _const(z, 0), z),
-    "tanh_shrink": lambda z: z - tanh(z),
-    "log_sigmoid": lambda z: -_softplus(-z),
-    "squareplus": _squareplus,
-    "sparse_plus": _sparse_plus,
-}

@@ -33,8 +33,10 @@ import tvm_ffi
 from tvm import ir, te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from opcompile.declare import Grain, Phases, Scope, activate, meets, of_phase, round_up, sum_type
+from opcompile.activations import activate
+from opcompile.declare import Grain, Phases, Scope, meets, of_phase, sum_type
 from opcompile.elementary import by_exponentials
+from opcompile.positions import round_up
 from opcompile.spec import Axis, ConvTranspose3d
 
 # Activations that end in a `max` or `min`, which on a GPU makes a number of NaN.

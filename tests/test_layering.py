@@ -46,7 +46,9 @@ BELOW = {
         "schedules.statements",
     },
     "opcompile.elementary": set(),
-    "opcompile.declare": {"opcompile.elementary", "opcompile.errors", "opcompile.spec"},
+    "opcompile.activations": {"opcompile.elementary", "opcompile.spec"},
+    "opcompile.positions": {"opcompile.spec"},
+    "opcompile.declare": {"opcompile.activations", "opcompile.positions", "opcompile.spec"},
     "opcompile.graph": {"opcompile.errors", "opcompile.paths", "opcompile.spec"},
     "opcompile.tensors": {"opcompile.errors", "opcompile.needed", "opcompile.spec"},
     "opcompile.engines": {
@@ -81,7 +83,12 @@ BELOW = {
         "opcompile.gradients.reference",
         "opcompile.spec",
     },
-    "opcompile.gradients.declare": {"opcompile.declare", "opcompile.gradients.gradient", "opcompile.spec"},
+    "opcompile.gradients.declare": {
+        "opcompile.declare",
+        "opcompile.gradients.gradient",
+        "opcompile.positions",
+        "opcompile.spec",
+    },
     "opcompile.roofline": set(),
     "opcompile.probes": {
         "opcompile.bounds",

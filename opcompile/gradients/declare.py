@@ -40,8 +40,9 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import INDEX, round_up, sum_type, unaligned
+from opcompile.declare import INDEX, sum_type, unaligned
 from opcompile.gradients.gradient import Gradient
+from opcompile.positions import round_up
 from opcompile.spec import Activation, ConvTranspose3d
 
 

@@ -33,10 +33,11 @@ from typing import Any
 
 from tvm import te, tirx
 
-from opcompile.declare import narrow_index, round_up, sum_type
+from opcompile.declare import narrow_index, sum_type
 from opcompile.declare_flat import FlatGrain, scattered, unravel
 from opcompile.gradients.declare import Depth, Element, read, upstream
 from opcompile.gradients.gradient import Gradient
+from opcompile.positions import round_up
 from opcompile.spec import ConvTranspose3d, at_batch
 
 
