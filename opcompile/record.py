@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -333,8 +333,8 @@ def illegal(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: Target | Gp
 def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
     """Say why the fields, or their values, are none that tiles have."""
     names = [f.name for f in fields(Tiles) if f.name not in LATER or f.name in tiles]
-    if sorted(tiles) != sorted(names):
-        return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
+    if complaint := _other_fields(tiles, names):
+        return complaint
     words = {name: get_args(kind) for name, kind in get_type_hints(Tiles).items() if kind is not int}
     for name in names:
         value = tiles[name]
@@ -344,6 +344,12 @@ def _no_tiles(tiles: Mapping[str, Any]) -> str | None:
         if name not in words and (type(value) is not int or value < 1):
             return f"{name} is {value!r}, but must be a whole number of at least 1"
     return None
+
+
+def _other_fields(tiles: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    if sorted(tiles) == sorted(names):
+        return None
+    return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
 
 
 def _broken(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterator[str]:
@@ -487,9 +493,8 @@ def _broken_by_pairs(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterato
 
 
 def _illegal_on_gpu(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: GpuTarget) -> str | None:
-    names = [f.name for f in fields(GpuTiles)]
-    if sorted(tiles) != sorted(names):
-        return f"their fields are {', '.join(sorted(map(str, tiles)))}, but must be {', '.join(sorted(names))}"
+    if complaint := _other_fields(tiles, [f.name for f in fields(GpuTiles)]):
+        return complaint
     known = candidates(spec, target.gpu)
     if not any(_same(asdict(estimate.tiles), tiles) for estimate in known):
         return f"they are none of the {len(known)} choices that keep to the limits of {target.name}"

@@ -83,6 +83,11 @@ class Found:
     reason: str | None
     output: str
 
+    @classmethod
+    def refused(cls, node: onnx.NodeProto, reason: str) -> Found:
+        """Return what is said of a node that cannot be compiled."""
+        return cls(_name(node), None, None, None, reason, node.output[0])
+
 
 def find(source: str | os.PathLike[str] | bytes | onnx.ModelProto, *, shapes: Shapes | None = None) -> list[Found]:
     """Return the 5-D ConvTranspose nodes of a model, in graph order.
@@ -164,13 +169,16 @@ def _branches(graph: onnx.GraphProto) -> bool:
 
 
 def _found(node: onnx.NodeProto, scope: Scope, folder: Path | None) -> Found:
-    name = node.name or node.output[0]
     try:
         spec = _spec(node, scope)
         weight, bias = (_array(value, folder) for value in _weights(node, scope))
     except OpcompileError as error:
-        return Found(name, None, None, None, str(error), node.output[0])
-    return Found(name, spec, weight, bias, None, node.output[0])
+        return Found.refused(node, str(error))
+    return Found(_name(node), spec, weight, bias, None, node.output[0])
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return str(node.name or node.output[0])
 
 
 def _weights(node: onnx.NodeProto, scope: Scope) -> tuple[Value, Value | None]:
@@ -382,14 +390,10 @@ def _in_functions(outline: onnx.ModelProto) -> list[Found]:
     """List what could not be inlined: functions written for another opset than the model's."""
     nowhere = Scope.of({})
     return [
-        Found(
-            node.name or node.output[0],
-            None,
-            None,
-            None,
+        Found.refused(
+            node,
             f"it is in function {function.domain}.{function.name}, whose opset is not the model's; "
             "convert one of them with onnx.version_converter",
-            node.output[0],
         )
         for function in outline.functions
         for node, _ in conv_transposes(onnx.GraphProto(node=function.node), nowhere)
