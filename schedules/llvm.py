@@ -110,7 +110,6 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
     """Apply the moves to the declared function; legal for every spec."""
     phases = [b for b in sch.get_child_blocks(sch.get_sblock("root")) if sch.get(b).name_hint.startswith(_SUMS)]
     output = sch.get_sblock("output")
-    as_axes = spec.phases_as_axes and not tiles.by_taps
 
     # --- layouts ---
     wide = sch.get_sblock("wide") if phases and spec.dtype != spec.sum_dtype and tiles.products == 1 else None
@@ -118,7 +117,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         sch.compute_inline(wide)
         wide = None
     if phases:  # there are none, and no padded copy, where every tap falls beyond the output
-        _lay_out(sch, spec, tiles, phases, wide, as_axes)
+        _lay_out(sch, spec, tiles, phases, wide)
 
     # --- tasks: bands of rows of positions, with their phases inside ---
     n, m, *spatial = spec.from_layout(sch.get_loops(output))
@@ -138,7 +137,7 @@ def schedule(sch: Schedule, spec: ConvTranspose3d, tiles: Tiles) -> None:
         of_task, of_band = [n, m, q_d, q_h], [*row, g, m_in]
     around = [*of_task, band_d, band_h, band_m]
     sch.reorder(*around, *of_band)
-    _claim_whole_tiles(sch, spec, tiles, output, as_axes)
+    _claim_whole_tiles(sch, spec, tiles, output)
     for p in phases:
         if tiles.line:
             _claim_whole_lines(sch, p)
@@ -188,9 +187,7 @@ def space(spec: ConvTranspose3d, choices: Sequence[Tiles], decision: int | None)
     return sample
 
 
-def _lay_out(
-    sch: Schedule, spec: ConvTranspose3d, t: Tiles, phases: list[Any], wide: Any | None, as_axes: bool
-) -> None:
+def _lay_out(sch: Schedule, spec: ConvTranspose3d, t: Tiles, phases: list[Any], wide: Any | None) -> None:
     shape = tuple(int(n) for n in sch.get(phases[0]).reads[1].source.shape)
     cuts, order = _cuts(spec, t, shape)
 
@@ -213,7 +210,12 @@ def _lay_out(
     six: Any = lambda n, g, m, d, h, w: (n, g, m // t.lanes, d, h, w, m % t.lanes)  # noqa: E731
     nine: Any = lambda n, g, m, i, j, k, d, h, w: (n, g, m // t.lanes, i, j, k, d, h, w, m % t.lanes)  # noqa: E731
     for p in phases:
-        sch.transform_layout(p, ("write", 0), nine if as_axes else six)
+        sch.transform_layout(p, ("write", 0), nine if _has_axes_of_phases(spec, t) else six)
+
+
+def _has_axes_of_phases(spec: ConvTranspose3d, t: Tiles) -> bool:
+    """Whether the phases are axes of the blocks that sum them."""
+    return spec.phases_as_axes and not t.by_taps
 
 
 def _beside(t: Tiles, c: Any, w: Any) -> tuple[Any, ...]:
@@ -403,7 +405,7 @@ def _tile_of_taps(sch: Schedule, spec: ConvTranspose3d, t: Tiles, taps: Any, loo
         sch.unroll(loop)
 
 
-def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: Any, as_axes: bool) -> None:
+def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: Any) -> None:
     """Let each output element claim the whole tiles of its task.
 
     `compute_at` shrinks a phase to what the output reads, which at the ragged end is less than a
@@ -444,7 +446,7 @@ def _claim_whole_tiles(sch: Schedule, spec: ConvTranspose3d, t: Tiles, output: A
         spans = [one(n), groups, channels]
         if t.by_taps:
             spans += [whole(shape[3]), whole(shape[4])]
-        if as_axes:
+        if _has_axes_of_phases(spec, t):
             spans += map(whole, shape[3:6])
         spans += [planes, rows, *map(whole, shape[-2:] if t.of_channels else shape[-1:])]
         claim(sch, output, i, spans)
