@@ -262,15 +262,7 @@ class Inputs:
         expected = {"x": (x, (x.shape[0] if spec.batch is None and x.ndim else spec.batch, *spec.x_shape[1:]))}
         expected |= {"w": (w, spec.w_shape)} | ({} if b is None else {"b": (b, (spec.channels_out,))})
         for name, (array, shape) in expected.items():
-            if array.shape != shape:
-                raise CallError(f"{name} has shape {array.shape}, but {spec} takes {shape}")
-            if array.dtype.name != spec.dtype and not np.array_equal(rounded(spec.dtype, array), array):
-                raise CallError(
-                    f"{name} is {array.dtype.name} and holds values that {spec.dtype} cannot; "
-                    f"round it first, so that the oracle reads what the kernel reads"
-                )
-            if not np.isfinite(array).all():
-                raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
+            require_operand(name, array, shape, spec.dtype, spec)
         given = [array for array, _ in expected.values()]
         largest = [max(float(array.max()), -float(array.min())) for array in given] + [0.0]
         integers = all(bool((np.trunc(array) == array).all()) for array in given)
@@ -286,6 +278,19 @@ class Inputs:
         x, w, b = self.largest
         fits = sums.factors is None or max(x, w) <= 2.0**sums.factors.precision
         return self.integers and fits and self.spec.terms * x * w + b < 2.0**sums.precision
+
+
+def require_operand(name: str, array: Tensor, shape: tuple[int | None, ...], dtype: str, taker: object) -> None:
+    """Raise `CallError` unless ``array`` is what ``taker`` takes: of its shape, in its format, and finite."""
+    if array.shape != shape:
+        raise CallError(f"{name} has shape {array.shape}, but {taker} takes {shape}")
+    if array.dtype.name != dtype and not np.array_equal(rounded(dtype, array), array):
+        raise CallError(
+            f"{name} is {array.dtype.name} and holds values that {dtype} cannot; "
+            f"round it first, so that the oracle reads what the kernel reads"
+        )
+    if not np.isfinite(array).all():
+        raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
 
 
 # 8 MiB of float64: some ten such arrays are alive at a time, and the allocator reuses arrays of this size.

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS, Check, Format, gamma, judge, judge_bits, rounded
+from opcompile.bounds import (
+    EXACT_ACTIVATIONS,
+    FORMATS,
+    Check,
+    Format,
+    gamma,
+    judge,
+    judge_bits,
+    require_operand,
+    rounded,
+)
 from opcompile.errors import CallError, VerificationError
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.reference import linear, slope
@@ -85,22 +95,12 @@ class Truth:
 
 
 def _checked(gradient: Gradient, operands: Mapping[str, Any]) -> dict[str, Tensor]:
-    dtype = gradient.layer.dtype
     if set(operands) != set(gradient.operands):
         raise CallError(f"{gradient.name} takes {', '.join(gradient.operands)}, and was given {', '.join(operands)}")
     given = {name: np.asarray(operands[name]) for name in gradient.operands}
     batch = given["dy"].shape[0] if given["dy"].ndim else 0
     for name, array in given.items():
-        shape = at_batch(gradient.operands[name], batch)
-        if array.shape != shape:
-            raise CallError(f"{name} has shape {array.shape}, but {gradient} takes {shape}")
-        if array.dtype.name != dtype and not np.array_equal(rounded(dtype, array), array):
-            raise CallError(
-                f"{name} is {array.dtype.name} and holds values that {dtype} cannot; "
-                f"round it first, so that the oracle reads what the kernel reads"
-            )
-        if not np.isfinite(array).all():
-            raise CallError(f"{name} holds infinities or NaN, for which there is no bound")
+        require_operand(name, array, at_batch(gradient.operands[name], batch), gradient.layer.dtype, gradient)
     return given
 
 
