@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import compress
@@ -430,6 +430,17 @@ def here() -> str:
     return f"{platform.machine()} {platform.system()}, {counted(cores(), 'CPU')}, Python {platform.python_version()}"
 
 
+def origin(manifest: Mapping[str, Any], started: float, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a report that say where and when an artifact was asked, and by what besides it."""
+    return {
+        "target": str(manifest["target"]["name"]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": here(),
+        "versions": {**{k: str(v) for k, v in manifest["versions"].items()}, "numpy": np.__version__, **versions},
+        "elapsed_s": round(time.perf_counter() - started, 3),
+    }
+
+
 def _ours(
     artifact: Artifact | CudaArtifact | Simulated,
     x: Tensor,
@@ -592,12 +603,12 @@ def verify(
     threads = () if simulated or on_gpu else (1, max(2, cores()))
     rows: list[Row] = []
     not_asked = [NotAsked(*artifact.simulator.instead)] if isinstance(artifact, Simulated) else []
-    versions = {**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__}
+    asked_versions: dict[str, str] = {}
     runtime = None
     if "onnxruntime" in engines:
         try:
             runtime = _OnnxRuntime(artifact.directory / "model.onnx", spec)
-            versions["onnxruntime"] = runtime.version
+            asked_versions["onnxruntime"] = runtime.version
         except EngineError as error:
             not_asked.append(NotAsked("onnxruntime", str(error)))
     not_asked += _unanswerable(spec, finite)
@@ -613,16 +624,12 @@ def verify(
     except (EngineError, TargetError) as error:
         not_asked.append(NotAsked("opcompile", str(error)))
     return Report(
+        **origin(artifact.manifest, started, asked_versions),
         spec=str(spec),
-        target=str(artifact.manifest["target"]["name"]),
         seed=seed,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=here(),
-        versions=versions,
         engines=engines,
         threads=threads,
         rule=rule,
-        elapsed_s=round(time.perf_counter() - started, 3),
         rows=tuple(row for row in rows if row.against != "reference" or "reference" in engines),
         not_asked=tuple(not_asked),
     )

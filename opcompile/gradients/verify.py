@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,9 @@ from opcompile.verify import (
     checkerboard,
     distinct,
     drawn_in,
-    here,
     impulse,
     is_large,
+    origin,
     rule_of,
     scaled,
 )
@@ -195,16 +194,12 @@ def verify(artifact: Derivative, *, seed: int = 0) -> Report:
     except (EngineError, TargetError) as error:
         not_asked.append(NotAsked("opcompile", str(error)))
     return Report(
+        **origin(artifact.manifest, started, {}),
         spec=str(gradient),
-        target=str(artifact.manifest["target"]["name"]),
         seed=seed,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=here(),
-        versions={**{k: str(v) for k, v in artifact.manifest["versions"].items()}, "numpy": np.__version__},
         engines=("reference",),
         threads=threads,
         rule=rule,
-        elapsed_s=round(time.perf_counter() - started, 3),
         rows=tuple(rows),
         not_asked=tuple(not_asked),
     )
