@@ -36,6 +36,7 @@ from opcompile.packing import Packing
 from opcompile.paths import scratch
 from opcompile.spec import ConvTranspose3d
 from schedules import gpu
+from schedules.division import over
 from schedules.gpu import GpuTiles
 from schedules.unchecked import Schedule
 
@@ -264,9 +265,9 @@ def _shared_first(module: tvm.IRModule) -> tvm.IRModule:
 
 def blocks(spec: ConvTranspose3d, tiles: GpuTiles) -> int:
     """Thread blocks for one image."""
-    rows = math.ceil(spec.m_out / tiles.channels)
+    rows = over(spec.m_out, tiles.channels)
     apart = math.prod(axis.stride for axis in spec.axes) if tiles.apart else 1
-    return spec.groups * rows * math.ceil(math.prod(extents(spec, tiles.apart)) / tiles.positions) * apart
+    return spec.groups * rows * over(math.prod(extents(spec, tiles.apart)), tiles.positions) * apart
 
 
 def packing(spec: ConvTranspose3d, tiles: GpuTiles) -> Packing:

@@ -29,6 +29,7 @@ from opcompile.errors import RecordError
 from opcompile.gpus import BF16, GpuTarget
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target
+from schedules.division import over, up
 from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.layer import phases_at_once
 from schedules.rules import (
@@ -393,7 +394,7 @@ def _broken_by_registers(t: Tiles, spec: ConvTranspose3d, target: Target) -> Ite
 
 def _broken_by_channels(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
     groups, m = divided(spec, t)
-    whole = -(-m // t.channels) * t.channels
+    whole = up(m, t.channels)
     if t.task % t.channels:
         yield f"task is {t.task}, but must be a multiple of the register tile's {t.channels} channels"
     if t.task > whole:
@@ -468,13 +469,13 @@ def _broken_by_bands(t: Tiles, spec: ConvTranspose3d) -> Iterator[str]:
             f"and cover {rows} at most"
         )
     for name, several, bands, what in (
-        ("bands_d", t.bands_d, -(-planes // t.depth), f"{planes} planes"),
-        ("bands_h", t.bands_h, -(-rows // t.height), f"{rows} rows"),
-        ("bands_m", t.bands_m, -(-m // t.task), f"{m} channels of a group"),
+        ("bands_d", t.bands_d, over(planes, t.depth), f"{planes} planes"),
+        ("bands_h", t.bands_h, over(rows, t.height), f"{rows} rows"),
+        ("bands_m", t.bands_m, over(m, t.task), f"{m} channels of a group"),
     ):
         if bands % several:
             yield f"{name} is {several}, but must divide the {bands} bands that cover the {what}"
-    if spec.groups > 1 and 1 < t.bands_m < -(-m // t.task):
+    if spec.groups > 1 and 1 < t.bands_m < over(m, t.task):
         yield f"bands_m is {t.bands_m}, but must be 1, or cover the {m} channels of a group, where there are several"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import tvm
@@ -17,6 +16,7 @@ from opcompile.launch import Launch
 from opcompile.lower import Plan, PlanName
 from opcompile.lower_gpu import GpuCode, require_dtype, require_startable, texts
 from schedules import gpu
+from schedules.division import over
 from schedules.gpu import GpuTiles
 from schedules.gradient_gpu_tiles import gpu_candidates, why
 from schedules.unchecked import Schedule
@@ -74,10 +74,10 @@ def scheduled(gradient: Gradient, tiles: GpuTiles) -> tvm.IRModule:
 def blocks(gradient: Gradient, tiles: GpuTiles) -> int:
     """Thread blocks: for one image where these are not summed."""
     layer = gradient.layer
-    wide = math.ceil(columns(gradient) / tiles.positions)
+    wide = over(columns(gradient), tiles.positions)
     if gradient.wrt == "b":
         return wide
-    return layer.groups * math.ceil(layer.c_in / tiles.channels) * wide
+    return layer.groups * over(layer.c_in, tiles.channels) * wide
 
 
 def _terms(tiles: GpuTiles) -> int:
