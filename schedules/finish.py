@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import s_tir, tirx
 from tvm.ir import Range
-from tvm.ir.expr import Call, TensorLoad
+from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map
 
 from schedules import halves, pairs, streams, stretches
 from schedules.chunks import by_chunks
-from schedules.division import over
-from schedules.fetches import asking, channels_ahead, later, of_later_channel
+from schedules.fetches import asking, channels_ahead, of_later_channel
 from schedules.imported import importing
-from schedules.layer import joined, length_of_row, reach
+from schedules.layer import joined
 from schedules.pairs import added, narrowed
-from schedules.rules import LEAST_WOVEN_LAST, puts_together, weaves
+from schedules.rows import in_rows
+from schedules.rules import puts_together
 from schedules.squares import in_squares
 from schedules.statements import (
-    ADDING,
     ADDING_ANY,
     ROW,
     WRITING,
@@ -35,15 +31,12 @@ from schedules.statements import (
     every,
     in_turn,
     interlaced,
-    nest,
-    over_channels,
-    phase_of,
     replaced,
     vector_of,
     with_body,
     with_turns,
-    within,
 )
+from schedules.taps import sharing_rows, skipping, skipping_planes, trimmed
 from schedules.woven import written_by_tiles
 
 if TYPE_CHECKING:
@@ -77,19 +70,21 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
     _, height, width = (axis.positions for axis in spec.axes)
     _, taps_h, taps_w = (axis.most_taps for axis in spec.axes)
     if tiles.trims_rows(height, taps_h * taps_w):
-        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec, 1)))
+        function = structural_map(function, (tirx.For, lambda loop: trimmed(loop, spec, 1)))
     if tiles.trims(width, taps_w):
-        function = structural_map(function, (tirx.For, lambda loop: _trimmed(loop, spec, 2)))
+        function = structural_map(function, (tirx.For, lambda loop: trimmed(loop, spec, 2)))
     if joined(spec, tiles) == 1:  # a line through several planes has all that they have
-        skipping = _skipping_planes if tiles.vector == "plane" else _skipping
-        function = structural_map(function, (tirx.For, lambda loop: skipping(loop, spec, tiles)))
+        if tiles.vector == "plane":
+            function = structural_map(function, (tirx.For, lambda loop: skipping_planes(loop, spec)))
+        else:
+            function = structural_map(function, (tirx.For, lambda loop: skipping(loop, spec, tiles)))
     function = asking(function, spec, tiles)
     if tiles.shares_rows:
-        function = structural_map(function, (tirx.For, lambda loop: _sharing_rows(loop, spec)))
+        function = structural_map(function, (tirx.For, lambda loop: sharing_rows(loop, spec)))
     if tiles.woven == "tile":
         function = written_by_tiles(function, spec, tiles)
     elif not tiles.of_channels:
-        function = structural_map(function, (tirx.For, lambda loop: _woven(loop, spec, tiles)))
+        function = structural_map(function, (tirx.For, lambda loop: in_rows(loop, spec, tiles)))
     if spec.dtype == "bfloat16" and tiles.products == 1:
         function = structural_map(function, (tirx.Shuffle, halves.halves))
         in_llvm += halves.FUNCTIONS
@@ -278,252 +273,3 @@ def _interleaved(
     at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
     woven = tirx.BufferStore(store.buffer, interlaced(vectors, lanes), at)
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, with_body(copy.block, woven))
-
-
-def _trimmed(loop: tirx.For, spec: ConvTranspose3d, along: int) -> tirx.Stmt:
-    """Where a tile has all rows of a plane (``along`` 1) or all columns (2), give each tap those that read X.
-
-    The others read zeros beside it.
-    """
-    loops, inner = nest(loop.body)
-    block = inner.block if isinstance(inner, s_tir.SBlockRealize) else None
-    if loop.kind != tirx.ForKind.SERIAL or block is None or not ADDING.fullmatch(block.name_hint):
-        return loop
-    position, tap = inner.iter_values[3 + along], inner.iter_values[6 + along]
-    if not loop.loop_var.same_as(tap):
-        return loop
-    unrolled = [each for each in loops if each.kind == tirx.ForKind.UNROLLED]
-    (positions,) = [each for each in unrolled if any(var.same_as(each.loop_var) for var in every(tirx.Var, position))]
-    axis = spec.axes[along]
-    phase = axis.phases[phase_of(block)[along]]
-    read = [(max(0, -at), min(axis.positions, axis.size - at)) for at in phase.offsets()]
-    if all(span == (0, int(positions.extent)) for span in read):
-        return loop
-    parts = []
-    for k, (low, high) in enumerate(read):
-        if low < high:
-            of_span = structural_map(loop.body, (tirx.For, partial(_span, positions, low, high)))
-            parts.append(replaced(of_span, {loop.loop_var: tirx.const(k, tap.ty.dtype)}))
-    return in_turn(parts or [tirx.Evaluate(0)])
-
-
-def _span(positions: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
-    """The loop over positions, from ``low`` to ``high`` alone; others as they are."""
-    if not loop.loop_var.same_as(positions.loop_var):
-        return loop
-    kind = loop.loop_var.ty.dtype
-    position = tirx.Var(loop.loop_var.name, kind)
-    body = replaced(loop.body, {loop.loop_var: position + low})
-    return tirx.For(position, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
-
-
-def _skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
-    """Leave out a tap, with all its channels, where the plane or the row that it reads is zeros beside X.
-
-    That is an eighth of all products where X has 8 x 8 x 8 elements and a kernel of 3 a stride of 2.
-    """
-    found = over_channels(loop)
-    if found is None:
-        return loop
-    adding, tile = found
-    phase = phase_of(adding.block)
-    _, _, _, d, h, _, tap_d, tap_h, *_ = [replaced(value, begin(tile)) for value in adding.iter_values]
-    reads = [(spec.axes[0], phase[0], d, tap_d), (spec.axes[1], phase[1], h, tap_h)]
-    tests = []
-    several = any(adding.iter_values[7].same_as(each.loop_var) and int(each.extent) > 1 for each in tile)
-    rows_apart = not t.line and t.rows == 1 and not several
-    for axis, f, q, tap in reads[: 2 if rows_apart else 1]:  # several rows or taps at once read several rows of X
-        first, last = axis.reads
-        i = q + (axis.phases[f].first_offset - tap * axis.offset_step)
-        if first < 0:
-            tests.append(i >= 0)
-        if last + axis.positions > axis.size:
-            tests.append(i < axis.size)
-    return tirx.IfThenElse(tirx.all(*tests), loop, None) if tests else loop
-
-
-def _sharing_rows(loop: tirx.For, spec: ConvTranspose3d) -> tirx.Stmt:
-    """Where taps are unrolled beside several rows, take in turn all products of a row of X, and then of the next.
-
-    LLVM keeps their order: a vector of X is loaded, and soon not needed again. Tap by tap, it would load what all taps
-    read, and put most of it on the stack.
-    """
-    found = over_channels(loop)
-    if found is None:
-        return loop
-    adding, (channels, of_tap_h, of_tap_w, of_h, *columns) = found
-    if not adding.iter_values[7].same_as(of_tap_h.loop_var):  # more taps than are unrolled
-        return loop
-    kind, step = loop.loop_var.ty.dtype, spec.axes[1].offset_step
-    # a tap reads the row that lies a step before that of the tap before it
-    products = sorted(
-        product(range(int(of_tap_h.extent)), range(int(of_h.extent))), key=lambda at: at[1] - at[0] * step
-    )
-    rows = []
-    for tap_h, h in products:
-        at = {of_tap_h.loop_var: tirx.const(tap_h, kind), of_h.loop_var: tirx.const(h, kind)}
-        rows.append(within(columns, replaced(adding, at)))
-    tile = with_turns(channels, with_turns(of_tap_w, in_turn(rows)))
-    before = loop.body.seq[:-1] if isinstance(loop.body, tirx.SeqStmt) else []
-    return with_turns(loop, in_turn([*before, tile]))
-
-
-def _skipping_planes(loop: tirx.For, spec: ConvTranspose3d, _tiles: Tiles) -> tirx.Stmt:
-    """Leave out what a tap sums by itself at a plane beside X."""
-    found = over_channels(loop, ADDING_ANY)
-    if found is None:
-        return loop
-    adding, _ = found
-    tap = int(adding.block.name_hint.split("_")[1])
-    plane = adding.iter_values[5] + spec.axes[0].offset(tap)
-    return tirx.IfThenElse(tirx.all(plane >= 0, plane < spec.axes[0].size), loop, None)
-
-
-def _woven(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:
-    """Write a row of Y as vectors, each woven from one vector of every phase, unless an activation is for scalars.
-
-    Where channels come last, of every phase of all channels. What whole vectors leave of the row is a narrower one that
-    ends where the row does, and may write again what the one before it wrote: LLVM would write the last 2 to 31
-    elements one by one. A row of less than two vectors is woven from vectors twice as wide, and written as two.
-    """
-    stride, row = spec.axes[2].stride, spec.axes[2].out
-    loops, block = nest(loop)
-    of_row = 2 if spec.layout == "NCDHW" else 4  # columns and phases, groups and channels
-    if len(loops) != of_row or not isinstance(block, s_tir.SBlockRealize) or block.block.name_hint != WRITING:
-        return loop
-    if not weaves(spec):
-        return loop
-    if spec.layout == "NDHWC":
-        some_channels = math.prod(int(each.extent) for each in loops[2:]) < spec.channels_out
-        if some_channels or t.lanes < LEAST_WOVEN_LAST:
-            return loop
-    if t.vector == "plane" and not _among_sums(block.block, spec, t):
-        return loop
-    lanes = min(t.lanes, 1 << ((row // stride).bit_length() - 1))
-    whole, left = divmod(row, lanes * stride)
-    short = whole == 1 and left > 0 and lanes < t.lanes and stride > 1
-    if short and 2 * lanes <= _columns_of_rows(block.block, spec, t):
-        at_once = _weave(loops, block, stride, 0, 1, 2 * lanes, (0, left))
-        return loop if at_once is None else at_once
-    parts = [
-        _weave(loops, block, stride, first * lanes * stride, count, lanes)
-        for first, count in _parts(spec, t, whole, lanes)
-    ]
-    if left:
-        lanes = max(2, 1 << (over(left, stride) - 1).bit_length())
-        parts.append(_weave(loops, block, stride, row - lanes * stride, 1, lanes))
-    woven = [part for part in parts if part is not None]
-    return in_turn(woven) if len(woven) == len(parts) else loop
-
-
-def _among_sums(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> bool:
-    """Whether vectors of a row of Y, where X has nothing beside it, read what other taps or rows have summed.
-
-    None reads before the first sum: no pad is negative, and a tap that is read at all is less than a row away.
-    """
-    sums = next(load.source for load in every(TensorLoad, writing.body.value) if load.source.name.startswith("tap_"))
-    channels, kh, kw, _, _, line = (int(n) for n in sums.shape[2:])
-    column, of_tap = spec.axes[2], line * (1 if joined(spec, t) > 1 else t.depth)
-    last_row = of_tap - line + length_of_row(spec, t) - column.size
-    taps = [(i * of_tap, column.offset(i % kw)) for i in range(channels * kh * kw)]
-    ends = [start + last_row + offset + column.positions for start, offset in taps if column.reaches(offset)]
-    return max(ends) <= len(taps) * of_tap
-
-
-def _parts(spec: ConvTranspose3d, t: Tiles, whole: int, lanes: int) -> list[tuple[int, int]]:
-    """Where the first ``whole`` vectors of a row are cut, so that those inside need no test for what lies beside X."""
-    if t.vector != "plane":
-        return [(0, whole)]
-    first, last = spec.axes[2].reads
-    low = min(whole, over(max(0, -first), lanes))
-    high = max(low, min(whole, (spec.axes[2].size - max(0, last)) // lanes))
-    return [(start, end - start) for start, end in ((0, low), (low, high), (high, whole)) if end > start]
-
-
-def _masked(value: Any, lane: tirx.Var) -> Any:
-    """The value with tests that differ between lanes as selections, which vectors can have."""
-
-    def each(call: Call) -> Any:
-        if call.op.name != "prim.if_then_else":
-            return call
-        tests, inside, outside = call.args
-        of_lanes: list[Any] = []
-        of_all: list[Any] = []
-        for test in _conjuncts(tests):
-            (of_lanes if any(var.same_as(lane) for var in every(tirx.Var, test)) else of_all).append(test)
-        chosen = tirx.Select(tirx.all(*of_lanes), inside, outside) if of_lanes else inside
-        return tirx.if_then_else(tirx.all(*of_all), chosen, outside) if of_all else chosen
-
-    return structural_map(value, (Call, each))
-
-
-def _conjuncts(test: Any) -> list[Any]:
-    """The tests that must all hold."""
-    return [*_conjuncts(test.a), *_conjuncts(test.b)] if isinstance(test, tirx.And) else [test]
-
-
-def _columns_of_rows(writing: s_tir.SBlock, spec: ConvTranspose3d, t: Tiles) -> int:
-    """How many columns may be read from the begin of each row of the phases, what lies behind the row included."""
-    phases = [load for load in every(TensorLoad, writing.body.value) if load.source.name.startswith("phase")]
-    rows_before = t.height * joined(spec, t) - 1 if t.line else 0
-    return min((int(load.source.shape[-1]) for load in phases), default=0) - rows_before * reach(spec.axes[2])
-
-
-def _weave(
-    loops: Sequence[tirx.For],
-    realize: s_tir.SBlockRealize,
-    stride: int,
-    first: int,
-    count: int,
-    lanes: int,
-    begins: Sequence[int] = (0,),
-) -> tirx.For | None:
-    """``count`` times ``lanes * stride`` columns of a row of Y, from ``first`` on; None where that needs a loop.
-
-    They are written as a vector from each of ``begins`` on, each of its part of the columns. ``loops`` go through
-    columns, phases and, where channels come last, groups and channels.
-    """
-    loop = loops[0]
-    kind, block = loop.loop_var.ty.dtype, realize.block
-    y, last = block.body.buffer, len(loops) > 2
-    column = block.iter_vars[-2 if last else -1].var
-    of_channels = [{block.iter_vars[-1].var: tirx.const(i, kind)} for i in range(int(y.shape[-1]))] if last else [{}]
-    # of a row with channels last, Y's index of a channel goes on through its columns
-    *row, at_first = block.body.indices if not last else [*block.body.indices[:-1], tirx.const(0, kind)]
-    vector, lane = (tirx.Var(f"{loop.loop_var.name}_{name}", kind) for name in ("vector", "lane"))
-    analyzer, zero, size = Analyzer(), tirx.const(0, kind), lanes * stride
-    analyzer.bind(vector, Range(0, count))
-    analyzer.bind(lane, Range(0, lanes))
-    of_phases = [
-        analyzer.simplify(
-            replaced(block.body.value, {column: (vector * lanes + lane) * stride + (first + k), **channel})
-        )
-        for k, channel in product(range(stride), of_channels)
-    ]
-    vectors = [vector_of(_masked(value, lane), lane, lanes) for value in of_phases]
-    if any(each is None for each in vectors):
-        return None
-    each = len(of_channels)
-    part = size // len(begins) * each
-    end = begins[-1] * each + part
-    body = later(y, [*row, at_first], end)
-    for begin_at in (column_at * each for column_at in begins):
-        at = [*row, tirx.Ramp(at_first + begin_at, tirx.const(1, kind), part)]
-        body.append(tirx.BufferStore(y, interlaced(vectors, lanes, begin_at, part), at))
-    columns = Range.from_min_extent(column, end // each)
-    written = [*block.writes[0].region[: -2 if last else -1], columns]
-    if last:
-        written.append(Range.from_min_extent(at_first, each))
-    weaving = s_tir.SBlock(
-        block.iter_vars,
-        block.reads,
-        [tirx.BufferRegion(y, written)],
-        ROW,
-        tirx.SeqStmt(body),
-        annotations=block.annotations,
-    )
-    # every column is one of the row's: of the test there remain planes and rows
-    test = analyzer.simplify(replaced(realize.predicate, begin(loops)))
-    start = [vector * size + first, *([zero] if last else [])]
-    woven_row = s_tir.SBlockRealize([*realize.iter_values[: -len(start)], *start], test, weaving)
-    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
