@@ -31,7 +31,9 @@ from schedules.statements import (
     every,
     in_turn,
     interlaced,
+    loop_over,
     replaced,
+    side_by_side,
     vector_of,
     with_body,
     with_turns,
@@ -146,7 +148,7 @@ def _paired(loop: tirx.For, t: Tiles) -> tirx.Stmt:
     def elements(of: Any, count: int) -> Any:
         *others, last = [analyzer.simplify(replaced(i, at_first)) for i in of.indices]
         buffer = of.source if isinstance(of, TensorLoad) else of.buffer
-        return tirx.BufferLoad(buffer, [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), count)])
+        return tirx.BufferLoad(buffer, [*others, side_by_side(last, count)])
 
     def vector(load: Any) -> Any:
         return tirx.reinterpret(f"int32x{t.lanes}", elements(load, t.lanes * t.products))
@@ -181,7 +183,7 @@ def _as_vectors(loop: tirx.For) -> tirx.Stmt:
         left = s_tir.SBlockRealize(realize.iter_values, realize.predicate, with_body(block, block.body, "lanes"))
         return tirx.For(lane, zero, loop.extent, loop.kind, left)
     *others, last = block.body.indices
-    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes)]
+    at = [*others, side_by_side(last, lanes)]
     written = with_body(block, tirx.BufferStore(block.body.buffer, vector, at))
     return s_tir.SBlockRealize([replaced(i, {lane: zero}) for i in realize.iter_values], realize.predicate, written)
 
@@ -238,17 +240,17 @@ def _columns(loop: tirx.For, first: int, count: int, lanes: int, channels: int, 
     kind, name = loop.loop_var.ty.dtype, loop.loop_var.name
     vector, lane = tirx.Var(f"{name}_vector", kind), tirx.Var(f"{name}_lane", kind)
     body = replaced(loop.body, {loop.loop_var: vector * lanes + lane + first})
-    zero, of_channels = tirx.const(0, kind), [body]
+    of_channels = [body]
     if isinstance(body, tirx.For):
         of_channels = [replaced(body.body, {body.loop_var: tirx.const(i, kind)}) for i in range(int(body.extent))]
     at_once = tirx.ForKind.VECTORIZED if lanes > 1 and len(of_channels) == 1 else tirx.ForKind.SERIAL
-    copy = tirx.For(lane, zero, tirx.const(lanes, kind), at_once, body)
+    copy = loop_over(lane, lanes, body, at_once)
     if lanes > 1 and len(of_channels) > 1:
         copy = _interleaved(of_channels, {vector: Range(0, count), lane: Range(0, lanes)}, lane) or copy
     inner = [copy]
     if lanes > 1 and ahead:
         inner = [*(of_later_channel(each, lane, channels, ahead) for each in of_channels), copy]
-    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, in_turn(inner))
+    return loop_over(vector, count, in_turn(inner))
 
 
 def _interleaved(
@@ -270,6 +272,6 @@ def _interleaved(
     store, channel = copy.block.body, channel_of(copy)
     first = {channel: tirx.floordiv(channel, count) * count}
     *others, last = [analyzer.simplify(replaced(i, first)) for i in store.indices]
-    at = [*others, tirx.Ramp(last, tirx.const(1, last.ty.dtype), lanes * count)]
+    at = [*others, side_by_side(last, lanes * count)]
     woven = tirx.BufferStore(store.buffer, interlaced(vectors, lanes), at)
     return s_tir.SBlockRealize(copy.iter_values, copy.predicate, with_body(copy.block, woven))

@@ -24,8 +24,10 @@ from schedules.statements import (
     every,
     in_turn,
     interlaced,
+    loop_over,
     nest,
     replaced,
+    side_by_side,
     vector_of,
 )
 
@@ -163,7 +165,7 @@ def _weave(
     end = begins[-1] * each + part
     body = later(y, [*row, at_first], end)
     for begin_at in (column_at * each for column_at in begins):
-        at = [*row, tirx.Ramp(at_first + begin_at, tirx.const(1, kind), part)]
+        at = [*row, side_by_side(at_first + begin_at, part)]
         body.append(tirx.BufferStore(y, interlaced(vectors, lanes, begin_at, part), at))
     columns = Range.from_min_extent(column, end // each)
     written = [*block.writes[0].region[: -2 if last else -1], columns]
@@ -181,4 +183,4 @@ def _weave(
     test = analyzer.simplify(replaced(realize.predicate, begin(loops)))
     start = [vector * size + first, *([zero] if last else [])]
     woven_row = s_tir.SBlockRealize([*realize.iter_values[: -len(start)], *start], test, weaving)
-    return tirx.For(vector, zero, tirx.const(count, kind), tirx.ForKind.SERIAL, woven_row)
+    return loop_over(vector, count, woven_row)

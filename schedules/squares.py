@@ -15,7 +15,17 @@ from tvm.ir.expr import TensorLoad
 from tvm.sym import Analyzer
 
 from schedules.fetches import BYTES_AHEAD, fetch
-from schedules.statements import bound, every, in_turn, replaced, vector_of, with_turns, within
+from schedules.statements import (
+    bound,
+    every,
+    in_turn,
+    loop_over,
+    replaced,
+    side_by_side,
+    vector_of,
+    with_turns,
+    within,
+)
 from schedules.tiles import CACHE_LINE
 
 # Marks a loop over columns, around two over channels: columns from the first number to the second may be copied with as
@@ -43,7 +53,7 @@ def _columns(loop: tirx.For, first: int, end: int) -> tirx.Stmt:
     kind, channels = loop.loop_var.ty.dtype, loop.body
     column = tirx.Var(f"{loop.loop_var.name}_column", kind)
     body = replaced(channels.body.body, {loop.loop_var: column + first})
-    row = tirx.For(column, tirx.const(0, kind), tirx.const(end - first, kind), tirx.ForKind.SERIAL, body)
+    row = loop_over(column, end - first, body)
     return within([channels, channels.body], row)
 
 
@@ -52,7 +62,7 @@ def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
     channels = loop.body
     of_square, kind = channels.body, loop.loop_var.ty.dtype
     realize = of_square.body
-    block, one = realize.block, tirx.const(1, kind)
+    block = realize.block
     square, lane = (tirx.Var(f"{loop.loop_var.name}_{name}", kind) for name in ("square", "lane"))
     analyzer = Analyzer()
     for var, extent in ((square, count), (lane, size), (channels.loop_var, int(channels.extent))):
@@ -70,14 +80,14 @@ def _squares(loop: tirx.For, first: int, count: int, size: int) -> tirx.For:
     columns = [_named(statements, vector_of(at(store.value, i, lane), lane, size)) for i in range(size)]
     for channel, row in enumerate(_transposed(statements, columns)):
         *others, last = [at(index, 0, tirx.const(channel, kind)) for index in store.indices]
-        statements.append(tirx.BufferStore(store.buffer, row, [*others, tirx.Ramp(last, one, size)]))
+        statements.append(tirx.BufferStore(store.buffer, row, [*others, side_by_side(last, size)]))
     written = [Range.from_min_extent(index, size) for index in store.indices[-2:]]
     write = tirx.BufferRegion(store.buffer, [*block.writes[0].region[:-2], *written])
     copy = s_tir.SBlock(block.iter_vars, block.reads, [write], block.name_hint, in_turn(statements))
     at_first = {loop.loop_var: square * size + first, of_square.loop_var: tirx.const(0, kind)}
     iter_values = [replaced(value, at_first) for value in realize.iter_values]
     body = with_turns(channels, s_tir.SBlockRealize(iter_values, replaced(realize.predicate, at_first), copy))
-    return tirx.For(square, tirx.const(0, kind), tirx.const(count, kind), tirx.ForKind.SERIAL, body)
+    return loop_over(square, count, body)
 
 
 def _further(x: Any, first: Sequence[Any], turn: Any, size: int) -> list[tirx.Stmt]:

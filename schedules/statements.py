@@ -74,6 +74,11 @@ def in_turn(statements: list[tirx.Stmt]) -> tirx.Stmt:
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
 
 
+def loop_over(var: tirx.Var, count: int, body: tirx.Stmt, kind: int = tirx.ForKind.SERIAL) -> tirx.For:
+    """A loop of ``count`` turns, from 0 on."""
+    return tirx.For(var, tirx.const(0, var.ty.dtype), tirx.const(count, var.ty.dtype), kind, body)
+
+
 def with_turns(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
     """The loop, each of its turns ``body``."""
     return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations)
@@ -126,12 +131,16 @@ def allocating(function: tirx.PrimFunc, buffer: tirx.Buffer) -> tirx.PrimFunc:
     return function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, block))
 
 
+def side_by_side(first: Any, count: int) -> tirx.Ramp:
+    """The indices of ``count`` neighbours, as those of a vector."""
+    return tirx.Ramp(first, tirx.const(1, first.ty.dtype), count)
+
+
 def vector_of(value: Any, lane: tirx.Var, lanes: int) -> Any:
     """What ``value`` is for all lanes, as one vector; None where it needs a loop."""
-    kind = lane.ty.dtype
     to = tirx.decl_buffer((lanes,), value.ty.dtype)
     store = tirx.BufferStore(to, value, [lane])
-    loop = tirx.For(lane, tirx.const(0, kind), tirx.const(lanes, kind), tirx.ForKind.VECTORIZED, store)
+    loop = loop_over(lane, lanes, store, tirx.ForKind.VECTORIZED)
     module = tirx.transform.VectorizeLoop()(tvm.IRModule({"vector": tirx.PrimFunc([to], loop)}))
     body = module["vector"].body
     return body.value if isinstance(body, tirx.BufferStore) else None

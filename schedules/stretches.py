@@ -18,7 +18,7 @@ from tvm.ir import Range
 from tvm_ffi import structural_map
 
 from schedules.division import up
-from schedules.statements import ROW, begin, every, in_turn, nest, replaced
+from schedules.statements import ROW, begin, every, in_turn, loop_over, nest, replaced
 from schedules.tiles import CACHE_LINE, divided, elements_of_stretch, left_over
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def in_stretches(
         ]
         body = act(m + channel, phase, count)
         body = tirx.IfThenElse(tirx.all(*tests), body, None) if tests else body
-        return tirx.For(channel, tirx.const(0, kind), tirx.const(t.task, kind), tirx.ForKind.SERIAL, body)
+        return loop_over(channel, t.task, body)
 
     statements: list[tirx.Stmt] = []
     width = len(rows) // len(axis_d.phases)

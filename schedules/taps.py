@@ -15,6 +15,7 @@ from schedules.statements import (
     begin,
     every,
     in_turn,
+    loop_over,
     nest,
     over_channels,
     phase_of,
@@ -62,7 +63,7 @@ def _span(positions: tirx.For, low: int, high: int, loop: tirx.For) -> tirx.For:
     kind = loop.loop_var.ty.dtype
     position = tirx.Var(loop.loop_var.name, kind)
     body = replaced(loop.body, {loop.loop_var: position + low})
-    return tirx.For(position, tirx.const(0, kind), tirx.const(high - low, kind), loop.kind, body)
+    return loop_over(position, high - low, body, loop.kind)
 
 
 def skipping(loop: tirx.For, spec: ConvTranspose3d, t: Tiles) -> tirx.Stmt:

@@ -31,6 +31,7 @@ from schedules.statements import (
     nest,
     phase_of,
     replaced,
+    side_by_side,
     vector_of,
     with_turns,
     within,
@@ -151,7 +152,7 @@ def _writing(
     def written(offset: int, size: int) -> s_tir.SBlockRealize:
         """So many elements of the woven vector, from the one at ``offset`` on."""
         begin = first + offset
-        at = tirx.Ramp(begin, tirx.const(1, kind), size) if size > 1 else begin
+        at = side_by_side(begin, size) if size > 1 else begin
         write = tirx.BufferStore(y, interlaced(vectors, t.lanes, offset, size), [*row, at])
         of_y = [*(Range.from_min_extent(i, 1) for i in row), Range.from_min_extent(begin, size)]
         block = s_tir.SBlock(
