@@ -134,7 +134,7 @@ def _small(spec: ConvTranspose3d) -> ConvTranspose3d:
         least = 1 + max(0, -(-cropped_away // axis.stride))
         axes.append(replace(axis, size=max(least, min(_MEASURED_SIZE, axis.size))))
     groups = min(spec.groups, _MEASURED_CHANNELS)
-    c, m = (min(n // spec.groups, _MEASURED_CHANNELS) * groups for n in (spec.channels_in, spec.channels_out))
+    c, m = (min(n, _MEASURED_CHANNELS) * groups for n in (spec.c_in, spec.m_out))
     return replace(spec, batch=1, channels_in=c, channels_out=m, groups=groups, axes=(axes[0], axes[1], axes[2]))
 
 

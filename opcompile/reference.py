@@ -34,7 +34,7 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     if spec.layout == "NDHWC":
         x = np.moveaxis(x, -1, 1)
     batch, g = x.shape[0], spec.groups
-    c, m = spec.channels_in // g, spec.channels_out // g
+    c, m = spec.c_in, spec.m_out
     grouped_x = np.ascontiguousarray(x).reshape(batch, g, c, *(a.size for a in spec.axes))
     # (tap, g, m, c): a matrix for each tap and group
     rows = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 2, 1))

@@ -139,10 +139,7 @@ class _Scope:
         if gradient.wrt == "w":
             planes, rows, width = _blocks(layer, grain)
             positions = (planes * grain.block[0], rows * grain.block[1], width)
-        c, m = (
-            round_up(layer.c_in, grain.c),
-            round_up(layer.m_out, grain.m),
-        )
+        c, m = round_up(layer.c_in, grain.c), round_up(layer.m_out, grain.m)
         batch = te.var("batch", INDEX) if layer.batch is None else tirx.IntImm(INDEX, layer.batch)
         return cls(gradient, grain, positions, c, m, batch)
 
@@ -215,7 +212,7 @@ def upstream(layer: ConvTranspose3d, given: dict[str, Any]) -> Element:
 
 def _of_input(scope: _Scope, dz: Element, given: dict[str, Any]) -> Any:
     layer, pad = scope.layer, scope.pad(dz)
-    c_in, m_out = (n // layer.groups for n in (layer.channels_in, layer.channels_out))
+    c_in, m_out = layer.c_in, layer.m_out
 
     def weight(g: Any, c: Any, m: Any, *taps: Any) -> Any:
         value = sum_type(layer, given["w"](g * c_in + c, m, *taps))

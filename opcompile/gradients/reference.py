@@ -42,7 +42,7 @@ def linear(gradient: Gradient, dz: Tensor, factor: Tensor | None = None) -> Arra
 
 def _of_input(layer: ConvTranspose3d, dz: Array, w: Array) -> Array:
     batch, g = dz.shape[0], layer.groups
-    c, m = layer.channels_in // g, layer.channels_out // g
+    c, m = layer.c_in, layer.m_out
     dx = np.zeros((batch, g, c, *(a.size for a in layer.axes)))
     # (tap, g, c, m): a matrix for each tap and group
     matrices = np.ascontiguousarray(w.reshape(g, c, m, -1).transpose(3, 0, 1, 2))
@@ -57,7 +57,7 @@ def _of_input(layer: ConvTranspose3d, dz: Array, w: Array) -> Array:
 
 def _of_weight(layer: ConvTranspose3d, dz: Array, x: Array) -> Array:
     batch, g = dz.shape[0], layer.groups
-    c, m = layer.channels_in // g, layer.channels_out // g
+    c, m = layer.c_in, layer.m_out
     dw = np.zeros((g, c, m, *(a.kernel for a in layer.axes)))
     for tap, (reads, lands) in zip(np.ndindex(*dw.shape[3:]), landings(layer), strict=True):
         inputs, outputs = x[:, :, :, reads[0], reads[1], reads[2]], dz[:, :, :, lands[0], lands[1], lands[2]]
