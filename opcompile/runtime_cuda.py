@@ -23,7 +23,7 @@ from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
 from opcompile.manifest import content, own_weights
 from opcompile.packing import Packing
 from opcompile.runtime import load_again
-from opcompile.spec import ConvTranspose3d, fits
+from opcompile.spec import ConvTranspose3d, at_batch, fits
 from opcompile.tensors import NOT_EXPORTED, detached, dtype_name, not_exported, sizes_text
 
 _ALIGNMENT = 16
@@ -198,8 +198,9 @@ class CudaArtifact(OnGpu):
         batch, place = self.checked("x", x, self.spec.x_shape)
         weight = self._weight(x, w)
         bias = self._bias(x, b)
-        y = out if out is not None else self.empty("x", x, (batch, *self.spec.y_shape[1:]))
-        tensors = {"w": (weight, self.packing.shape), "out": (y, (batch, *self.spec.y_shape[1:]))}
+        y_shape = at_batch(self.spec.y_shape, batch)
+        y = out if out is not None else self.empty("x", x, y_shape)
+        tensors = {"w": (weight, self.packing.shape), "out": (y, y_shape)}
         if self.spec.bias:
             tensors["b"] = (bias, (self.spec.channels_out,))
         for name, (tensor, shape) in tensors.items():
