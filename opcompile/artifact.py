@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 import opcompile
 from opcompile.artifact_gpu import gpu_files, library_name
+from opcompile.atomic import new_beside, put, require_replaceable
 from opcompile.errors import ArtifactError, CallError
 from opcompile.golden import B_AMPLITUDE, B_SALT, W_SALT, X_AMPLITUDE, X_SALT, elements, golden_values, w_amplitude
 from opcompile.gpus import GpuTarget
@@ -56,7 +57,6 @@ from opcompile.manifest import (
     read_manifest,
 )
 from opcompile.packing import Packing
-from opcompile.place import new_beside, put, require_replaceable
 from opcompile.reference import reference
 from opcompile.spec import Axis, ConvTranspose3d
 from opcompile.tensors import STORAGE

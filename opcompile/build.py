@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from opcompile import artifact
 from opcompile.arguments import checked_flag, require_progress
+from opcompile.atomic import require_outside, require_replaceable, require_room
 from opcompile.cuda_driver import device, require_runs_on
 from opcompile.emulate import require_emulated
 from opcompile.errors import (
@@ -39,7 +40,6 @@ from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.manifest import MANIFEST, parse_manifest
 from opcompile.paths import checked_path, scratch
-from opcompile.place import require_outside, require_replaceable, require_room
 from opcompile.runtime import Artifact, load_any
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from opcompile import __version__
-from opcompile.door import Door
 from opcompile.errors import ArtifactError, CallError, EngineError
+from opcompile.exits import CommandGroup
 from opcompile.gpus import is_gpu
 from opcompile.needed import bfloat16
 from opcompile.tables import built_table, cases_table, measured_table, records_table, report_tables
@@ -98,7 +98,7 @@ _shapes = click.option(
 _threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Most threads to use.")
 
 
-@click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="opcompile", message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile 3-D transposed convolutions ahead of time, and prove them equal to ONNX Runtime.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, get_args
 
-from schedules.cycles import Estimate, estimate
+from schedules.cost import Estimate, estimate
 from schedules.division import largest_divisor, over, up
 from schedules.layer import Layer
 from schedules.rules import (

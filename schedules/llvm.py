@@ -32,7 +32,7 @@ import tvm
 from tvm import tirx
 
 from schedules.candidates import baseline, candidates
-from schedules.cycles import Estimate
+from schedules.cost import Estimate
 from schedules.finish import VECTORS, finish
 from schedules.layer import joined, length_of_row, phases_at_once, reach
 from schedules.rules import square

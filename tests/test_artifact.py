@@ -483,7 +483,7 @@ def test_what_is_no_artifact_is_not_replaced(
     lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     if not at_once:
-        monkeypatch.setattr("opcompile.place._exchange", lambda *_: False)
+        monkeypatch.setattr("opcompile.atomic._exchange", lambda *_: False)
     place = tmp_path / "thesis"
     place.mkdir()
     (place / ".DS_Store").write_text("where its window was")
@@ -631,7 +631,7 @@ def test_a_report_never_brings_an_old_artifact_back(
     lowered: dict[ConvTranspose3d, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     if not at_once:
-        monkeypatch.setattr("opcompile.place._exchange", lambda *_: False)
+        monkeypatch.setattr("opcompile.atomic._exchange", lambda *_: False)
     place = write(lowered[ONE], tmp_path / "it")
     complete = artifact._write_manifest
 

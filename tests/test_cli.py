@@ -291,7 +291,7 @@ def test_a_mistake_has_a_code_and_a_message_and_no_traceback(
     assert "mistake in opcompile" not in result.stderr
 
 
-# --- the door ---
+# --- exit codes ---
 
 
 def raising(error: BaseException) -> Callable[..., None]:

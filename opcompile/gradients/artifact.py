@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from opcompile.artifact import archive, manifest_of, publish
 from opcompile.artifact_gpu import gpu_files, library_name
+from opcompile.atomic import require_replaceable
 from opcompile.gpus import GpuTarget
 from opcompile.gradients.golden import SALTS, amplitude, golden
 from opcompile.gradients.gradient import Gradient
 from opcompile.header import c_code, useful_threads
 from opcompile.link import link
 from opcompile.manifest import GOLDEN
-from opcompile.place import require_replaceable
 from opcompile.tensors import sizes_text
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from opcompile.atomic import new_beside, put, require_elsewhere, require_room
 from opcompile.errors import ArtifactError
-from opcompile.place import new_beside, put, require_elsewhere, require_room
 from opcompile.replace.report import FORMAT
 
 REPORT = "report.json"

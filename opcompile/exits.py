@@ -29,7 +29,7 @@ class Command(click.Command):
         return super().get_short_help_str(sys.maxsize)
 
 
-class Door(click.Group):
+class CommandGroup(click.Group):
     """A group that turns exceptions into exit codes; commands return theirs, None for 0."""
 
     command_class = Command
@@ -45,7 +45,7 @@ class Door(click.Group):
         """Run a command and end the process with its exit code, or return its result outside of standalone mode."""
 
         def command() -> Any:
-            return super(Door, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            return super(CommandGroup, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
 
         if not standalone_mode:
             return command()
