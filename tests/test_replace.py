@@ -45,6 +45,13 @@ def replaced(model: Path | onnx.ModelProto, folder: Path, **how: Any) -> tuple[R
     return opcompile.replace(path, folder / "out", **how), folder / "out"
 
 
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own folder of records, empty."""
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path / "own"))
+    return tmp_path / "own"
+
+
 def agree(folder: Path, x: np.ndarray = X, *, original: Path | None = None, model: str = "model.onnx") -> None:
     """On small integers every sum is exact: the replaced model must be equal to the bit."""
     right = run(original or folder / model, x)
@@ -923,6 +930,16 @@ def test_nothing_compiled_is_bad_input(tmp_path: Path) -> None:
     assert told.return_value == 2
     assert "0 of 1 nodes replaced" in told.stdout
     assert "Times are" not in told.stdout
+
+
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+def test_no_record_for_any_node_is_bad_input(mode: str, own: Path, tmp_path: Path) -> None:
+    path = saved(upsampling(), tmp_path)
+    told = command(path, "-o", tmp_path / "out", "--plan", "tuned", "--mode", mode, "--json")
+    assert told.return_value == 2
+    (node,) = json.loads(told.stdout)["nodes"]
+    assert node["status"] == "refused"
+    assert node["reason"].startswith("no tuned record for in=1x4x3x4x5 co=6 k=2")
 
 
 @pytest.mark.parametrize("shape", ["x", "x=", "x=0x1", "x=1x-2", "=1x2", "x=1xx2"])

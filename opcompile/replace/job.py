@@ -34,12 +34,16 @@ Shapes = tuple[Mapping[str, Sequence[int | str]], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A node on its way: its kernels, or the reason why it stays as it is, and those that were ``tried`` in vain."""
+    """A node on its way: its kernels, or the reason why it stays as it is, and those that were ``tried`` in vain.
+
+    ``failed`` where there was something to compile and it did not.
+    """
 
     node: Node
     kernels: tuple[Kernel, ...] = ()
     reason: str | None = None
     tried: tuple[Kernel, ...] = ()
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +162,7 @@ class Job:
         except (EngineError, TargetError):
             raise  # of this machine, and so of every node
         except OpcompileError as error:
-            return Found(node, reason=str(error))
+            return Found(node, reason=str(error), failed=True)
 
     def _operators(self, found: Sequence[Found]) -> dict[str, Operator]:
         """Return the operators of the library by name; in override mode there is one."""
@@ -212,6 +216,8 @@ class Job:
 
     def _chosen(self, f: Found, reports: Mapping[str, KernelReport]) -> Found:
         """Keep the kernels that are right, and faster; of a packed node that is all or nothing."""
+        if not f.kernels:
+            return f
         kept, reason = [], f.reason
         for kernel in f.kernels:
             report = reports[kernel.key]
@@ -297,9 +303,9 @@ def _node_report(f: Found) -> NodeReport:
     fused = tuple(node.op_type for node in f.node.fusion.nodes)
     if f.kernels:
         return NodeReport(f.node.name, "replaced", tuple(k.key for k in f.kernels), fused)
-    tried = bool(f.node.specs) and not f.node.reason
     keys = tuple(k.key for k in f.tried)
-    return NodeReport(f.node.name, "kept" if tried else "refused", keys, fused if keys else (), f.reason)
+    refused = f.failed or f.node.reason is not None
+    return NodeReport(f.node.name, "refused" if refused else "kept", keys, fused if keys else (), f.reason)
 
 
 def _kernel_report(kernel: Kernel) -> KernelReport:
