@@ -57,7 +57,7 @@ def as_scheduled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "compiled", quickly)
         yield
-    library.compiled.cache_clear()
+    library._kernel.cache_clear()
 
 
 @pytest.fixture(scope="session")

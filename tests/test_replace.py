@@ -21,6 +21,7 @@ from rich.console import Console
 import opcompile
 from opcompile.cli import cli
 from opcompile.errors import ArtifactError, CallError, EngineError, ModelError
+from opcompile.record import key, path_of
 from opcompile.replace import calls, job, library
 from opcompile.replace.job import Job
 from opcompile.replace.place import require_replaceable
@@ -753,6 +754,51 @@ def test_what_gains_only_without_what_follows_is_not_fused(tmp_path: Path, monke
     assert (report.nodes[0].status, report.nodes[0].fused) == ("replaced", ())
     assert operators(out / "model.onnx") == ["Neg", OURS, *(node.op_type for node in GELU)]
     agree(tmp_path)
+
+
+def test_a_record_is_looked_for_each_time(own: Path, tmp_path: Path) -> None:
+    report, _ = replaced(upsampling(), tmp_path, plan="best")
+    assert report.kernels[0].plan.startswith("baseline")
+    bad = path_of(own, opcompile.ConvTranspose3d.parse(report.kernels[0].spec), target("llvm"))
+    bad.parent.mkdir(parents=True)
+    bad.write_text("{")
+    report, _ = replaced(upsampling(), tmp_path, plan="best")
+    assert (report.nodes[0].status, report.kernels) == ("refused", ())
+
+
+LEAKY = [helper.make_node("LeakyRelu", ["up"], ["y"])]
+FUSED = opcompile.ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2 act=leaky_relu")
+
+
+def test_what_compiles_only_without_what_follows_is_not_fused(own: Path, tmp_path: Path) -> None:
+    bad = path_of(own, FUSED, target("llvm"))
+    bad.parent.mkdir(parents=True)
+    bad.write_text("{")
+    report, out = replaced(upsampling(after=LEAKY), tmp_path, plan="best", verify=True)
+    assert report.passed
+    assert (report.nodes[0].status, report.nodes[0].fused) == ("replaced", ())
+    assert str(report.nodes[0].reason).startswith(f"alone, for with LeakyRelu it did not compile: record {bad}")
+    assert operators(out / "model.onnx") == ["Neg", OURS, "LeakyRelu"]
+    agree(tmp_path)
+
+
+def test_what_does_not_compile_and_gains_nothing_without_what_follows_is_kept(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opcompile.bench import Ratio
+    from opcompile.replace.report import Speed
+
+    bad = path_of(own, FUSED, target("llvm"))
+    bad.parent.mkdir(parents=True)
+    bad.write_text("{")
+    monkeypatch.setattr(job, "race", lambda *_: (Speed(1, 1.0, 2.0, Ratio("onnxruntime", 0.5, 0.4, 0.6)),))
+    report, _ = replaced(upsampling(after=LEAKY), tmp_path, plan="best", measure=True)
+    assert (report.nodes[0].status, report.nodes[0].kernels) == ("kept", (report.kernels[0].key,))
+    assert "not faster" in str(report.nodes[0].reason)
+    bad.with_name(f"{key(str(changed(FUSED, activation=opcompile.Activation())))}.json").write_text("{")
+    report, _ = replaced(upsampling(after=LEAKY), tmp_path, plan="best", measure=True)
+    assert (report.nodes[0].status, report.kernels) == ("refused", ())
+    assert str(bad) in str(report.nodes[0].reason)
 
 
 def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

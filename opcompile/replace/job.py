@@ -123,16 +123,16 @@ class Job:
     def _best(
         self, machine: Target, threads: Sequence[int], not_asked: Mapping[str, str]
     ) -> tuple[list[Found], dict[str, KernelReport]]:
-        """Compile, try and choose; a node that does not gain with what follows it is tried without."""
+        """Compile, try and choose; a node that does not compile, or gain, with what follows it is tried without."""
         found = self._compiled(machine)
         reports = self._tried(found, machine, threads, not_asked)
         found = [self._chosen(f, reports) for f in found]
-        slow = {f.node.output for f in found if f.tried and f.node.fusion.nodes and reports[f.tried[0].key].passed}
-        if slow:
-            others = self._compiled(machine, slow)
-            reports |= self._tried(others, machine, threads, not_asked)
-            better = {f.node.output: f for f in (self._chosen(f, reports) for f in others) if f.kernels}
-            found = [better.get(f.node.output, f) for f in found]
+        again = {f.node.output for f in found if f.node.fusion.nodes and (f.failed or _slow(f, reports))}
+        if again:
+            alone = self._compiled(machine, again)
+            reports |= self._tried(alone, machine, threads, not_asked)
+            others = {f.node.output: self._chosen(f, reports) for f in alone}
+            found = [_better(f, others.get(f.node.output, f)) for f in found]
         return found, reports
 
     def _compiled(self, machine: Target, unfused: Collection[str] = ()) -> list[Found]:
@@ -295,6 +295,20 @@ class Job:
             yield path
 
 
+def _slow(f: Found, reports: Mapping[str, KernelReport]) -> bool:
+    return bool(f.tried) and reports[f.tried[0].key].passed
+
+
+def _better(fused: Found, alone: Found) -> Found:
+    """Return the node without what follows it where that is replaced, or compiles at least."""
+    if not fused.failed:
+        return alone if alone.kernels else fused
+    if alone.failed:
+        return fused
+    names = ", ".join(node.op_type for node in fused.node.fusion.nodes)
+    return replace(alone, reason=alone.reason or f"alone, for with {names} it did not compile: {fused.reason}")
+
+
 def _unfused(found: Sequence[Found]) -> set[str]:
     return {f.node.output for f in found if not f.node.fusion.nodes}
 
@@ -302,7 +316,7 @@ def _unfused(found: Sequence[Found]) -> set[str]:
 def _node_report(f: Found) -> NodeReport:
     fused = tuple(node.op_type for node in f.node.fusion.nodes)
     if f.kernels:
-        return NodeReport(f.node.name, "replaced", tuple(k.key for k in f.kernels), fused)
+        return NodeReport(f.node.name, "replaced", tuple(k.key for k in f.kernels), fused, f.reason)
     keys = tuple(k.key for k in f.tried)
     refused = f.failed or f.node.reason is not None
     return NodeReport(f.node.name, "refused" if refused else "kept", keys, fused if keys else (), f.reason)

@@ -74,14 +74,20 @@ def in_one_domain(operators: Sequence[Operator]) -> list[Operator]:
     return [replace(operator, domain=domain) for operator in distinct.values()]
 
 
-@lru_cache(maxsize=256)
 def compiled(spec: ConvTranspose3d, target: Target, plan: PlanName) -> Kernel:
-    """Compile a layer, once in this process. Raises what `opcompile.lower` raises."""
-    from opcompile.lower import choose, lower  # on use: it brings the compiler
+    """Compile a layer, once in this process for each choice of tiles. Raises what `opcompile.lower` raises."""
+    from opcompile.lower import choose  # on use: it brings the compiler
 
-    _, chosen = choose(spec, target, plan)
+    _, chosen = choose(spec, target, plan)  # each time: there may be another record by now
     parts = (opcompile.__version__, str(spec), target.name, json.dumps(asdict(chosen), sort_keys=True))
-    key = _digest("\n".join(parts))
+    return _kernel(_digest("\n".join(parts)), spec, target, plan)
+
+
+@lru_cache(maxsize=256)
+def _kernel(key: str, spec: ConvTranspose3d, target: Target, plan: PlanName) -> Kernel:
+    """Compile the kernel that goes by ``key``."""
+    from opcompile.lower import lower
+
     return Kernel(key, lower(spec, target, plan, symbol=_name(key)))
 
 

@@ -95,6 +95,7 @@ class KernelReport:
 class NodeReport:
     """One node: ``status`` is ``replaced``, ``kept`` (with ONNX Runtime) or ``refused``; ``reason`` says why.
 
+    A node that is replaced has a reason where it did not compile with what follows it, and so is replaced alone.
     ``kernels`` are keys, one for each shape that was compiled, and of a node that was kept those that were tried;
     ``fused`` are the operators that went into them.
     """
