@@ -283,9 +283,10 @@ def tune(
 ) -> None:
     """Measure schedules of SOURCE on this machine, or on others, and record the fastest.
 
-    The record goes into your own records, where --plan best finds it. An interrupted run resumes, for a GPU where
-    --work-dir was given. For a GPU that is on another machine: --emit here, `opcompile measure` there, --absorb here;
-    or, where it is served by `python -m opcompile.serve`, all at once with --tracker and --key.
+    The record goes into your own records, where --plan best finds it. Of an ONNX model it is each layer that `compile`
+    and, for a CPU, `replace` compile: a node alone, and with what follows it in its kernel. An interrupted run resumes,
+    for a GPU where --work-dir was given. For a GPU that is on another machine: --emit here, `opcompile measure` there,
+    --absorb here; or, where it is served by `python -m opcompile.serve`, all at once with --tracker and --key.
     """
     if (source is None) == (absorb is None):
         both = ", not both: the layers are in them" if source else ""
@@ -301,11 +302,22 @@ def tune(
 
     given = read(str(source), nodes, shapes)
     specs = list(dict.fromkeys(spec for _, spec in given.compilable))
+    specs += [spec for spec in _of_replace(given, target, nodes, shapes) if spec not in specs]
     _mention(given)
     if emit:
         _emit_job(specs, target, trials, seed, emit, as_json)
         return
     _emit_records(_tuned(specs, target, trials, seed, tracker, key, work_dir), as_json)
+
+
+def _of_replace(given: Source, target: str, nodes: Sequence[str], shapes: Shapes) -> list[ConvTranspose3d]:
+    """Return the layers that `replace` compiles of an ONNX model for a CPU: what follows a node is in some of them."""
+    from opcompile.gpus import is_gpu
+    from opcompile.replace import layers
+
+    if is_gpu(target) or given.kind != "model" or given.text.endswith((".pt2", ".keras")):
+        return []
+    return layers(given.text, shapes=[shapes] if shapes else [], nodes=nodes)
 
 
 def _tuned(

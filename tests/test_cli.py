@@ -1085,6 +1085,27 @@ def test_tune_writes_a_record_that_best_finds(tmp_path: Path, monkeypatch: pytes
     assert layer["plan"]["name"] == "tuned"
 
 
+def test_what_was_tuned_of_a_model_is_what_replace_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer with the BatchNormalization and the activation behind it has another text, and so another record."""
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path / "records"))
+    statistics = dict.fromkeys(("scale", "shift", "mean", "variance"), np.ones(6, np.float32))
+    after = [
+        helper.make_node("BatchNormalization", ["up", *statistics], ["n"]),
+        helper.make_node("LeakyRelu", ["n"], ["y"]),
+    ]
+    model = saved(upsampling(bias=False, after=after, constants=statistics), tmp_path)
+    args = ("tune", model, "--trials", "1", "--work-dir", tmp_path / "work", "--json")
+    assert [" ".join(r["spec"].split()[-4:-2]) for r in of_json(invoke(*args))["records"]] == [
+        "bias=0 act=none",
+        "bias=1 act=leaky_relu",
+    ]
+    args = ("replace", model, "--plan", "tuned", "--no-bench", "--no-verify", "-o")
+    (node,) = of_json(invoke(*args, tmp_path / "rewritten", "--json"))["nodes"]
+    assert (node["status"], node["fused"], node["reason"]) == ("replaced", ["BatchNormalization", "LeakyRelu"], None)
+    content = of_json(invoke(*args, tmp_path / "override", "--mode", "override", "--json"))
+    assert [kernel["plan"].split(",")[0] for kernel in content["kernels"]] == ["tuned"]
+
+
 def test_bench_prints_and_saves(tmp_path: Path) -> None:
     args = ("bench", LAYER, "--plan", "baseline", "--seconds", "0.01", "--save", tmp_path / "f.json")
     result = invoke(*args, "--at-least", "0.0001")

@@ -22,7 +22,7 @@ import opcompile
 from opcompile.cli import cli
 from opcompile.errors import ArtifactError, CallError, EngineError, ModelError
 from opcompile.record import key, path_of
-from opcompile.replace import calls, job, library
+from opcompile.replace import calls, job, layers, library
 from opcompile.replace.job import Job
 from opcompile.replace.place import require_replaceable
 from opcompile.replace.report import Report
@@ -799,6 +799,31 @@ def test_what_does_not_compile_and_gains_nothing_without_what_follows_is_kept(
     report, _ = replaced(upsampling(after=LEAKY), tmp_path, plan="best", measure=True)
     assert (report.nodes[0].status, report.kernels) == ("refused", ())
     assert str(bad) in str(report.nodes[0].reason)
+
+
+def test_the_layers_to_tune_are_those_that_are_compiled(own: Path, tmp_path: Path) -> None:
+    after = [
+        helper.make_node("LeakyRelu", ["up"], ["leaky"]),
+        helper.make_node("ConvTranspose", ["leaky", "v"], ["y"], name="second", strides=[2, 2, 2]),
+    ]
+    path = saved(upsampling(after=after, constants={"v": integers((6, 2, 2, 2, 2))}), tmp_path)
+    alone, second = changed(FUSED, activation=opcompile.Activation()), "in=1x6x6x8x10 co=2 k=2 s=2 bias=0"
+    found = [FUSED, opcompile.ConvTranspose3d.parse(second), alone]
+    assert layers(path) == found
+    assert layers(path, nodes=["second"]) == found[1:2]
+    with pytest.raises(ModelError, match="no 5-D ConvTranspose node 'third'; it has: up, second"):
+        layers(path, nodes=["third"])
+    report, _ = replaced(path, tmp_path)
+    assert [kernel.spec for kernel in report.kernels] == list(map(str, found[:2]))
+
+
+def test_of_open_sizes_the_layers_are_those_that_were_named(tmp_path: Path) -> None:
+    path = saved(upsampling((1, 4, "d", 4, 5), after=LEAKY), tmp_path)
+    assert layers(path) == []
+    given = [{"x": (1, 4, size, 4, 5)} for size in (3, 2)]
+    assert [str(spec).split()[0] for spec in layers(path, shapes=given)] == ["in=1x4x3x4x5", "in=1x4x2x4x5"]
+    with pytest.raises(CallError, match="shapes is a list"):
+        layers(path, shapes=given[0])  # type: ignore[arg-type]
 
 
 def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,12 @@ from opcompile.paths import checked_path
 if TYPE_CHECKING:
     from opcompile.lower import PlanName
     from opcompile.replace.report import Report
+    from opcompile.spec import ConvTranspose3d
 
 Mode = Literal["rewrite", "override"]
 Progress = Callable[[int, int, str | None], None]
 
-__all__ = ["calls", "replace"]
+__all__ = ["calls", "layers", "replace"]
 
 
 @packages_named()
@@ -77,8 +78,7 @@ def replace(
 
     if mode not in ("rewrite", "override"):
         raise CallError(f"mode is {mode!r}, but must be rewrite or override")
-    if not isinstance(shapes, Sequence) or not all(isinstance(alternative, Mapping) for alternative in shapes):
-        raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
+    _require_alternatives(shapes)
     require_progress(progress)
     job = Job(
         model=checked_path(model, "model"),
@@ -97,6 +97,33 @@ def replace(
         progress=progress or (lambda _done, _total, _name: None),
     )
     return job.run()
+
+
+@packages_named()
+def layers(
+    model: str | os.PathLike[str],
+    *,
+    shapes: Sequence[Mapping[str, Sequence[int | str]]] = (),
+    nodes: Sequence[str] = (),
+) -> list[ConvTranspose3d]:
+    """Return what `replace` would compile of a model, each layer once: what to tune for it.
+
+    Where what follows a node goes into its kernel, these are two: the layer with it, and the one without, which is
+    tried where the first does not gain. ``shapes`` and ``nodes`` are those of `replace`. Raises `ModelError`,
+    `CallError`.
+    """
+    from opcompile.replace.survey import require_nodes, survey  # on use: it brings onnx
+
+    _require_alternatives(shapes)
+    path, chosen = checked_path(model, "model"), checked_list(nodes, "nodes")
+    found = [node for fused in (True, False) for node in survey(path, tuple(shapes), fused=fused)[1]]
+    require_nodes(path, found, chosen)
+    return list(dict.fromkeys(spec for node in found for spec in node.specs if not chosen or node.name in chosen))
+
+
+def _require_alternatives(shapes: Sequence[Mapping[str, Sequence[int | str]]]) -> None:
+    if not isinstance(shapes, Sequence) or not all(isinstance(alternative, Mapping) for alternative in shapes):
+        raise CallError("shapes is a list with a mapping for each alternative, like [{'x': (1, 8, 16, 16, 16)}]")
 
 
 def calls(library: str | os.PathLike[str]) -> dict[str, int]:

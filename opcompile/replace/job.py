@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opcompile
-from opcompile.errors import CallError, EngineError, ModelError, OpcompileError, TargetError
+from opcompile.errors import CallError, EngineError, OpcompileError, TargetError
 from opcompile.machine import processor, system
 from opcompile.replace import sessions
 from opcompile.replace.library import Kernel, Operator, build, compiled, in_one_domain
@@ -22,7 +22,7 @@ from opcompile.replace.place import LIBRARY, REPORT, require_place, written
 from opcompile.replace.prove import NotDeterministicError, compare_models, prove, race, race_models
 from opcompile.replace.report import WHOLE, KernelReport, NodeReport, OutputCheck, Report, Speed
 from opcompile.replace.rewrite import perturbed, rewrite, save
-from opcompile.replace.survey import Node, survey
+from opcompile.replace.survey import Node, require_nodes, survey
 from opcompile.target import Target, cores
 from opcompile.target import target as named
 
@@ -141,10 +141,7 @@ class Job:
         Raises `ModelError` where a chosen one is not there.
         """
         _, nodes = survey(self.model, self.shapes, fused=self.mode == "rewrite", unfused=unfused)
-        unknown = sorted(set(self.nodes) - {node.name for node in nodes})
-        if unknown:
-            names = ", ".join(node.name for node in nodes)
-            raise ModelError(f"{self.model} has no 5-D ConvTranspose node {unknown[0]!r}; it has: {names}")
+        require_nodes(self.model, nodes, self.nodes)
         found = []
         nodes = [node for node in nodes if not unfused or node.output in unfused]
         for number, node in enumerate(nodes):

@@ -69,6 +69,13 @@ def survey(
     return model, nodes
 
 
+def require_nodes(path: str | os.PathLike[str], nodes: Sequence[Node], names: Collection[str]) -> None:
+    """Raise `ModelError` where one of ``names`` is none of the ``nodes``."""
+    there = list(dict.fromkeys(node.name for node in nodes))
+    if unknown := sorted(set(names) - set(there)):
+        raise ModelError(f"{os.fspath(path)} has no 5-D ConvTranspose node {unknown[0]!r}; it has: {', '.join(there)}")
+
+
 def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[Found], fused: bool) -> Node:
     site = sites.get(found.output)
     if site is None:
