@@ -543,7 +543,7 @@ def test_attributes(attributes: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced; a library of the model in float32"),
+        (upsampling(dtype=TensorProto.FLOAT16), "only float32 is replaced; export the model in float32"),
         (upsampling(dtype=TensorProto.DOUBLE), "only float32 is replaced$"),
         (upsampling((1, 4, "d", 4, 5)), "dynamic spatial sizes.*give the model's inputs sizes, by --shape"),
         (upsampling((1, 4, 3, 4, 5), output_shape=[90] * 3), "use output_padding for more$"),
@@ -649,6 +649,14 @@ def test_a_library_of_a_model_in_float32_takes_nodes_in_float16(tmp_path: Path) 
     x = X.astype(np.float16)
     assert np.array_equal(run(model, x, library), run(model, x))
     assert calls(library) == {report.kernels[0].spec: 1, "onnxruntime": 0}
+
+
+@pytest.mark.parametrize("mode", ["rewrite", "override"])
+def test_nodes_in_float16_are_refused_with_what_helps(mode: Any, tmp_path: Path) -> None:
+    """In either mode the same, the library of another file: the test above does it."""
+    report, _ = replaced(upsampling(dtype=TensorProto.FLOAT16), tmp_path, mode=mode)
+    said = "run `opcompile replace --mode override` on that file, and register its library with this model's session"
+    assert (report.nodes[0].status, said in str(report.nodes[0].reason)) == ("refused", True)
 
 
 def test_a_last_input_that_is_left_out(override: Path) -> None:

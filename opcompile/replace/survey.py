@@ -87,7 +87,10 @@ def _node(model: Model, sites: dict[str, Site], found: Found, others: Sequence[F
     if specs[0].dtype != "float32":
         reason = f"it computes in {specs[0].dtype}, and only float32 is replaced"
         if specs[0].dtype == "float16":
-            reason += "; a library of the model in float32, by --mode override, takes such nodes too"
+            reason += (
+                "; export the model in float32, run `opcompile replace --mode override` on that file, and register its "
+                "library with this model's session: it takes such nodes, which ONNX Runtime computes between Casts"
+            )
         return Node(found.name, found.output, site, reason=reason)
     inputs = site.node.input
     weight = model.constant(inputs[1], site.graph)
