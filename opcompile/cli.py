@@ -764,7 +764,10 @@ def _tagged(tags: Sequence[str]) -> list[Case]:
 @cli.command()
 @_json
 def doctor(as_json: bool) -> int:
-    """Check packages, machine and linker, and compile a small layer. Exit code 3: something needed is missing."""
+    """Check packages, machine, linker and tuned records, and compile a small layer.
+
+    Exit code 3: something needed is missing, or a record cannot be used.
+    """
     from dataclasses import asdict
 
     from opcompile.doctor import doctor as examine
@@ -773,7 +776,7 @@ def doctor(as_json: bool) -> int:
     with progress("examining") as show:
         show(0, 1, "compile a small layer")
         findings = examine()
-    healthy = all(f.state != "missing" for f in findings)
+    healthy = all(f.fine for f in findings)
     print_result(as_json, {"healthy": healthy, "findings": [asdict(f) for f in findings]}, lambda: [table(findings)])
     return 0 if healthy else 3
 

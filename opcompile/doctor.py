@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opcompile
 from opcompile.cuda_driver import device
 from opcompile.errors import EngineError, OpcompileError, RecordError, TargetError
+from opcompile.gpus import is_gpu
 from opcompile.machine import processor
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, cores, flagged, target
@@ -22,6 +24,8 @@ from schedules.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from opcompile.record import Record
 
 # distribution -> (what for, how to get it); the extras are those of pyproject.toml
 _REQUIRED = {
@@ -50,16 +54,24 @@ _OPTIONAL = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked for. ``state`` is ``ok``, ``missing`` or ``optional`` (missing, and not needed)."""
+    """One thing that was looked for.
+
+    ``state`` is ``ok``, ``missing``, ``unusable`` or ``optional`` (missing, and not needed).
+    """
 
     what: str
     state: str
     found: str
     way_out: str = ""
 
+    @property
+    def fine(self) -> bool:
+        """Whether nothing needs to be done."""
+        return self.state in ("ok", "optional")
+
 
 def doctor(*, build: bool = True) -> list[Finding]:
-    """Look at packages, machine and linker; with ``build``, also compile a small layer and check its answer."""
+    """Look at packages, machine, linker and tuned records; with ``build``, also compile a small layer and check it."""
     findings = [
         Finding("opcompile", "ok", f"{opcompile.__version__}, Python {platform.python_version()} ({sys.executable})"),
         *(_package(name, what, way, "missing") for name, (what, way) in _REQUIRED.items()),
@@ -68,7 +80,7 @@ def doctor(*, build: bool = True) -> list[Finding]:
         _linker(),
         _gpu(),
         _nvcc(),
-        _records(),
+        *_records(),
     ]
     return [*findings, _small_layer()] if build else findings
 
@@ -82,7 +94,12 @@ def table(findings: list[Finding]) -> Table:
     for column in range(2):
         shown.add_column(no_wrap=True, style="bold" if column else "")
     shown.add_column(overflow="fold")
-    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "optional": "[yellow]absent[/]"}
+    marks = {
+        "ok": "[green]ok[/]",
+        "missing": "[red]missing[/]",
+        "unusable": "[red]unusable[/]",
+        "optional": "[yellow]absent[/]",
+    }
     for f in findings:
         words = f.found + (f"\n-> {f.way_out}" if f.way_out else "")
         shown.add_row(marks[f.state], escape(f.what), escape(words))
@@ -149,15 +166,50 @@ def _nvcc() -> Finding:
         return Finding("nvcc", "optional", "compiles for CUDA", "pip install 'opcompile[cuda]', or set NVCC")
 
 
-def _records() -> Finding:
+def _records() -> Iterator[Finding]:
+    """Count the records that can be used, and name the others: each makes compiling its layer fail."""
     from opcompile.record import own_folder, shipped_folder
 
     try:
         mine = own_folder()
     except RecordError as error:
-        return Finding("tuned records", "missing", str(error))
-    own, shipped = (len(list(folder.glob("*/*.json"))) for folder in (mine, shipped_folder()))
-    return Finding("tuned records", "ok", f"{own} of your own in {mine}, {shipped} shipped")
+        yield Finding("tuned records", "unusable", str(error))
+        return
+    usable = []
+    for folder in (mine, shipped_folder()):
+        places = sorted(folder.glob("*/*.json"))
+        bad = [said for place in places if (said := _unusable(place, folder)) is not None]
+        usable.append(len(places) - len(bad))
+        yield from (Finding("tuned record", "unusable", said) for said in bad)
+    own, shipped = usable
+    yield Finding("tuned records", "ok", f"{own} of your own in {mine}, {shipped} shipped")
+
+
+def _unusable(place: Path, folder: Path) -> str | None:
+    """Say why a record cannot be used, and the way out; None where it can."""
+    from opcompile.record import read_in_place
+
+    try:
+        record = read_in_place(place, folder)
+        if (declaration := _declared_now(record)) is not None:
+            record.require_declaration(declaration)
+    except RecordError as error:
+        return str(error)
+    return None
+
+
+def _declared_now(record: Record) -> str | None:
+    """Hash what this version declares for the layer and the tiles of a record; None where there is no compiler."""
+    try:
+        from opcompile import lower, lower_gpu
+        from schedules.gpu_tiles import GpuTiles
+        from schedules.tiles import Tiles
+    except (ImportError, OSError):
+        return None  # the packages above say so
+    spec = ConvTranspose3d.parse(record.spec)
+    if is_gpu(record.target):
+        return lower_gpu.declaration_hash(spec, GpuTiles(**record.tiles))
+    return lower.declaration_hash(spec, Tiles(**record.tiles))
 
 
 def _small_layer() -> Finding:

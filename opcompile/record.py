@@ -25,10 +25,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from opcompile.errors import RecordError
+from opcompile.errors import RecordError, SpecError, TargetError
 from opcompile.gpus import BF16, GpuTarget
 from opcompile.spec import ConvTranspose3d
-from opcompile.target import Target
+from opcompile.target import Target, any_target
 from schedules.division import over, up
 from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.layer import phases_at_once
@@ -218,6 +218,28 @@ def read_record(path: Path, spec: ConvTranspose3d, target: Target | GpuTarget) -
     make one.
     """
     return checked(path, read_object(path), spec, target)
+
+
+def read_in_place(path: Path, folder: Path) -> Record:
+    """Read a file below ``folder`` as `find_record` does for the layer and the target that it names.
+
+    Raises `RecordError`, also where nothing looks for it.
+    """
+    content = read_object(path)
+    _check_types(path, "", content, {"spec": str, "target": str})
+    try:
+        spec = ConvTranspose3d.parse(content["spec"])
+    except SpecError as error:
+        _refuse(path, f"it names a layer that is none: {error}")
+    try:
+        target = any_target(content["target"])
+    except TargetError as error:
+        _refuse(path, f"it names a target that is none: {error}")
+    record = checked(path, content, spec, target)
+    if path != (place := path_of(folder, spec, target)):
+        rule = f"nothing looks for it there: the place of {spec} on {record.target} is {place}"
+        _refuse(path, rule, way_out="move it there, or delete it")
+    return record
 
 
 def checked(path: Path, content: Mapping[str, Any], spec: ConvTranspose3d, target: Target | GpuTarget) -> Record:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from onnx import helper, numpy_helper
 from onnx_engine import model_of, value
 from replaced import saved, upsampling
 from test_bench import report_of as bench_report
+from test_record import made
 
 import opcompile
 from opcompile import artifact
@@ -35,8 +37,10 @@ from opcompile.describe import _verdict
 from opcompile.doctor import Finding
 from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
 from opcompile.index import INDEX, artifacts, directory_names
+from opcompile.record import write_record
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
+from opcompile.target import target
 from opcompile.terminal import progress
 from opcompile.verify import verify as check
 
@@ -1193,6 +1197,40 @@ def test_doctor_says_what_is_wrong_with_records(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OPCOMPILE_RECORDS", __file__)
     found = {each["what"]: each for each in json.loads(invoke("doctor", "--json").stdout)["findings"]}
     assert "which is a file" in found["tuned records"]["found"]
+
+
+def test_doctor_names_the_records_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes every compilation of its layer fail; a sound one beside them, and those that are shipped, are fine."""
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
+    sound, cut, other = (made(ConvTranspose3d.parse(f"in=1x4x3x4x{w} co=24 k=2 s=2")) for w in (5, 6, 7))
+    for each in (sound, cut, other):
+        write_record(each, tmp_path, ConvTranspose3d.parse(each.spec), target(each.target))
+    folder = tmp_path / "llvm-x86-64-v3"
+    monkeypatch.setattr("opcompile.doctor._small_layer", lambda: Finding("a small layer", "ok", ""))
+    assert of_json(invoke("doctor", "--json"))["healthy"]
+    (folder / f"{cut.key}.json").write_text("{")
+    write_record(
+        changed(other, declaration="0" * 16), tmp_path, ConvTranspose3d.parse(other.spec), target(other.target)
+    )
+    shutil.copy(folder / f"{sound.key}.json", folder / "copy.json")
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 3
+    content = json.loads(result.stdout)
+    assert not content["healthy"]
+    said = [f["found"] for f in content["findings"] if f["what"] == "tuned record" and f["state"] == "unusable"]
+    assert len(said) == 3
+    for name, words in (
+        (cut.key, "it is not JSON: .*; delete the file, or tune the layer again$"),
+        (other.key, "declaration 0{16}, but this version declares .*; tune the layer again"),
+        (
+            "copy",
+            f"nothing looks for it there: .* is {re.escape(str(folder))}/{sound.key}.json; move it there, or delete",
+        ),
+    ):
+        assert any(f"{folder}/{name}.json" in line and re.search(words, line) for line in said), words
+    (rest,) = [f for f in content["findings"] if f["what"] == "tuned records"]
+    assert (rest["state"], rest["found"].split(" in ")[0]) == ("ok", "1 of your own")
+    assert re.search(r"^unusable  tuned record +record ", invoke("doctor").stdout, re.M)
 
 
 def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from opcompile.errors import RecordError
 from opcompile.gpus import GpuTarget
 from opcompile.lower import choose, declaration_hash
 from opcompile.lower_gpu import choose as choose_gpu
-from opcompile.record import Record, find_record, illegal, path_of, read_record, write_record
+from opcompile.record import Record, find_record, illegal, path_of, read_in_place, read_record, write_record
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, any_target, target
 from schedules import llvm
@@ -179,6 +179,26 @@ def fields() -> dict[str, Any]:
 )
 def test_a_corrupt_file_is_refused(own: Path, content: bytes, words: str) -> None:
     assert words in refused(own, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("spec", None, "field spec is missing"),
+        ("target", 3, "field target is of type int, but must be str"),
+        ("spec", "in=1x4", "it names a layer that is none: "),
+        ("target", "llvm:pdp-11", "it names a target that is none: .*pdp-11"),
+        ("target", "cuda:sm_90", "field provenance.nvcc is missing"),
+        ("run_us", 0, "run_us is 0"),
+    ],
+)
+def test_a_file_is_read_without_its_layer(name: str, value: object, words: str, own: Path) -> None:
+    path = write_record(made(), own, SPEC, MACHINE)
+    assert read_in_place(path, own) == made()
+    content = {**fields(), name: value}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(RecordError, match=f"record {path} cannot be used: {words}"):
+        read_in_place(path, own)
 
 
 def test_half_a_file_is_refused(own: Path) -> None:
