@@ -39,8 +39,11 @@ define void @opcompile_aligned_stack() alwaysinline {
 def compiled(
     module: tvm.IRModule, target: Mapping[str, object], watching: Sequence[PassInstrument] = ()
 ) -> tvm.runtime.Executable:
-    """Compile a module that is ready to be; its indices stay as wide as declared, where TVM would narrow them."""
-    config = tvm.transform.PassContext.current().config
+    """Compile a module that is ready to be; its indices stay as wide as declared, where TVM would narrow them.
+
+    What expressions have in common LLVM finds; TVM, looking for it before, took up to a third of the time.
+    """
+    config = {**tvm.transform.PassContext.current().config, "tirx.disable_cse_tir": True}
     as_declared = tvm.transform.PassContext(
         config=config, disabled_pass=["tirx.NarrowDataType"], instruments=list(watching)
     )
