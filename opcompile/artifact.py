@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 import opcompile
 from opcompile.artifact_gpu import gpu_files, library_name
 from opcompile.atomic import new_beside, put, require_replaceable
+from opcompile.digest import digest
 from opcompile.errors import ArtifactError, CallError
 from opcompile.golden import B_AMPLITUDE, B_SALT, W_SALT, X_AMPLITUDE, X_SALT, elements, golden_values, w_amplitude
 from opcompile.gpus import GpuTarget
@@ -52,7 +53,6 @@ from opcompile.manifest import (
     REPORT,
     VERSION,
     WEIGHTS,
-    digest,
     parse_manifest,
     read_manifest,
 )

@@ -38,7 +38,7 @@ from opcompile.gradients.runtime import GradientArtifact
 from opcompile.index import INDEX, begin_index, directory_names, require_place, write_index
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
-from opcompile.manifest import MANIFEST, parse_manifest
+from opcompile.manifest import MANIFEST, fingerprint, parse_manifest
 from opcompile.paths import checked_path, scratch
 from opcompile.runtime import Artifact, load_any
 from opcompile.simulate import simulated
@@ -263,6 +263,19 @@ class Built:
             "verified": self.report.date if self.report else None,
         }
 
+    def to_index(self) -> dict[str, Any]:
+        """Return what the index says: which artifact is where, or why there is none, and not how it was verified."""
+        plan = self.manifest["plan"] if self.manifest else {}
+        return {
+            "name": self.name,
+            "spec": str(self.spec) if self.spec else None,
+            "directory": self.directory.name if self.directory else None,
+            "reason": None if self.directory else self.reason,
+            "fingerprint": fingerprint(self.manifest) if self.manifest else None,
+            "plan": plan.get("name"),
+            "schedule": plan.get("schedule"),
+        }
+
 
 def compile_all(
     source: str | Path,
@@ -317,7 +330,7 @@ def compile_all(
         built = [_beside_older(b, place / name) for b, name in zip(built, names, strict=True)]
         fields = {**_origin(given, machine, plan), "derivative": derivative}
         fields["shapes"] = {name: list(shape) for name, shape in (shapes or {}).items()}
-        write_index(place, fields, [b.to_json() for b in built])
+        write_index(place, fields, [b.to_index() for b in built])
     return built
 
 
@@ -384,4 +397,4 @@ def _origin(given: Source, machine: Target | GpuTarget, plan: str) -> dict[str, 
         content = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ModelError(f"{path} cannot be read again: {error.strerror}") from error
-    return {"source": path.name, "sha256": content, "target": machine.name, "plan": plan}
+    return {"source": path.name, "source_sha256": content, "target": machine.name, "plan": plan}

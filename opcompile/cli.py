@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from opcompile.bench import BenchReport
     from opcompile.cases import Case
     from opcompile.importers.outline import Shapes
+    from opcompile.index import Listed
     from opcompile.record import Record
     from opcompile.source import Source
     from opcompile.spec import ConvTranspose3d
@@ -50,6 +51,14 @@ if TYPE_CHECKING:
     from opcompile.verify import Report
 
 T = TypeVar("T")
+
+
+class _HasManifest(Protocol):
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+
+Held = TypeVar("Held", bound=_HasManifest)
 
 
 # --- words that several commands share ---
@@ -174,7 +183,8 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
     The report is stored in the artifact as report.json, unless DIR cannot be written, or nothing answered.
     Exit code 1: an output is wrong;
-    2: an artifact is missing or was changed; 3: one could not be asked, or holds weights that are infinite or NaN.
+    2: an artifact is missing, was changed, or is not the one that the model's index.json lists;
+    3: one could not be asked, or holds weights that are infinite or NaN.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any
@@ -183,13 +193,16 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
 
     places = artifacts(directory)
 
-    def verified(place: Path) -> Report:
-        report = check(simulated(place) if simulate else load_any(place))
+    def verified(place: Path, loaded: Any) -> Report:
+        report = check(loaded)
         _store(place, report)
         return report
 
+    def begin(number: int, name: str) -> None:
+        show(number, len(places), f"verify {name}")
+
     with progress("verifying") as show:
-        reports, unread = _each(places, verified, lambda number, name: show(number, len(places), f"verify {name}"))
+        reports, unread = _each(places, simulated if simulate else load_any, verified, begin)
         show(len(places), len(places), None)
     passed = not unread and all(report.passed for report in reports.values())
     listed = {n: reports[n].to_json() if n in reports else {"passed": False, "reason": unread[n]} for n in places}
@@ -678,7 +691,7 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
 
     Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
     artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file is
-    missing or was changed.
+    missing or was changed, or an artifact is not the one that the model's index.json lists.
     """
     from opcompile.describe import describe
     from opcompile.index import artifacts
@@ -702,10 +715,10 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     return 0
 
 
-def _inspect_artifacts(places: dict[str, Path], as_json: bool) -> int:
+def _inspect_artifacts(places: dict[str, Listed], as_json: bool) -> int:
     from opcompile.describe import contents
 
-    held, unread = _each(places, contents)
+    held, unread = _each(places, contents, lambda _place, found: found)
 
     def shown() -> Iterator[RenderableType]:
         for each in held.values():
@@ -785,18 +798,26 @@ def doctor(as_json: bool) -> int:
 
 
 def _each(
-    places: dict[str, Path], of: Callable[[Path], T], begin: Callable[[int, str], None] = lambda _number, _name: None
+    places: dict[str, Listed],
+    opened: Callable[[Path], Held],
+    of: Callable[[Path, Held], T],
+    begin: Callable[[int, str], None] = lambda _number, _name: None,
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Return what ``of`` gives for each artifact, and for those that cannot be read why.
+    """Return what ``of`` gives for each artifact, once it is ``opened``, and why not where it is not the one listed.
 
-    ``begin`` is told before each. Raises `ArtifactError` where there is one artifact only, and that cannot be read.
+    ``begin`` is told before each. Raises `ArtifactError` where there is one artifact only, and that cannot be read, or
+    is another.
     """
+    from opcompile.manifest import fingerprint
+
     found: dict[str, T] = {}
     unread: dict[str, str] = {}
     for number, (name, place) in enumerate(places.items()):
         begin(number, name)
         try:
-            found[name] = of(place)
+            held = opened(place.directory)
+            place.require(fingerprint(held.manifest))
+            found[name] = of(place.directory, held)
         except ArtifactError as error:
             if len(places) == 1:
                 raise
@@ -810,7 +831,7 @@ def _one_artifact(directory: str) -> Path:
     places = artifacts(directory)
     if not (Path(directory) / INDEX).is_file():
         return Path(directory)
-    names = ", ".join(map(str, places.values()))
+    names = ", ".join(str(place.directory) for place in places.values())
     raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them: {names}")
 
 

@@ -1,5 +1,8 @@
 """A model's artifacts in one directory: one subdirectory a node, and ``index.json`` that lists them.
 
+The index is about what was compiled, and is written once. What verification found is in the ``report.json`` of each
+artifact alone: artifacts are verified later, elsewhere, one by one, and where nothing can be written.
+
 Neither TVM nor ONNX is needed here, so that a machine without a compiler reads an index too.
 """
 
@@ -10,15 +13,18 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcompile.digest import digest
 from opcompile.errors import ArtifactError
 from opcompile.paths import checked_path, discard
 
 INDEX = "index.json"
 FORMAT = "opcompile-index"
-VERSION = 1
+# 2: which artifact each directory holds, and the hash of the index itself
+VERSION = 2
 # What the report of a directory says that `replace` wrote.
 REPLACED = "opcompile-replacement"
 # What a file browser leaves in a directory that was looked at: nobody's loss.
@@ -76,12 +82,14 @@ def write_index(directory: Path, fields: dict[str, Any], layers: Sequence[dict[s
 
 
 def _write(directory: Path, content: dict[str, Any]) -> Path:
+    content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **content}))
+    content["sha256"] = digest(content)
     path = directory / INDEX
     beside = path.with_name(f".{INDEX}.{uuid.uuid4().hex}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=2) + "\n")
+            beside.write_text(json.dumps(content, indent=2) + "\n")
             os.replace(beside, path)
         except OSError:
             discard(beside)
@@ -91,11 +99,27 @@ def _write(directory: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A directory that should hold an artifact: of an index that with this ``fingerprint``, or else any (None)."""
+
+    directory: Path
+    fingerprint: str | None = None
+
+    def require(self, fingerprint: str) -> None:
+        """Raise `ArtifactError` unless the artifact that was found, with this ``fingerprint``, is the one listed."""
+        if self.fingerprint not in (None, fingerprint):
+            raise ArtifactError(
+                f"{self.directory} holds another artifact than {INDEX} lists; compile the model again, "
+                "or name this directory for what it holds"
+            )
+
+
+def artifacts(directory: str | os.PathLike[str]) -> dict[str, Listed]:
     """Return the artifacts in ``directory`` by name: those its index lists, or else itself.
 
-    Whether they are artifacts is for `opcompile.load` to say. Raises `ArtifactError` for a corrupt index, and for what
-    `replace` wrote.
+    Whether they are artifacts is for `opcompile.load` to say, and whether they are these for `Listed.require`. Raises
+    `ArtifactError` for an index that is corrupt or was changed, and for what `replace` wrote.
     """
     place = checked_path(directory, "directory")
     path = place / INDEX
@@ -104,11 +128,13 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
             raise ArtifactError(
                 f"{place} holds a model that replace wrote, and no artifact; its report.json says how it was verified"
             )
-        return {place.name or str(place): place}
+        return {place.name or str(place): Listed(place)}
     try:
         content = json.loads(path.read_bytes())
         known = content["format"], content["version"]
-        listed = {str(each["name"]): each["directory"] for each in content["layers"] if each["directory"]}
+        compiled = [each for each in content["layers"] if each["directory"]]
+        listed = {str(each["name"]): (each["directory"], str(each.get("fingerprint"))) for each in compiled}
+        intact = content.get("sha256") == digest(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; compile the model again") from error
     if known != (FORMAT, VERSION):
@@ -116,14 +142,16 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Path]:
             f"{path} has format {known[0]!r} {known[1]!r}, and this program reads {FORMAT!r} {VERSION}; "
             "compile the model again"
         )
-    if not content.get("finished", True):
+    if not intact:
+        raise ArtifactError(f"{path} was changed after it was written; compile the model again")
+    if not content.get("finished"):
         raise ArtifactError(f"{place} holds a model that was not compiled to its end; compile it again")
-    for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name or name == ".." or "\0" in name:
-            raise ArtifactError(f"{path} lists {name!r}, which is not a directory beside it; compile the model again")
+    for folder, _ in listed.values():
+        if not isinstance(folder, str) or Path(folder).name != folder or folder == ".." or "\0" in folder:
+            raise ArtifactError(f"{path} lists {folder!r}, which is not a directory beside it; compile the model again")
     if not listed:
         raise ArtifactError(f"{path} lists no artifact: no node of that model could be compiled")
-    return {name: place / folder for name, folder in listed.items()}
+    return {name: Listed(place / folder, fingerprint) for name, (folder, fingerprint) in listed.items()}
 
 
 def _is_replaced(place: Path) -> bool:

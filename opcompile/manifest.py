@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib import format
 from numpy.typing import NDArray
 
+from opcompile.digest import digest
 from opcompile.errors import ArtifactError
 from opcompile.gradients.gradient import WRT
 from opcompile.index import INDEX
@@ -48,9 +49,10 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return directory, manifest
 
 
-def content(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return the hash of each file of an artifact, but the report's, which verifying it writes anew."""
-    return {name: str(entry["sha256"]) for name, entry in manifest["files"].items() if name != REPORT}
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """Tell an artifact from any other: SHA-256 of its manifest, but for the report, which verifying it writes anew."""
+    files = {name: entry for name, entry in manifest["files"].items() if name != REPORT}
+    return digest({**manifest, "files": files})
 
 
 def own_weights(directory: Path, manifest: dict[str, Any]) -> dict[str, NDArray[Any]]:
@@ -100,12 +102,6 @@ _FIELDS: dict[str, type] = {
     "versions": dict,
 }
 _TARGET_FIELDS: dict[str, type] = {"name": str, "architecture": str, "system": str, "features": list}
-
-
-def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its field ``sha256``, so that an edited one is noticed too."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def open_checked(directory: Path, manifest: dict[str, Any], name: str) -> Binary
 
 def _require_same(directory: Path, manifest: dict[str, Any]) -> None:
     """Raise `ArtifactError` where another artifact took the place of the one with this manifest."""
-    if content(parse_manifest(read_manifest(directory), directory)) != content(manifest):
+    if fingerprint(parse_manifest(read_manifest(directory), directory)) != fingerprint(manifest):
         raise ArtifactError(
             f"{directory} was replaced by another artifact meanwhile; give each layer its own directory"
         )

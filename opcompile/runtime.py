@@ -25,7 +25,7 @@ from opcompile.gradients.gradient import Wrt
 from opcompile.manifest import (
     WEIGHTS,
     check_files,
-    content,
+    fingerprint,
     identity,
     own_weights,
     parse_manifest,
@@ -117,7 +117,7 @@ class OnCpu:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Name the directory, and what it holds: a library has its place in one process alone."""
-        return load_again, (str(self.directory), content(self.manifest), self.threads or None)
+        return load_again, (str(self.directory), fingerprint(self.manifest), self.threads or None)
 
     def _borrow_out(self, out: Any, inputs: Mapping[str, tuple[int, tuple[int, ...]]]) -> int:
         """Return the address of ``out``; raise `CallError` if it does not fit, or holds what is still to be read.
@@ -314,10 +314,10 @@ def load_any(
     raise AssertionError("unreachable")
 
 
-def load_again(path: str, held: dict[str, str], threads: int | None = None) -> Artifact | GradientArtifact:
+def load_again(path: str, held: str, threads: int | None = None) -> Artifact | GradientArtifact:
     """Load what was pickled. Raises `ArtifactError` where its directory is gone or holds another artifact by now."""
     loaded = load_any(path, threads=threads)
-    if content(loaded.manifest) != held:
+    if fingerprint(loaded.manifest) != held:
         raise ArtifactError(f"{path} holds another artifact than the one that was pickled; load it and pickle that")
     return loaded
 

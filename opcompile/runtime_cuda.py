@@ -20,7 +20,7 @@ from opcompile.cuda_driver import CUDA, device, require_runs_on
 from opcompile.errors import ArtifactError, CallError, EngineError
 from opcompile.golden import Golden, read_golden
 from opcompile.launch import LAUNCH, MOST_BLOCKS, Launch
-from opcompile.manifest import content, own_weights
+from opcompile.manifest import fingerprint, own_weights
 from opcompile.packing import Packing
 from opcompile.runtime import load_again
 from opcompile.spec import ConvTranspose3d, at_batch, fits
@@ -59,7 +59,7 @@ class OnGpu:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Name the directory, and what it holds, as `opcompile.runtime.Artifact` does."""
-        return load_again, (str(self.directory), content(self.manifest))
+        return load_again, (str(self.directory), fingerprint(self.manifest))
 
     def checked(self, name: str, value: Any, shape: tuple[int | None, ...]) -> tuple[int, tuple[int, int]]:
         """Return the first size and the device of a tensor.

@@ -31,6 +31,7 @@ from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
 from opcompile.build import compile_all
 from opcompile.cases import tagged
+from opcompile.digest import digest
 from opcompile.errors import (
     ArtifactError,
     CallError,
@@ -45,7 +46,7 @@ from opcompile.gradients.gradient import Gradient
 from opcompile.header import header
 from opcompile.link import link
 from opcompile.lower import Lowered, lower
-from opcompile.manifest import MANIFEST, REPORT, digest, read_manifest
+from opcompile.manifest import MANIFEST, REPORT, read_manifest
 from opcompile.packing import Packing
 from opcompile.reference import reference
 from opcompile.runtime import Artifact, load

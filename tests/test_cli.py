@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -34,9 +35,10 @@ from opcompile import artifact
 from opcompile.cases import tagged
 from opcompile.cli import _write_array, cli
 from opcompile.describe import _verdict
+from opcompile.digest import digest
 from opcompile.doctor import Finding
 from opcompile.errors import ArtifactError, CallError, EngineError, KernelError, OpcompileError, VerificationError
-from opcompile.index import INDEX, artifacts, directory_names
+from opcompile.index import INDEX, artifacts, directory_names, write_index
 from opcompile.record import write_record
 from opcompile.source import brief, read
 from opcompile.spec import ConvTranspose3d
@@ -558,11 +560,13 @@ def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
 def test_compile_a_real_model(folder: Path) -> None:
     index = json.loads((folder / "model" / INDEX).read_text())
     assert index["source"] == "dynunet.onnx"
-    assert [entry["status"] for entry in index["layers"]] == ["verified"] * 3
-    for found, (name, place) in zip(
+    assert index["source_sha256"] == hashlib.sha256((MODELS / "dynunet.onnx").read_bytes()).hexdigest()
+    assert index["sha256"] == digest(index)
+    for found, (name, listed) in zip(
         read(MODELS / "dynunet.onnx").layers, artifacts(folder / "model").items(), strict=True
     ):
         assert found.name == name
+        place = listed.directory
         loaded = opcompile.load(place)
         assert loaded.spec == found.spec
         report = json.loads((place / "report.json").read_text())
@@ -914,6 +918,99 @@ def test_inspect_names_every_artifact_that_is_gone_and_shows_the_others(folder: 
     assert result.exit_code == 2
     assert {name for name, held in json.loads(result.stdout).items() if "reason" not in held} == set(others)
     assert f"{gone}: {out / gone} is not there" in invoke("inspect", out).stdout
+
+
+def swap(one: Path, other: Path, aside: Path) -> None:
+    for source, into in ((one, aside), (other, one), (aside, other)):
+        source.rename(into)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled model, ``out``, of two layers that differ in their weights alone."""
+    home = tmp_path_factory.mktemp("twins")
+    model = mixed_model(home)
+    graph = onnx.load(model)
+    graph.graph.initializer.append(numpy_helper.from_array(np.full((2, 2, 2, 2, 2), 3, np.float32), "L"))
+    graph.graph.node[2].input[1] = "L"
+    onnx.save(graph, model)
+    assert invoke("compile", model, "-o", home / "out", "--plan", "baseline", "--no-verify").exit_code == 0
+    return home / "out"
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_artifact_of_another_layer_is_not_the_model_s(twins: Path, tmp_path: Path, command: str) -> None:
+    out = shutil.copytree(twins, tmp_path / "out")
+    layer = ["in=1x2x2x2x2 co=2 k=2 s=2", "--plan", "baseline", "--no-verify"]
+    assert invoke("compile", *layer, "-o", out / "good").exit_code == 0
+    refused = f"good: {'not verified: ' if command == 'verify' else ''}{out / 'good'} holds another artifact than"
+    result = invoke(command, out)
+    assert (result.exit_code, f"{refused} index.json lists" in result.stdout) == (2, True)
+    listed = json.loads(invoke(command, out, "--json").stdout)
+    assert "holds another artifact" in str(listed)
+    # by its own name it is what it is
+    assert invoke(command, out / "good").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_artifacts_that_changed_places_are_not_the_model_s(twins: Path, tmp_path: Path, command: str) -> None:
+    out = shutil.copytree(twins, tmp_path / "out")
+    swap(out / "good", out / "up_two", tmp_path / "aside")
+    result = invoke(command, out)
+    assert (result.exit_code, result.stdout.count("holds another artifact than index.json lists")) == (2, 2)
+    swap(out / "good", out / "up_two", tmp_path / "aside")
+    assert invoke(command, out).exit_code == 0
+
+
+def test_the_only_artifact_of_a_model_is_not_another(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("compile", saved(upsampling(), tmp_path), "-o", out, "--no-verify").exit_code == 0
+    assert invoke("compile", SMALL, "-o", out / "up", "--no-verify").exit_code == 0
+    for command in ("verify", "inspect"):
+        result = invoke(command, out)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{out / 'up'} holds another artifact than index.json lists; compile the model again" in result.stderr
+
+
+def _other_spec(layers: list[dict[str, Any]]) -> None:
+    layers[0]["spec"] = "nonsense"
+
+
+def _other_reason(layers: list[dict[str, Any]]) -> None:
+    layers[1]["reason"] = "out of luck"
+
+
+@pytest.mark.parametrize("change", [_other_spec, _other_reason, list.pop, list.reverse])
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_index_that_was_changed_is_refused(
+    twins: Path, tmp_path: Path, command: str, change: Callable[[list[dict[str, Any]]], object]
+) -> None:
+    out = shutil.copytree(twins, tmp_path / "out")
+    index = json.loads((out / INDEX).read_text())
+    (out / INDEX).write_text(json.dumps(index))
+    assert invoke(command, out).exit_code == 0  # however it is indented
+    change(index["layers"])
+    (out / INDEX).write_text(json.dumps(index))
+    result = invoke(command, out)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{out / INDEX} was changed after it was written; compile the model again" in result.stderr
+
+
+def test_the_index_says_nothing_that_verifying_would_make_wrong(tmp_path: Path) -> None:
+    """Verified later, elsewhere, one by one, or where nothing can be written: the reports say it, no copy of them."""
+    out, words = tmp_path / "out", [mixed_model(tmp_path), "--plan", "baseline", "-o"]
+    assert invoke("compile", *words, out, "--no-verify").exit_code == 0
+    assert invoke("compile", *words, tmp_path / "verified").exit_code == 0
+    index = (out / INDEX).read_bytes()
+    assert index == (tmp_path / "verified" / INDEX).read_bytes()
+    assert b"verified" not in index
+    good, dynamic, _ = json.loads(index)["layers"]
+    assert (good["directory"], good["reason"], len(good["fingerprint"])) == ("good", None, 64)
+    assert (dynamic["directory"], dynamic["fingerprint"]) == (None, None)
+    assert "dynamic spatial sizes" in dynamic["reason"]
+    assert invoke("verify", out).exit_code == 0
+    assert (out / INDEX).read_bytes() == index
+    assert invoke("verify", out).exit_code == 0
 
 
 def test_verify_stores_its_report_where_it_can(folder: Path) -> None:
@@ -1290,8 +1387,7 @@ def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("directory", ["../elsewhere", "..", "a\0b", 3, ["a"], {"a": 1}])
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_an_index_reaches_no_further_than_its_directory(command: str, directory: object, tmp_path: Path) -> None:
-    layers = [{"name": "a", "directory": directory}]
-    (tmp_path / INDEX).write_text(json.dumps({"format": "opcompile-index", "version": 1, "layers": layers}))
+    write_index(tmp_path, {}, [{"name": "a", "directory": directory, "fingerprint": ""}])
     result = invoke(command, tmp_path)
     assert result.exit_code == 2
     assert f"lists {directory!r}, which is not a directory beside it" in result.stderr

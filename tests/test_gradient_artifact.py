@@ -14,11 +14,11 @@ import opcompile as oc
 from opcompile.build import write
 from opcompile.cli import cli
 from opcompile.describe import contents
+from opcompile.digest import digest
 from opcompile.errors import ArtifactError, CallError, SpecError, VerificationError
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.reference import reference
 from opcompile.gradients.runtime import GradientArtifact
-from opcompile.manifest import digest
 from opcompile.runtime import load_any
 
 TEXT = "in=Nx4x2x3x4 co=6 k=3 s=2 p=1 op=1 g=2 act=relu"
