@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from opcompile import __version__
 from opcompile.errors import ArtifactError, CallError, EngineError
@@ -686,7 +687,16 @@ def _is_size(text: str) -> bool:
 @_nodes
 @_shapes
 @_json
-def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes: Shapes, as_json: bool) -> int:
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    source: str,
+    target: str,
+    plan: Any,
+    nodes: tuple[str, ...],
+    shapes: Shapes,
+    as_json: bool,
+) -> int:
     """Show what a layer is and how it would be compiled, or what an artifact holds.
 
     Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
@@ -698,6 +708,12 @@ def inspect(source: str, target: str, plan: Any, nodes: tuple[str, ...], shapes:
     from opcompile.source import read
 
     if os.path.isdir(source) and not nodes and not shapes:
+        for name in ("target", "plan"):
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise CallError(
+                    f"--{name} was given, but {source} is a directory of what was compiled; leave it out, or name a "
+                    "model, a layer's text form or a case"
+                )
         return _inspect_artifacts(artifacts(source), as_json)
     given = read(source, nodes, shapes)
     described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
@@ -725,9 +741,10 @@ def _inspect_artifacts(places: dict[str, Listed], as_json: bool) -> int:
             yield from each.renderables()
         yield from (plain(f"{name}: {reason}") for name, reason in unread.items())
 
-    listed = {n: held[n].to_json() if n in held else {"reason": unread[n]} for n in places}
-    print_result(as_json, listed, shown)
-    return 0 if not unread and all(each.whole for each in held.values()) else 2
+    whole = not unread and all(each.whole for each in held.values())
+    listed = {n: held[n].to_json() if n in held else {"whole": False, "reason": unread[n]} for n in places}
+    print_result(as_json, {"whole": whole, "artifacts": listed}, shown)
+    return 0 if whole else 2
 
 
 @cli.command("diff")

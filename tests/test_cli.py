@@ -886,7 +886,7 @@ def test_a_target_that_is_not_here_is_written_and_not_verified(tmp_path: Path, m
     (layer,) = of_json(result)["layers"]
     reason = f"code for {away} does not run on this machine, and nobody emulates it"
     assert (layer["status"], layer["reason"]) == ("not verified", reason)
-    assert of_json(invoke("inspect", tmp_path / "a", "--json"))["a"]["manifest"]["target"]["name"] == away
+    assert of_json(invoke("inspect", tmp_path / "a", "--json"))["artifacts"]["a"]["manifest"]["target"]["name"] == away
     assert invoke("verify", tmp_path / "a").exit_code == 3
 
 
@@ -916,7 +916,9 @@ def test_inspect_names_every_artifact_that_is_gone_and_shows_the_others(folder: 
     shutil.rmtree(out / gone)
     result = invoke("inspect", out, "--json")
     assert result.exit_code == 2
-    assert {name for name, held in json.loads(result.stdout).items() if "reason" not in held} == set(others)
+    content = json.loads(result.stdout)
+    assert not content["whole"]
+    assert {name for name, held in content["artifacts"].items() if "reason" not in held} == set(others)
     assert f"{gone}: {out / gone} is not there" in invoke("inspect", out).stdout
 
 
@@ -1140,6 +1142,15 @@ def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[st
     assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("words", [["--target", "nonsense"], ["--target", "llvm"], ["--plan", "best"]])
+def test_an_artifact_was_compiled_for_its_target_by_its_plan(folder: Path, words: list[str]) -> None:
+    for place in (folder / "layer", folder / "model"):
+        result = invoke("inspect", place, *words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        said = f"{words[0]} was given, but {place} is a directory of what was compiled; leave it out, or name a model"
+        assert said in result.stderr
+
+
 def test_what_replace_wrote_is_no_artifact(tmp_path: Path) -> None:
     place = tmp_path / "replaced"
     words = ["--no-verify", "--no-bench"]
@@ -1152,7 +1163,9 @@ def test_what_replace_wrote_is_no_artifact(tmp_path: Path) -> None:
 
 
 def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path) -> None:
-    held = of_json(invoke("inspect", folder / "model", "--json"))
+    content = of_json(invoke("inspect", folder / "model", "--json"))
+    assert content["whole"]
+    held = content["artifacts"]
     assert list(held) == ["node_convolution", "node_convolution_1", "node_convolution_2"]
     assert all(contents["whole"] and contents["report"]["passed"] for contents in held.values())
     place = tmp_path / "a"
@@ -1161,6 +1174,7 @@ def test_inspect_an_artifact_tells_what_was_changed(folder: Path, tmp_path: Path
     (place / "model.onnx").unlink()
     result = invoke("inspect", place)
     assert result.exit_code == 2
+    assert not json.loads(invoke("inspect", place, "--json").stdout)["whole"]
     assert [line.split()[-1] for line in result.stdout.splitlines() if ".h " in line or ".onnx" in line] == [
         "changed",
         "missing",
