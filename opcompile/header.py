@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from opcompile.golden import B_AMPLITUDE, B_SALT, W_SALT, X_AMPLITUDE, X_SALT, w_amplitude
@@ -20,6 +20,9 @@ _C_TYPES = {
     "bfloat16": ("uint16_t /* the bits of a bfloat16 */", 4, 16),
     "float64": ("double", 2, 64),
 }
+# The pointers of a call in its order, and every tensor that one of them may be, of a layer or of a derivative.
+_PLACES = ("FIRST", "SECOND", "THIRD", "RESULT")
+_TENSORS = ("X", "W", "B", "Y", "DY", "DX", "DW", "DB")
 
 
 def header(spec: ConvTranspose3d, packing: Packing) -> str:
@@ -43,37 +46,53 @@ def header(spec: ConvTranspose3d, packing: Packing) -> str:
         w_amplitude=w_amplitude(spec),
         b_amplitude=B_AMPLITUDE,
     )
-    shapes = (spec.x_shape, packing.shape, (spec.channels_out,), spec.y_shape)
-    nulls = "x, w and y must not be null, and b must be null exactly when the layer has no bias"
-    return about + c_code(spec.dtype, shapes, (True, spec.bias), nulls, KERNEL, useful_threads(spec))
+    shapes = {"x": spec.x_shape, "w": packing.shape, "b": (spec.channels_out,), "y": spec.y_shape}
+    pointers = ("x", "w", "b" if spec.bias else None, "y")
+    return about + c_code(spec.dtype, shapes, pointers, KERNEL, useful_threads(spec))
 
 
 def c_code(
     dtype: str,
-    shapes: Sequence[Sequence[int | None]],
-    given: tuple[bool, bool],
-    nulls: str,
+    shapes: Mapping[str, Sequence[int | None]],
+    pointers: Sequence[str | None],
     kernel: str,
     threads: int,
 ) -> str:
     """Return the part of a C header that a compiler reads.
 
-    ``shapes`` are those of the four pointers of a call; ``given`` says whether the second and the third are, and
-    ``nulls`` says it in words. Headers of several layers go together: what all have in common is said once, and
-    each one's own words replace those before.
+    ``shapes`` are those of the tensors by name; ``pointers`` names the four of a call, None where it must be null.
+    Headers of several layers go together: what all have in common is said once, and each one's own words replace
+    those before.
     """
     c_type, code, bits = _C_TYPES[dtype]
+    places = dict(zip(_PLACES, pointers, strict=True))
     macros = {
         "opcompile_element": c_type,
         "OPCOMPILE_DTYPE_CODE": code,
         "OPCOMPILE_DTYPE_BITS": bits,
-        **{f"OPCOMPILE_{name}_SHAPE": _c_shape(shape) for name, shape in zip("XWBY", shapes, strict=True)},
-        **{f"OPCOMPILE_HAS_{name}": int(is_given) for name, is_given in zip(("W", "BIAS"), given, strict=True)},
-        "OPCOMPILE_NULLS": f'"{nulls}"',
+        **{f"OPCOMPILE_{name}_SHAPE": None for name in _TENSORS},
+        **{f"OPCOMPILE_{name.upper()}_SHAPE": _c_shape(shape) for name, shape in shapes.items()},
+        **{
+            f"OPCOMPILE_{place}_SHAPE": f"OPCOMPILE_{name.upper()}_SHAPE" if name else "{0}"
+            for place, name in places.items()
+        },
+        **{f"OPCOMPILE_HAS_{place}": int(places[place] is not None) for place in ("SECOND", "THIRD")},
+        "OPCOMPILE_NULLS": f'"{_nulls(places)}"',
         "OPCOMPILE_KERNEL": kernel,
         "OPCOMPILE_USEFUL_THREADS": threads,
     }
-    return _COMMON + "".join(f"#undef {name}\n#define {name} {value}\n" for name, value in macros.items())
+    lines = (
+        f"#undef {name}\n" + ("" if value is None else f"#define {name} {value}\n") for name, value in macros.items()
+    )
+    return _COMMON + "".join(lines)
+
+
+def _nulls(places: Mapping[str, str | None]) -> str:
+    """Say which pointers of a call must not be null, and which must be."""
+    *names, last = filter(None, places.values())
+    absent = " and ".join(f"the {place.lower()}" for place, name in places.items() if name is None)
+    rule = f"{', '.join(names)} and {last} must not be null"
+    return rule + (f", and {absent} pointer must be" if absent else "")
 
 
 def _c_shape(shape: Sequence[int | None]) -> str:
@@ -137,7 +156,8 @@ extern "C" {
 #endif
 
 #define OPCOMPILE_API __attribute__((visibility("default")))
-OPCOMPILE_API int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y);
+OPCOMPILE_API int opcompile_run(int threads, int64_t batch, const void *first, const void *second, const void *third,
+                                void *result);
 OPCOMPILE_API const char *opcompile_error(void);
 typedef int (*opcompile_run_fn)(int, int64_t, const void *, const void *, const void *, void *);
 typedef const char *(*opcompile_error_fn)(void);
@@ -157,9 +177,10 @@ static inline int32_t opcompile_golden(uint32_t i, uint32_t salt, uint32_t ampli
 #endif
 #endif
 
-/* What follows is of this layer. Where a file includes the headers of several, it is of the last one.
+/* What follows is of the library beside this file. Where a file includes the headers of several, it is of the last one.
  *
- * element: of every array. DTYPE: DLPack's description of it. SHAPE: of the four pointers of a call, in its order;
- * a 0 is a batch that the call gives. USEFUL_THREADS: more of them, for each batch element where N is open, would
- * cost more than they bring. */
+ * element: of every array. DTYPE: DLPack's description of it. SHAPE: of the tensors that are named above, and again
+ * of the four pointers of a call in its order, FIRST, SECOND, THIRD and RESULT; a 0 is a batch that the call gives.
+ * HAS: 0 where that pointer must be null, which has no shape. USEFUL_THREADS: more of them, for each batch element
+ * where N is open, would cost more than they bring. */
 """

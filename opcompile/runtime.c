@@ -275,7 +275,8 @@ static void fail_here(void) {
   fail("RuntimeError", text);
 }
 
-EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void *w, const void *b, void *y) {
+EXPORTED int opcompile_run(int threads, int64_t batch, const void *first, const void *second, const void *third,
+                           void *result) {
   self.text[0] = '\0';
   self.in_run = 1;
   int status = -1;
@@ -283,11 +284,12 @@ EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void
     fail_here();
   else if (threads < 0 || threads > MOST_THREADS)
     fail("ValueError", "threads must be 0 (the default) or from 1 to 1024");
-  else if (batch < 1 || (layer.x.sizes[0] && batch != layer.x.sizes[0]))
+  else if (batch < 1 || (layer.first.sizes[0] && batch != layer.first.sizes[0]))
     fail("ValueError", "batch is not the one this layer was compiled for (at least 1 where that is dynamic)");
-  else if (overflows(layer.x, batch) || overflows(layer.y, batch))
-    fail("ValueError", "batch is so large that x or y would have more than 2^63 bytes");
-  else if (!x || !w != !layer.has_w || !y || !b != !layer.has_bias)
+  else if (overflows(layer.first, batch) || overflows(layer.second, batch) || overflows(layer.third, batch) ||
+           overflows(layer.result, batch))
+    fail("ValueError", "batch is so large that a tensor would have more than 2^63 bytes");
+  else if (!first || !second != !layer.has_second || !third != !layer.has_third || !result)
     fail("ValueError", layer.nulls);
   else if ((self.threads = threads ? threads : default_threads())) {
     int64_t useful = batch < MOST_THREADS ? batch * layer.useful_threads : MOST_THREADS;
@@ -295,15 +297,15 @@ EXPORTED int opcompile_run(int threads, int64_t batch, const void *x, const void
     int64_t sizes[4][2 * MOST_AXES];
     struct tensor tensors[4];
     int count = 0;
-    tensors[count] = of_layer(x, layer.x, batch, sizes[count]), count++;
-    if (layer.has_w) tensors[count] = of_layer(w, layer.w, batch, sizes[count]), count++;
-    if (layer.has_bias) tensors[count] = of_layer(b, layer.b, batch, sizes[count]), count++;
-    tensors[count] = of_layer(y, layer.y, batch, sizes[count]), count++;
-    struct value arguments[4], result = {0};
+    tensors[count] = of_layer(first, layer.first, batch, sizes[count]), count++;
+    if (layer.has_second) tensors[count] = of_layer(second, layer.second, batch, sizes[count]), count++;
+    if (layer.has_third) tensors[count] = of_layer(third, layer.third, batch, sizes[count]), count++;
+    tensors[count] = of_layer(result, layer.result, batch, sizes[count]), count++;
+    struct value arguments[4], returned = {0};
     for (int i = 0; i < count; i++) arguments[i] = (struct value){TENSOR_POINTER, 0, {.pointer = &tensors[i]}};
     int parallel = self.threads > 1;
     if (parallel) count_call(1);
-    status = layer.run(NULL, arguments, count, &result);
+    status = layer.run(NULL, arguments, count, &returned);
     if (parallel) count_call(-1);
     if (status) release_until(NULL);
     if (status && !self.text[0]) fail("RuntimeError", "the kernel failed without a message");

@@ -243,7 +243,7 @@ def test_a_c_program_needs_the_header_and_the_library_alone(
     *values, message = done.stdout.splitlines()
     y = layer(golden.x, golden.w, golden.b)
     assert np.array_equal(np.array(values, np.float32), y.ravel())
-    assert "b must be null exactly when" in message
+    assert message == "x, w, b and y must not be null"
 
 
 CALLED = """
@@ -284,10 +284,13 @@ static const opcompile_element of_one = 0;
 static const int64_t wide[] = OPCOMPILE_X_SHAPE;
 static const opcompile_element of_wide = 0;
 #include "slope/conv_transpose3d_dx.h"
-static const int64_t slope[] = OPCOMPILE_X_SHAPE;
+static const int64_t slope[] = OPCOMPILE_DX_SHAPE, first[] = OPCOMPILE_FIRST_SHAPE;
+#if defined OPCOMPILE_X_SHAPE || defined OPCOMPILE_B_SHAPE || defined OPCOMPILE_Y_SHAPE || OPCOMPILE_HAS_THIRD
+#error "a derivative has words of the layer before"
+#endif
 int main(void) {
   opcompile_run_fn run = 0;
-  return !(one[1] == 3 && wide[1] == 5 && slope[1] == 4 && !run && opcompile_golden(0, 1, 64) < 65 &&
+  return !(one[1] == 3 && wide[1] == 5 && slope[1] == 3 && first[1] == 4 && !run && opcompile_golden(0, 1, 64) < 65 &&
            sizeof of_one == 4 && sizeof of_wide == 8);
 }
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from opcompile.cli import cli
 from opcompile.describe import contents
 from opcompile.digest import digest
 from opcompile.errors import ArtifactError, CallError, SpecError, VerificationError
+from opcompile.gradients.artifact import header
 from opcompile.gradients.bounds import compare
+from opcompile.gradients.gradient import Gradient, Wrt
 from opcompile.gradients.reference import reference
 from opcompile.gradients.runtime import GradientArtifact
 from opcompile.runtime import load_any
@@ -145,6 +149,68 @@ def test_it_is_described(place: Path) -> None:
     assert held.manifest["derivative"] == "x"
     assert held.manifest["depth"]["per_image"] == 0
     assert "OPCOMPILE_KERNEL __tvm_ffi_conv_transpose3d_dx" in (place / "x" / "conv_transpose3d_dx.h").read_text()
+
+
+# Of each derivative with an activation and without: the names of the four pointers of a call.
+POINTERS = {
+    ("x", "relu"): ("dy", "w", "y", "dx"),
+    ("w", "relu"): ("dy", "x", "y", "dw"),
+    ("b", "relu"): ("dy", None, "y", "db"),
+    ("x", "none"): ("dy", "w", None, "dx"),
+    ("w", "none"): ("dy", "x", None, "dw"),
+    ("b", "none"): ("dy", None, None, "db"),
+}
+
+
+@pytest.mark.parametrize(("wrt", "activation"), POINTERS)
+def test_a_header_says_each_shape_by_the_name_of_its_tensor(wrt: Wrt, activation: str) -> None:
+    gradient = Gradient(oc.ConvTranspose3d.parse(TEXT.replace("relu", activation)), wrt)
+    text = header(gradient)
+    macros = dict(re.findall(r"^#define OPCOMPILE_(\w+) (.*)$", text, re.MULTILINE))
+    named = {**gradient.operands, gradient.name: gradient.shape}
+    shapes = {f"{name.upper()}_SHAPE": "{" + ", ".join(str(n or 0) for n in named[name]) + "}" for name in named}
+    places = dict(zip(("FIRST", "SECOND", "THIRD", "RESULT"), POINTERS[wrt, activation], strict=True))
+    for place, name in places.items():
+        shapes[f"{place}_SHAPE"] = f"OPCOMPILE_{name.upper()}_SHAPE" if name else "{0}"
+    assert {name: value for name, value in macros.items() if name.endswith("_SHAPE")} == shapes
+    assert [macros["HAS_SECOND"], macros["HAS_THIRD"]] == [str(int(bool(places[p]))) for p in ("SECOND", "THIRD")]
+    called = ", ".join(name or "NULL" for name in places.values())
+    assert f"if (run(0, batch, {called})) fprintf" in text
+
+
+@pytest.mark.parametrize(
+    ("wrt", "activation", "rule"),
+    [
+        ("x", "none", "dy, w and dx must not be null, and the third pointer must be"),
+        ("w", "relu", "dy, x, y and dw must not be null"),
+        ("b", "none", "dy and db must not be null, and the second and the third pointer must be"),
+    ],
+)
+def test_a_call_from_c_says_which_pointer_must_be_null(tmp_path: Path, wrt: Wrt, activation: str, rule: str) -> None:
+    spec = oc.ConvTranspose3d.parse(f"in=Nx1x1x1x1 co=1 k=1 act={activation}")
+    place = write(spec, "llvm", "best", tmp_path / "it", derivative=wrt)
+    library = ctypes.CDLL(str(place / json.loads((place / "manifest.json").read_text())["library"]))
+    library.opcompile_error.restype = ctypes.c_char_p
+    memory = [ctypes.byref((ctypes.c_float * 16)()) for _ in range(4)]
+    wanted = [name is not None for name in POINTERS[wrt, activation]]
+
+    def said(given: list[bool]) -> str | None:
+        pointers = [m if is_given else None for m, is_given in zip(memory, given, strict=True)]
+        status = library.opcompile_run(1, ctypes.c_int64(1), *pointers)
+        return library.opcompile_error().decode() if status else None
+
+    assert said(wanted) is None
+    for i in range(4):
+        assert said([is_given != (i == j) for j, is_given in enumerate(wanted)]) == rule
+
+
+def test_a_batch_that_makes_x_too_large_is_an_error_of_dw(tmp_path: Path) -> None:
+    """Where X has more channels than Y, it is the largest tensor of a call."""
+    place = write(oc.ConvTranspose3d.parse("in=Nx8x1x1x1 co=1 k=1"), "llvm", "best", tmp_path / "it", derivative="w")
+    library = ctypes.CDLL(str(place / json.loads((place / "manifest.json").read_text())["library"]))
+    library.opcompile_error.restype = ctypes.c_char_p
+    assert library.opcompile_run(1, ctypes.c_int64(2**59), None, None, None, None)
+    assert library.opcompile_error() == b"batch is so large that a tensor would have more than 2^63 bytes"
 
 
 def test_compile_takes_no_weights_of_a_derivative() -> None:

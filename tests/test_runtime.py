@@ -869,7 +869,7 @@ def test_a_batch_of_more_bytes_than_addresses(stub: Stub, tmp_path: Path, layer:
     (tmp_path / "open.so").write_bytes(link(code, header(spec, Packing.identity(spec.w_shape)), target("llvm")))
     dynamic = Stub(tmp_path / "open.so")
     assert (dynamic(1, 1, batch=batch) == 0) == right
-    assert right or "batch is so large that x or y would have more than 2^63 bytes" in dynamic.error
+    assert right or "batch is so large that a tensor would have more than 2^63 bytes" in dynamic.error
 
 
 @pytest.mark.parametrize("feature", ["telepathy", "f", "avx51", "sim"])

@@ -86,16 +86,10 @@ def header(gradient: Gradient) -> str:
         batch="any, at least 1" if layer.batch is None else f"always {layer.batch}",
         values=",\n * ".join(values),
     )
-    shapes = (
-        operands["dy"],
-        operands[second] if second else (1,),
-        operands[third] if third else (1,),
-        gradient.shape,
-    )
-    nulls = f"the pointers must be {call}, and null exactly where it says so"
-    given = (second is not None, third is not None)
+    shapes = {**operands, gradient.name: gradient.shape}
+    pointers = ("dy", second, third, gradient.name)
     kernel = f"__tvm_ffi_{gradient.kernel}"
-    return about + c_code(layer.dtype, shapes, given, nulls, kernel, useful_threads(gradient))
+    return about + c_code(layer.dtype, shapes, pointers, kernel, useful_threads(gradient))
 
 
 _ABOUT = """\
