@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from opcompile.bench import BenchReport
     from opcompile.cases import Case
+    from opcompile.describe import Description
+    from opcompile.gradients.describe import GradientDescription
     from opcompile.importers.outline import Shapes
     from opcompile.index import Listed
     from opcompile.record import Record
@@ -684,6 +686,7 @@ def _is_size(text: str) -> bool:
 @click.argument("source", metavar="SOURCE|DIR")
 @_target
 @_plan
+@_derivative
 @_nodes
 @_shapes
 @_json
@@ -693,22 +696,27 @@ def inspect(
     source: str,
     target: str,
     plan: Any,
+    derivative: Any,
     nodes: tuple[str, ...],
     shapes: Shapes,
     as_json: bool,
 ) -> int:
     """Show what a layer is and how it would be compiled, or what an artifact holds.
 
-    Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why. Of an
-    artifact, for whatever machine it was made: manifest, files and report. Exit code 2: a file is
-    missing or was changed, or an artifact is not the one that the model's index.json lists.
+    Of a layer: phases and taps of each axis, work, bytes, workspace, the chosen tiles and why; of its
+    derivative the same, without the phases. Of an artifact, for whatever machine it was made: manifest,
+    files and report. Exit code 2: a file is missing or was changed, or an artifact is not the one that the
+    model's index.json lists.
     """
     from opcompile.describe import describe
+    from opcompile.errors import SpecError
+    from opcompile.gradients.describe import describe as describe_gradient
+    from opcompile.gradients.gradient import Gradient
     from opcompile.index import artifacts
     from opcompile.source import read
 
     if os.path.isdir(source) and not nodes and not shapes:
-        for name in ("target", "plan"):
+        for name in ("target", "plan", "derivative"):
             if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 raise CallError(
                     f"--{name} was given, but {source} is a directory of what was compiled; leave it out, or name a "
@@ -716,10 +724,23 @@ def inspect(
                 )
         return _inspect_artifacts(artifacts(source), as_json)
     given = read(source, nodes, shapes)
-    described = {layer.name: describe(spec, target, plan) for layer, spec in given.compilable}
-    _mention(given)
+    described: dict[str, Description | GradientDescription] = {}
+    refused = {layer.name: layer.reason for layer in given.refused}
+    for layer, spec in given.compilable:
+        try:
+            described[layer.name] = (
+                describe_gradient(Gradient(spec, derivative), target, plan)
+                if derivative
+                else describe(spec, target, plan)
+            )
+        except SpecError as error:  # there is no such derivative
+            if len(given.layers) == 1:
+                raise
+            refused[layer.name] = str(error)
+    for name, reason in refused.items():
+        tell(f"opcompile: {name} cannot be compiled: {reason}")
     content: dict[str, Any] = {name: d.to_json() for name, d in described.items()}
-    content |= {layer.name: {"reason": layer.reason} for layer in given.refused}
+    content |= {name: {"reason": reason} for name, reason in refused.items()}
 
     def shown() -> Iterator[RenderableType]:
         for name, description in described.items():
@@ -728,7 +749,7 @@ def inspect(
             yield from description.renderables()
 
     print_result(as_json, {"layers": content}, shown)
-    return 0
+    return 0 if described else 2
 
 
 def _inspect_artifacts(places: dict[str, Listed], as_json: bool) -> int:

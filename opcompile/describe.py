@@ -76,7 +76,7 @@ class Description:
         by = "" if self.summed_in == spec.sum_dtype else f", by {self.summed_in}"
         yield f"[bold]{brief(spec)}[/]"
         yield _axes_table(spec)
-        yield _facts(
+        yield facts(
             {
                 "X, W -> Y": f"{sizes_text(spec.x_shape)}, {sizes_text(spec.w_shape)} -> {sizes_text(spec.y_shape)}",
                 "work": f"{scaled(spec.flops, 'FLOP')}, {binary(spec.bytes())} of X, W, B and Y: "
@@ -84,7 +84,7 @@ class Description:
                 "sums": f"up to {spec.terms} products each, in {spec.sum_dtype}{by}",
                 "workspace": binary(self.workspace_bytes) + ("" if spec.batch else " for one batch element"),
                 "target": self.target,
-                "plan": _plan_text(asdict(self.plan)),
+                "plan": plan_text(asdict(self.plan)),
             }
         )
 
@@ -143,18 +143,20 @@ def _phase_lines(axis: Axis) -> Iterator[str]:
         yield f"... {len(axis.phases)} phases in all (--json has them)"
 
 
-def _facts(facts: dict[str, str]) -> Table:
+def facts(named: dict[str, str]) -> Table:
+    """Return a table of two columns: what each fact is called, and the fact."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts.items():
+    for name, value in named.items():
         table.add_row(name, value)
     return table
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
+def plan_text(plan: dict[str, Any]) -> str:
+    """Return a plan of a manifest as lines: its name and its tiles, why they were chosen, the record."""
     tiles = " ".join(f"{k}={v}" for k, v in plan["tiles"].items())
     record = [f"record {plan['record']}"] if plan.get("record") else []
     return "\n".join([f"{plan['name']}, {plan['schedule']}: {tiles}", *(f"- {line}" for line in plan["why"]), *record])
@@ -195,12 +197,12 @@ class Contents:
 
         m = self.manifest
         yield f"[bold]{escape(str(self.directory))}[/]"
-        yield _facts(
+        yield facts(
             {
                 "layer": brief(ConvTranspose3d.parse(m["spec"])),
                 "computes": f"its derivative d{m['derivative']}" if m["derivative"] else "Y",
                 "target": f"{m['target']['name']} ({m['target']['architecture']} {m['target']['system']})",
-                "plan": _plan_text(m["plan"]),
+                "plan": plan_text(m["plan"]),
                 **({"sums": f"by {sums}"} if (sums := sums_of(m)) else {}),
                 "weights": " and ".join(m["weights"]) + " compiled in" if m["weights"] else "given in each call",
                 "workspace": binary(m["workspace_bytes"]),

@@ -249,6 +249,9 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--target", "vax"], 2, ["vax"]),
         ([LAYER, "--target", "sm_90"], 2, ["did you mean cuda:sm_90?"]),
         ([LAYER, "--target", "cuda:sm90"], 2, ["did you mean cuda:sm_90?"]),
+        ([LAYER, "--derivative", "y"], 2, ["--derivative"]),
+        ([f"{LAYER} bias=0", "--derivative", "b"], 2, ["the layer has no bias", "use x or w"]),
+        ([LAYER, "--derivative", "x", "--plan", "tuned"], 2, ["derivatives are not tuned", "use plan best"]),
     ],
     "diff": [
         (["no-such-case"], 2, ["no-such-case"]),
@@ -1142,7 +1145,57 @@ def test_an_artifact_has_no_nodes_and_no_open_sizes(folder: Path, words: list[st
     assert (result.exit_code, "is not a model file" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("words", [["--target", "nonsense"], ["--target", "llvm"], ["--plan", "best"]])
+@pytest.mark.parametrize(
+    ("batch", "target"), [(None, "llvm"), (2, "llvm"), (None, "cuda:sm_90"), (2, "metal:apple-m1")]
+)
+@pytest.mark.parametrize("wrt", ["x", "w", "b"])
+def test_inspect_a_derivative_says_what_compiling_it_gives(
+    tmp_path: Path, wrt: str, batch: int | None, target: str
+) -> None:
+    words = [f"in={batch or 'N'}x4x3x4x5 co=6 k=3x2x1 s=2 act=relu", "--derivative", wrt, "--target", target]
+    layer = of_json(invoke("inspect", *words, "--json"))["layers"]["layer"]
+    assert invoke("compile", *words, "-o", tmp_path / "it", "--no-verify").exit_code == 0
+    held = of_json(invoke("inspect", tmp_path / "it", "--json"))["artifacts"]["it"]["manifest"]
+    assert {name: layer[name] for name in ("spec", "derivative", "workspace_bytes", "plan")} == {
+        name: held[name] for name in ("spec", "derivative", "workspace_bytes", "plan")
+    }
+    assert layer["target"] == held["target"]["name"]
+    shapes = {
+        "dy": [batch, 6, 7, 8, 9],
+        **{"x": {"w": [4, 6, 3, 2, 1]}, "w": {"x": [batch, 4, 3, 4, 5]}, "b": {}}[wrt],
+        "y": [batch, 6, 7, 8, 9],
+        f"d{wrt}": {"x": [batch, 4, 3, 4, 5], "w": [4, 6, 3, 2, 1], "b": [6]}[wrt],
+    }
+    assert {name: layer[name] for name in shapes} == shapes
+    assert layer["bytes"] == sum(held["tensor_bytes"].values())
+    text = invoke("inspect", *words).stdout
+    operands = ", ".join({"dy": "dY"}.get(name, name.upper()) for name in list(shapes)[:-1])
+    for said in (f"its derivative d{wrt}", f"{operands} -> d{wrt.upper()}", "FLOP/byte", *layer["plan"]["why"]):
+        assert said in text
+
+
+def test_inspect_lists_the_nodes_that_have_no_such_derivative(tmp_path: Path) -> None:
+    dynunet = MODELS / "dynunet.onnx"
+    assert set(of_json(invoke("inspect", dynunet, "--derivative", "w", "--json"))["layers"]) == {
+        layer.name for layer in read(dynunet).layers
+    }
+    model = onnx.load(mixed_model(tmp_path))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float32), "bias"))
+    model.graph.node[0].input.append("bias")
+    onnx.save(model, tmp_path / "mixed.onnx")
+    result = invoke("inspect", tmp_path / "mixed.onnx", "--derivative", "b", "--json")
+    layers = of_json(result)["layers"]
+    assert layers["good"]["db"] == [2]
+    assert layers["up/two"]["reason"].startswith("the layer has no bias (bias=0)")
+    assert "up/two cannot be compiled: the layer has no bias" in result.stderr
+    for nodes in (["--node", "up/two"], ["--node", "up/two", "--node", "dynamic"]):
+        result = invoke("inspect", tmp_path / "mixed.onnx", "--derivative", "b", *nodes)
+        assert (result.exit_code, "the layer has no bias (bias=0)" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "words", [["--target", "nonsense"], ["--target", "llvm"], ["--plan", "best"], ["--derivative", "x"]]
+)
 def test_an_artifact_was_compiled_for_its_target_by_its_plan(folder: Path, words: list[str]) -> None:
     for place in (folder / "layer", folder / "model"):
         result = invoke("inspect", place, *words)

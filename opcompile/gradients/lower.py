@@ -43,8 +43,13 @@ def lower(gradient: Gradient, target: Target, plan: PlanName = "best") -> Lowere
     module = scheduled(gradient, tiles)
     code, workspace = object_code(module, target)
     if gradient.layer.batch is None:
-        workspace = allocated_by(scheduled(gradient.with_batch(1), tiles))
+        workspace = workspace_bytes(gradient, tiles)
     return LoweredGradient(gradient, target, chosen, code, depth(gradient, grain(tiles)), workspace)
+
+
+def workspace_bytes(gradient: Gradient, tiles: GradientTiles) -> int:
+    """Bytes that one call allocates with one thread; for a dynamic batch: with one batch element."""
+    return allocated_by(scheduled(gradient.with_batch(gradient.layer.batch or 1), tiles))
 
 
 def choose(gradient: Gradient, target: Target, plan: PlanName) -> tuple[GradientTiles, Plan]:
