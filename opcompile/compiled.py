@@ -20,7 +20,7 @@ from tvm_ffi import structural_map
 from opcompile.elementary import by_polynomials
 from opcompile.paths import scratch
 from opcompile.target import Target
-from schedules.imported import importing
+from schedules.imported import WITHOUT_LSR, importing
 from schedules.statements import every, in_turn, with_turns
 
 # All registers of AVX-512 hold half as much; derivatives have local rows of any length, which stay on the heap.
@@ -37,12 +37,14 @@ define void @opcompile_aligned_stack() alwaysinline {
 
 
 def compiled(
-    module: tvm.IRModule, target: Mapping[str, object], watching: Sequence[PassInstrument] = ()
+    module: tvm.IRModule, target: Mapping[str, Any], watching: Sequence[PassInstrument] = ()
 ) -> tvm.runtime.Executable:
     """Compile a module that is ready to be; its indices stay as wide as declared, where TVM would narrow them.
 
     What expressions have in common LLVM finds; TVM, looking for it before, took up to a third of the time.
     """
+    if any(WITHOUT_LSR in (function.attrs or {}) for function in module.functions.values()):
+        target = {**target, "cl-opt": [*target["cl-opt"], "-disable-lsr:bool=true"]}
     config = {**tvm.transform.PassContext.current().config, "tirx.disable_cse_tir": True}
     as_declared = tvm.transform.PassContext(
         config=config, disabled_pass=["tirx.NarrowDataType"], instruments=list(watching)

@@ -15,7 +15,7 @@ from tvm_ffi import structural_map
 from schedules import halves, pairs, streams, stretches
 from schedules.chunks import by_chunks
 from schedules.fetches import asking, channels_ahead, of_later_channel
-from schedules.imported import importing
+from schedules.imported import WITHOUT_LSR, importing
 from schedules.layer import joined
 from schedules.pairs import added, narrowed
 from schedules.rows import in_rows
@@ -106,6 +106,10 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         root = function.body
         body = with_body(root.block, importing(root.block.body, in_llvm))
         function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
+    if tiles.vector == "channels" and tiles.bands_h > 1:
+        # of so many loops LLVM made an address for each element of X that a turn reads, on the stack, and moved all of
+        # them on in each: on some layers up to half as slow again
+        function = function.with_attr(WITHOUT_LSR, True)
     return tvm.IRModule({name.name_hint: function})
 
 

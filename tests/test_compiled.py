@@ -16,7 +16,10 @@ from opcompile.compiled import compiled
 from opcompile.gradients import lower as gradients
 from opcompile.gradients.gradient import Gradient
 from opcompile.lower import KERNEL, choose, scheduled
+from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
+from schedules.imported import WITHOUT_LSR
+from schedules.llvm import Tiles
 from schedules.statements import every
 
 MACHINE = target("llvm:x86-64-v4")
@@ -64,3 +67,20 @@ def aligned(module: tvm.IRModule, machine: dict[str, object]) -> bool:
     threads = re.findall(r"^\.L__tvm_parallel_lambda[\w.]*:$(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     assert threads
     return all("andq\t$-64, %rsp" in each for each in threads)
+
+
+def test_addresses_of_many_bands_are_computed_where_they_are_needed() -> None:
+    """Each element of X that a turn reads had an address of its own on the stack, which every turn loaded."""
+    spec = ConvTranspose3d.parse("in=1x32x16x32x32 co=32 k=3 s=1 p=1 layout=NDHWC")
+    tiles = Tiles("channels", 16, 2, 8, 1, 32, 1, 2, 32, "task", 4, 4, woven="tile")
+    module = scheduled(spec, tiles)
+    assert loads_of_addresses(module) == 0
+    assert loads_of_addresses(tvm.IRModule({KERNEL: module[KERNEL].without_attr(WITHOUT_LSR)})) > 8
+
+
+def loads_of_addresses(module: tvm.IRModule) -> int:
+    """Count what the longest loop of multiply-adds loads from the stack into registers for addresses."""
+    text = compiled(module, MACHINE.tvm()).mod.inspect_source("asm")
+    blocks = re.split(r"^\.L\w+:", text, flags=re.M)
+    longest = max(blocks, key=lambda block: block.count("vfmadd"))
+    return len(re.findall(r"movq\s+-?\d*\(%rsp\), %r", longest))
