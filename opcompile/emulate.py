@@ -14,6 +14,7 @@ import importlib.util
 import math
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,17 @@ class _Processor:
         uc.reg_write(names.UC_ARM64_REG_SP, _STACK + _STACK_BYTES)
         uc.reg_write(names.UC_ARM64_REG_X30, _STUBS)
         self._fault = ""
+        # In a thread of its own: in this one an interrupt would be heard only when the call has returned, or lost in a
+        # function of the C library.
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(uc.emu_start, function, _STUBS)
+            try:
+                wait([running])
+            except BaseException:
+                uc.emu_stop()
+                raise
         try:
-            uc.emu_start(function, _STUBS)
+            running.result()
         except self._unicorn.UcError as error:
             at = uc.reg_read(names.UC_ARM64_REG_PC) - _CODE
             raise VerificationError(f"the library, at {at:#x}: {self._fault or error}") from None

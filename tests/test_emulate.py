@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +167,21 @@ def test_a_function_that_is_not_emulated_is_named(machine: Any, tmp_path: Path) 
     x = np.zeros(5, "float32")
     with pytest.raises(EngineError, match="the library calls getpid, which is not emulated"):
         faulty(tmp_path, "y[0] = getpid();", machine).run({"x": x, "w": x}, np.zeros(5, "float32"), 5)
+
+
+def test_an_interrupt_stops_the_processor_and_nothing_else(tmp_path: Path) -> None:
+    """It comes while the processor computes, before a function of the C library: it is neither late nor lost there."""
+    statement = "if (x[0]) { for (int i = 0; i < 1 << 30; i++) loaded++; free(0); } y[0] = 2;"
+    emulator, x, y = faulty(tmp_path, statement, LINUX), np.ones(5, "float32"), np.zeros(5, "float32")
+    before, began = signal.signal(signal.SIGINT, signal.default_int_handler), time.monotonic()
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            emulator.run({"x": x, "w": x}, y, 5)
+        assert time.monotonic() - began < 5  # of half a minute
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    emulator.run({"x": 0 * x, "w": x}, y, 5)
+    assert y[0] == 2
