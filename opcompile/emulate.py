@@ -1,8 +1,9 @@
 """Code for another processor, run here: the library of an artifact, loaded into an emulated arm64 and called.
 
 It shows that the machine code computes what it should where no such machine is at hand, in libraries for Linux and
-for macOS, and finds an access beyond a tensor (each ends where its pages end, and nothing lies behind them) and a
-write to an input. It cannot show speed, what threads do to each other, or that a system's own loader takes the library.
+for macOS, and finds an access beyond a tensor (each ends where its pages end, nothing lies behind them, and NaN before
+it), a write to an input, and memory that is read before anything is written to it (it is full of NaN). It cannot show
+speed, what threads do to each other, or that a system's own loader takes the library.
 
 Unicorn, which is QEMU's processors, runs the code, and LIEF reads the library. What a kernel calls of the C library
 stands here, for one thread; a call of anything else is an error that names it.
@@ -31,6 +32,8 @@ _STACK_BYTES, _STUBS_BYTES, _VARIABLES_BYTES = 8 << 20, 1 << 14, 1 << 14
 # A function that is not in the library is an instruction that returns; what it does happens before.
 _RETURN = struct.pack("<I", 0xD65F03C0)
 _STUB_BYTES = 16
+# What memory is full of before anything is written to it, in each type: what is read too early shows.
+_NAN = b"\xff"
 # What finds the variables of a thread on Linux; macOS has a function for it.
 _FIND_VARIABLE = "place of a variable"
 # Functions that are done when they have returned 0: with one thread, without a file, a variable or a huge page.
@@ -141,13 +144,14 @@ class Emulator:
         on, exports = self._processor, self._exports
         names = ("dy", "w" if "w" in inputs else "x", "y") if "dy" in inputs else ("x", "w", "b")
         places = [on.put(inputs[name], name) if name in inputs else 0 for name in names]
-        # it begins as NaN: what is not written shows
-        result = on.put(np.full(y.nbytes, 0xFF, np.uint8), "the result", writable=True)
-        if on.call(exports["opcompile_run"], 1, batch, *places, result) & 0xFFFFFFFF:
-            raise VerificationError(f"the kernel failed: {on.text(on.call(exports['opcompile_error']))}")
-        y.reshape(-1).view(np.uint8)[:] = np.frombuffer(on.read(result, y.nbytes), np.uint8)
-        for place in filter(None, (*places, result)):
-            on.free(place)
+        result = on.place(y.nbytes, "the result")
+        try:
+            if on.call(exports["opcompile_run"], 1, batch, *places, result) & 0xFFFFFFFF:
+                raise VerificationError(f"the kernel failed: {on.text(on.call(exports['opcompile_error']))}")
+            y.reshape(-1).view(np.uint8)[:] = np.frombuffer(on.written(result, y.nbytes), np.uint8)
+        finally:
+            for place in filter(None, (*places, result)):
+                on.free(place)
 
 
 class _Processor:
@@ -180,6 +184,7 @@ class _Processor:
         uc.reg_write(arm64_const.UC_ARM64_REG_TPIDR_EL0, _VARIABLES)
         for place, size in ((_STUBS, _STUBS_BYTES), (_STACK, _STACK_BYTES), (_VARIABLES, _VARIABLES_BYTES)):
             uc.mem_map(place, size)
+        uc.mem_write(_STACK, _NAN * _STACK_BYTES)
         uc.mem_write(_STUBS, _RETURN)
         uc.hook_add(unicorn.UC_HOOK_CODE, self._enter, begin=_STUBS + _STUB_BYTES, end=_STUBS + _STUBS_BYTES)
         uc.hook_add(unicorn.UC_HOOK_MEM_INVALID, self._refuse)
@@ -199,19 +204,28 @@ class _Processor:
         for address in image.initialisers:
             self.call(_CODE + address)
 
-    def put(self, array: NDArray[Any], name: str, *, writable: bool = False) -> int:
-        """Copy ``array`` to pages of its own, so that it ends where they do; return where it begins."""
+    def place(self, size: int, name: str) -> int:
+        """Return where a tensor of ``size`` bytes begins, on pages of its own, so that it ends where they do."""
+        return self._map(size, _PAGE, name) + _up(size) - size
+
+    def put(self, array: NDArray[Any], name: str) -> int:
+        """Copy ``array`` to a place of its own, only to be read; return where it begins."""
         content = array.tobytes()
-        begin = self._map(len(content), _PAGE, name)
-        place = begin + _up(len(content)) - len(content)
+        place = self.place(len(content), name)
         self._uc.mem_write(place, content)
-        if not writable:
-            self._uc.mem_protect(begin, _up(len(content)), self._unicorn.UC_PROT_READ)
+        self._uc.mem_protect(_down(place), _up(len(content)), self._unicorn.UC_PROT_READ)
         return place
+
+    def written(self, place: int, size: int) -> bytes:
+        """Return the tensor at ``place``. Raises `VerificationError` where something was written before it."""
+        begin = _down(place)
+        if self.read(begin, place - begin).strip(_NAN):
+            raise VerificationError(f"the library writes before the beginning of {self._pieces[begin][1]}")
+        return self.read(place, size)
 
     def free(self, place: int) -> None:
         """Give back what lies at ``place``."""
-        begin = place // _PAGE * _PAGE
+        begin = _down(place)
         size, _ = self._pieces.pop(begin)
         self._uc.mem_unmap(begin, size)
 
@@ -253,6 +267,7 @@ class _Processor:
     def _map(self, size: int, alignment: int, name: str) -> int:
         begin = _up(self._top, max(alignment, _PAGE))
         self._uc.mem_map(begin, _up(size))
+        self._uc.mem_write(begin, _NAN * _up(size))
         self._pieces[begin] = _up(size), name
         self._top = begin + _up(size) + _PAGE
         return begin
@@ -324,6 +339,10 @@ class _Processor:
         if size:
             self._uc.mem_write(place, content[: size - 1] + b"\0")
         return len(content)
+
+
+def _down(place: int) -> int:
+    return place // _PAGE * _PAGE
 
 
 def _up(size: int, multiple: int = _PAGE) -> int:

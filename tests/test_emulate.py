@@ -119,6 +119,7 @@ FAULTS = {
         "*(struct four *)y = *(struct four *)(x + n - 2);",
         r"reads 8 bytes, 0 bytes beyond the end of x",
     ),
+    "writes before the result": ("y[-1] = 0;", "the library writes before the beginning of the result"),
     "writes to an input": ("((float *)x)[1] = 0;", r"writes to x"),
     "reads what is nowhere": ("y[0] = *(volatile float *)8;", r"reads 4 bytes at 0x8, where nothing lies"),
     "reads what it freed": (
@@ -160,6 +161,21 @@ def test_what_is_not_written_shows(machine: Any, tmp_path: Path) -> None:
     faulty(tmp_path, "y[1] = x[4];", machine).run({"x": x, "w": x}, y, 5)
     assert y[1] == 1
     assert np.isnan(y[[0, 2, 3, 4]]).all()
+
+
+TOO_EARLY = {
+    "before an input": "y[1] = x[-1];",
+    "what was allocated": "void *p; posix_memalign(&p, 64, 64); y[1] = *(volatile float *)p;",
+    "the stack": "volatile float nothing[9]; y[1] = nothing[n];",
+}
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+@pytest.mark.parametrize("what", TOO_EARLY)
+def test_what_is_read_before_anything_is_written_there_is_nan(what: str, machine: Any, tmp_path: Path) -> None:
+    x, y = np.ones(5, "float32"), np.zeros(5, "float32")
+    faulty(tmp_path, TOO_EARLY[what], machine).run({"x": x, "w": x}, y, 5)
+    assert np.isnan(y[1])
 
 
 @pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
