@@ -34,6 +34,7 @@ _RETURN = struct.pack("<I", 0xD65F03C0)
 _STUB_BYTES = 16
 # What memory is full of before anything is written to it, in each type: what is read too early shows.
 _NAN = b"\xff"
+_ALLOCATED = "what was allocated"
 # What finds the variables of a thread on Linux; macOS has a function for it.
 _FIND_VARIABLE = "place of a variable"
 # Functions that are done when they have returned 0: with one thread, without a file, a variable or a huge page.
@@ -305,28 +306,40 @@ class _Processor:
             self._uc.reg_write(register, *struct.unpack("<Q", struct.pack("<d", result)))
         elif name in self._functions:
             given = [self._uc.reg_read(first + number) for number in range(4)]
-            self._uc.reg_write(first, self._functions[name](*given))
+            try:
+                self._uc.reg_write(first, self._functions[name](*given))
+            except self._unicorn.UcError as error:
+                raise VerificationError(f"the library calls {name}: {error}") from None
         else:
             raise EngineError(f"the library calls {name}, which is not emulated")
 
     def _word(self, place: int) -> int:
         return int.from_bytes(self.read(place, 8), "little")
 
+    def _write(self, place: int, content: bytes) -> None:
+        """Write where the code may: Unicorn's own function overlooks what is closed."""
+        for begin, last, may in self._uc.mem_regions():
+            if begin < place + len(content) and place <= last and not may & self._unicorn.UC_PROT_WRITE:
+                raise self._unicorn.UcError(self._unicorn.UC_ERR_WRITE_PROT)
+        self._uc.mem_write(place, content)
+
     def _allocate(self, answer: int, alignment: int, size: int, _: int) -> int:
-        self._uc.mem_write(answer, struct.pack("<Q", self._map(size, alignment, "what was allocated")))
+        self._uc.mem_write(answer, struct.pack("<Q", self._map(size, alignment, _ALLOCATED)))
         return 0
 
     def _release(self, place: int, *_: int) -> int:
+        if place and self._pieces.get(place, (0, ""))[1] != _ALLOCATED:
+            raise VerificationError("the library frees what is not allocated")
         if place:
             self.free(place)
         return 0
 
     def _copy(self, to: int, source: int, size: int, _: int) -> int:
-        self._uc.mem_write(to, self.read(source, size))
+        self._write(to, self.read(source, size))
         return to
 
     def _fill(self, place: int, byte: int, size: int, *_: int) -> int:
-        self._uc.mem_write(place, bytes([byte & 0xFF]) * size)
+        self._write(place, bytes([byte & 0xFF]) * size)
         return place
 
     def _print(self, place: int, size: int, form: int, first: int) -> int:
@@ -337,7 +350,7 @@ class _Processor:
             text = self.text(self._word(self._uc.reg_read(stack)) if self._variadic_on_stack else first)
         content = text.encode()
         if size:
-            self._uc.mem_write(place, content[: size - 1] + b"\0")
+            self._write(place, content[: size - 1] + b"\0")
         return len(content)
 
 

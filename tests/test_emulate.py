@@ -126,6 +126,12 @@ FAULTS = {
         "void *p; posix_memalign(&p, 64, 64); free(p); y[0] = *(volatile float *)p;",
         r"reads 4 bytes at 0x\w+, where nothing lies",
     ),
+    "copies to an input": ("memcpy((void *)x, w, n);", r"calls memcpy: Write to write-protected memory"),
+    "fills an input": ("memset((void *)(x + 1), 0, 2 * n);", r"calls (memset|bzero): Write to write-protected memory"),
+    "copies beyond the result": ("memcpy((void *)y, x, 4 * n); memcpy((void *)(y + 1), x, 4 * n);", "calls memcpy: In"),
+    "copies from beyond an input": ("memcpy((void *)y, x + 1, 4 * n);", "calls memcpy: Invalid memory read"),
+    "frees twice": ("void *p; posix_memalign(&p, 64, 64); free(p); free(p);", "frees what is not allocated"),
+    "frees an input": ("free((void *)(uintptr_t)((uintptr_t)x & -4096));", "frees what is not allocated"),
     "has no such instruction": ('__asm__(".inst 0");', "the library, at 0x"),
     "fails": ("return -1;", "the kernel failed: in so many words"),
 }
@@ -134,7 +140,7 @@ FAULTS = {
 def faulty(tmp_path: Path, statement: str, machine: Any) -> Emulator:
     source = tmp_path / "fault.c"
     source.write_text(
-        "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
+        "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n#include <unistd.h>\n"
         "struct four { float at[4]; };\n"
         "static volatile int loaded;\n__attribute__((constructor)) static void load(void) { loaded = 1; }\n"
         '__attribute__((visibility("default"))) const char *opcompile_error(void) { return "in so many words"; }\n'
