@@ -1,8 +1,8 @@
 /* How many processors are this process's: those that it may run on, and no more than its share of their time is worth.
  *
  * A container may see 64 processors and be granted the time of two: with 64 threads it would stand still most of it. */
-#ifdef __linux__
 #include <limits.h>
+#ifdef __linux__
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
@@ -64,16 +64,22 @@ static int granted_to_process(void) {
   return least;
 }
 
+/* Processors that this process may run on; 0 where the machine has more than a set of them holds. */
+static int allowed(void) {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) ? 0 : CPU_COUNT(&set);
+}
+
+#else
+static int granted_to_process(void) { return INT_MAX; }
+static int allowed(void) { return 0; }
 #endif
 
 static int usable_cpus(void) {
-#ifdef __linux__
   static int most; /* read once: whoever comes at the same time finds the same */
   int known = __atomic_load_n(&most, __ATOMIC_RELAXED);
   if (!known) __atomic_store_n(&most, known = granted_to_process(), __ATOMIC_RELAXED);
-  cpu_set_t set;
-  if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set) < known ? CPU_COUNT(&set) : known;
-#endif
-  long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online < 1 ? 1 : (int)online;
+  long usable = allowed();
+  if (!usable) usable = sysconf(_SC_NPROCESSORS_ONLN);
+  return usable < 1 ? 1 : usable < known ? (int)usable : known;
 }

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups 
 MANY = 64
 
 
-def usable(folder: Path, groups: str) -> int:
-    """Return what ``usable_cpus`` finds on a machine of many processors."""
+def usable(folder: Path, groups: str, asked: str = "CPU_COUNT(set)") -> int:
+    """Return what ``usable_cpus`` finds on a machine of many processors; ``asked`` is what tells how many."""
     (folder / "groups").write_text(groups)
     source = folder / "program.c"
     source.write_text(
-        "#define _GNU_SOURCE\n#include <sched.h>\n#undef CPU_COUNT\n"
-        f'#define CPU_COUNT(set) {MANY}\n#include "cpus.h"\n'
+        "#define _GNU_SOURCE\n#include <sched.h>\n#include <unistd.h>\n#undef CPU_COUNT\n"
+        f'#define {asked} {MANY}\n#include "cpus.h"\n'
         'int main(void) { int first = usable_cpus(); printf("%d", first == usable_cpus() ? first : -1); }\n'
     )
     names = {"CGROUPS": folder / "mounted", "CGROUPS_OF_PROCESS": folder / "groups"}
@@ -69,3 +69,11 @@ def write(folder: Path, files: dict[str, str]) -> None:
 def test_a_container_uses_what_it_is_granted(groups: str, files: dict[str, str], expected: int, tmp_path: Path) -> None:
     write(tmp_path, files)
     assert usable(tmp_path, groups) == expected
+
+
+def test_it_uses_no_more_where_there_are_more_processors_than_a_set_holds(tmp_path: Path) -> None:
+    lines = "sched_getaffinity(process, size, set) (memset(set, 0, size), -1)", "CPU_COUNT(set) 1", "sysconf(name)"
+    asked = "\n#define ".join(lines)
+    assert usable(tmp_path, "", asked) == MANY
+    write(tmp_path, {"cpu.max": "200000 100000\n"})
+    assert usable(tmp_path, "0::/\n", asked) == 2
