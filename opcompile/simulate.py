@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.emulate import Emulator, require_emulated
-from opcompile.errors import ArtifactError, CallError, EngineError, VerificationError
+from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
 from opcompile.golden import Golden, read_golden
 from opcompile.gpus import is_gpu
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
@@ -144,7 +144,7 @@ def _compiler() -> list[str]:
 
 
 def simulated(path: str | os.PathLike[str]) -> Simulated | SimulatedGradient:
-    """Open the artifact for a GPU in ``path``, whatever it computes. Raises as `Simulated` does."""
+    """Open the artifact in ``path``, for a GPU or an arm64, whatever it computes. Raises as `Simulated` does."""
     from opcompile.gradients.simulate import SimulatedGradient  # it is made of what is here
 
     directory = Path(path).absolute()
@@ -166,7 +166,11 @@ def opened_simulator(
         what = f"the derivative d{held}" if held else "the layer itself, no derivative"
         raise ArtifactError(f"{path} holds {what}; opcompile.simulate.simulated opens either")
     if not is_gpu(name):
-        require_emulated(manifest["target"]["architecture"])
+        try:
+            require_emulated(manifest["target"]["architecture"])
+        except TargetError as error:
+            way_out = "load it on such a machine (`opcompile verify` without --simulate)"
+            raise TargetError(f"{path} was compiled for {name}, and {error}; {way_out}") from None
         return directory, manifest, Emulator(directory / manifest["library"])
     language = name.partition(":")[0]
     try:
@@ -177,10 +181,10 @@ def opened_simulator(
 
 
 class Simulated:
-    """An artifact for a GPU, run on the CPU: called as `opcompile.runtime.Artifact` is, on NumPy arrays alone."""
+    """An artifact for a GPU or an arm64, run on this CPU: called as `opcompile.runtime.Artifact` is, with NumPy's."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
+        """Open the artifact in directory ``path``. Raises as `opened_simulator` does."""
         self.directory, self.manifest, self.simulator = opened_simulator(path)
         self.spec = ConvTranspose3d.parse(self.manifest["spec"])
         self.packing = Packing.from_json(self.manifest["packing"])

@@ -1,4 +1,4 @@
-"""A derivative for a GPU, run on the CPU: what `opcompile.simulate` does for the layer, with other arguments."""
+"""A derivative for a GPU or an arm64, run on this CPU: `opcompile.simulate` for the layer, with other arguments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from opcompile.spec import ConvTranspose3d, at_batch
 
 
 class SimulatedGradient(Derivative):
-    """An artifact for a GPU, run on the CPU: called as `GradientArtifact` is, on NumPy arrays alone."""
+    """An artifact for a GPU or an arm64, run on this CPU: called as `GradientArtifact` is, on NumPy arrays alone."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the artifact in directory ``path``. Raises `ArtifactError`, and `TargetError` for one of a CPU."""
+        """Open the artifact in directory ``path``. Raises as `opened_simulator` does."""
         self.directory, self.manifest, self.simulator = opened_simulator(path, derivative=True)
         self.gradient = Gradient(ConvTranspose3d.parse(self.manifest["spec"]), self.manifest["derivative"])
 
