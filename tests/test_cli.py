@@ -1359,8 +1359,28 @@ def test_as_fast_as_asked_is_nothing_that_is_not_timed(monkeypatch: pytest.Monke
 
 def test_doctor_says_what_is_wrong_with_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPCOMPILE_RECORDS", __file__)
-    found = {each["what"]: each for each in json.loads(invoke("doctor", "--json").stdout)["findings"]}
+    monkeypatch.setattr("opcompile.doctor._small_layer", lambda: Finding("a small layer", "ok", ""))
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 3
+    found = {each["what"]: each for each in json.loads(result.stdout)["findings"]}
+    assert found["tuned records"]["state"] == "unusable"
     assert "which is a file" in found["tuned records"]["found"]
+
+
+def test_doctor_reads_records_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the compiler then, and no record that only the compiler could refuse."""
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path))
+    spec = ConvTranspose3d.parse("in=1x4x3x4x5 co=24 k=2 s=2")
+    place = write_record(changed(made(spec), declaration="0" * 16), tmp_path, spec, target("llvm:x86-64-v3"))
+    place.with_name("cut.json").write_text("{")
+    program = (
+        "import json, sys\nsys.modules['tvm'] = None\nfrom opcompile.doctor import doctor\n"
+        "print(*(f'{f.state}: {f.found}' for f in doctor(build=False) if f.what.startswith('tuned record')), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    bad, counted = done.stdout.splitlines()
+    assert bad.startswith(f"unusable: record {tmp_path}/llvm-x86-64-v3/cut.json cannot be used: it is not JSON")
+    assert counted.startswith(f"ok: 1 of your own in {tmp_path}, ")
 
 
 def test_doctor_names_the_records_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

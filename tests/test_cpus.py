@@ -22,7 +22,8 @@ def usable(folder: Path, groups: str, asked: str = "CPU_COUNT(set)") -> int:
     source.write_text(
         "#define _GNU_SOURCE\n#include <sched.h>\n#include <unistd.h>\n#undef CPU_COUNT\n"
         f'#define {asked} {MANY}\n#include "cpus.h"\n'
-        'int main(void) { int first = usable_cpus(); printf("%d", first == usable_cpus() ? first : -1); }\n'
+        "int main(void) {\n  int first = usable_cpus();\n  remove(CGROUPS_OF_PROCESS);\n"  # it is read once
+        '  printf("%d", first == usable_cpus() ? first : -1);\n}\n'
     )
     names = {"CGROUPS": folder / "mounted", "CGROUPS_OF_PROCESS": folder / "groups"}
     words = [f'-D{name}="{place}"' for name, place in names.items()]
@@ -54,10 +55,14 @@ def write(folder: Path, files: dict[str, str]) -> None:
         ("0::/a/b\n", {"a/b/cpu.max": "200000 100000\n", "a/cpu.max": "300000 100000\n"}, 2),
         # as a container names it that does not see the groups above its own
         ("0::/../b\n", {"cpu.max": "200000 100000\n"}, 2),
+        # nothing above where they are mounted
+        ("0::/a\n", {"../cpu.max": "200000 100000\n"}, MANY),
         # version 1
         ("3:cpuset:/\n1:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "500000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 5),
         ("1:cpu:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, MANY),
         ("1:cpu:/docker/x\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        # both at once
+        ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
         ("1:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, MANY),
         # what nobody expects
         ("", {}, MANY),
