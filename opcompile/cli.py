@@ -30,7 +30,7 @@ import click
 from click.core import ParameterSource
 
 from opcompile import __version__
-from opcompile.errors import ArtifactError, CallError, EngineError
+from opcompile.errors import ArtifactError, CallError, EngineError, ModelError
 from opcompile.exits import CommandGroup
 from opcompile.gpus import is_gpu
 from opcompile.needed import bfloat16
@@ -328,12 +328,15 @@ def tune(
 
 def _of_replace(given: Source, target: str, nodes: Sequence[str], shapes: Shapes) -> list[ConvTranspose3d]:
     """Return the layers that `replace` compiles of an ONNX model for a CPU: what follows a node is in some of them."""
-    from opcompile.gpus import is_gpu
     from opcompile.replace import layers
 
     if is_gpu(target) or given.kind != "model" or given.text.endswith((".pt2", ".keras")):
         return []
-    return layers(given.text, shapes=[shapes] if shapes else [], nodes=nodes)
+    try:
+        return layers(given.text, shapes=[shapes] if shapes else [], nodes=nodes)
+    except ModelError as error:
+        tell(f"opcompile: only what `compile` compiles is tuned, as `replace` refuses this model: {error}")
+        return []
 
 
 def _tuned(

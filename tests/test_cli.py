@@ -1274,6 +1274,23 @@ def test_what_was_tuned_of_a_model_is_what_replace_uses(tmp_path: Path, monkeypa
     assert [kernel["plan"].split(",")[0] for kernel in content["kernels"]] == ["tuned"]
 
 
+def test_a_model_that_replace_refuses_is_tuned_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPCOMPILE_RECORDS", str(tmp_path / "records"))
+    after = [helper.make_node("Add", ["up", "other"], ["y"])]
+    model = upsampling(after=after, constants={"other": np.ones((6, 1, 1, 1), np.float32)})
+    (tensor,) = (each for each in model.graph.initializer if each.name == "other")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="missing.bin")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    result = invoke("tune", tmp_path / "model.onnx", "--trials", "1", "--work-dir", tmp_path / "work", "--json")
+    assert [record["spec"].split()[0] for record in of_json(result)["records"]] == ["in=1x4x3x4x5"]
+    assert (
+        f"only what `compile` compiles is tuned, as `replace` refuses this model: {tmp_path}/missing.bin"
+        in result.stderr
+    )
+
+
 def test_bench_prints_and_saves(tmp_path: Path) -> None:
     args = ("bench", LAYER, "--plan", "baseline", "--seconds", "0.01", "--save", tmp_path / "f.json")
     result = invoke(*args, "--at-least", "0.0001")
