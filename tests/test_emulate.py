@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ def test_what_is_not_written_shows(machine: Any, tmp_path: Path) -> None:
     faulty(tmp_path, "y[1] = x[4];", machine).run({"x": x, "w": x}, y, 5)
     assert y[1] == 1
     assert np.isnan(y[[0, 2, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("status", [0, -1])
+def test_an_input_is_gone_after_its_call(status: int, tmp_path: Path) -> None:
+    """A second call may read nothing of the first, and many calls take no more memory than one."""
+    statement = f"static const volatile float *old; if (old) y[0] = *old; old = x; return {status};"
+    emulator, x, y = faulty(tmp_path, statement, LINUX), np.ones(5, "float32"), np.zeros(5, "float32")
+    with suppress(VerificationError):
+        emulator.run({"x": x, "w": x}, y, 5)
+    with pytest.raises(VerificationError, match="where nothing lies"):
+        emulator.run({"x": x, "w": x}, y, 5)
 
 
 TOO_EARLY = {
