@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ _RETURN = struct.pack("<I", 0xD65F03C0)
 _STUB_BYTES = 16
 # What memory is full of before anything is written to it, in each type: what is read too early shows.
 _NAN = b"\xff"
+# What a target has for which code runs on any arm64, the first ones among them.
+_OF_THE_FIRST = ("asimd",)
 _ALLOCATED = "what was allocated"
 # What finds the variables of a thread on Linux; macOS has a function for it.
 _FIND_VARIABLE = "place of a variable"
@@ -123,8 +125,8 @@ class Emulator:
 
     instead = ("an arm64 processor", "the library ran on an emulated one, with one thread")
 
-    def __init__(self, library: Path) -> None:
-        """Load ``library``. Raises `EngineError` for what is not emulated."""
+    def __init__(self, library: Path, features: Sequence[str] = ()) -> None:
+        """Load ``library``, of a target with ``features``. Raises `EngineError` for what is not emulated."""
         import lief
 
         lief.logging.disable()
@@ -133,7 +135,7 @@ class Emulator:
             raise EngineError(f"{library} is no library that can be read; compile the layer again")
         on_linux = isinstance(parsed, lief.ELF.Binary)
         image = _of_linux(parsed, lief.ELF) if on_linux else _of_macos(parsed)
-        self._processor = _Processor(variadic_on_stack=not on_linux)
+        self._processor = _Processor(variadic_on_stack=not on_linux, first=tuple(features) == _OF_THE_FIRST)
         self._exports = {name: _CODE + place for name, place in image.exports.items()}
         self._processor.load(image)
 
@@ -158,7 +160,7 @@ class Emulator:
 class _Processor:
     """An arm64 with its memory, and what a kernel calls of a C library."""
 
-    def __init__(self, *, variadic_on_stack: bool) -> None:
+    def __init__(self, *, variadic_on_stack: bool, first: bool) -> None:
         import unicorn
         from unicorn import arm64_const
 
@@ -180,7 +182,8 @@ class _Processor:
         self._pieces: dict[int, tuple[int, str]] = {}
         self._top, self._fault = _HEAP, ""
         self._uc = uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
-        uc.ctl_set_cpu_model(arm64_const.UC_CPU_ARM64_MAX)
+        # Those between the first arm64 and the one with all that Unicorn knows are not emulated.
+        uc.ctl_set_cpu_model(arm64_const.UC_CPU_ARM64_A72 if first else arm64_const.UC_CPU_ARM64_MAX)
         uc.reg_write(arm64_const.UC_ARM64_REG_CPACR_EL1, 0b11 << 20)  # else a vector is an exception
         uc.reg_write(arm64_const.UC_ARM64_REG_TPIDR_EL0, _VARIABLES)
         for place, size in ((_STUBS, _STUBS_BYTES), (_STACK, _STACK_BYTES), (_VARIABLES, _VARIABLES_BYTES)):

@@ -171,7 +171,7 @@ def opened_simulator(
         except TargetError as error:
             way_out = "load it on such a machine (`opcompile verify` without --simulate)"
             raise TargetError(f"{path} was compiled for {name}, and {error}; {way_out}") from None
-        return directory, manifest, Emulator(directory / manifest["library"])
+        return directory, manifest, Emulator(directory / manifest["library"], manifest["target"]["features"])
     language = name.partition(":")[0]
     try:
         source, launch = ((directory / file).read_text() for file in (SOURCES[language], LAUNCH))

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from opcompile.target import target
 pytestmark = pytest.mark.peers
 
 LINUX, MACOS = target("llvm:cortex-a76"), target("llvm:apple-m1")
+FIRST = target("llvm:aarch64")
 SMALL = "in=1x4x3x3x3 co=4 k=3 s=2"
 _EMULATED_FLOPS = 2**22
 
@@ -139,7 +141,7 @@ FAULTS = {
 }
 
 
-def faulty(tmp_path: Path, statement: str, machine: Any) -> Emulator:
+def faulty(tmp_path: Path, statement: str, machine: Any, features: Sequence[str] = ()) -> Emulator:
     source = tmp_path / "fault.c"
     source.write_text(
         "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n#include <unistd.h>\n"
@@ -151,7 +153,7 @@ def faulty(tmp_path: Path, statement: str, machine: Any) -> Emulator:
     )
     path = tmp_path / "library"
     path.write_bytes(link_library([source], {}, [], ("opcompile_run", "opcompile_error"), machine))
-    return Emulator(path)
+    return Emulator(path, features)
 
 
 @pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
@@ -180,6 +182,22 @@ def test_an_input_is_gone_after_its_call(status: int, tmp_path: Path) -> None:
         emulator.run({"x": x, "w": x}, y, 5)
     with pytest.raises(VerificationError, match="where nothing lies"):
         emulator.run({"x": x, "w": x}, y, 5)
+
+
+def test_an_instruction_that_the_first_have_not_is_found_in_what_is_for_all(tmp_path: Path) -> None:
+    """It adds numbers of half precision."""
+    statement, x, y = '__asm__ volatile(".inst 0x0e401400"); y[0] = 2;', np.ones(5, "float32"), np.zeros(5, "float32")
+    faulty(tmp_path, statement, LINUX, LINUX.features).run({"x": x, "w": x}, y, 5)
+    assert y[0] == 2
+    with pytest.raises(VerificationError, match="the library, at 0x"):
+        faulty(tmp_path, statement, LINUX, FIRST.features).run({"x": x, "w": x}, y, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_what_is_for_all_runs_on_the_first(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("unicorn.arm64_const.UC_CPU_ARM64_MAX")
+    place = build.write(ConvTranspose3d.parse(f"{SMALL} dtype={dtype}"), FIRST.name, "baseline", tmp_path / "a")
+    oc.verify(simulated(place)).require()
 
 
 TOO_EARLY = {
