@@ -764,6 +764,17 @@ def test_what_gains_only_without_what_follows_is_not_fused(tmp_path: Path, monke
     agree(tmp_path)
 
 
+def test_what_gains_neither_way_is_kept_and_both_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opcompile.bench import Ratio
+    from opcompile.replace.report import Speed
+
+    monkeypatch.setattr(job, "race", lambda *_: (Speed(1, 1.0, 2.0, Ratio("onnxruntime", 0.5, 0.4, 0.6)),))
+    report, _ = replaced(upsampling(after=LEAKY), tmp_path, measure=True)
+    assert [kernel.spec for kernel in report.kernels] == [str(FUSED), str(changed(FUSED, activation=NONE))]
+    (node,) = report.nodes
+    assert (node.status, node.fused, node.kernels) == ("kept", ("LeakyRelu",), (report.kernels[0].key,))
+
+
 def test_a_record_is_looked_for_each_time(own: Path, tmp_path: Path) -> None:
     report, _ = replaced(upsampling(), tmp_path, plan="best")
     assert report.kernels[0].plan.startswith("baseline")
@@ -776,6 +787,7 @@ def test_a_record_is_looked_for_each_time(own: Path, tmp_path: Path) -> None:
 
 LEAKY = [helper.make_node("LeakyRelu", ["up"], ["y"])]
 FUSED = opcompile.ConvTranspose3d.parse("in=1x4x3x4x5 co=6 k=2 s=2 act=leaky_relu")
+NONE = opcompile.Activation()
 
 
 def test_what_compiles_only_without_what_follows_is_not_fused(own: Path, tmp_path: Path) -> None:
@@ -849,6 +861,10 @@ def test_a_wrong_kernel_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not report.passed
     assert (report.nodes[0].status, report.library) == ("kept", None)
     assert "found wrong" in str(report.nodes[0].reason)
+    # nor is another tried in its place
+    report, _ = replaced(upsampling(after=LEAKY), tmp_path, verify=True)
+    assert [kernel.spec for kernel in report.kernels] == [str(FUSED)]
+    assert (report.passed, report.nodes[0].fused) == (False, ("LeakyRelu",))
 
 
 def test_chosen_nodes(tmp_path: Path) -> None:
