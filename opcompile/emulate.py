@@ -184,7 +184,6 @@ class _Processor:
         self._uc = uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         # Those between the first arm64 and the one with all that Unicorn knows are not emulated.
         uc.ctl_set_cpu_model(arm64_const.UC_CPU_ARM64_A72 if first else arm64_const.UC_CPU_ARM64_MAX)
-        uc.reg_write(arm64_const.UC_ARM64_REG_CPACR_EL1, 0b11 << 20)  # else a vector is an exception
         uc.reg_write(arm64_const.UC_ARM64_REG_TPIDR_EL0, _VARIABLES)
         for place, size in ((_STUBS, _STUBS_BYTES), (_STACK, _STACK_BYTES), (_VARIABLES, _VARIABLES_BYTES)):
             uc.mem_map(place, size)
