@@ -289,12 +289,10 @@ class _Processor:
     # --- the C library ---
 
     def _stub(self, name: str) -> int:
-        """Return the address of a function that is called by its name."""
-        address = next((place for place, known in self._stubs.items() if known == name), 0)
-        if not address:
-            address = _STUBS + (len(self._stubs) + 1) * _STUB_BYTES
-            self._stubs[address] = name
-            self._uc.mem_write(address, _RETURN)
+        """Return a new address of a function that is called by its name."""
+        address = _STUBS + (len(self._stubs) + 1) * _STUB_BYTES
+        self._stubs[address] = name
+        self._uc.mem_write(address, _RETURN)
         return address
 
     def _enter(self, _uc: Any, address: int, _size: int, _: Any) -> None:
