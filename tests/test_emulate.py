@@ -144,7 +144,8 @@ FAULTS = {
 def faulty(tmp_path: Path, statement: str, machine: Any, features: Sequence[str] = ()) -> Emulator:
     source = tmp_path / "fault.c"
     source.write_text(
-        "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdlib.h>\n#include <string.h>\n#include <unistd.h>\n"
+        "#define _GNU_SOURCE\n#include <stdint.h>\n#include <stdio.h>\n#include <stdlib.h>\n"
+        "#include <string.h>\n#include <unistd.h>\n"
         "struct four { float at[4]; };\n"
         "static volatile int loaded;\n__attribute__((constructor)) static void load(void) { loaded = 1; }\n"
         '__attribute__((visibility("default"))) const char *opcompile_error(void) { return "in so many words"; }\n'
@@ -198,6 +199,19 @@ def test_what_is_for_all_runs_on_the_first(dtype: str, tmp_path: Path, monkeypat
     monkeypatch.delattr("unicorn.arm64_const.UC_CPU_ARM64_MAX")
     place = build.write(ConvTranspose3d.parse(f"{SMALL} dtype={dtype}"), FIRST.name, "baseline", tmp_path / "a")
     oc.verify(simulated(place)).require()
+
+
+@pytest.mark.parametrize("machine", [LINUX, MACOS], ids=lambda m: m.name)
+def test_the_c_library_does_what_one_does(machine: Any, tmp_path: Path) -> None:
+    """A text is cut where there is no room for it; what is allocated begins where it was asked to."""
+    statement = (
+        'char text[6]; const char *volatile form = "%s"; y[0] = snprintf(text, sizeof text, form, "too long"); '
+        "y[1] = text[4]; y[2] = text[5]; "
+        "void *p; y[3] = posix_memalign(&p, 1 << 21, 64); y[4] = (uintptr_t)p % (1 << 21);"
+    )
+    x, y = np.ones(5, "float32"), np.zeros(5, "float32")
+    faulty(tmp_path, statement, machine).run({"x": x, "w": x}, y, 5)
+    assert y.tolist() == [8, ord("l"), 0, 0, 0]
 
 
 TOO_EARLY = {
