@@ -106,7 +106,7 @@ def finish(module: tvm.IRModule, spec: ConvTranspose3d, tiles: Tiles) -> tvm.IRM
         root = function.body
         body = with_body(root.block, importing(root.block.body, in_llvm))
         function = function.with_body(s_tir.SBlockRealize(root.iter_values, root.predicate, body))
-    if tiles.vector == "channels" and tiles.bands_h > 1:
+    if tiles.vector == "channels" and tiles.woven == "tile" and tiles.bands_h > 1:
         # of so many loops LLVM made an address for each element of X that a turn reads, on the stack, and moved all of
         # them on in each: on some layers up to half as slow again
         function = function.with_attr(WITHOUT_LSR, True)
