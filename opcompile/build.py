@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -58,6 +59,7 @@ _MOST_SIMULATED_FLOPS = 2**27
 
 # Directories of artifacts that were given no place; each is removed when the process ends.
 _SCRATCH = ExitStack()
+atexit.register(_SCRATCH.close)
 
 
 @overload

@@ -877,3 +877,12 @@ def test_a_place_that_a_writer_fills_after_it_was_looked_at_is_read(
 
     monkeypatch.setattr(Path, "glob", through_since)
     assert read_manifest(copy) == (copy / MANIFEST).read_bytes()
+
+
+def test_the_folder_of_what_was_compiled_is_removed_without_a_warning(tmp_path: Path) -> None:
+    source = "import opcompile as oc\nmade = oc.compile(oc.ConvTranspose3d.parse('in=1x4x3x3x3 co=4 k=2 s=2'))\n"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", source]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    assert not list(tmp_path.iterdir())
