@@ -504,6 +504,24 @@ def test_a_system_converts_dtypes_as_it_does() -> None:
         torch.ConvTranspose3d(4, 2, 3, input=np.zeros(X))
 
 
+def test_an_output_of_another_dtype_than_jaxs_inputs_is_refused() -> None:
+    """300 * 300 * 4 is 360000, which float16 does not hold."""
+    x, w, half = np.full(V, 300, np.float16), np.full((1, 1, 1, 4, 2), 300, np.float16), ml_dtypes.bfloat16
+
+    def read(dtype: Any, preferred: Any) -> Any:
+        return jax.conv_transpose(x.astype(dtype), w.astype(dtype), (1, 1, 1), "SAME", preferred_element_type=preferred)
+
+    for same in ("float16", np.float16, np.dtype("float16")):
+        assert read("float16", same).spec.dtype == "float16"
+        assert not read("float16", same).remarks
+    with pytest.raises(WordsError, match=r"an output of float32.*cast x and w to float32 first, which is exact"):
+        read("float16", np.float32)
+    for narrower in (np.float16, half):
+        with pytest.raises(WordsError, match="compute in float32, and cast the output"):
+            read("float32", narrower)
+    assert read("float32", np.float32).spec.dtype == "float32"
+
+
 def test_floatx_of_keras_json_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     (tmp_path / "keras.json").write_text('{"floatx": "float16"}')

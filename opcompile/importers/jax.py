@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from opcompile.errors import SpecError
+from opcompile.errors import SpecError, WordsError
 from opcompile.importers.imported import (
     Imported,
     Rules,
@@ -18,6 +18,7 @@ from opcompile.importers.imported import (
     WeightOrder,
     cropped,
     dtype_of,
+    promoted,
     shape_of,
     single_of,
     weight_shape_of,
@@ -96,9 +97,23 @@ def conv_transpose(
         dtype=dtype_of(dtype or (dtypes[0] if dtypes else None)),
         layout="NDHWC" if x_layout == "NDHWC" else "NCDHW",
     )
-    unused = {"precision": precision, "preferred_element_type": preferred_element_type}
-    remarks = tuple(f"{name}={value} has no effect here" for name, value in unused.items() if value is not None)
+    if preferred_element_type is not None:
+        _require_result(spec.dtype, dtype_of(preferred_element_type))
+    remarks = () if precision is None else (f"precision={precision} has no effect here",)
     return Imported(SYSTEM, spec, order, x_layout, y_layout, zeros, remarks=remarks).holding(rhs)
+
+
+def _require_result(have: str, wanted: str) -> None:
+    """Raise `WordsError` where Y would have another dtype than X and W: rounded, or infinite, where JAX's is not."""
+    if wanted == have:
+        return
+    way_out = f"compute in {have}, and cast the output"
+    if promoted(have, wanted) == wanted:
+        way_out = f"cast x and w to {wanted} first, which is exact, or give dtype={wanted!r} with their shapes"
+    raise WordsError(
+        f"preferred_element_type={wanted} gives inputs of {have} an output of {wanted}, but opcompile computes a "
+        f"layer in one dtype; {way_out}"
+    )
 
 
 # --- dimension numbers -> our letters ---
