@@ -18,7 +18,8 @@ from strategies import arrays, specs
 
 from opcompile.errors import ModelError, OpcompileError, SpecError, WordsError
 from opcompile.importers import files, jax, keras, lucid, mlx, rmlx, tensorflow, torch
-from opcompile.importers.imported import Imported, WeightOrder, array
+from opcompile.importers import onnx as onnx_words
+from opcompile.importers.imported import Found, Imported, WeightOrder, array
 from opcompile.reference import reference
 from opcompile.spec import Activation, ConvTranspose3d, at_batch
 
@@ -581,3 +582,19 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", weight=np.array([{}], dtype=object))
     with pytest.raises(ModelError, match="allow_pickle"):
         files.read_arrays(tmp_path / "pickled.npz")
+
+
+def test_what_was_found_reads_as_a_node_of_onnx_does_and_is_shown_without_its_weights() -> None:
+    w = np.full((4, 2, 3, 3, 3), 0.625, np.float32)
+    found = Found("up", torch.conv_transpose3d(X, w, np.full(2, 0.375, np.float32)))
+    assert found.layer is not None
+    assert found.spec is found.layer.spec
+    assert found.weight is found.layer.weight
+    assert found.bias is found.layer.bias
+    assert "0.625" not in repr(found)
+    assert "0.375" not in repr(found)
+    none = Found("up", None, "no layer")
+    assert (none.spec, none.weight, none.bias) == (None, None, None)
+    node = onnx_words.Found("up", found.spec, found.weight, found.bias, None, "y")
+    assert "0.625" not in repr(node)
+    assert "0.375" not in repr(node)

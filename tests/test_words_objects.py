@@ -274,6 +274,9 @@ def test_a_keras_model_and_its_files(tmp_path: Path) -> None:
     model.save(tmp_path / "m.keras")
     up, last = keras.find(tmp_path / "m.keras")
     assert up.layer is not None
+    assert (up.spec, up.weight, up.bias) == (up.layer.spec, up.layer.weight, up.layer.bias)
+    assert (last.spec, last.weight, last.bias) == (None, None, None)
+    assert up.layer is not None
     assert up.layer.spec.batch is None
     holds(up.layer, x, y)
     assert last.layer is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,8 @@ class Imported:
     x_layout: str = "NCDHW"
     y_layout: str = "NCDHW"
     zero_taps: Triple = (0, 0, 0)
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    weight: Tensor | None = field(default=None, repr=False)
+    bias: Tensor | None = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()
     target: str = "llvm"
 
@@ -167,6 +167,21 @@ class Found:
     name: str
     layer: Imported | None
     reason: str | None = None
+
+    @property
+    def spec(self) -> ConvTranspose3d | None:
+        """The layer's spec; None where there is no layer."""
+        return self.layer.spec if self.layer else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The layer's weight in canonical form; None where there is no layer, or no values are known."""
+        return self.layer.weight if self.layer else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias; None as for the weight, and where the layer has none."""
+        return self.layer.bias if self.layer else None
 
 
 def unique(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ class Found:
 
     name: str
     spec: ConvTranspose3d | None
-    weight: NDArray[Any] | None
-    bias: NDArray[Any] | None
+    weight: NDArray[Any] | None = field(repr=False)
+    bias: NDArray[Any] | None = field(repr=False)
     reason: str | None
     output: str
 
@@ -134,8 +134,8 @@ def explicit(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.M
                 _write_pads(node, _spec(node, scope))
     said = onnx.ModelProto()
     said.CopyFrom(model)
-    for field in ("functions", "opset_import", "training_info"):
-        said.ClearField(field)
+    for name in ("functions", "opset_import", "training_info"):
+        said.ClearField(name)
     said.functions.extend(outline.functions)
     said.opset_import.extend(outline.opset_import)
     said.graph.ClearField("node")
