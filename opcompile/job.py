@@ -54,6 +54,11 @@ class LayerJob:
         """The tiles of each rank."""
         return {c.rank: c.tiles for c in self.candidates}
 
+    @property
+    def unbuilt(self) -> dict[int, str]:
+        """The ranks without an artifact, and why."""
+        return {c.rank: c.error for c in self.candidates if c.error}
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

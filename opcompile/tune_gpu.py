@@ -343,8 +343,12 @@ def _strange(layer: LayerJob, sample: Sample) -> str | None:
     rank = sample.get("rank")
     if type(rank) is not int or layer.choices.get(rank) != sample["tiles"]:
         return f"is of rank {rank!r} and tiles that its job does not have"
+    if "error" not in sample and rank in layer.unbuilt:
+        return f"has a time for rank {rank}, which its job could not build: {layer.unbuilt[rank]}"
     if "error" in sample and not sample.keys().isdisjoint({"run_us", "times_us"}):
         return "has both an error and a time"
+    if "error" not in sample and not (isinstance(sample.get("device"), str) and sample["device"]):
+        return f"has {sample.get('device')!r} for device, but must name the one that it was measured on"
     if "error" not in sample and sample["run_us"] != statistics.median(sample["times_us"]):
         return f"has run_us {sample['run_us']!r}, which is not the median of its times_us"
     return None

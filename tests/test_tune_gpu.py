@@ -408,6 +408,10 @@ def changed(where: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def without_device(results: dict[str, Any]) -> None:
+    del results["layers"][0]["samples"][0]["device"]
+
+
 def failed_final(results: dict[str, Any]) -> None:
     """Put a failed one behind the finals."""
     finals = results["layers"][0]["finals"]
@@ -431,6 +435,13 @@ def failed_final(results: dict[str, Any]) -> None:
         (changed("layers.0.samples.1.tiles", None), r"samples\[1\] is not an object with tiles"),
         (changed("layers.0.samples.1.tiles", {}), r"samples\[1\] is of rank \d+ and tiles that its job does not have"),
         (changed("layers.0.samples.0.times_us", [1e-3]), r"samples\[0\] has run_us .*, which is not the median"),
+        (changed("layers.0.samples.0.device", None), r"samples\[0\] has None for device, but must name the one"),
+        (changed("layers.0.finals.0.device", 7), r"finals\[0\] has 7 for device, but must name the one"),
+        (without_device, r"samples\[0\] has None for device, but must name the one"),
+        (
+            changed("job.layers.0.candidates.0.error", "nvcc failed"),
+            r"samples\[0\] has a time for rank 0, which its job could not build: nvcc failed",
+        ),
         (changed("layers.0.samples.0.error", "none"), r"samples\[0\] has both an error and a time"),
         (changed("layers.0.finals", []), r"its finals have times for ranks \[\], but must have them for \[\d+, "),
         (failed_final, r"its finals have times for ranks \[\d+, (\d+, )*None\], but must have them for"),
