@@ -19,7 +19,7 @@ from opcompile.record import unsound
 from opcompile.trials import CandidateFailed, Sample, finalists
 
 _FIRST = b'{"header": '
-_WAY_OUT = "give another work_dir, or delete this one to start afresh"
+_WAY_OUT = "give another work_dir (--work-dir), or delete this one to start afresh"
 
 
 @dataclass(slots=True)

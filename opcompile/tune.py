@@ -482,7 +482,8 @@ def _require_extra(*, remote: bool) -> None:
 _BUILDS = "opcompile-build-"
 
 
-_ELSEWHERE = f"give another directory, or set {FOLDER_VARIABLE} to one"
+_ELSEWHERE = f"set {FOLDER_VARIABLE} to another directory, or XDG_DATA_HOME; in Python give another into"
+_OTHER_WORK = "give another directory by --work-dir, or set XDG_CACHE_HOME to one; in Python give another work_dir"
 
 
 def _writable(folder: Path) -> Path:
@@ -490,9 +491,11 @@ def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecordError(f"into {folder} cannot be made: {error.strerror}; {_ELSEWHERE}") from error
+        raise RecordError(
+            f"the directory of records {folder} cannot be made: {error.strerror}; {_ELSEWHERE}"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise RecordError(f"into {folder} cannot be written; {_ELSEWHERE}")
+        raise RecordError(f"the directory of records {folder} cannot be written; {_ELSEWHERE}")
     return folder
 
 
@@ -509,12 +512,14 @@ def _locked(home: Path) -> Iterator[Path]:
         home.mkdir(parents=True, exist_ok=True)
         lock = (home / "lock").open("w")
     except OSError as error:
-        raise RecordError(f"work_dir {home} cannot be written: {error.strerror}; give another") from error
+        raise RecordError(f"the directory of work {home} cannot be written: {error.strerror}; {_OTHER_WORK}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RecordError(f"work_dir {home} is in use by another run; wait for it, or give another") from error
+            raise RecordError(
+                f"the directory of work {home} is in use by another run; wait for it, or {_OTHER_WORK}"
+            ) from error
         for left_over in home.glob(f"{_BUILDS}*"):
             shutil.rmtree(left_over, ignore_errors=True)
         yield home

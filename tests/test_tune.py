@@ -423,10 +423,13 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        RecordError, match=r"into .*file/records cannot be made: Not a directory; give another.* OPCOMPILE_RECORDS"
+        RecordError,
+        match=r"records .*file/records cannot be made: Not a directory; set OPCOMPILE_RECORDS.*XDG_DATA_HOME; .*into",
     ):
         tune(SPEC, trials=1, into=tmp_path / "file" / "records")
-    with pytest.raises(RecordError, match=r"file/work cannot be written: Not a directory; give another"):
+    with pytest.raises(
+        RecordError, match=r"file/work cannot be written: Not a directory; .*--work-dir, or set XDG_CACHE_HOME"
+    ):
         tune(SPEC, trials=1, work_dir=tmp_path / "file" / "work")
 
 
