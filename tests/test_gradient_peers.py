@@ -153,3 +153,26 @@ def test_the_example_trains_to_the_loss_of_pytorch() -> None:
     learnt = theirs[0] - theirs[-1]
     assert learnt > theirs[0] / 10
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < learnt / 1000
+
+
+def test_the_example_refuses_second_derivatives_and_needs_no_bias() -> None:
+    """A penalty on gradients, as of a WGAN, would lose them without an error."""
+    torch = pytest.importorskip("torch")
+    example = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "examples" / "train_decoder.py"))
+    kernels = example["Kernels"](ConvTranspose3d.parse("in=1x3x2x3x2 co=4 k=3 s=2 bias=0"))
+    x, w = torch.randn(1, 3, 2, 3, 2, requires_grad=True), torch.randn(3, 4, 3, 3, 3, requires_grad=True)
+    y = example["Layer"].apply(x, w, None, kernels)
+    (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    expected = torch.autograd.grad(torch.nn.functional.conv_transpose3d(x, w, stride=2).sum(), x)[0]
+    assert torch.allclose(dx, expected, atol=1e-4)
+    with pytest.raises(RuntimeError, match="no second derivatives; leave create_graph=True out"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_the_example_of_mlx_trains_to_the_loss_of_mlx() -> None:
+    pytest.importorskip("mlx.core")
+    example = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "examples" / "train_mlx.py"))
+    layer = example["differentiable"](ConvTranspose3d.parse("in=2x4x3x4x5 co=3 k=2 s=2"))
+    theirs, ours = example["train"](example["mlx_layer"]), example["train"](layer)
+    assert theirs[-1] < 0.9 * theirs[0]
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4 * theirs[0]

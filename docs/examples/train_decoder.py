@@ -19,15 +19,15 @@ class Kernels:
         self.forward = oc.compile(spec)
         self.to_x = oc.compile(spec, derivative="x")
         self.to_w = oc.compile(spec, derivative="w")
-        self.to_b = oc.compile(spec, derivative="b")
+        self.to_b = oc.compile(spec, derivative="b") if spec.bias else None
 
 
 class Layer(torch.autograd.Function):
-    """``y = Layer.apply(x, w, b, kernels)``: what autograd needs to know of the four."""
+    """``y = Layer.apply(x, w, b, kernels)``, ``b`` None without a bias: what autograd needs to know of the four."""
 
     @staticmethod
     def forward(ctx, x, w, b, kernels):
-        y = kernels.forward(x.detach(), w.detach(), b.detach())
+        y = kernels.forward(x.detach(), w.detach(), None if b is None else b.detach())
         # the output tells the slope of a fused activation
         ctx.save_for_backward(x, w, *([y] if kernels.forward.spec.activation.name != "none" else []))
         ctx.kernels = kernels
@@ -35,6 +35,8 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_grad_enabled():  # what is computed here would count as constants
+            raise RuntimeError("these kernels have no second derivatives; leave create_graph=True out")
         x, w, *y = (tensor.detach() for tensor in ctx.saved_tensors)
         kernels, needed = ctx.kernels, ctx.needs_input_grad
         dx = kernels.to_x(dy, w, *y) if needed[0] else None
