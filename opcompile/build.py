@@ -59,7 +59,6 @@ _MOST_SIMULATED_FLOPS = 2**27
 
 # Directories of artifacts that were given no place; each is removed when the process ends.
 _SCRATCH = ExitStack()
-atexit.register(_SCRATCH.close)
 
 
 @overload
@@ -201,7 +200,10 @@ def _unwritable(place: Path, error: OSError) -> ArtifactError:
 
 
 def _scratch() -> Path:
-    return _SCRATCH.enter_context(scratch()) / "artifact"
+    place = _SCRATCH.enter_context(scratch()) / "artifact"
+    # The last one registered is called first: before the folder's own way out, which warns.
+    atexit.register(_SCRATCH.close)
+    return place
 
 
 # --- a whole source ---
