@@ -216,7 +216,11 @@ def detached(name: str, value: Any) -> Any:
     require_no_tangent(name, value)
     if getattr(value, "requires_grad", False) is True:
         if _is_recorded(value):
-            raise CallError(f"{name} requires a gradient, which this kernel has not; pass {name}.detach()")
+            lacks = "which this kernel has not; pass"
+            if name == "dy":
+                lacks = "and there are no second derivatives; leave create_graph=True out, or pass"
+            # inside `backward`, `detach` alone would lose a second derivative without an error
+            raise CallError(f"{name} requires a gradient, {lacks} {name}.detach() if the result may be a constant")
         # older versions of PyTorch export no tensor that requires a gradient, under `torch.no_grad` either
         value = value.detach()
     # torch exports such a view (the imaginary part of a conjugate) as its memory

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from strategies import specs
 from test_gradients import TAKEN_TWICE
 
+import opcompile
 from opcompile.cases import Case, tagged
+from opcompile.errors import CallError
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.gradient import Gradient
 from opcompile.reference import reference as forward
@@ -167,6 +169,17 @@ def test_the_example_refuses_second_derivatives_and_needs_no_bias() -> None:
     assert torch.allclose(dx, expected, atol=1e-4)
     with pytest.raises(RuntimeError, match="no second derivatives; leave create_graph=True out"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_a_derivative_does_not_advise_what_loses_a_second_one() -> None:
+    torch = pytest.importorskip("torch")
+    spec = ConvTranspose3d.parse("in=1x3x2x3x2 co=4 k=3 s=2")
+    dy = torch.randn(1, 4, 5, 7, 5, requires_grad=True)
+    to_b = opcompile.compile(spec, derivative="b")
+    words = r"^dy requires a gradient, and there are no second derivatives; leave create_graph=True out, or .*constant$"
+    with pytest.raises(CallError, match=words):
+        to_b(dy)
+    assert torch.allclose(to_b(dy.detach()), dy.detach().sum((0, 2, 3, 4)), atol=1e-4)
 
 
 def test_the_example_of_mlx_trains_to_the_loss_of_mlx() -> None:
