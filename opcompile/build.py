@@ -57,9 +57,6 @@ AnyLowered = Lowered | LoweredGpu | LoweredGradient | LoweredGpuGradient
 # Above this a simulation takes minutes.
 _MOST_SIMULATED_FLOPS = 2**27
 
-# Directories of artifacts that were given no place; each is removed when the process ends.
-_SCRATCH = ExitStack()
-
 
 @overload
 def compile(
@@ -200,9 +197,11 @@ def _unwritable(place: Path, error: OSError) -> ArtifactError:
 
 
 def _scratch() -> Path:
-    place = _SCRATCH.enter_context(scratch()) / "artifact"
+    """Return a place for an artifact that was given none; it is removed when the process ends."""
+    folder = ExitStack()
+    place = folder.enter_context(scratch()) / "artifact"
     # The last one registered is called first: before the folder's own way out, which warns.
-    atexit.register(_SCRATCH.close)
+    atexit.register(folder.close)
     return place
 
 
