@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import EngineError, TargetError, VerificationError
+from schedules.division import up
 
 _PAGE = 4096
 # Where in the emulated memory things lie. What is allocated comes last, with a page of nothing behind each piece.
@@ -194,7 +195,7 @@ class _Processor:
 
     def load(self, image: _Image) -> None:
         """Put a library where it belongs, and initialise it."""
-        self._uc.mem_map(_CODE, _up(max(address + size for address, _, size in image.segments)))
+        self._uc.mem_map(_CODE, _pages(max(address + size for address, _, size in image.segments)))
         for address, content, _ in image.segments:
             self._uc.mem_write(_CODE + address, content)
         words = {
@@ -209,14 +210,14 @@ class _Processor:
 
     def place(self, size: int, name: str) -> int:
         """Return where a tensor of ``size`` bytes begins, on pages of its own, so that it ends where they do."""
-        return self._map(size, _PAGE, name) + _up(size) - size
+        return self._map(size, _PAGE, name) + _pages(size) - size
 
     def put(self, array: NDArray[Any], name: str) -> int:
         """Copy ``array`` to a place of its own, only to be read; return where it begins."""
         content = array.tobytes()
         place = self.place(len(content), name)
         self._uc.mem_write(place, content)
-        self._uc.mem_protect(_down(place), _up(len(content)), self._unicorn.UC_PROT_READ)
+        self._uc.mem_protect(_down(place), _pages(len(content)), self._unicorn.UC_PROT_READ)
         return place
 
     def written(self, place: int, size: int) -> bytes:
@@ -268,11 +269,11 @@ class _Processor:
         return int(uc.reg_read(names.UC_ARM64_REG_X0))
 
     def _map(self, size: int, alignment: int, name: str) -> int:
-        begin = _up(self._top, max(alignment, _PAGE))
-        self._uc.mem_map(begin, _up(size))
-        self._uc.mem_write(begin, _NAN * _up(size))
-        self._pieces[begin] = _up(size), name
-        self._top = begin + _up(size) + _PAGE
+        begin = up(self._top, max(alignment, _PAGE))
+        self._uc.mem_map(begin, _pages(size))
+        self._uc.mem_write(begin, _NAN * _pages(size))
+        self._pieces[begin] = _pages(size), name
+        self._top = begin + _pages(size) + _PAGE
         return begin
 
     def _refuse(self, _uc: Any, access: int, address: int, size: int, _value: int, _: Any) -> bool:
@@ -358,6 +359,6 @@ def _down(place: int) -> int:
     return place // _PAGE * _PAGE
 
 
-def _up(size: int, multiple: int = _PAGE) -> int:
-    """Round up, to one at least."""
-    return -(-max(size, 1) // multiple) * multiple
+def _pages(size: int) -> int:
+    """Return the bytes of the pages that hold ``size``, one page at least."""
+    return up(max(size, 1), _PAGE)
