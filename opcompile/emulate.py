@@ -126,8 +126,13 @@ class Emulator:
 
     instead = ("an arm64 processor", "the library ran on an emulated one, with one thread")
 
-    def __init__(self, library: Path, features: Sequence[str] = ()) -> None:
-        """Load ``library``, of a target with ``features``. Raises `EngineError` for what is not emulated."""
+    def __init__(
+        self, library: Path, features: Sequence[str] = (), pointers: Sequence[str | None] = ("x", "w", "b")
+    ) -> None:
+        """Load ``library``, of a target with ``features``, whose call has its inputs by the names of ``pointers``.
+
+        Raises `EngineError` for what is not emulated.
+        """
         import lief
 
         lief.logging.disable()
@@ -136,6 +141,7 @@ class Emulator:
             raise EngineError(f"{library} is no library that can be read; compile the layer again")
         on_linux = isinstance(parsed, lief.ELF.Binary)
         image = _of_linux(parsed, lief.ELF) if on_linux else _of_macos(parsed)
+        self._pointers = pointers
         self._processor = _Processor(variadic_on_stack=not on_linux, first=tuple(features) == _OF_THE_FIRST)
         self._exports = {name: _CODE + place for name, place in image.exports.items()}
         self._processor.load(image)
@@ -146,8 +152,7 @@ class Emulator:
         Raises `VerificationError` for anything that is wrong with the kernel, `EngineError` for what is not emulated.
         """
         on, exports = self._processor, self._exports
-        names = ("dy", "w" if "w" in inputs else "x", "y") if "dy" in inputs else ("x", "w", "b")
-        places = [on.put(inputs[name], name) if name in inputs else 0 for name in names]
+        places = [on.put(inputs[name], name) if name and name in inputs else 0 for name in self._pointers]
         result = on.place(y.nbytes, "the result")
         try:
             if on.call(exports["opcompile_run"], 1, batch, *places, result) & 0xFFFFFFFF:

@@ -35,6 +35,7 @@ from opcompile.emulate import Emulator, require_emulated
 from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError
 from opcompile.golden import Golden, read_golden
 from opcompile.gpus import is_gpu
+from opcompile.gradients.gradient import Gradient
 from opcompile.launch import LAUNCH, SOURCES, Launch, shared_arrays
 from opcompile.machine import command_in
 from opcompile.manifest import opened, own_weights, parse_manifest, read_manifest
@@ -171,7 +172,9 @@ def opened_simulator(
         except TargetError as error:
             way_out = "load it on such a machine (`opcompile verify` without --simulate)"
             raise TargetError(f"{path} was compiled for {name}, and {error}; {way_out}") from None
-        return directory, manifest, Emulator(directory / manifest["library"], manifest["target"]["features"])
+        pointers = Gradient(ConvTranspose3d.parse(manifest["spec"]), held).pointers if held else ("x", "w", "b")
+        library, features = directory / manifest["library"], manifest["target"]["features"]
+        return directory, manifest, Emulator(library, features, pointers)
     language = name.partition(":")[0]
     try:
         source, launch = ((directory / file).read_text() for file in (SOURCES[language], LAUNCH))

@@ -69,25 +69,22 @@ def _cpu_files(lowered: LoweredGradient) -> tuple[dict[str, bytes], str]:
 def header(gradient: Gradient) -> str:
     """Return the C header of a derivative: what ``layer.c`` is compiled with, and what a C host includes."""
     layer, operands = gradient.layer, gradient.operands
-    factor = next((name for name in operands if name in ("w", "x")), None)
-    second, third = (name if name in operands else None for name in (factor, "y"))
+    pointers = (*gradient.pointers, gradient.name)
     described = [f" *   {name:3} {sizes_text(shape)}" for name, shape in operands.items()]
     values = [
         f"element i of {name} is opcompile_golden(i, {SALTS[name]}, {amplitude(gradient, name)}) / 64.0"
         for name in operands
     ]
-    call = ", ".join(("dy", second or "NULL", third or "NULL", gradient.name))
     about = _ABOUT.format(
         gradient=gradient,
         name=gradient.name,
         layout=layer.layout,
-        arguments=call,
+        arguments=", ".join(name or "NULL" for name in pointers),
         described="\n".join([*described, f" *   {gradient.name:3} {sizes_text(gradient.shape)}"]),
         batch="any, at least 1" if layer.batch is None else f"always {layer.batch}",
         values=",\n * ".join(values),
     )
     shapes = {**operands, gradient.name: gradient.shape}
-    pointers = ("dy", second, third, gradient.name)
     kernel = f"__tvm_ffi_{gradient.kernel}"
     return about + c_code(layer.dtype, shapes, pointers, kernel, useful_threads(gradient))
 

@@ -76,9 +76,14 @@ class Gradient:
     def operands(self) -> dict[str, Shape]:
         """Names and shapes of the arguments in the order of a call; None stands for a dynamic batch."""
         layer = self.layer
-        factor: dict[Wrt, dict[str, Shape]] = {"x": {"w": layer.w_shape}, "w": {"x": layer.x_shape}, "b": {}}
-        output: dict[str, Shape] = {"y": layer.y_shape} if self.needs_output else {}
-        return {"dy": layer.y_shape, **factor[self.wrt], **output}
+        shapes = {"dy": layer.y_shape, "w": layer.w_shape, "x": layer.x_shape, "y": layer.y_shape}
+        return {name: shapes[name] for name in self.pointers if name}
+
+    @property
+    def pointers(self) -> tuple[str, str | None, str | None]:
+        """Names of the arguments where a call from C has them; None where the pointer is null."""
+        factor: dict[Wrt, str | None] = {"x": "w", "w": "x", "b": None}
+        return "dy", factor[self.wrt], "y" if self.needs_output else None
 
     @property
     def name(self) -> str:

@@ -116,8 +116,7 @@ class GradientArtifact(Derivative, OnCpu):
         else:
             spans = {name: each[:2] for name, each in borrowed.items()}
             result, target = out, self._borrow_out(out, spans)
-        # dY, the factor, and Y where it is needed
         at = {name: address for name, (address, _, _) in borrowed.items()}
-        if self._run(most, batch, at["dy"], at.get("w", at.get("x")), at.get("y"), target):
+        if self._run(most, batch, *(name and at[name] for name in self.gradient.pointers), target):
             raise CallError(f"the kernel failed: {self._error().decode(errors='replace')}")
         return result if framework is None else as_kind_of(dy, result, framework, self.gradient.layer.dtype)
