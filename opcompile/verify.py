@@ -50,7 +50,7 @@ Tensor = NDArray[Any]
 
 ENGINES = ("reference", "onnxruntime")
 
-# Above either of these two input sets are asked, and otherwise all: the oracle takes seconds there.
+# Above either of these, two input sets are asked, and otherwise all: the oracle takes seconds there.
 _LARGE_FLOPS = 2**28
 _LARGE_BYTES = 2**22
 
