@@ -13,7 +13,7 @@ import opcompile as oc
 
 
 def differentiable(spec: oc.ConvTranspose3d):
-    """Return ``y = layer(x, w, b)``, whose gradients are the compiled ones; for a layer with a bias, and no activation."""
+    """Return ``y = layer(x, w, b)``, whose gradients are compiled; for a layer with a bias, and no activation."""
     forward = oc.compile(spec)
     to_x, to_w, to_b = (oc.compile(spec, derivative=wrt) for wrt in ("x", "w", "b"))
 
