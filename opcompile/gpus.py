@@ -34,7 +34,8 @@ class Gpu:
     ``clock_ghz``; ``bandwidth_gbs`` of device memory, in GB/s. ``warp`` threads run in step. A processor's tensor
     cores do ``matrix`` multiply-adds a cycle of 16 bits, summing in float32, for factors of ``matrix_types``: as warps'
     matrix instructions reach them. Where that is no more than ``lanes``, the same units do both. Values of ``widened``
-    types are held as float32, for the device has none of theirs.
+    types are held as float32, for the device has none of theirs. With ``ahead`` kernels may fetch the next chunk while
+    they multiply one.
     """
 
     example: str
@@ -52,6 +53,7 @@ class Gpu:
     register_file: int = 65536
     warp: int = 32
     widened: tuple[str, ...] = ()
+    ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class GpuTarget:
 
 def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float) -> Gpu:
     # Apple documents threads and threadgroup memory. Beyond 128 registers compilers were seen to spill.
-    # Matrices are multiplied by the units that multiply everything else.
+    # Matrices are multiplied by the units that multiply everything else. Where its compiler puts loads is not known.
     return Gpu(
         example,
         processors,
@@ -147,6 +149,7 @@ def _apple(example: str, processors: int, clock_ghz: float, bandwidth_gbs: float
         shared=32 * _KIB,
         shared_file=60 * _KIB,
         registers=128,
+        ahead=False,
     )
 
 

@@ -22,6 +22,7 @@ from tvm.s_tir.transform import (
     LowerInitBlock,
     LowerMatchBuffer,
     LowerOpaqueBlock,
+    ManifestSharedMemoryLocalStage,
     PlanAndUpdateBufferAllocationLocation,
     UnifyThreadBinding,
 )
@@ -230,6 +231,8 @@ def scheduled(spec: ConvTranspose3d, tiles: GpuTiles, target: GpuTarget) -> tvm.
         cut = only_taps(module[KERNEL], spec, gpu.TAPS_OF, blocks=count, long_first=long_first)
         module = tvm.IRModule({KERNEL: cut})
     module = _with_plain_indices(module)
+    if tiles.ahead:
+        module = _through_registers(module)
     return _shared_first(module) if tiles.family == "matrix" and gpu.HOISTED[target.unit(spec.dtype)] else module
 
 
@@ -237,6 +240,19 @@ def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
     """Simplify before TVM measures which part of a buffer is used: it would count what other threads use."""
     passes = [LowerInitBlock(), PlanAndUpdateBufferAllocationLocation(), ConvertBlocksToOpaque(), StmtSimplify()]
     return tvm.transform.Sequential(passes)(module)
+
+
+def _through_registers(module: tvm.IRModule) -> tvm.IRModule:
+    """Cut copies to shared memory in two, and have their turns unrolled, so that registers can hold what is loaded."""
+    module = tvm.transform.Sequential([LiftThreadBinding(), ManifestSharedMemoryLocalStage()])(module)
+
+    def unrolled(loop: Any) -> Any:
+        if gpu.TURNS not in loop.annotations:
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.UNROLLED, loop.body)
+
+    body = tvm_ffi.structural_map(module[KERNEL].body, (tirx.For, unrolled))
+    return tvm.IRModule({KERNEL: module[KERNEL].with_body(body)})
 
 
 def _shared_first(module: tvm.IRModule) -> tvm.IRModule:

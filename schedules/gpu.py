@@ -19,6 +19,9 @@ goes through device memory in between. Four families share the first and the las
     channels. For the types of a device's matrix instructions, where the input channels of a group are whole
     fragments.
 
+*staged* and *matrix* may fetch the next channels to registers while they multiply (``ahead``): where a tap has several
+chunks of them.
+
 The derivatives are the same sums under other names: `sums` makes a kernel of either.
 """
 
@@ -54,6 +57,12 @@ __all__ = ["FILLS", "HOISTED", "GpuEstimate", "GpuTiles", "baseline", "candidate
 
 # Loops over the taps of an axis carry its number under this name, where phases are apart and may have fewer.
 TAPS_OF = "opcompile_taps_of"
+# So are loops over what one thread copies of a chunk, where registers hold it meanwhile.
+TURNS = "opcompile_turns"
+# Products of a loop that stays one: some 64 instructions hide what the loop itself costs.
+_UNROLLED = 64
+# Of these, what a matrix of 16x16x16 counts as: two instructions, which take more than one cycle each.
+_INSTRUCTIONS = 8
 # Bytes of X that stay in the second cache of a large GPU, which holds 40 to 60 MiB.
 _STAYS = 32 << 20
 # Elements by which rows in shared memory are set apart, where neighbouring threads write them: a vector.
@@ -240,7 +249,10 @@ def _sum_in_registers(sch: Schedule, t: GpuTiles, phase: Any, factors: _Factors,
     _name_taps(sch, t, taps)
     for loop in (m, *f, q):
         sch.unroll(loop)
-    _feed(sch, t, phase, factors, c, c_in)
+    products = c_in
+    if t.ahead:
+        products, c_in = _in_turns(sch, c_in, math.prod(sch.get(loop).extent for loop in (m, *f, q)))
+    _feed(sch, t, phase, factors, c, c_in, products)
     sch.decompose_reduction(phase, taps[0])
 
 
@@ -257,10 +269,10 @@ def _kinds(sch: Schedule, block: Any, at: Any) -> tuple[list[Any], list[Any]]:
     return loops[:-count], loops[-count:]
 
 
-def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, each: Any) -> None:
+def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, each: Any, products: Any = None) -> None:
     """Bring what ``sums`` multiply to the threads: at loop ``each`` to registers, before at ``step`` to shared memory.
 
-    The latter where it is staged.
+    The latter where it is staged, and perhaps ahead of the loop ``products``.
     """
     columns, weights = factors.columns, factors.weights
     packed = weights is None and len(sch.get(sums).reads) > 1
@@ -278,6 +290,10 @@ def _feed(sch: Schedule, t: GpuTiles, sums: Any, factors: _Factors, step: Any, e
         sch.set_scope(copy, 0, "shared")
         _to_registers(sch, near, each, tile)
         _to_shared(sch, t, copy, step, together)
+    if t.ahead:
+        for copy, _, _ in copies:
+            _by_registers(sch, copy)
+        _fetch_ahead(sch, step, products, len(copies))
 
 
 def _to_registers(sch: Schedule, copy: Any, at: Any, length: int) -> None:
@@ -309,11 +325,40 @@ def _to_shared(sch: Schedule, t: GpuTiles, copy: Any, at: Any, vector: int) -> N
         loops = [*others, last, term]
         sch.storage_align(copy, 0, -2, 2 * _SPREAD, _SPREAD)
     fused = sch.fuse(*loops)
-    _, *threads, lane = sch.split(fused, [None, *reversed(t.block), vector])
+    turns, *threads, lane = sch.split(fused, [None, *reversed(t.block), vector])
+    if t.ahead:
+        sch.annotate(turns, TURNS, True)
     if vector > 1:
         sch.vectorize(lane)
     for loop, index in zip(reversed(threads), "xy", strict=False):
         sch.bind(loop, f"threadIdx.{index}")
+
+
+def _by_registers(sch: Schedule, copy: Any) -> None:
+    """Copy to shared memory in two: TVM makes it loads of all that a thread copies, and then stores."""
+    sch.annotate(copy, "tirx.manifest_shared_memory_local_stage", True)
+
+
+def _in_turns(sch: Schedule, terms: Any, each: int) -> tuple[Any, Any]:
+    """Unroll a part of the loop ``terms``, of ``each`` products: two turns are left, or more. Returns both loops."""
+    count = int(sch.get(terms).extent)
+    part = max(n for n in range(1, max(1, count // 2) + 1) if count % n == 0 and (n == 1 or n * each <= _UNROLLED))
+    turns, part = sch.split(terms, [None, part])
+    sch.unroll(part)
+    return turns, part
+
+
+def _fetch_ahead(sch: Schedule, step: Any, products: Any, copies: int) -> None:
+    """Load the next chunk before this one is multiplied, and store it behind.
+
+    The body of loop ``step`` is the loads and the stores of a chunk, for each of ``copies``, and the loop ``products``.
+    """
+    behind = range(copies + 1, 2 * copies + 1)
+    order = [place for number in range(copies) for place in (number, behind[number])]
+    sch.annotate(step, "software_pipeline_stage", [*[0] * len(order), 1])
+    sch.annotate(step, "software_pipeline_order", [*order, copies])
+    # unrolled, nvcc would move the loads behind most of the products, to spare registers
+    sch.annotate(products, "disable_unroll", True)
 
 
 # --- split: several groups of threads for one tile ---
@@ -388,6 +433,10 @@ def _sum_in_fragments(
     sch.bind(sch.fuse(warp, q_warp), "threadIdx.y")
     for loop in (*f, m):
         sch.unroll(loop)
+    products = c_step
+    if t.ahead:
+        fragments = math.prod(sch.get(loop).extent for loop in (*f, m, q)) // EDGE
+        products, c_step = _in_turns(sch, c_step, _INSTRUCTIONS * fragments)
     elements = sch.cache_read(phase, 0, SCOPE[unit], [phase])
     if unit in HELD_AS:
         sch.unsafe_set_dtype(elements, 0, HELD_AS[unit])
@@ -398,6 +447,9 @@ def _sum_in_fragments(
     _by_matrices(sch, loaded, column)
     shared = _columns_to_shared(sch, t, columns, c, WIDEST[unit])
     _to_shared(sch, t, weights, c, WIDEST[unit])
+    if t.ahead:
+        _by_registers(sch, weights)
+        _fetch_ahead(sch, c, products, 2)
     sch.storage_align(shared, 0, -2, EDGE, PAD_X[DataType(dtype).itemsize])
     sch.storage_align(weights, 0, -2, EDGE, PAD)
     *_, filled, column = sch.get_loops(sch.decompose_reduction(phase, t_d))
@@ -421,27 +473,23 @@ def _by_matrices(sch: Schedule, row: Any, column: Any) -> None:
 def _columns_to_shared(sch: Schedule, t: GpuTiles, columns: Any, at: Any, widest: int) -> Any:
     """Copy X at loop ``at``, each thread some channels of one position: X has them all, or none.
 
-    They come to registers, and from there to shared memory, where they lie side by side: as vectors of ``widest``
-    elements at the most. Returns the second copy.
+    They come to registers, all that a thread copies, and from there to shared memory, where they lie side by side: as
+    vectors of ``widest`` elements at the most. Returns the second copy.
     """
     shared = sch.cache_write(columns, 0, "local")
     sch.set_scope(shared, 0, "shared")
     sch.transform_layout(shared, ("write", 0), lambda *i: (*i[:-2], i[-1], i[-2]))
-    sch.compute_at(shared, at, preserve_unit_loops=True)
-    *_, c, q = _own(sch, shared, at)
     own = t.chunk * t.positions // t.threads
-    c, vectors, lane = sch.split(c, [t.chunk // own, None, math.gcd(own, widest)])
-    threads = [c, q] if t.lanes == "positions" else [q, c]
-    sch.reorder(*threads, vectors, lane)
-    y, x = sch.split(sch.fuse(*threads), [None, WARP])
-    sch.bind(y, "threadIdx.y")
-    sch.bind(x, "threadIdx.x")
-    sch.unroll(vectors)
-    sch.vectorize(lane)
-    sch.compute_at(columns, vectors, preserve_unit_loops=True)
-    *_, c, _ = _own(sch, columns, vectors)
     # of what lies apart in memory TVM writes no vector of eight
-    c, lane = sch.split(c, [None, math.gcd(own, widest if t.lanes == "channels" else widest // 2)])
-    sch.unroll(c)
-    sch.vectorize(lane)
+    for copy, most in ((shared, widest), (columns, widest if t.lanes == "channels" else widest // 2)):
+        sch.compute_at(copy, at, preserve_unit_loops=True)
+        *_, c, q = _own(sch, copy, at)
+        c, vectors, lane = sch.split(c, [t.chunk // own, None, math.gcd(own, most)])
+        threads = [c, q] if t.lanes == "positions" else [q, c]
+        sch.reorder(*threads, vectors, lane)
+        y, x = sch.split(sch.fuse(*threads), [None, WARP])
+        sch.bind(y, "threadIdx.y")
+        sch.bind(x, "threadIdx.x")
+        sch.unroll(vectors)
+        sch.vectorize(lane)
     return shared

@@ -37,10 +37,10 @@ class GpuTiles:
     ``threads_m * threads_q`` threads each own ``tile_m`` channels of ``tile_q`` positions; ``lanes`` says along
     which of the two neighbouring threads lie: positions where Y has them last, channels where it has those last.
     ``chunk`` input channels are staged at a time, ``split`` groups of threads share them. With ``apart`` the
-    phases are tiles of the grid too: a block of threads sums one of them. In the family ``matrix`` it is warps that own
-    tiles. Of derivatives, read rows and columns of
-    the product (`opcompile.gradients.declare_flat`) for channels and positions, and what is summed last for input
-    channels; with lanes ``terms`` it is that which lies side by side in memory.
+    phases are tiles of the grid too: a block of threads sums one of them. With ``ahead`` the next chunk is on its way
+    to registers while this one is multiplied. In the family ``matrix`` it is warps that own tiles. Of derivatives, read
+    rows and columns of the product (`opcompile.gradients.declare_flat`) for channels and positions, and what is summed
+    last for input channels; with lanes ``terms`` it is that which lies side by side in memory.
     """
 
     family: Family
@@ -52,6 +52,7 @@ class GpuTiles:
     chunk: int
     split: int
     apart: bool
+    ahead: bool = False
 
     @property
     def channels(self) -> int:
@@ -110,7 +111,8 @@ class GpuEstimate:
             f"about {self.registers} registers",
         ]
         if t.family in ("staged", "matrix"):
-            lines.append(f"{t.chunk} input channels at a time through {self.shared} bytes of shared memory")
+            ahead = ", the next ones fetched meanwhile" if t.ahead else ""
+            lines.append(f"{t.chunk} input channels at a time through {self.shared} bytes of shared memory{ahead}")
         if t.family == "split":
             lines.append(f"{t.split} groups of threads share the input channels, and add up in {self.shared} bytes")
         if t.family == "matrix":
@@ -132,8 +134,8 @@ def candidates(spec: ConvTranspose3d, gpu: Gpu) -> list[GpuEstimate]:
     Deterministic: the order depends on ``spec`` and ``gpu`` alone.
     """
     layer = Sums.of(spec, gpu)
-    fragments = _fragments(layer) if spec.dtype in gpu.matrix_types else ()
-    return ranked(layer, gpu, [*sensible(layer), *fragments])
+    fragments = _fragments(layer, gpu.ahead) if spec.dtype in gpu.matrix_types else ()
+    return ranked(layer, gpu, [*sensible(layer, gpu.ahead), *fragments])
 
 
 def ranked(layer: Sums, gpu: Gpu, tiles: Iterable[GpuTiles]) -> list[GpuEstimate]:
@@ -229,12 +231,19 @@ class Sums:
 
     def registers(self, t: GpuTiles) -> int:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
-        words = self.sum_bytes // 4
+        words, sharing = self.sum_bytes // 4, self.summed(t) if self.alike else 1
         sums = self.summed(t) * t.tile_m * t.tile_q
         if t.family == "matrix":  # and the fragments of factors: one of W
-            return (sums + (EDGE + t.tile_q) * EDGE * self.itemsize // 4) // WARP + 40
-        weights = t.tile_m * (self.summed(t) if self.alike else 1)
-        return words * (sums + weights + t.tile_q) + 32
+            return (sums + (EDGE + t.tile_q) * EDGE * self.itemsize // 4) // WARP + 40 + self.fetched(t)
+        return words * (sums + t.tile_m * sharing + t.tile_q) + 32 + self.fetched(t)
+
+    def fetched(self, t: GpuTiles) -> int:
+        """Registers of a thread for what it holds of the next chunk."""
+        if not t.ahead:
+            return 0
+        rows = t.channels * (self.summed(t) if self.alike else 1)
+        held = self.itemsize if t.family == "matrix" else self.held
+        return over(t.chunk * (t.positions + rows) * held, 4 * t.threads)
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory that a block uses."""
@@ -265,8 +274,11 @@ class Sums:
 _MOST_TOGETHER = 27
 
 
-def sensible(layer: Sums) -> Iterator[GpuTiles]:
-    """Yield tiles that fit the layer: powers of two, none twice as large as what there is to cover."""
+def sensible(layer: Sums, ahead: bool) -> Iterator[GpuTiles]:
+    """Yield tiles that fit the layer: powers of two, none twice as large as what there is to cover.
+
+    Some fetch chunks ``ahead``, where that is wanted and a tap has several.
+    """
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
     apart = _apart(layer)
     for threads_m, threads_q, tile_m, tile_q in product(_powers(64), _powers(256), _powers(8), _powers(8)):
@@ -279,8 +291,13 @@ def sensible(layer: Sums) -> Iterator[GpuTiles]:
             if not layer.taps or layer.c < 4:
                 continue
             if 64 <= threads <= 256 and threads_m >= 2:
-                for chunk in divisors(layer.c, 32)[-2:]:
+                chunks = divisors(layer.c, 32)
+                for chunk in chunks[-2:]:
                     yield GpuTiles("staged", lanes, threads_m, threads_q, tile_m, tile_q, chunk, 1, a)
+                # shorter ones too: registers hold them
+                for chunk in chunks[-4:] if ahead else ():
+                    if 4 <= chunk < layer.c:
+                        yield GpuTiles("staged", lanes, threads_m, threads_q, tile_m, tile_q, chunk, 1, a, ahead=True)
             for split in (2, 4, 8, 16):
                 even = layer.c % split == 0 and tile_m * tile_q % split == 0
                 if even and 64 <= threads * split <= 512:
@@ -300,8 +317,8 @@ _MOST_STAGED = 96
 _OWN_M, _OWN_Q, _MOST_OWN = (1, 2, 3, 4, 6, 8), (1, 2, 4), 16
 
 
-def _fragments(layer: Sums) -> Iterator[GpuTiles]:
-    """Yield tiles of whole fragments, for layers that are large enough to fill them."""
+def _fragments(layer: Sums, ahead: bool) -> Iterator[GpuTiles]:
+    """Yield tiles of whole fragments, for layers that are large enough to fill them; see `sensible`."""
     if not layer.taps or min(layer.m, layer.positions) < EDGE:
         return
     lanes: Literal["positions", "channels"] = "channels" if layer.channels_last else "positions"
@@ -316,6 +333,8 @@ def _fragments(layer: Sums) -> Iterator[GpuTiles]:
         # with gaps TVM would declare what the sums leave through once for each phase
         for apart in (each for each in _apart(layer) if not (each and layer.gaps)):
             yield GpuTiles("matrix", lanes, warps_m, warps_q, tile_m, tile_q, chunk, 1, apart)
+            if ahead and chunk < layer.c:
+                yield GpuTiles("matrix", lanes, warps_m, warps_q, tile_m, tile_q, chunk, 1, apart, ahead=True)
 
 
 def _positions_together(axis: Axis) -> int:
@@ -348,8 +367,10 @@ def _beyond(rows: int, length: int, turn: int) -> int:
 # the geometric mean, and 1.83 times at the most.
 
 # Issue slots of a load from shared memory, of one through the first cache, of computing where an element of X
-# is and whether, of waiting at two barriers, of an output, of a block.
+# is and whether, of two barriers and waiting for what is loaded between them, of an output, of a block.
 _SHARED_LOAD, _CACHED_LOAD, _ADDRESS, _BARRIERS, _OUTPUT, _BLOCK = 1.01, 3.9, 3.95, 22.9, 47.8, 64.5
+# The same of two barriers before which everything was loaded. Not fitted: no device has timed such kernels.
+_BARRIERS_ALONE = 12
 # The same of a fragment of 16-bit elements: four cycles of the banks and more, where a vector of a warp takes one.
 _FRAGMENT_LOAD = 4.85 * _SHARED_LOAD
 # How much faster than a warp alone could go its matrix instructions are, for they overlap.
@@ -359,7 +380,7 @@ _OVERLAP = 2.3
 _SERVES = {1: 8.0, 2: 8.0, 4: 1.93, 8: 0.834}
 # Warps that hide latency, of arithmetic on shared memory and of loads from further away; those of one block alone.
 _BUSY, _BUSY_LOADING, _BUSY_ALONE = 8.66, 14.0, 6.79
-# Registers that the compiler takes for each that is counted.
+# Registers that the compiler takes for each that is counted, but for those of the next chunk.
 _TAKEN = 1.28
 # How much faster the second cache is than memory; what share of direct loads the first one leaves to it.
 _L2, _MISSED = 2.6, 0.394
@@ -369,12 +390,16 @@ _REACHED = 0.587
 # counts of 21 baselines in float16 are as far from what an H100 measured as a factor of 1.37 (the root mean square of
 # the logarithms); 1.52 without.
 _LATENCY = 400
+# Cycles that a thread waits for one element of a phase apart, each of which is loaded behind a branch of its own: what
+# of the time that L30 took there multiplying does not explain.
+_ALONE = 160
 
 
 def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     blocks, registers, shared = layer.blocks(t), layer.registers(t), layer.shared(t)
     threads = t.threads
-    fit = min(gpu.resident // threads, gpu.register_file // (int(_TAKEN * registers) * threads) or 1)
+    taken = int(_TAKEN * (registers - layer.fetched(t))) + layer.fetched(t)
+    fit = min(gpu.resident // threads, gpu.register_file // (taken * threads) or 1)
     if shared:
         fit = min(fit, gpu.shared_file // shared)
     each = blocks / gpu.processors
@@ -387,14 +412,28 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
     # a block of the phase with the most taps may outlast all others
     alone = min(1.0, threads / gpu.warp / _BUSY_ALONE)
     computing = max(computing, threads * (most * step + rest) / (rate * alone))
-    if t.family == "matrix":
+    if t.chunk:
         turn, longest = (
-            threads * (steps * step + rest) / (rate * alone) + steps / t.chunk * _LATENCY for steps in (average, most)
+            threads * (steps * step + rest) / (rate * alone)
+            + _waits(layer, gpu, t, steps, threads * t.chunk * step / (rate * alone))
+            for steps in (average, most)
         )
         computing = max(computing, max(1.0, each / fit) * turn, longest)
     moving = _moving(layer, gpu, t, blocks)
     cycles = max(computing, moving) + 0.1 * min(computing, moving)
     return GpuEstimate(t, cycles, computing, moving, blocks, registers, layer.declared(t))
+
+
+def _waits(layer: Sums, gpu: Gpu, t: GpuTiles, steps: float, multiplying: float) -> float:
+    """Cycles that a block waits for the chunks of ``steps``, each of which takes so long to be multiplied."""
+    chunks = steps / t.chunk
+    if not t.ahead and t.family == "matrix":
+        return chunks * _LATENCY
+    if not t.ahead:
+        return chunks * over(t.chunk * t.positions, t.threads) * _ALONE if t.apart and gpu.ahead else 0.0
+    # a tap's first, and of the others what multiplying the one before does not cover
+    first = steps / layer.c
+    return first * _LATENCY + (chunks - first) * max(0.0, _LATENCY - multiplying)
 
 
 def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
@@ -415,7 +454,8 @@ def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
         step *= (gpu.lanes / gpu.matrix * wide / WARP / _OVERLAP) if own_units else 1 / WARP
         load = _FRAGMENT_LOAD * wide / _SHARED_LOAD
         weights, elements = load * rows / EDGE / EDGE, load * t.tile_q / EDGE / EDGE
-    return step + _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + _BARRIERS / t.chunk)
+    barriers = _BARRIERS_ALONE if t.ahead else _BARRIERS
+    return step + _SHARED_LOAD * (weights + elements) + t.split * (copied / t.threads + barriers / t.chunk)
 
 
 def _rest(layer: Sums, t: GpuTiles) -> float:

@@ -23,7 +23,7 @@ def gpu_candidates(gradient: Gradient, gpu: Gpu) -> list[GpuEstimate]:
     """Every sensible choice of tiles within the limits of ``gpu``, best first; never empty, and deterministic."""
     sums = _sums(gradient)
     choose: dict[str, Callable[[Gradient, Sums], Iterator[GpuTiles]]] = {
-        "x": lambda _, sums: sensible(sums),
+        "x": lambda _, sums: sensible(sums, ahead=False),
         "w": _of_weight,
         "b": _of_bias,
     }

@@ -387,7 +387,7 @@ def test_a_stale_or_foreign_record_is_refused(measured: tuple[Path, Path], own: 
         ({"threads_q": 257}, r"they are none of the 13 choices that keep to the limits of cuda:sm_90"),
         ({"apart": 0}, "they are none of the 13 choices"),
         ({"family": "mystic"}, "they are none of the 13 choices"),
-        ({"colour": 1}, "their fields are apart, chunk, colour, family"),
+        ({"colour": 1}, "their fields are ahead, apart, chunk, colour, family"),
     ],
 )
 def test_tiles_that_are_no_candidate_are_illegal(change: dict[str, Any], words: str) -> None:
