@@ -386,7 +386,7 @@ _TAKEN = 1.28
 _L2, _MISSED = 2.6, 0.394
 # What of the memory's bandwidth kernels reach: a copy reaches 0.73.
 _REACHED = 0.587
-# Cycles that a block waits for the next chunk of what matrix instructions multiply, whoever else computes. With it, the
+# Cycles that a block waits for a chunk, whoever else computes. With it, where matrix instructions multiply, the
 # counts of 21 baselines in float16 are as far from what an H100 measured as a factor of 1.37 (the root mean square of
 # the logarithms); 1.52 without.
 _LATENCY = 400
@@ -427,13 +427,14 @@ def _estimate(layer: Sums, gpu: Gpu, t: GpuTiles) -> GpuEstimate:
 def _waits(layer: Sums, gpu: Gpu, t: GpuTiles, steps: float, multiplying: float) -> float:
     """Cycles that a block waits for the chunks of ``steps``, each of which takes so long to be multiplied."""
     chunks = steps / t.chunk
-    if not t.ahead and t.family == "matrix":
+    if t.ahead:
+        # a tap's first, and of the others what multiplying the one before does not cover
+        first = steps / layer.c
+        return first * _LATENCY + (chunks - first) * max(0.0, _LATENCY - multiplying)
+    if t.family == "matrix":
         return chunks * _LATENCY
-    if not t.ahead:
-        return chunks * over(t.chunk * t.positions, t.threads) * _ALONE if t.apart and gpu.ahead else 0.0
-    # a tap's first, and of the others what multiplying the one before does not cover
-    first = steps / layer.c
-    return first * _LATENCY + (chunks - first) * max(0.0, _LATENCY - multiplying)
+    more = over(t.chunk * t.positions, t.threads) - 1
+    return chunks * (_LATENCY + more * _ALONE) if t.apart and gpu.ahead else 0.0
 
 
 def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
