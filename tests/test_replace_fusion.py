@@ -286,6 +286,39 @@ def test_a_pattern_that_begins_with_a_product_is_that_pattern() -> None:
     assert (fusion.affine, fusion.activation.name, len(fusion.nodes)) == (None, "sigmoid", 4)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ([1e38, 1e-30], 0),
+        ([1e-38, 1e38], 0),
+        ([1e20, 1e20, 1e-30], 1),
+        ([1e-20, 1e-20, 1e30], 1),
+        ([1e20, 1e-30, 1e20], 3),
+        ([0.0, 1e20], 2),
+        ([2.0**120, 2.0**-120], 0),
+    ],
+)
+@pytest.mark.parametrize("then", [[], ["Relu"]])
+def test_scales_between_which_numbers_overflow_or_vanish_stay(numbers: list[float], kept: int, then: list[str]) -> None:
+    operators = ["Mul"] * len(numbers) + then
+    names = ["up", *(f"v{i}" for i in range(1, len(operators))), "y"]
+    after = [node(op, names[i], *([f"n{i}"] if op == "Mul" else []), names[i + 1]) for i, op in enumerate(operators)]
+    fusion = found(after, {f"n{i}": scalar(number) for i, number in enumerate(numbers)})
+    fused = operators if kept == len(numbers) else operators[:kept]
+    assert [n.op_type for n in fusion.nodes] == fused
+
+
+def test_numbers_added_that_overflow_together_stay() -> None:
+    after = [node("Add", "up", "p", "s"), node("Add", "s", "p", "t"), node("Mul", "t", "q", "y")]
+    assert not found(after, {"p": scalar(3e38), "q": scalar(1e-30)}).nodes
+
+
+def test_a_product_behind_an_activation_in_which_numbers_overflow_stays() -> None:
+    after = [node("Relu", "up", "r"), node("Mul", "r", "large", "s"), node("Mul", "s", "little", "y")]
+    fusion = found(after, {"large": scalar(2.0**120), "little": scalar(2.0**-120)})
+    assert [n.op_type for n in fusion.nodes] == ["Relu"]
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_weights_that_multiply_too(groups: int) -> None:
     scale, shift = np.array([2.0, 3, 0, -1, 1, 4]), np.arange(6.0)

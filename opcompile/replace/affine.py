@@ -21,6 +21,9 @@ Array = NDArray[Any]
 # The opset from which on a BatchNormalization with one output is an inference: earlier ones ask is_test.
 _INFERRING = 7
 
+# What constants may multiply by, and the most that they may add: it leaves to numbers of 1e-8 to 1e8 float32's range.
+_LEAST, _LARGEST = 2.0**-100, 2.0**100
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Affine:
@@ -44,6 +47,10 @@ class Affine:
             self.roundings + first.roundings,
         )
 
+    def is_ordinary(self) -> bool:
+        """Whether what passes here is of an ordinary size: what comes after could undo that, but not in float32."""
+        return is_ordinary(self.scale) and bool(np.all(self.reach <= _LARGEST))
+
     def folded(self, w: Array, b: Array | None, groups: int) -> tuple[Array, Array | None] | None:
         """Return canonical weights ``(C, M/g, ...)`` and a bias that compute it too; no bias where none is needed.
 
@@ -59,6 +66,12 @@ class Affine:
             return None
         bias = None if b is None and not shift.any() else shift.astype(np.float32)
         return weights.astype(np.float32), bias
+
+
+def is_ordinary(constants: Array) -> bool:
+    """Whether float32 holds what these make of numbers of ordinary sizes; 0 makes 0."""
+    sizes = np.abs(constants)
+    return bool(np.all((sizes == 0) | ((sizes >= _LEAST) & (sizes <= _LARGEST))))
 
 
 def affine(model: Model, graph: Graph, value: str, channels: int) -> tuple[onnx.NodeProto, Affine] | None:

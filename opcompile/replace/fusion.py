@@ -25,7 +25,7 @@ from onnx import helper
 from opcompile.errors import SpecError
 from opcompile.importers.folding import DOMAINS
 from opcompile.reference import activate, activated
-from opcompile.replace.affine import Affine, affine
+from opcompile.replace.affine import Affine, affine, is_ordinary
 from opcompile.replace.model import Graph, Model
 from opcompile.spec import ACTIVATIONS, Activation
 
@@ -102,7 +102,10 @@ def fuse(model: Model, graph: Graph, output: str, channels: int) -> Fusion:
     region, activation = _activation(model, graph, output)
     while not region and (found := affine(model, graph, output, channels)) is not None:
         node, one = found
-        whole = one if whole is None else one.after(whole)
+        one = one if whole is None else one.after(whole)
+        if not one.is_ordinary():
+            break
+        whole = one
         nodes.append(node)
         output = node.output[0]
         region, activation = _activation(model, graph, output)
@@ -178,7 +181,7 @@ def _activated(single: Activation, given: _Computed) -> _Computed:
 
 def _constant(model: Model, graph: Graph, name: str) -> _Computed | None:
     scalar = _scalar(model, graph, name)
-    return None if scalar is None else _Computed.constant(scalar)
+    return None if scalar is None or not is_ordinary(scalar) else _Computed.constant(scalar)
 
 
 def _scalar(model: Model, graph: Graph, name: str) -> Array | None:
