@@ -62,7 +62,7 @@ def require_outside(place: Path) -> None:
     """Raise `ArtifactError` if ``place`` is inside of an artifact, which holds its own files and no others."""
     for folder in place.resolve().parents:
         if _listed(folder):
-            raise ArtifactError(f"{place} is inside of the artifact {folder}; name a directory beside it")
+            raise ArtifactError(f"{place} is inside of the artifact {folder}; name a place beside it")
 
 
 def _listed(place: Path) -> set[str]:

@@ -40,7 +40,7 @@ from opcompile.index import INDEX, begin_index, directory_names, require_place, 
 from opcompile.lower import Lowered, PlanName, lower
 from opcompile.lower_gpu import LoweredGpu, lower_gpu
 from opcompile.manifest import MANIFEST, fingerprint, parse_manifest
-from opcompile.paths import checked_path, scratch
+from opcompile.paths import checked_path, require_unread, scratch
 from opcompile.runtime import Artifact, load_any
 from opcompile.simulate import simulated
 from opcompile.source import Layer, Source, read
@@ -311,6 +311,8 @@ def compile_all(
     else:
         require_outside(place)
         require_place(place, names)
+        for name in names:
+            require_unread(place / name, [given.text])
     _require_writable(place, inside=not alone)
     lowered: dict[ConvTranspose3d, AnyLowered] = {}
     built: list[Built] = []

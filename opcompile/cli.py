@@ -21,7 +21,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -243,9 +243,9 @@ def run(
     from opcompile.runtime import Artifact, load_any
     from opcompile.runtime_cuda import CudaArtifact
 
-    _require_place(y_path)
-    artifact: Any = load_any(_one_artifact(directory), threads=threads)
     paths = {"dy": dy_path, "x": x_path, "w": w_path, "b": b_path, "y": output_path}
+    _require_place(y_path, *filter(None, paths.values()))
+    artifact: Any = load_any(_one_artifact(directory), threads=threads)
     arrays: dict[str, Any] = {name: _read_array(path, artifact.spec.dtype) for name, path in paths.items() if path}
     if isinstance(artifact, (Artifact, CudaArtifact)):
         if extra := arrays.keys() & {"dy", "y"}:
@@ -469,11 +469,11 @@ def bench(
 
     if markdown and as_json:
         raise click.UsageError("--markdown and --json are two forms of one result; choose one")
-    for path in filter(None, (save, picture)):
-        _require_place(path)
     if picture:
         require(picture)
     layers = _layers(sources, tags, nodes, shapes)
+    for path in filter(None, (save, picture)):
+        _require_place(path, *_files(sources))
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
@@ -571,6 +571,7 @@ def export(source: str, path: str, opset: int | None, nodes: tuple[str, ...], sh
 
     opset = DEFAULT_OPSET if opset is None else opset
     layer, spec = read(source, nodes, shapes).only()
+    _require_place(path, *_files([source]))
     written = export_onnx(spec, path, opset=opset, weight=layer.weight, bias=layer.bias)
     content = {"output": str(written), "spec": str(spec), "opset": opset}
     print_result(as_json, content, lambda: [f"{written}: {spec}"])
@@ -915,14 +916,29 @@ def _write_array(path: str, array: NDArray[Any]) -> None:
         raise CallError(f"cannot write {path}: {reason}; name a file in a directory that is yours") from error
 
 
-def _require_place(path: str) -> None:
-    """Raise `CallError` where a file that is written after long work could not be."""
+def _require_place(path: str, *read: str | Path) -> None:
+    """Raise `CallError` where a file that is written after long work could not be, or were one of those ``read``."""
+    from opcompile.atomic import require_outside
+    from opcompile.paths import require_unread
+
     if Path(path).is_dir():
         raise CallError(f"cannot write {path}: it is a folder; name a file")
     if not Path(path).parent.is_dir():
         raise CallError(f"cannot write {path}: there is no such folder; name a file in one that exists and is yours")
     if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
         raise CallError(f"cannot write {path}: that is not permitted; name a file in a folder that is yours")
+    require_outside(Path(path))
+    require_unread(Path(path), read)
+
+
+def _files(sources: Iterable[str]) -> Iterator[Path]:
+    """Yield the files of those ``sources`` that are models, once they were read; with them what lies beside ONNX's."""
+    from opcompile.replace.model import Model
+
+    for path in map(Path, filter(os.path.isfile, sources)):
+        yield path
+        if path.suffix not in (".pt2", ".keras"):
+            yield from (path.parent / name for name in Model.read(path).external_files())
 
 
 # --- what is said beside the result ---

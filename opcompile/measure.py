@@ -24,8 +24,9 @@ from opcompile.cuda_driver import Device, device, require_runs_on
 from opcompile.errors import ArtifactError, OpcompileError, RecordError, TargetError
 from opcompile.farm import Farm
 from opcompile.gpus import gpu_target
-from opcompile.job import Candidate, Job, LayerJob
+from opcompile.job import JOB, Candidate, Job, LayerJob
 from opcompile.manifest import parse_manifest, read_manifest
+from opcompile.paths import require_unread
 from opcompile.record import write_atomically
 from opcompile.trials import (
     FINAL_SAMPLES,
@@ -64,10 +65,12 @@ def measure(
 
     Raises `ArtifactError` for a directory that is no job, `TargetError` where there is no GPU (or no server), one that
     cannot run the candidates, or what every candidate needs is missing (memory, a file as it was, `apache-tvm-ffi`, for
-    bfloat16 ml_dtypes), `RecordError` where nothing can be written.
+    bfloat16 ml_dtypes), `RecordError` where nothing can be written,
+    `CallError` where ``output`` is the job's own list.
     """
     home = Path(directory).absolute()
     job = Job.read(home)
+    require_unread(Path(output), [home / JOB])
     machine = on or Machine.of(None)
     require_runs_on(gpu_target(job.target).archs, machine.device, f"each candidate in {home}")
     for layer in job.layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,6 +36,15 @@ def checked_path(given: object, name: str) -> Path:
                 "name a shorter one"
             ) from error
     return path
+
+
+def require_unread(place: Path, read: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise `CallError` where what takes ``place``, a file or a directory, would take the place of what is ``read``."""
+    if not place.exists():
+        return
+    for given in map(Path, read):
+        if given.exists() and any(place.samefile(path) for path in (given, *given.resolve().parents)):
+            raise CallError(f"cannot write {place}: {given} is read, and would be lost; name another place")
 
 
 @contextmanager

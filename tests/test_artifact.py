@@ -665,7 +665,7 @@ def test_another_artifact_in_its_place_is_named_as_such(
 
 def test_nothing_is_written_inside_of_an_artifact(lowered: dict[ConvTranspose3d, Lowered], copy: Path) -> None:
     for place in (copy / "inner", copy / "far" / "inner"):
-        with pytest.raises(ArtifactError, match=r"is inside of the artifact .*copy; name a directory beside it"):
+        with pytest.raises(ArtifactError, match=r"is inside of the artifact .*copy; name a place beside it"):
             write(lowered[ONE], place)
     with pytest.raises(ArtifactError, match="is inside of the artifact"):
         compile_all(Path(__file__).parent / "models" / "unet.onnx", copy / "inner")

@@ -184,6 +184,13 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         (["{layer}", "--x", "{tmp}/many.npz", "-o", "{tmp}/y.npy"], 2, ["several arrays"]),
         (["{layer}", "--x", "{tmp}/none.npy", "-o", "{tmp}/none/y.npy"], 2, ["cannot write {tmp}/none/y.npy"]),
         (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["opcompile: --w is missing"]),
+        (
+            ["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/x.npy"],
+            2,
+            ["cannot write {tmp}/x.npy: {tmp}/x.npy is read, and would be lost; name another"],
+        ),
+        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/link.npy"], 2, ["link.npy: {tmp}/x.npy is read"]),
+        (["{layer}", "--x", "{tmp}/x.npy", "-o", "{layer}/manifest.json"], 2, ["inside of the artifact", "beside it"]),
         (["{layer}", "--x", "{tmp}/wrong.npy", "-o", "{tmp}/y.npy"], 2, ["x has shape"]),
         (["{layer}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy", "--threads", "0"], 2, ["--threads"]),
         (["{model}", "--x", "{tmp}/x.npy", "-o", "{tmp}/y.npy"], 2, ["artifacts of a model", "node_convolution_1"]),
@@ -225,12 +232,18 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--at-least", "nan"], 2, ["--at-least", "finite"]),
         ([LAYER, "--save", "{tmp}/none/f.json"], 2, ["cannot write {tmp}/none/f.json", "no such folder"]),
         ([LAYER, "--save", "{tmp}"], 2, ["cannot write {tmp}", "is a folder"]),
+        ([LAYER, "--save", "{layer}/report.json"], 2, ["inside of the artifact"]),
+        (["{tmp}/held.onnx", "--save", "{tmp}/held.onnx"], 2, ["{tmp}/held.onnx is read"]),
+        (["{tmp}/held.onnx", "--save", "{tmp}/held.data"], 2, ["{tmp}/held.data is read"]),
         ([LAYER, "--plot", "{tmp}/none/f.svg"], 2, ["cannot write {tmp}/none/f.svg", "no such folder"]),
     ],
     "export": [
         (["no-such-case", "-o", "{tmp}/a.onnx"], 2, ["no-such-case"]),
         ([LAYER, "-o", "{tmp}/none/a.onnx"], 2, ["none/a.onnx"]),
         ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "3"], 2, ["opset 3"]),
+        (["{tmp}/held.onnx", "-o", "{tmp}/held.onnx"], 2, ["{tmp}/held.onnx is read"]),
+        (["{tmp}/held.onnx", "-o", "{tmp}/held.data"], 2, ["{tmp}/held.data is read"]),
+        ([LAYER, "-o", "{layer}/model.onnx"], 2, ["inside of the artifact"]),
         ([LAYER, "-o", "{tmp}/a.onnx", "--opset", "0"], 2, ["opset 0"]),
         (["{models}/unet.onnx", "-o", "{tmp}/a.onnx"], 2, ["has 2 such nodes", "--node"]),
     ],
@@ -287,6 +300,8 @@ def test_a_mistake_has_a_code_and_a_message_and_no_traceback(
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:200])
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     np.savez(tmp_path / "many.npz", a=np.zeros(1))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    onnx.save(upsampling(), tmp_path / "held.onnx", save_as_external_data=True, location="held.data", size_threshold=0)
     places = {"tmp": tmp_path, "models": MODELS, "layer": folder / "layer", "model": folder / "model"}
     filled = [arg.format(**places) for arg in args]
     # JSON or not, stdout stays empty

@@ -951,6 +951,22 @@ def test_bad_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_not_replaced_where_it_lies(tmp_path: Path) -> None:
+    """Of a node that was not chosen, say: the library of those replaced before would be gone."""
+    model = model_of(
+        [helper.make_node("ConvTranspose", [x, "w"], [y], name=y, strides=[2, 2, 2]) for x, y in ("xt", "ty")],
+        [value("x", (1, 2, 3, 3, 3))],
+        [value("y", None)],
+        initializers=[numpy_helper.from_array(integers((2, 2, 2, 2, 2), 1), "w")],
+    )
+    report = opcompile.replace(saved(model, tmp_path), tmp_path / "out", nodes=["t"], verify=False, measure=False)
+    assert [node.status for node in report.nodes] == ["replaced", "refused"]
+    before = (tmp_path / "out" / "model.onnx").read_bytes()
+    with pytest.raises(CallError, match=r"cannot write .*out: .*model\.onnx is read, and would be lost; name another"):
+        opcompile.replace(tmp_path / "out" / "model.onnx", tmp_path / "out", verify=False, measure=False)
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == before
+
+
 def test_what_cannot_be_looked_into_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "locked").mkdir(parents=True)
     look = os.scandir

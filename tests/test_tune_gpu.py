@@ -27,7 +27,7 @@ from opcompile import build, record
 from opcompile._journal import Journal
 from opcompile.cli import cli
 from opcompile.cuda_driver import Gpu
-from opcompile.errors import ArtifactError, EngineError, RecordError, SpecError, TargetError
+from opcompile.errors import ArtifactError, CallError, EngineError, RecordError, SpecError, TargetError
 from opcompile.gpus import gpu_target
 from opcompile.job import Job
 from opcompile.lower_gpu import choose, declaration_hash
@@ -279,6 +279,8 @@ def test_where_nothing_can_be_measured_the_error_says_why(
     gpu.setenv("STUB_CAPABILITY", "9.0")
     with pytest.raises(ArtifactError, match=r"has no job\.json"):
         measure(tmp_path, output)
+    with pytest.raises(CallError, match=r"job\.json is read, and would be lost"):
+        measure(tmp_path / "job", tmp_path / "job" / "job.json")
     (first, second) = sorted(tmp_path.glob("job/*/*"))[:2]
     shutil.rmtree(first)
     shutil.copytree(second, first)

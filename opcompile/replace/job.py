@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import opcompile
 from opcompile.errors import CallError, EngineError, OpcompileError, TargetError
 from opcompile.machine import processor, system
+from opcompile.paths import require_unread
 from opcompile.replace import sessions
 from opcompile.replace.library import Kernel, Operator, build, compiled, in_one_domain
 from opcompile.replace.model import Model
@@ -74,6 +75,7 @@ class Job:
         machine = named(self.target)
         require_plan(self.plan)
         require_place(self.into)
+        require_unread(self.into, [self.model])
         threads = self._threads()
         not_asked = self._not_asked(machine)
         found, kernels = self._best(machine, threads, not_asked)
