@@ -15,6 +15,7 @@ from pathlib import Path
 from opcompile.errors import ArtifactError
 from opcompile.index import INDEX, LEFT_BY_BROWSERS
 from opcompile.manifest import FORMAT, MANIFEST, identity
+from opcompile.paths import read_file
 
 
 def new_beside(place: Path) -> Path:
@@ -68,7 +69,7 @@ def require_outside(place: Path) -> None:
 def _listed(place: Path) -> set[str]:
     """Return the files that the manifest of an artifact lists; none where there is no such manifest."""
     try:
-        manifest = json.loads((place / MANIFEST).read_bytes())
+        manifest = json.loads(read_file(place / MANIFEST))
         return set(manifest["files"]) if manifest["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opcompile.bounds import matrices_sum_in, pairs_sum_in, sums_of
-from opcompile.errors import ArtifactError
 from opcompile.gpus import GpuTarget
-from opcompile.manifest import MANIFEST, REPORT, parse_manifest
-from opcompile.paths import checked_path
+from opcompile.manifest import REPORT, parse_manifest, read_manifest
+from opcompile.paths import checked_path, read_file
 from opcompile.source import brief
 from opcompile.spec import AXIS_NAMES, Axis, ConvTranspose3d, require_layer
 from opcompile.target import any_target
@@ -223,19 +222,15 @@ class Contents:
 def contents(directory: str | os.PathLike[str]) -> Contents:
     """Read the artifact in ``directory``, for whatever machine it was made. Raises `ArtifactError`."""
     place = checked_path(directory, "directory")
-    try:
-        manifest = parse_manifest((place / MANIFEST).read_bytes(), place)
-    except OSError as error:
-        what = "is not an artifact: it has no manifest.json" if place.is_dir() else "is not there"
-        raise ArtifactError(f"{place} {what}; name a directory that `opcompile compile` wrote") from error
+    manifest = parse_manifest(read_manifest(place), place)
     states = {name: _state(place / name, entry["sha256"]) for name, entry in manifest["files"].items()}
-    report = json.loads((place / REPORT).read_bytes()) if states.get(REPORT) == "ok" else None
+    report = json.loads(read_file(place / REPORT)) if states.get(REPORT) == "ok" else None
     return Contents(place, manifest, states, report)
 
 
 def _state(path: Path, digest: str) -> str:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError:
         return "missing"
     return "ok" if hashlib.sha256(content).hexdigest() == digest else "changed"

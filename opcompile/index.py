@@ -19,7 +19,7 @@ from typing import Any
 
 from opcompile.digest import digest
 from opcompile.errors import ArtifactError
-from opcompile.paths import checked_path, discard
+from opcompile.paths import checked_path, discard, read_file
 
 INDEX = "index.json"
 FORMAT = "opcompile-index"
@@ -130,7 +130,7 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Listed]:
             )
         return {place.name or str(place): Listed(place)}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
         known = content["format"], content["version"]
         compiled = [each for each in content["layers"] if each["directory"]]
         listed = {str(each["name"]): (each["directory"], str(each.get("fingerprint"))) for each in compiled}
@@ -156,6 +156,6 @@ def artifacts(directory: str | os.PathLike[str]) -> dict[str, Listed]:
 
 def _is_replaced(place: Path) -> bool:
     try:
-        return bool(json.loads((place / "report.json").read_bytes())["format"] == REPLACED)
+        return bool(json.loads(read_file(place / "report.json"))["format"] == REPLACED)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

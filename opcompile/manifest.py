@@ -21,7 +21,7 @@ from opcompile.digest import digest
 from opcompile.errors import ArtifactError
 from opcompile.gradients.gradient import WRT
 from opcompile.index import INDEX
-from opcompile.paths import checked_path
+from opcompile.paths import checked_path, open_file, read_file
 from opcompile.tensors import aligned
 
 FORMAT = "opcompile-artifact"
@@ -74,7 +74,7 @@ def read_manifest(directory: Path) -> bytes:
     patience, written = time.monotonic() + 1, False
     while True:
         try:
-            return (directory / MANIFEST).read_bytes()
+            return read_file(directory / MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             if written or time.monotonic() > patience:
                 break
@@ -166,7 +166,7 @@ def open_checked(directory: Path, manifest: dict[str, Any], name: str) -> Binary
     entry, found = manifest["files"][name], hashlib.sha256()
     try:
         with ExitStack() as on_error:
-            file = on_error.enter_context((directory / name).open("rb"))
+            file = on_error.enter_context(open_file(directory / name))
             while part := file.read(_PART):
                 found.update(part)
             if file.tell() != entry["bytes"] or found.hexdigest() != entry["sha256"]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from opcompile.errors import CallError, EngineError
 
@@ -45,6 +47,21 @@ def require_unread(place: Path, read: Iterable[str | os.PathLike[str]]) -> None:
     for given in map(Path, read):
         if given.exists() and any(place.samefile(path) for path in (given, *given.resolve().parents)):
             raise CallError(f"cannot write {place}: {given} is read, and would be lost; name another place")
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises `OSError`, for what is no regular file too: a pipe would wait for a writer."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_file(path: Path) -> bytes:
+    """Return what is in a file. Raises `OSError` as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
 
 
 @contextmanager

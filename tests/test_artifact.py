@@ -12,6 +12,7 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,10 @@ import pytest
 import opcompile
 from opcompile import artifact, runtime
 from opcompile.artifact import add_report, write
+from opcompile.atomic import require_replaceable
 from opcompile.build import compile_all
 from opcompile.cases import tagged
+from opcompile.describe import contents
 from opcompile.digest import digest
 from opcompile.errors import (
     ArtifactError,
@@ -44,6 +47,7 @@ from opcompile.golden import golden_values, w_amplitude
 from opcompile.gradients.artifact import header as header_of_derivative
 from opcompile.gradients.gradient import Gradient
 from opcompile.header import header
+from opcompile.index import artifacts
 from opcompile.link import link
 from opcompile.lower import Lowered, lower
 from opcompile.manifest import MANIFEST, REPORT, read_manifest
@@ -360,6 +364,32 @@ def test_a_damaged_file_is_named(copy: Path, suffix: str, damage: str) -> None:
             load(copy)
         path.write_bytes(content)
     assert holds(load(copy))
+
+
+def too_late(_number: int, _frame: object) -> None:
+    raise AssertionError("it waits for somebody who writes")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "golden.npz", REPORT])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(10)
+    try:
+        assert list(artifacts(copy)) == ["copy"]
+        with pytest.raises(ArtifactError, match=f"{name} cannot be read: not a regular file"):
+            load(copy)
+        if name == MANIFEST:
+            with pytest.raises(ArtifactError, match="cannot be read: not a regular file"):
+                contents(copy)
+            with pytest.raises(ArtifactError, match="is not an artifact"):
+                require_replaceable(copy)
+        else:
+            assert not contents(copy).whole
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_without_checks_what_is_loaded_is_checked_still(copy: Path) -> None:

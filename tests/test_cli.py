@@ -937,7 +937,7 @@ def test_inspect_names_every_artifact_that_is_gone_and_shows_the_others(folder: 
     content = json.loads(result.stdout)
     assert not content["whole"]
     assert {name for name, held in content["artifacts"].items() if "reason" not in held} == set(others)
-    assert f"{gone}: {out / gone} is not there" in invoke("inspect", out).stdout
+    assert f"{gone}: {out / gone} does not exist" in invoke("inspect", out).stdout
 
 
 def swap(one: Path, other: Path, aside: Path) -> None:

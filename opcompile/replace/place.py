@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opcompile.atomic import new_beside, put, require_elsewhere, require_room
 from opcompile.errors import ArtifactError
+from opcompile.paths import read_file
 from opcompile.replace.report import FORMAT
 
 REPORT = "report.json"
@@ -58,7 +59,7 @@ def require_replaceable(place: Path) -> None:
     if not place.is_dir():
         raise ArtifactError(f"{place} is a file, and a model is replaced into a directory; name another place")
     try:
-        report = json.loads((place / REPORT).read_bytes())
+        report = json.loads(read_file(place / REPORT))
         ours = {REPORT, *report["files"]} if report["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
