@@ -881,11 +881,14 @@ def _read_array(path: str, dtype: str) -> NDArray[Any]:
     import numpy as np
     from numpy.lib.format import MAGIC_PREFIX
 
+    from opcompile.paths import open_file
+
     try:
-        with open(path, "rb") as file:
+        with open_file(Path(path)) as file:
             begins = file.read(len(MAGIC_PREFIX))
-        # of what begins otherwise NumPy says that it were pickled
-        array: NDArray[Any] | None = np.load(path, allow_pickle=False) if begins == MAGIC_PREFIX else None
+            file.seek(0)
+            # of what begins otherwise NumPy says that it were pickled
+            array: NDArray[Any] | None = np.load(file, allow_pickle=False) if begins == MAGIC_PREFIX else None
     except (ValueError, EOFError) as error:
         if "Object arrays" in str(error):
             raise CallError(f"{path} holds Python objects, not numbers; save it again, by astype({dtype!r})") from error

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from opcompile.errors import RecordError, SpecError, TargetError
 from opcompile.gpus import BF16, GpuTarget
+from opcompile.paths import read_file
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, any_target
 from schedules.division import over, up
@@ -261,7 +262,7 @@ def _refuse(path: Path, rule: str, kind: str = "record", way_out: str = _WAY_OUT
 def read_object(path: Path, kind: str = "record", way_out: str = _WAY_OUT) -> dict[str, Any]:
     """Return the object in a JSON file, a ``kind`` of one. Raises `RecordError`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        content = json.loads(read_file(path).decode(), parse_constant=_no_constant)
     except OSError as error:
         _refuse(path, f"reading it failed: {error.strerror}", kind, way_out)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them

@@ -178,6 +178,11 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
             ["text.onnx is not a NumPy array file (.npy); write"],
         ),
         (["{layer}", "--x", "{tmp}", "-o", "{tmp}/y.npy"], 2, ["{tmp}"]),
+        (
+            ["{layer}", "--x", "{tmp}/pipe", "-o", "{tmp}/y.npy"],
+            2,
+            ["cannot read {tmp}/pipe: not a regular file; name"],
+        ),
         (["{layer}", "--x", "{tmp}/pickled.npy", "-o", "{tmp}/y.npy"], 2, ["pickled.npy holds Python objects, not"]),
         (["{layer}", "--x", "{tmp}/cut.npy", "-o", "{tmp}/y.npy"], 2, ["cut.npy is damaged, not a whole NumPy array"]),
         (["{layer}", "--x", "{tmp}/cut.npz", "-o", "{tmp}/y.npy"], 2, ["cut.npz is an archive"]),
@@ -203,6 +208,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
         ([LAYER, "--absorb", "{tmp}/r.json"], 2, ["SOURCE", "--absorb", "not both"]),
         (["--absorb", "{tmp}/r.json", "--emit", "{tmp}/job"], 2, ["--emit"]),
         (["--absorb", "{tmp}/none.json"], 2, ["none.json"]),
+        (["--absorb", "{tmp}/pipe"], 2, ["pipe", "not a regular file"]),
         (["--absorb", "{tmp}/text.onnx"], 2, ["text.onnx", "not JSON"]),
         ([LAYER, "--emit", "{tmp}/job"], 3, ["'llvm' is no GPU"]),
         ([LAYER, "--emit", "{tmp}/job", "--target", "metal:apple-m1"], 3, ["metal:apple-m1 cannot be timed"]),
@@ -249,6 +255,7 @@ MISTAKES: dict[str, list[tuple[list[str], int, list[str]]]] = {
     ],
     "replace": [
         (["{tmp}/none.onnx", "-o", "{tmp}/out"], 2, ["none.onnx", "name an ONNX file"]),
+        (["{tmp}/pipe", "-o", "{tmp}/out"], 2, ["cannot read {tmp}/pipe: not a regular file; name an ONNX file"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", "x"], 2, ["--shape", "NAME=NxCxDxHxW"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--shape", f"x=1x{'9' * 5000}"], 2, ["NAME=NxCxDxHxW"]),
         (["{models}/unet.onnx", "-o", "{tmp}/out", "--node", "nothing"], 2, ["nothing", "it has: node_convolution"]),
@@ -301,6 +308,7 @@ def test_a_mistake_has_a_code_and_a_message_and_no_traceback(
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     np.savez(tmp_path / "many.npz", a=np.zeros(1))
     (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    os.mkfifo(tmp_path / "pipe")
     onnx.save(upsampling(), tmp_path / "held.onnx", save_as_external_data=True, location="held.data", size_threshold=0)
     places = {"tmp": tmp_path, "models": MODELS, "layer": folder / "layer", "model": folder / "model"}
     filled = [arg.format(**places) for arg in args]

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnx import helper
 
 from opcompile.errors import CallError, ModelError, first_words
-from opcompile.paths import checked_path
+from opcompile.paths import checked_path, read_file
 
 Shapes = Mapping[str, Sequence[int | str]]
 
@@ -42,7 +42,7 @@ def read_model(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tupl
         return _parse(source, "these bytes"), None
     path = checked_path(source, "the model")
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}; name an ONNX file") from error
     return _parse(data, str(path)), path.parent
