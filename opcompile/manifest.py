@@ -83,7 +83,10 @@ def read_manifest(directory: Path) -> bytes:
             written = not any(directory.parent.glob(f".{escape(directory.name)}.*"))
             time.sleep(0 if written else 0.005)
         except OSError as error:
-            raise ArtifactError(f"{directory / MANIFEST} cannot be read: {error.strerror}") from error
+            raise ArtifactError(
+                f"{directory / MANIFEST} cannot be read: {error.strerror}; "
+                "name a directory that `opcompile compile` wrote"
+            ) from error
     if (directory / INDEX).is_file():
         raise ArtifactError(f"{directory} holds the artifacts of a model; name one of them, like {directory}/<node>")
     what = "has no manifest.json, so it is not an artifact" if directory.exists() else "does not exist"

@@ -702,6 +702,12 @@ def test_nothing_is_written_inside_of_an_artifact(lowered: dict[ConvTranspose3d,
     write(lowered[ONE], copy)
 
 
+def test_the_model_of_an_artifact_is_not_compiled_into_its_place(copy: Path, tmp_path: Path) -> None:
+    model = copy.rename(copy.with_name("ConvTranspose_0")) / "model.onnx"
+    with pytest.raises(CallError, match=r"cannot write .*ConvTranspose_0: .*model\.onnx is read, and would be lost"):
+        compile_all(model, tmp_path)
+
+
 def test_reports_from_many_threads(copy: Path) -> None:
     barrier = threading.Barrier(4)
 
