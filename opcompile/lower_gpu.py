@@ -6,7 +6,7 @@ import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -99,7 +99,7 @@ def choose(spec: ConvTranspose3d, target: GpuTarget, plan: PlanName) -> tuple[Gp
     estimate = gpu.baseline(spec, target.gpu)
     tiles = estimate.tiles
     why = (*estimate.why(target.unit(spec.dtype)), *unused_flags(spec, target, tiles))
-    return tiles, Plan("baseline", tiles.family, asdict(tiles), why, None)
+    return tiles, Plan("baseline", tiles.family, tiles.fields(), why, None)
 
 
 def unused_flags(spec: ConvTranspose3d, target: GpuTarget, tiles: GpuTiles) -> Iterator[str]:
@@ -243,7 +243,7 @@ def _with_plain_indices(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def _through_registers(module: tvm.IRModule) -> tvm.IRModule:
-    """Cut copies to shared memory in two, and have their turns unrolled, so that registers can hold what is loaded."""
+    """Cut copies to shared memory in two, and unroll their turns, so that registers can hold what is loaded."""
     module = tvm.transform.Sequential([LiftThreadBinding(), ManifestSharedMemoryLocalStage()])(module)
 
     def unrolled(loop: Any) -> Any:

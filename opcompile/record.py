@@ -31,6 +31,7 @@ from opcompile.paths import read_file
 from opcompile.spec import ConvTranspose3d
 from opcompile.target import Target, any_target
 from schedules.division import over, up
+from schedules.gpu_tiles import LATER as LATER_ON_GPUS
 from schedules.gpu_tiles import GpuTiles, candidates
 from schedules.layer import phases_at_once
 from schedules.rules import (
@@ -517,10 +518,11 @@ def _broken_by_pairs(t: Tiles, spec: ConvTranspose3d, target: Target) -> Iterato
 
 
 def _illegal_on_gpu(tiles: Mapping[str, Any], spec: ConvTranspose3d, target: GpuTarget) -> str | None:
-    if complaint := _other_fields(tiles, [f.name for f in fields(GpuTiles)]):
+    names = [f.name for f in fields(GpuTiles) if f.name not in LATER_ON_GPUS or f.name in tiles]
+    if complaint := _other_fields(tiles, names):
         return complaint
     known = candidates(spec, target.gpu)
-    if not any(_same(asdict(estimate.tiles), tiles) for estimate in known):
+    if not any(_same(asdict(estimate.tiles), {**LATER_ON_GPUS, **tiles}) for estimate in known):
         return f"they are none of the {len(known)} choices that keep to the limits of {target.name}"
     return None
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +205,7 @@ def _emitted(
         for rank, future in zip(ranks, building, strict=True):
             error = _error(future)
             declaration, sha256 = ("", "") if error else future.result()
-            found.append(Candidate(rank, asdict(ranked[rank].tiles), declaration, sha256, error))
+            found.append(Candidate(rank, ranked[rank].tiles.fields(), declaration, sha256, error))
             if progress:
                 progress(Progress(len(found), len(ranks), sum(bool(c.error) for c in found), None, "build"))
     finally:
@@ -231,7 +231,7 @@ def _building(
         return declaration, str(parse_manifest(read_manifest(written), written)["sha256"])
 
     tiles = estimate.tiles
-    plan = Plan("candidate", tiles.family, asdict(tiles), estimate.why(machine.unit(spec.dtype)), None)
+    plan = Plan("candidate", tiles.family, tiles.fields(), estimate.why(machine.unit(spec.dtype)), None)
     try:
         return pool.submit(write, emitted(spec, machine, tiles, plan), declaration_hash(spec, tiles))
     except Exception as error:  # noqa: BLE001 (an illegal move is this candidate's result)

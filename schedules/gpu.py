@@ -57,7 +57,7 @@ __all__ = ["FILLS", "HOISTED", "GpuEstimate", "GpuTiles", "baseline", "candidate
 
 # Loops over the taps of an axis carry its number under this name, where phases are apart and may have fewer.
 TAPS_OF = "opcompile_taps_of"
-# So are loops over what one thread copies of a chunk, where registers hold it meanwhile.
+# Loops over what one thread copies of a chunk carry this name, where registers hold it meanwhile.
 TURNS = "opcompile_turns"
 # Products of a loop that stays one: some 64 instructions hide what the loop itself costs.
 _UNROLLED = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +54,10 @@ class GpuTiles:
     apart: bool
     ahead: bool = False
 
+    def fields(self) -> dict[str, int | str]:
+        """Return the numbers by name; of `LATER` only those that differ, as in records from before they were."""
+        return {name: n for name, n in asdict(self).items() if n != LATER.get(name)}
+
     @property
     def channels(self) -> int:
         """Channels of a block's tile: also what lies side by side in the packed weight."""
@@ -87,6 +91,10 @@ class GpuTiles:
     def block(self) -> tuple[int, ...]:
         """Threads of a block along x, and along y where warps own the tiles."""
         return (WARP, self.owners) if self.family == "matrix" else (self.owners,)
+
+
+# What records from before it was stand for.
+LATER = {"ahead": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +231,10 @@ class Sums:
         """Phases that one block sums."""
         return 1 if t.apart else self.phases if self.alike else self.with_taps
 
+    def sharing(self, t: GpuTiles) -> int:
+        """Phases that one block sums from the same columns of X."""
+        return self.summed(t) if self.alike else 1
+
     def steps(self, t: GpuTiles) -> tuple[float, float]:
         """Channels of taps that a thread sums: of the average block, and of the one with the most taps."""
         share = self.phases if t.apart or self.alike else 1
@@ -231,7 +243,7 @@ class Sums:
 
     def registers(self, t: GpuTiles) -> int:
         """Registers of a thread: the sums, the factors at hand, and some for addresses."""
-        words, sharing = self.sum_bytes // 4, self.summed(t) if self.alike else 1
+        words, sharing = self.sum_bytes // 4, self.sharing(t)
         sums = self.summed(t) * t.tile_m * t.tile_q
         if t.family == "matrix":  # and the fragments of factors: one of W
             return (sums + (EDGE + t.tile_q) * EDGE * self.itemsize // 4) // WARP + 40 + self.fetched(t)
@@ -241,14 +253,13 @@ class Sums:
         """Registers of a thread for what it holds of the next chunk."""
         if not t.ahead:
             return 0
-        rows = t.channels * (self.summed(t) if self.alike else 1)
+        rows = t.channels * self.sharing(t)
         held = self.itemsize if t.family == "matrix" else self.held
         return over(t.chunk * (t.positions + rows) * held, 4 * t.threads)
 
     def shared(self, t: GpuTiles) -> int:
         """Bytes of shared memory that a block uses."""
-        together = self.summed(t)
-        sharing = together if self.alike else 1
+        together, sharing = self.summed(t), self.sharing(t)
         if t.family == "matrix":
             weights = t.chunk * sharing * (t.channels + PAD)
             factors = (weights + t.positions * (t.chunk + PAD_X[self.itemsize])) * self.itemsize
@@ -439,7 +450,7 @@ def _waits(layer: Sums, gpu: Gpu, t: GpuTiles, steps: float, multiplying: float)
 
 def _step(layer: Sums, gpu: Gpu, t: GpuTiles) -> float:
     """Issue slots of one thread for a channel of a tap: of all phases where they are alike."""
-    rows = t.tile_m * (layer.summed(t) if layer.alike else 1)
+    rows = t.tile_m * layer.sharing(t)
     weights, elements = rows / at_once(t.tile_m), t.tile_q / (at_once(t.tile_q) if t.own == 1 else 1)
     step: float = rows * t.tile_q
     if not t.chunk:
@@ -472,7 +483,7 @@ def _moving(layer: Sums, gpu: Gpu, t: GpuTiles, blocks: int) -> float:
     wasted = min(layer.row_stride, 32 // layer.itemsize) if t.apart and not layer.channels_last else 1
     memory = layer.x_bytes + layer.w_bytes + layer.y_bytes * wasted
     taps = layer.taps / (layer.phases if layer.alike or t.apart else 1)
-    rows = t.channels * (layer.summed(t) if layer.alike else 1)
+    rows = t.channels * layer.sharing(t)
     read = blocks * layer.c * layer.itemsize * taps * (t.positions + rows) * (1 if t.chunk else _MISSED)
     return max(memory / bytes_per_cycle, read / (_L2 * bytes_per_cycle))
 

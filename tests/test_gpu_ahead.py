@@ -13,8 +13,10 @@ from kernels import integers
 from opcompile.bounds import compare
 from opcompile.cases import case
 from opcompile.errors import VerificationError
+from opcompile.gpus import gpu_target
 from opcompile.spec import ConvTranspose3d
 from schedules.gpu import GpuEstimate, baseline, candidates
+from schedules.gpu_tiles import Sums, _waits
 
 pytestmark = pytest.mark.usefixtures("headers_at_hand")
 
@@ -78,6 +80,39 @@ def test_a_chunk_is_loaded_before_the_products_and_stored_behind_them(family: st
     assert runs == ahead * (len(runs) // len(ahead))
 
 
+@pytest.mark.parametrize("form", ["staged, apart, a phase of one tap", "matrix, apart"])
+def test_what_is_fetched_is_named_by_constants(form: str) -> None:
+    """Otherwise a compiler may keep it in memory."""
+    family, apart, text = FORMS[form]
+    spec = ConvTranspose3d.parse(text)
+    fit = (e for e in found(spec, family, apart) if e.tiles.chunk * e.tiles.positions >= 2 * e.tiles.threads)
+    source = kernel(spec, next(fit)).source
+    places = re.findall(r"\b(?:\w+_shared_local_ptr|columns_local_ptr)(?:\[(.*?)\] =| \+ (.*?)\) = )", source)
+    assert len(places) >= 4
+    assert all((index or offset).isdigit() for index, offset in places)
+
+
+@pytest.mark.parametrize(
+    ("family", "chunk", "tile_m", "tile_q", "turns"),
+    [
+        # two turns, though one would be short
+        ("staged", 4, 1, 1, 2),
+        ("staged", 32, 4, 2, 4),
+        ("staged", 32, 8, 8, 32),
+        ("matrix", 64, 16, 16, 2),
+        ("matrix", 64, 32, 64, 4),
+    ],
+)
+def test_the_products_are_a_loop_of_about_64_instructions(
+    family: str, chunk: int, tile_m: int, tile_q: int, turns: int
+) -> None:
+    spec = ConvTranspose3d.parse("in=1x128x8x8x8 co=64 k=3 s=2 p=1 op=1 dtype=float16")
+    chosen = (chunk, tile_m, tile_q)
+    estimate = next(e for e in found(spec, family, True) if (e.tiles.chunk, e.tiles.tile_m, e.tiles.tile_q) == chosen)
+    loops = re.findall(r"#pragma unroll 1\n\s*for \(int \w+ = 0; \w+ < (\d+);", kernel(spec, estimate).source)
+    assert {int(extent) for extent in loops} == {turns}
+
+
 @pytest.mark.parametrize(
     ("family", "apart", "text"), [FORMS["staged, apart, a phase of one tap"], FORMS["matrix, apart"]]
 )
@@ -92,6 +127,33 @@ def test_it_takes_registers_and_no_more_shared_memory(family: str, apart: bool, 
     assert 0 <= ahead.registers - plain.registers - fetched < 1
     assert any("the next ones fetched meanwhile" in line for line in ahead.why())
     assert not any("fetched" in line for line in plain.why())
+
+
+def test_the_registers_hold_the_weights_of_all_phases_and_wider_types() -> None:
+    family, apart, text = FORMS["staged, one product for all phases"]
+    spec = ConvTranspose3d.parse(text)
+    for dtype, target, held in (("float16", CUDA, 2), ("bfloat16", gpu_target("cuda:sm_75"), 4)):
+        layer = Sums.of(replace(spec, dtype=dtype), target.gpu)
+        for estimate in found(spec, family, apart):
+            t = estimate.tiles
+            assert layer.fetched(t) == -(-t.chunk * (8 * t.channels + t.positions) * held // (4 * t.threads))
+
+
+def test_a_block_waits_for_what_multiplying_does_not_cover() -> None:
+    """Of 6 chunks of each of 8 taps."""
+    spec = ConvTranspose3d.parse("in=1x96x8x8x8 co=64 k=3 s=2 p=1 op=1 dtype=float16")
+    layer, steps = Sums.of(spec, CUDA.gpu), 8 * 96
+    for family in ("matrix", "staged"):
+        t = replace(found(spec, family, True)[0].tiles, chunk=16)
+        assert _waits(layer, CUDA.gpu, t, steps, 1000.0) == 8 * 400
+        assert _waits(layer, CUDA.gpu, t, steps, 100.0) == 8 * 400 + 40 * 300
+    plain = replace(t, ahead=False)
+    assert _waits(layer, CUDA.gpu, replace(plain, family="matrix"), steps, 1000.0) == 48 * 400
+    # of phases apart each element is waited for, by nvcc's order
+    elements = 16 * t.positions // t.threads
+    assert _waits(layer, CUDA.gpu, plain, steps, 1000.0) == 48 * (400 + (elements - 1) * 160)
+    assert _waits(layer, CUDA.gpu, replace(plain, apart=False), steps, 1000.0) == 0
+    assert _waits(layer, METAL.gpu, plain, steps, 1000.0) == 0
 
 
 @pytest.mark.gpu_table
@@ -120,6 +182,11 @@ def test_it_is_offered_where_a_tap_has_several_chunks() -> None:
     assert max(tiles.chunk for tiles in ahead) == 32
     assert {tiles.chunk for tiles in every if tiles.family == "matrix"} == {16, 32, 64}
     assert not any(e.tiles.ahead for e in candidates(spec, METAL.gpu))
+    # also shorter ones than without, but of four channels at least
+    short = ConvTranspose3d.parse("in=1x16x8x8x8 co=32 k=3 s=2 p=1 op=1")
+    few = [e.tiles for e in candidates(short, CUDA.gpu) if e.tiles.family == "staged"]
+    assert {tiles.chunk for tiles in few if not tiles.ahead} == {8, 16}
+    assert {tiles.chunk for tiles in few if tiles.ahead} == {4, 8}
 
 
 @pytest.mark.parametrize(

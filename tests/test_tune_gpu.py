@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 from stub_gpu import LAYER, NVCC, forget
 
 import opcompile
+import schedules
 from opcompile import _measure_gpu as timing
 from opcompile import build, record
 from opcompile._journal import Journal
@@ -97,7 +98,7 @@ def test_the_job_lists_layer_tiles_files_and_hashes(emitted: Path) -> None:
     assert [c.rank for c in layer.candidates] == walk(len(RANKED), 0)[:TRIALS]
     assert {RANKED[c.rank].threads for c in layer.candidates} == {32, 64, 128, 256}
     for candidate in layer.candidates:
-        assert candidate.tiles == asdict(RANKED[candidate.rank])
+        assert candidate.tiles == RANKED[candidate.rank].fields()
         assert candidate.declaration == declaration_hash(LAYER, RANKED[candidate.rank])
         manifest = opcompile.load(emitted / layer.directory / str(candidate.rank)).manifest  # checks every file
         assert manifest["sha256"] == candidate.sha256
@@ -184,7 +185,7 @@ def test_right_candidates_are_timed_and_the_others_fail_with_their_reason(result
     assert [s["rank"] for s in layer["samples"]] == walk(len(RANKED), 0)[:TRIALS]
     for sample in layer["samples"]:
         threads = RANKED[sample["rank"]].threads
-        assert sample["tiles"] == asdict(RANKED[sample["rank"]])
+        assert sample["tiles"] == RANKED[sample["rank"]].fields()
         if threads == 64:
             assert "the measuring process ended with signal SIGSEGV" in sample["error"]
         elif threads == 128:
@@ -357,7 +358,7 @@ def test_the_fastest_becomes_the_record_that_plans_use(
     assert made.provenance["measured_with"]["opcompile"] == opcompile.__version__
     for plan in ("tuned", "best"):
         tiles, chosen = choose(LAYER, TARGET, plan)  # type: ignore[arg-type]
-        assert asdict(tiles) == made.tiles
+        assert tiles.fields() == made.tiles
         assert (chosen.name, chosen.record) == ("tuned", made.key)
     assert choose(LAYER, TARGET, "baseline")[1].record is None
     # of several architectures the first chooses the tiles
@@ -384,17 +385,31 @@ def test_a_stale_or_foreign_record_is_refused(measured: tuple[Path, Path], own: 
 
 
 @pytest.mark.parametrize(
+    "path", sorted(Path(schedules.__file__).parent.glob("records/cuda-*/*.json")), ids=lambda p: p.stem
+)
+def test_the_records_that_are_shipped_are_used(path: Path) -> None:
+    """Also those from before tiles had all their fields."""
+    spec, target = ConvTranspose3d.parse(json.loads(path.read_text())["spec"]), gpu_target("cuda:sm_90")
+    tiles, plan = choose(spec, target, "best")
+    assert plan.name == "tuned"
+    assert tiles.fields() == json.loads(path.read_text())["tiles"]
+    # a field of a later version may be there, and then as every other
+    assert record.illegal({**tiles.fields(), "ahead": False}, spec, target) is None
+    assert "none of the" in str(record.illegal({**tiles.fields(), "ahead": 0}, spec, target))
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"threads_q": 257}, r"they are none of the 13 choices that keep to the limits of cuda:sm_90"),
         ({"apart": 0}, "they are none of the 13 choices"),
         ({"family": "mystic"}, "they are none of the 13 choices"),
-        ({"colour": 1}, "their fields are ahead, apart, chunk, colour, family"),
+        ({"colour": 1}, "their fields are apart, chunk, colour, family"),
     ],
 )
 def test_tiles_that_are_no_candidate_are_illegal(change: dict[str, Any], words: str) -> None:
-    assert record.illegal(asdict(RANKED[0]), LAYER, TARGET) is None
-    assert words in str(record.illegal({**asdict(RANKED[0]), **change}, LAYER, TARGET))
+    assert record.illegal(RANKED[0].fields(), LAYER, TARGET) is None
+    assert words in str(record.illegal({**RANKED[0].fields(), **change}, LAYER, TARGET))
 
 
 def changed(where: str, value: object) -> Callable[[dict[str, Any]], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import tvm
 
@@ -47,7 +47,7 @@ def choose(gradient: Gradient, target: GpuTarget, plan: PlanName) -> tuple[GpuTi
     estimate = gpu_candidates(gradient, target.gpu)[0]
     tiles = estimate.tiles
     unused = (f"+{flag} changes nothing: derivatives use no matrix instructions" for flag in target.flags)
-    return tiles, Plan("baseline", tiles.family, asdict(tiles), (*why(estimate), *unused), None)
+    return tiles, Plan("baseline", tiles.family, tiles.fields(), (*why(estimate), *unused), None)
 
 
 def emitted(gradient: Gradient, target: GpuTarget, tiles: GpuTiles, plan: Plan) -> LoweredGpuGradient:
