@@ -38,6 +38,11 @@ def _sigmoid(z: Any) -> Any:
     return _const(z, 1) / (_const(z, 1) + tirx.exp(-z))
 
 
+def _leaky_relu(z: Any, alpha: Any) -> Any:
+    # TVM makes 0 of a product with 0, and of z - z: of infinity and NaN, both are NaN
+    return tirx.Select(z >= _const(z, 0), z, alpha * z if alpha.value else tirx.abs(z) + z)
+
+
 def _hard_sigmoid(z: Any, alpha: Any, beta: Any) -> Any:
     return _clip(alpha * z + beta, 0, 1)
 
@@ -82,7 +87,7 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "none": lambda z: z,
     "relu": lambda z: _at_least(z, 0),
     "relu6": lambda z: _clip(z, 0, 6),
-    "leaky_relu": lambda z, alpha: tirx.Select(z >= _const(z, 0), z, alpha * z),
+    "leaky_relu": _leaky_relu,
     "elu": _elu,
     "selu": lambda z, alpha, gamma: gamma * _elu(z, alpha),
     "gelu": _gelu,

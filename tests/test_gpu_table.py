@@ -131,7 +131,7 @@ def test_an_axis_whose_phases_have_one_tap_or_none(target: GpuTarget) -> None:
 
 @pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
 @pytest.mark.parametrize(
-    "activation", ["relu", "relu6", "elu", "hard_sigmoid", "hard_tanh", "hard_shrink", "sparse_plus"]
+    "activation", ["relu", "relu6", "leaky_relu:0", "elu", "hard_sigmoid", "hard_tanh", "hard_shrink", "sparse_plus"]
 )
 def test_no_activation_makes_a_number_of_nan(activation: str, target: GpuTarget) -> None:
     """Where the `max` of a device would."""

@@ -111,6 +111,19 @@ def test_no_activation_makes_a_number_of_nan(activation: str, dtype: str, machin
     np.testing.assert_array_equal(found, np.isnan(linear(spec, x, w)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("act", ["leaky_relu:0", "leaky_relu:1", "elu:0", "elu:1", "selu:0:1", "hard_sigmoid:1:0"])
+def test_a_parameter_of_0_or_1_loses_no_nan_and_no_infinity(act: str, dtype: str) -> None:
+    """TVM makes 0 of a product with 0, whatever the other factor."""
+    spec = ConvTranspose3d.parse(f"in=1x1x1x1x19 co=1 k=1 bias=0 act={act} dtype={dtype}")
+    x, w = np.resize(np.array([np.nan, np.inf, -np.inf, -2, 0, 3], dtype), spec.x_shape), np.ones(spec.w_shape, dtype)
+    found, right = kernel(spec)(x, w), reference(spec, x, w)
+    beyond = ~np.isfinite(x)
+    np.testing.assert_array_equal(found[beyond], right[beyond])
+    finite = np.where(beyond, 0, x)
+    compare(spec, np.where(beyond, reference(spec, finite, w), found), finite, w).require()
+
+
 @given(spec=specs())
 @settings(max_examples=40)
 def test_any_legal_layer_compiles_and_equals_the_oracle(spec: ConvTranspose3d) -> None:
