@@ -50,9 +50,18 @@ class Format:
         return 2.0**self.smallest_exponent if self.flushes else 2.0 ** (self.smallest_exponent - self.precision)
 
     @property
+    def largest(self) -> float:
+        """The largest number."""
+        return (2 - 2 * self.unit) * 2.0**self.largest_exponent
+
+    @property
     def limit(self) -> float:
         """From here on magnitudes round to infinity (for float64: the largest number itself)."""
         return min((2 - self.unit) * 2.0**self.largest_exponent, np.finfo(np.float64).max)
+
+    def narrowed(self, storage: Format) -> Format | None:
+        """What factors stored in ``storage`` are rounded to before they are multiplied; None where they are kept."""
+        return self.factors or (self if self.precision < storage.precision else None)
 
 
 FORMATS = {
@@ -276,7 +285,8 @@ class Inputs:
     def sums_exactly(self, sums: Format) -> bool:
         """Whether no factor and no partial sum can round, in any order: integers of magnitudes below 2^precision."""
         x, w, b = self.largest
-        fits = sums.factors is None or max(x, w) <= 2.0**sums.factors.precision
+        factors = sums.narrowed(FORMATS[self.spec.dtype])
+        fits = factors is None or max(x, w) <= 2.0**factors.precision
         return self.integers and fits and self.spec.terms * x * w + b < 2.0**sums.precision
 
 
@@ -368,8 +378,8 @@ class _Truth:
             # a term, and either of its factors, can be lost below the normal range
             error += spec.terms * sums.floor * (x + w + 2)
             overflows = self.magnitude * (1 + relative) >= sums.limit
-            if sums.factors is not None:
-                overflows |= max(x, w) >= sums.factors.limit
+            if (factors := sums.narrowed(storage)) is not None:
+                overflows |= max(x, w) >= factors.limit
         with np.errstate(over="ignore", invalid="ignore"):
             bound = _stored(spec.activation, self.z, self.y, error, sums, storage)
             if (beyond := np.isinf(self.y)).any():
@@ -455,12 +465,19 @@ class Check:
     largest_error: float
 
     @property
+    def judged(self) -> bool:
+        """Whether any element could be judged."""
+        return self.unjudged < self.elements
+
+    @property
     def passed(self) -> bool:
         """Every element that could be judged is right, and some could."""
-        return self.failures == 0 and self.unjudged < self.elements
+        return self.failures == 0 and self.judged
 
     def __str__(self) -> str:
         """One line for a person."""
+        if not self.judged:
+            return f"nothing to judge by {self.criterion}: every sum may overflow, or has too many terms"
         verdict = "pass" if self.passed else f"FAIL ({self.failures} of {self.elements} elements)"
         return (
             f"{verdict} by {self.criterion}: worst {self.worst:.3g} of the bound at {self.index}: "
@@ -520,7 +537,10 @@ def judge_nan(computed_in: str, actual: Array, expected: Array) -> Check:
 
 
 def judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:
-    """Judge one block. Equal values pass; an infinity passes where the other one, bound included, reaches ``limit``."""
+    """Judge one block. Equal values pass; an infinity passes where the other one, bound included, reaches ``limit``.
+
+    So does one of the other sign, where the bound reaches that far.
+    """
     unjudged = 0
     with np.errstate(all="ignore"):
         error = np.subtract(actual, expected)
@@ -528,10 +548,9 @@ def judge(criterion: str, computed_in: str, actual: Array, expected: Array, boun
     # the largest is NaN where any is: then, and only then, look at every element for its reason
     if not np.isfinite(ratio.max()) or not np.isfinite(bound.max()):
         no_bound = np.isinf(bound)
-        nearer = np.minimum(np.abs(actual), np.abs(expected))
         either = np.isinf(actual) | np.isinf(expected)
         with np.errstate(over="ignore"):
-            overflow = either & (np.sign(actual) == np.sign(expected)) & (nearer + bound >= limit)
+            overflow = either & (np.abs(np.clip(actual, -limit, limit) - np.clip(expected, -limit, limit)) <= bound)
         fine = no_bound | overflow | (actual == expected)
         error[fine], ratio[fine] = 0.0, 0.0
         error[np.isnan(error)], ratio[np.isnan(ratio)] = np.inf, np.inf

@@ -187,7 +187,7 @@ def verify(directory: str, simulate: bool, as_json: bool) -> int:
     The report is stored in the artifact as report.json, unless DIR cannot be written, or nothing answered.
     Exit code 1: an output is wrong;
     2: an artifact is missing, was changed, or is not the one that the model's index.json lists;
-    3: one could not be asked, or holds weights that are infinite or NaN.
+    3: one could not be asked or judged, or holds weights that are infinite or NaN.
     """
     from opcompile.index import artifacts
     from opcompile.runtime import load_any

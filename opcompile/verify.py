@@ -109,18 +109,18 @@ class Report:
 
     @property
     def failures(self) -> tuple[Row, ...]:
-        """The comparisons that failed."""
-        return tuple(row for row in self.rows if not row.check.passed)
+        """The comparisons that failed; one of which nothing could be judged has not."""
+        return tuple(row for row in self.rows if row.check.failures)
 
     @property
     def passed(self) -> bool:
-        """Whether the artifact answered, with its own weights where it has any, and no comparison failed."""
+        """Whether answers of the artifact could be judged, with its own weights where it has any, and none failed."""
         return not self.failures and self.unverified is None
 
     @property
     def unverified(self) -> str | None:
         """Why nothing is known of the artifact as it is called; None where it was asked so."""
-        return OWN_WEIGHTS.reason if OWN_WEIGHTS in self.not_asked else self.unanswered
+        return OWN_WEIGHTS.reason if OWN_WEIGHTS in self.not_asked else self.unanswered or self._unjudged
 
     @property
     def unanswered(self) -> str | None:
@@ -128,6 +128,14 @@ class Report:
         if any(row.answer.startswith("opcompile") for row in self.rows):
             return None
         return "; ".join(n.reason for n in self.not_asked if n.what == "opcompile")
+
+    @property
+    def _unjudged(self) -> str | None:
+        """Whose weights gave no answer that could be judged; None where all did. Of NaN, no number was."""
+        ours = [row for row in self.rows if row.answer.startswith("opcompile") and row.check.criterion != "NaN"]
+        judged = {row.weights for row in ours if row.check.judged}
+        kinds = [kind for kind in _WEIGHTS if kind in {row.weights for row in ours} - judged]
+        return f"no answer with the {kinds[0]} weights can be judged: every sum may overflow" if kinds else None
 
     def require(self) -> Report:
         """Return self. Raises `VerificationError`, with the first comparison that failed, unless all passed."""
@@ -179,6 +187,8 @@ class Report:
             notes.append("bits: the answers must be equal to the last bit, and no bound is granted")
         if any(row.check.criterion == "NaN" for row in self.rows):
             notes.append("NaN: the outputs that read it must be NaN, and no others")
+        if not all(row.check.judged for row in self.rows):
+            notes.append("not judged: every sum may overflow, or has too many terms, and then any answer may be right")
         notes += [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
         notes += [f"{self.rule}; seed {self.seed}, {self.date}, {self.elapsed_s:.1f} s", f"{self.machine}; {versions}"]
         table = Table(
@@ -203,6 +213,7 @@ class Report:
             criterion = check.criterion if check.criterion in ("bits", "NaN") else f"{check.worst:.1%}"
             criterion += "*" if check.criterion == "exact sums" else ""
             verdict = "[green]pass[/]" if check.passed else f"[red]FAIL ({check.failures} of {check.elements})[/]"
+            verdict = verdict if check.judged else "[yellow]not judged[/]"
             error = f"{check.largest_error:.2e}" if check.largest_error else "0"
             table.add_row(*compress((inputs, kind, batch, answer, against), shown), error, criterion, verdict)
         return table

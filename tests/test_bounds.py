@@ -415,6 +415,19 @@ def test_near_the_limit_both_are_right() -> None:
     assert compare(spec, np.full(x.shape, 65504, np.float16), x, w).passed
 
 
+def test_where_the_bound_reaches_beyond_both_limits_either_infinity_is_right() -> None:
+    """Products of 3.7e9 that cancel: their float32 sums err by more than the largest float16."""
+    spec = ConvTranspose3d.parse("in=1x2048x1x1x1 co=1 k=1 bias=0 dtype=float16")
+    x = (32 * np.random.default_rng(0).integers(1500, 2047, 1024)).astype(np.float16)
+    x, w = np.concatenate([x, x]).reshape(spec.x_shape), np.concatenate([x, -x]).reshape(spec.w_shape)
+    assert reference(spec, x, w) == 0
+    for value, passed in [(np.inf, True), (-np.inf, True), (np.nan, False)]:
+        assert compare(spec, np.full((1, 1, 1, 1, 1), value, np.float16), x, w).passed == passed
+    inputs = module.Inputs.of(spec, x, w, None)
+    either = {name: module.Answer(np.full(spec.y_shape, v, np.float16)) for name, v in (("+", np.inf), ("-", -np.inf))}
+    assert module.compare_all(inputs, either, False, [("+", "-")])["+", "-"].passed
+
+
 def test_two_answers_may_fall_on_either_side_of_the_limit() -> None:
     spec, x, w = half(4094)  # times 16: 65504, the largest number; its bound reaches what rounds to infinity
     y = {name: module.Answer(np.full(x.shape, v, np.float16)) for name, v in (("low", 65504), ("high", np.inf))}
@@ -444,7 +457,21 @@ def test_sums_that_may_overflow_are_not_judged() -> None:
     assert check.passed
     assert check.unjudged == 1
     alone = ConvTranspose3d.parse("in=1x2x1x1x1 co=1 k=1 bias=0")
-    assert not compare(alone, np.zeros((1, 1, 1, 1, 1)), x[..., :1], w).passed
+    check = compare(alone, np.zeros((1, 1, 1, 1, 1)), x[..., :1], w)
+    assert (check.passed, check.judged, check.failures) == (False, False, 0)
+    with pytest.raises(VerificationError, match=r"nothing to judge by bound: every sum may overflow"):
+        check.require()
+
+
+@pytest.mark.parametrize(("x", "w"), [(1e300, 1e-300), (1e-300, 1e300), (2.0**200, 0.0)])
+def test_a_factor_that_an_engine_rounds_to_infinity_leaves_nothing_to_judge(x: float, w: float) -> None:
+    spec = ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 dtype=float64")
+    x, w = np.full(spec.x_shape, x), np.full(spec.w_shape, w)
+    with np.errstate(all="ignore"):
+        y = x.astype(np.float32) * w.astype(np.float32)
+    assert not np.isfinite(y).all()
+    assert not compare(spec, y, x, w, computed_in="float32").judged
+    assert not compare(spec, y, x, w).passed
 
 
 def test_the_product_of_a_hard_sigmoid_is_rounded_before_anything_is_added() -> None:

@@ -237,3 +237,9 @@ def test_the_command_line_compiles_verifies_and_runs_one(tmp_path: Path) -> None
         words += [f"--{name}", str(tmp_path / f"{name}.npy")]
     assert run.invoke(cli, words).exit_code == 0
     compare(artifact.gradient, np.load(tmp_path / "dx.npy"), operands, exact=True).require()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_output_beyond_the_type_can_be_verified(dtype: str) -> None:
+    spec = oc.ConvTranspose3d.parse(f"in=1x2x3x3x3 co=2 k=2 s=2 act=leaky_relu:1e38 dtype={dtype}")
+    oc.verify(oc.compile(spec, derivative="x")).require()

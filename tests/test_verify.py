@@ -91,6 +91,27 @@ def off_by_one(y: np.ndarray) -> np.ndarray:
 # --- a right artifact ---
 
 
+def test_a_set_of_which_nothing_can_be_judged_is_no_failure_while_another_can_be(tmp_path: Path) -> None:
+    """One product with a weight next to the largest number can be judged, a sum of two cannot."""
+    spec = ConvTranspose3d.parse("in=1x8x3x3x3 co=2 k=2")
+    weight, bias = np.full(spec.w_shape, 3e38, np.float32), np.zeros(2, np.float32)
+    with np.errstate(over="ignore"):  # the test vector
+        fake = Fake(spec, tmp_path, weight=weight, bias=bias)
+    report = verify(fake, engines=["reference"]).require()
+    judged = {row.inputs: row.check.judged for row in report.rows if row.weights == "compiled"}
+    assert judged == {"normal": False, "impulse": True, "golden.npz": False}
+    console = Console(width=200, record=True)
+    console.print(report.table())
+    shown = console.export_text()
+    assert "not judged: every sum may overflow" in shown
+    assert "FAIL" not in shown
+    rows = tuple(row for row in report.rows if row.inputs != "impulse")
+    report = replace(report, rows=rows)
+    assert not report.failures
+    with pytest.raises(VerificationError, match="no answer with the compiled weights can be judged"):
+        report.require()
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["caller's weights", "compiled weights"])
 @pytest.mark.parametrize(
     "name", ["k3-s2", "batch-dynamic-groups", "float16-channels-last", "bfloat16", "float64", "output-pad-opinfo"]

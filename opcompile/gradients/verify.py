@@ -55,7 +55,7 @@ def _with_output(gradient: Gradient, drawn: Operands) -> Operands:
     """Let Y be what the activation gives, where it is an operand; what is beyond the type is its largest number."""
     if "y" not in drawn:
         return drawn
-    most = np.nextafter(FORMATS[gradient.layer.dtype].limit, 0)
+    most = FORMATS[gradient.layer.dtype].largest
     return {**drawn, "y": np.clip(activate(gradient.layer.activation, drawn["y"].astype(np.float64)), -most, most)}
 
 
