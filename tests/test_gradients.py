@@ -263,6 +263,25 @@ def test_a_sum_of_too_many_elements_is_judged_by_its_depth_alone() -> None:
         assert compare(gradient, np.array([answer], np.float32), operands, depth=depth).passed == passed
 
 
+@pytest.mark.parametrize("act", ["exponential", "sigmoid", "relu", "leaky_relu:0.5", "elu", "selu", "softsign"])
+def test_a_subnormal_y_may_be_flushed_and_so_may_its_slope(act: str) -> None:
+    """Hardware that takes Y for zero gives the slope there."""
+    for gradient in gradients_of(ConvTranspose3d.parse(f"in=1x1x1x1x2 co=1 k=1 bias=0 act={act}")):
+        y = np.array([1e-39, 0.5], np.float32).reshape(1, 1, 1, 1, 2)
+        operands = {name: np.full(shape, 1e15, np.float32) for name, shape in gradient.operands.items()} | {"y": y}
+        for taken in (y, np.where(y > 0.1, y, 0)):
+            right = reference(gradient, operands | {"y": taken})
+            compare(gradient, right.astype(np.float32), operands).require()
+            assert not compare(gradient, -right.astype(np.float32), operands).passed
+
+
+def test_a_number_that_overflows_on_the_way_to_a_term_leaves_nothing_to_judge() -> None:
+    gradient = Gradient(ConvTranspose3d.parse("in=1x1x1x1x1 co=1 k=1 bias=0 act=leaky_relu:1e30"), "x")
+    dy, w, y = (np.full((1, 1, 1, 1, 1), value, np.float32) for value in (1e20, 1e-30, -1))
+    check = compare(gradient, np.full_like(dy, np.inf), {"dy": dy, "w": w, "y": y})
+    assert (check.failures, check.unjudged) == (0, 1)
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     gradient = Gradient(case("k3-s2").spec, "x")
     operands = draw(gradient)

@@ -43,14 +43,18 @@ _SLOPE = 20
 class Truth:
     """The oracle's derivative of one set of operands, with what the bound needs to know of it.
 
-    ``magnitude`` is the same sum of magnitudes; ``integers`` says that no operand has a fraction.
+    ``magnitude`` is the same sum of magnitudes, and ``farthest`` the largest number on the way to a term;
+    ``flushed`` is what a subnormal Y that is taken for zero changes, and ``floors`` how often a term can lose what
+    lies below the normal range; ``integers`` says that no operand has a fraction.
     """
 
     gradient: Gradient
     batch: int
     value: Array
     magnitude: Array
-    largest: float
+    farthest: float
+    flushed: Array
+    floors: float
     integers: bool
 
     @classmethod
@@ -58,23 +62,33 @@ class Truth:
         """Ask the oracle. Raises `CallError` for operands that do not fit the derivative."""
         given = _checked(gradient, operands)
         dy, factor = given["dy"].astype(np.float64), given.get("w" if gradient.wrt == "x" else "x")
-        value_of, size_of = dy, np.abs(dy)
-        if gradient.needs_output:
-            y = given["y"].astype(np.float64)
-            value_of = dy * slope(gradient.layer.activation, y)
-            size_of = size_of * _reach(gradient.layer.activation, y)
-        value = linear(gradient, value_of, factor)
         sizes = None if factor is None else np.abs(factor.astype(np.float64))
-        magnitude = linear(gradient, size_of, sizes)
-        largest = float(size_of.max()) + (0.0 if sizes is None else float(sizes.max()))
+        most = 1.0 if sizes is None else float(sizes.max())
+        value_of, size_of, flushed = dy, np.abs(dy), np.zeros(())
+        # a term, the sum it enters, and either of its factors times the other
+        farthest, floors = float(size_of.max()), 2 + most
+        if gradient.needs_output:
+            y, activation = given["y"].astype(np.float64), gradient.layer.activation
+            normal = np.where(np.abs(y) < FORMATS[gradient.layer.sum_dtype].floor, 0, y)
+            jump = np.abs(slope(activation, y) - slope(activation, normal))
+            reach = _reach(activation, y) + jump
+            # the slope, and a product in it, times dY and the factor; and dY times the slope and the factor
+            floors += (2 * farthest + float(reach.max())) * most
+            if jump.any():
+                flushed = linear(gradient, size_of * jump, sizes)
+            value_of, size_of = dy * slope(activation, y), size_of * reach
+            farthest = max(float(reach.max()), float(size_of.max()))
+        floors += float(size_of.max())
+        value, magnitude = linear(gradient, value_of, factor), linear(gradient, size_of, sizes)
         summed = [array for name, array in given.items() if name != "y"]
         integers = all(bool((np.trunc(array) == array).all()) for array in summed)
-        return cls(gradient, given["dy"].shape[0], value, magnitude, largest, integers)
+        return cls(gradient, given["dy"].shape[0], value, magnitude, farthest, flushed, floors, integers)
 
     def exact(self, sums: Format) -> bool:
         """Whether no partial sum can round, in any order: integers whose magnitudes stay below 2^precision."""
         selects = self.gradient.layer.activation.name in EXACT_ACTIVATIONS
-        return self.integers and selects and float(self.magnitude.max()) < 2.0**sums.precision
+        small = float(self.magnitude.max()) < 2.0**sums.precision
+        return self.integers and selects and small and not self.flushed.any()
 
     def bound(self, sums: Format, storage: Format, depth: int) -> Array:
         """Bound |computed - oracle| for every element, where a term meets ``depth`` roundings at most."""
@@ -85,9 +99,8 @@ class Truth:
             inputs = 2 * (sums.precision < storage.precision)
             relative = gamma(min(depth, terms) + slopes + inputs, sums.unit) + gamma(terms + slopes, double.unit)
             error = self.magnitude * (relative * (1 + gamma(terms + slopes, double.unit)))
-            # a term, and either of its factors, can be lost below the normal range
-            error += terms * sums.floor * (self.largest + 2)
-            overflows = self.magnitude * (1 + relative) >= sums.limit
+            error += terms * sums.floor * self.floors + self.flushed * (1 + relative)
+            overflows = np.maximum(self.magnitude, self.farthest) * (1 + relative) >= sums.limit
         if storage.precision < sums.precision:
             error = error + (storage.unit * (np.abs(self.value) + error) + storage.floor)
         error[np.broadcast_to(overflows, error.shape)] = np.inf
