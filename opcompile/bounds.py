@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.errors import CallError, VerificationError
-from opcompile.reference import activate, by_channels, linear
+from opcompile.reference import activate, by_channels, linear, widened
 from opcompile.spec import Activation, ConvTranspose3d, at_batch
 
 Array = NDArray[np.float64]
@@ -294,6 +294,9 @@ def require_operand(name: str, array: Tensor, shape: tuple[int | None, ...], dty
     """Raise `CallError` unless ``array`` is what ``taker`` takes: of its shape, in its format, and finite."""
     if array.shape != shape:
         raise CallError(f"{name} has shape {array.shape}, but {taker} takes {shape}")
+    if not array.size:
+        raise CallError(f"{name} has shape {array.shape}, but a batch must be at least 1")
+    widened(name, array)
     if array.dtype.name != dtype and not np.array_equal(rounded(dtype, array), array):
         raise CallError(
             f"{name} is {array.dtype.name} and holds values that {dtype} cannot; "
@@ -618,7 +621,7 @@ def compare_all(
         truth = _Truth.of(part, inputs, magnitudes=not all(exactly.values()))
         expected = rounded(spec.dtype, truth.y) if bits else truth.y
         bound = {} if bits else {e: truth.bound(_engine(spec, e), storage, exactly[e]) for e in exactly}
-        values = {name: answer.y[part.y].astype(np.float64) for name, answer in answers.items()}
+        values = {name: widened(name, answer.y[part.y]) for name, answer in answers.items()}
 
         for name, other in dict.fromkeys(pairs):
             right = expected if other == "reference" else values[other]
@@ -648,7 +651,8 @@ def compare(
 
     With ``exact``, for inputs of small integers, the result must equal the correctly rounded oracle to the
     last bit; activations that are not exact on integers keep the bound, without any error of the sums.
-    Raises `CallError` for inputs that do not fit the spec, `VerificationError` for an output that does not.
+    Raises `CallError` for inputs that do not fit the spec, and for what holds no real numbers, `VerificationError`
+    for an output of another shape.
     """
     answers = {"actual": Answer(np.asarray(actual), computed_in)}
     pair = ("actual", "reference")
@@ -675,7 +679,7 @@ def compare_at(inputs: Inputs, indices: NDArray[np.int64], answers: Sequence[Ans
         inside = tuple((places[chosen] - [s.start or 0 for s in part.y]).T)
         for checks, answer, exact in zip(found, answers, exactly, strict=True):
             sums = _engine(spec, answer.computed_in)
-            values = np.asarray(answer.y)[chosen].astype(np.float64)
+            values = widened("the answer", answer.y)[chosen]
             bound, limit = truth.bound(sums, storage, exact)[inside], min(storage.limit, sums.limit)
             check = judge("bound", answer.computed_in or spec.sum_dtype, values, truth.y[inside], bound, limit)
             checks.append(replace(check, index=tuple(int(i) for i in places[chosen][check.index[0]])))

@@ -18,17 +18,20 @@ Tensor = NDArray[Any]
 
 
 def reference(spec: ConvTranspose3d, x: Tensor, w: Tensor, b: Tensor | None = None) -> Array:
-    """Compute ``Y`` in float64. ``x`` and the result have the spec's layout, ``w`` is canonical."""
+    """Compute ``Y`` in float64. ``x`` and the result have the spec's layout, ``w`` is canonical.
+
+    Raises `CallError` for inputs of other shapes, and for what holds no real numbers.
+    """
     y = linear(spec, x, w)
     if spec.bias and b is not None:
         _require_shape("b", b, (spec.channels_out,))
-        y += by_channels(spec, np.asarray(b, np.float64))
+        y += by_channels(spec, widened("b", b))
     return activate(spec.activation, y)
 
 
 def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     """Compute the sum alone, without bias and activation; also of magnitudes, for the error bound."""
-    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    x, w = widened("x", x), widened("w", w)
     _require_shape("x", x, (None, *spec.x_shape[1:]))
     _require_shape("w", w, spec.w_shape)
     if spec.layout == "NDHWC":
@@ -49,11 +52,20 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
     return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
 
 
+def widened(name: str, array: Any) -> Array:
+    """Return ``array`` in float64. Raises `CallError` where it holds anything but real numbers."""
+    given = np.asarray(array)
+    if given.dtype.kind not in "biuf" and given.dtype.name != "bfloat16":
+        raise CallError(f"{name} is {given.dtype.name}, but must hold real numbers")
+    return given.astype(np.float64, copy=False)
+
+
 def _require_shape(name: str, a: Tensor, wanted: tuple[int | None, ...]) -> None:
     given = np.shape(a)
-    if len(given) != len(wanted) or any(n is not None and n != m for n, m in zip(wanted, given, strict=True)):
+    if len(given) != len(wanted) or not all(m > 0 if n is None else m == n for n, m in zip(wanted, given, strict=True)):
         sizes = ", ".join("N" if n is None else str(n) for n in wanted)
-        raise CallError(f"{name} has shape {given}, but must have ({sizes}{',' if len(wanted) == 1 else ''})")
+        least = ", N at least 1" if None in wanted else ""
+        raise CallError(f"{name} has shape {given}, but must have ({sizes}{',' if len(wanted) == 1 else ''}){least}")
 
 
 def landings(spec: ConvTranspose3d) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:

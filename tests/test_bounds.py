@@ -587,6 +587,8 @@ def test_sums_of_too_many_products_are_not_judged(channels: int) -> None:
         (lambda x, w, b: (x, w, b[:1]), "b has shape"),
         (lambda x, w, b: (x.astype(np.float64) + 1e-12, w, b), "x is float64 and holds values that float32 cannot"),
         (lambda x, w, b: (x, w * np.float32(np.inf), b), "w holds infinities or NaN"),
+        (lambda x, w, b: (x + 1j, w, b), "x is complex64, but must hold real numbers"),
+        (lambda x, w, b: (x, w, b.astype(str)), r"b is str.*, but must hold real numbers"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, words: str) -> None:
@@ -594,6 +596,26 @@ def test_inputs_that_do_not_fit_are_refused(change, words: str) -> None:
     x, w, b = arrays(spec)
     with pytest.raises(CallError, match=words):
         bounds(spec, *change(x, w, b))
+
+
+def test_a_batch_is_at_least_1_for_the_oracle_and_for_its_bounds() -> None:
+    spec = replace(case("k3-s2").spec, batch=None)
+    x, w, b = arrays(spec)
+    for asked in (reference, bounds, lambda *given: compare(given[0], 0, *given[1:])):
+        with pytest.raises(CallError, match="at least 1"):
+            asked(spec, x[:0], w, b)
+
+
+def test_what_holds_no_real_numbers_is_neither_judged_nor_computed_from() -> None:
+    spec = case("k3-s2").spec
+    x, w, b = arrays(spec)
+    y = reference(spec, x, w, b).astype(np.float32)
+    for bent in (y + 100j, y.astype(str), y.astype(object)):
+        with pytest.raises(CallError, match=r"actual is .*, but must hold real numbers"):
+            compare(spec, bent, x, w, b)
+    for bad in ((x + 1j, w, b), (x, w + 1j, b), (x, w, b + 1j)):
+        with pytest.raises(CallError, match="must hold real numbers"):
+            reference(spec, *bad)
 
 
 def test_the_least_int8_is_of_magnitude_128() -> None:

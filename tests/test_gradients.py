@@ -291,8 +291,19 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         compare(gradient, 0, {**operands, "w": operands["dy"]})
     with pytest.raises(CallError, match="infinities"):
         compare(gradient, 0, {**operands, "w": operands["w"] * np.inf})
+    right = reference(gradient, operands)
     with pytest.raises(CallError, match="exact needs integers"):
-        compare(gradient, reference(gradient, operands), operands, exact=True)
+        compare(gradient, right, operands, exact=True)
+    with pytest.raises(CallError, match="depth is -5"):
+        compare(gradient, right, operands, depth=-5)
+    with pytest.raises(CallError, match="the answer is complex128, but must hold real numbers"):
+        compare(gradient, right + 5j, operands)
+    for asked in (reference, lambda gradient, given: compare(gradient, right, given)):
+        with pytest.raises(CallError, match="dy is complex64, but must hold real numbers"):
+            asked(gradient, {**operands, "dy": operands["dy"] + 1j})
+    open_batch = Gradient(replace(gradient.layer, batch=None), "x")
+    with pytest.raises(CallError, match="at least 1"):
+        compare(open_batch, right[:0], {**operands, "dy": operands["dy"][:0]})
 
 
 def test_rows_of_any_length_are_not_taken_from_the_stack() -> None:

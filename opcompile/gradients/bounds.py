@@ -29,6 +29,7 @@ from opcompile.bounds import (
 from opcompile.errors import CallError, VerificationError
 from opcompile.gradients.gradient import Gradient
 from opcompile.gradients.reference import linear, slope
+from opcompile.reference import widened
 from opcompile.spec import Activation, at_batch
 
 Array = NDArray[np.float64]
@@ -122,14 +123,16 @@ def judge_all(truth: Truth, answer: Tensor, *, depth: int | None, exact: bool) -
 
     ``depth`` is how many roundings a term of the answer meets at most; None stands for as many as there are
     terms, which holds in any order. With ``exact``, for small integers, equality to the last bit is
-    asked. Raises `VerificationError` for an answer of the wrong shape, `CallError` where ``exact`` is
-    asked for operands whose sums may round.
+    asked. Raises `VerificationError` for an answer of the wrong shape, `CallError` for one that holds no real
+    numbers, a depth below 0, and where ``exact`` is asked for operands whose sums may round.
     """
     layer = truth.gradient.layer
     sums, storage = FORMATS[layer.sum_dtype], FORMATS[layer.dtype]
     if answer.shape != truth.value.shape:
         raise VerificationError(f"{truth.gradient} has shape {truth.value.shape}, and the answer {answer.shape}")
-    actual = answer.astype(np.float64)
+    if depth is not None and depth < 0:
+        raise CallError(f"depth is {depth}, but must be a number of roundings, or None")
+    actual = widened("the answer", answer)
     if exact:
         if not truth.exact(sums):
             raise CallError("exact needs integers whose sums of magnitudes stay below 2^24 (2^53 for float64 sums)")

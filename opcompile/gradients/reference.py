@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.gradients.gradient import Gradient
-from opcompile.reference import landings
+from opcompile.reference import landings, widened
 from opcompile.spec import Activation, ConvTranspose3d
 
 Array = NDArray[np.float64]
@@ -21,11 +21,15 @@ Tensor = NDArray[Any]
 
 
 def reference(gradient: Gradient, operands: Mapping[str, Tensor]) -> Array:
-    """Compute the derivative in float64. ``operands`` are those of `Gradient.operands`, by name."""
-    dz = np.asarray(operands["dy"], np.float64)
+    """Compute the derivative in float64. ``operands`` are those of `Gradient.operands`, by name.
+
+    Raises `CallError` for what holds no real numbers.
+    """
+    given = {name: widened(name, array) for name, array in operands.items()}
+    dz = given["dy"]
     if gradient.needs_output:
-        dz = dz * slope(gradient.layer.activation, np.asarray(operands["y"], np.float64))
-    return linear(gradient, dz, operands.get("w" if gradient.wrt == "x" else "x"))
+        dz = dz * slope(gradient.layer.activation, given["y"])
+    return linear(gradient, dz, given.get("w" if gradient.wrt == "x" else "x"))
 
 
 def linear(gradient: Gradient, dz: Tensor, factor: Tensor | None = None) -> Array:
