@@ -48,7 +48,7 @@ def _vectors_too(name: str, what: str) -> str:
 # TVM's own erf is for scalars, and it has no other that keeps what 1 + x rounds away.
 _ERF = _vectors_too("opcompile.erf", "The error function.")
 _LOG1P = _vectors_too("opcompile.log1p", "The logarithm of 1 + x, for x from 0 to 1.")
-_EXPM1 = _vectors_too("opcompile.expm1", "exp(x) - 1, for x that are not positive.")
+_EXPM1 = _vectors_too("opcompile.expm1", "exp(x) - 1, for x up to 80.")
 
 
 def erf(x: Any) -> Any:
@@ -62,7 +62,7 @@ def log1p(x: Any) -> Any:
 
 
 def expm1(x: Any) -> Any:
-    """``exp(x) - 1``, for x that are not positive."""
+    """``exp(x) - 1``, for x up to 80."""
     return _of_library("expm1", x) if _is_double(x) else tirx.call_intrin(x.ty.dtype, _EXPM1, x)
 
 
@@ -135,9 +135,9 @@ def _reduced(x: Any, rounded: Any) -> Any:
 
 
 def _expm1(x: Any) -> Any:
-    """``2^n * (exp(r) - 1) + (2^n - 1)``, for x that are not positive; -1 from -17 on.
+    """``2^n * (exp(r) - 1) + (2^n - 1)``, for x up to 80; -1 from -17 on.
 
-    Within 3 units of roundoff.
+    Within 3 units of roundoff, for x that are not positive.
     """
     low = tirx.max(_like(x, -17), x)  # in this order, NaN comes through
 
@@ -183,9 +183,9 @@ def _tanh(x: Any, less_one: Any) -> Any:
 
 
 def _expm1_by_exp(x: Any) -> Any:
-    """The difference, but near 0, where it cancels, the power series; for x that are not positive."""
+    """The difference, but near 0, where it cancels, the power series."""
     series = x * _polynomial(x, tuple(1 / math.factorial(n) for n in range(1, 7)))
-    return tirx.Select(x > _like(x, -0.25), series, tirx.exp(x) - _like(x, 1))
+    return tirx.Select(tirx.abs(x) < _like(x, 0.25), series, tirx.exp(x) - _like(x, 1))
 
 
 def _log1p_by_log(x: Any) -> Any:

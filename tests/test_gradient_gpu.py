@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpu_kernels import CUDA, METAL, assert_within_limits
 from gradient_kernels import Operands, draw, gradients_of
 from hypothesis import given, settings
 from strategies import specs
-from test_gradients import known
+from test_gradients import SOFTPLUS, known, require_all_digits
 
 import opcompile as oc
 from opcompile.bounds import EXACT_ACTIVATIONS
@@ -105,6 +106,12 @@ QUICK_GRADIENTS = [(g, target) for text, target in QUICK.items() for g in gradie
 @pytest.mark.parametrize(("gradient", "target"), QUICK_GRADIENTS, ids=lambda v: getattr(v, "name", None))
 def test_a_derivative_is_exact_on_integers_and_within_the_bound_on_reals(gradient: Gradient, target: Any) -> None:
     require_right(gradient, target)
+
+
+@pytest.mark.parametrize("target", [CUDA, METAL], ids=lambda t: t.name)
+def test_the_slope_of_softplus_keeps_all_digits_that_y_has(target: GpuTarget) -> None:
+    gradient = Gradient(ConvTranspose3d.parse(SOFTPLUS), "x")
+    require_all_digits(gradient, partial(run, lower_gpu(gradient, target)))
 
 
 EVERY = [

@@ -14,7 +14,7 @@ from kernels import HERE, dtype_of
 from strategies import specs
 from tvm.ir.expr import TensorLoad
 
-from opcompile.bounds import EXACT_ACTIVATIONS
+from opcompile.bounds import EXACT_ACTIVATIONS, FORMATS
 from opcompile.cases import Case, case, tagged
 from opcompile.compiled import compiled
 from opcompile.errors import CallError, RecordError, SpecError
@@ -214,6 +214,24 @@ def test_slopes_are_told_from_the_output(name: str) -> None:
 
 
 # --- what cannot be said is refused ---
+
+
+def require_all_digits(gradient: Gradient, run: Any) -> None:
+    """Hold a slope that is told from Y alone to the roundings that it is granted, of itself and of nothing larger."""
+    y = np.array([1e-30, 2e-9, 1e-3, 0.2, 0.3, 0.7, 3, 20, -0.2, -1], dtype_of(gradient.layer)).reshape(gradient.shape)
+    operands = {"dy": np.ones_like(y), "w": np.ones(gradient.layer.w_shape, y.dtype), "y": y}
+    right = reference(gradient, operands)
+    unit = FORMATS[gradient.layer.sum_dtype].unit
+    assert (np.abs(run(operands) - right) <= 20 * unit * np.abs(right)).all()
+
+
+SOFTPLUS = "in=1x1x1x1x10 co=1 k=1 bias=0 act=softplus"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_slope_of_softplus_keeps_all_digits_that_y_has(dtype: str) -> None:
+    gradient = Gradient(ConvTranspose3d.parse(f"{SOFTPLUS} dtype={dtype}"), "x")
+    require_all_digits(gradient, kernel(gradient))
 
 
 @pytest.mark.parametrize("name", TAKEN_TWICE)

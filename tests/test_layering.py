@@ -82,10 +82,12 @@ BELOW = {
         "opcompile.errors",
         "opcompile.gradients.gradient",
         "opcompile.gradients.reference",
+        "opcompile.reference",
         "opcompile.spec",
     },
     "opcompile.gradients.declare": {
         "opcompile.declare",
+        "opcompile.elementary",
         "opcompile.gradients.gradient",
         "opcompile.positions",
         "opcompile.spec",

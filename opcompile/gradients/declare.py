@@ -41,6 +41,7 @@ from typing import Any
 from tvm import te, tirx
 
 from opcompile.declare import INDEX, sum_type, unaligned
+from opcompile.elementary import expm1
 from opcompile.gradients.gradient import Gradient
 from opcompile.positions import round_up
 from opcompile.spec import Activation, ConvTranspose3d
@@ -339,7 +340,7 @@ _SLOPES: dict[str, Callable[..., Any]] = {
     "selu": lambda y, alpha, gamma: _step(y, gamma, y + alpha * gamma),
     "sigmoid": lambda y: y * (_const(y, 1) - y),
     "hard_sigmoid": lambda y, alpha, _beta: _between(y, 1, alpha),
-    "softplus": lambda y: _const(y, 1) - tirx.exp(-y),
+    "softplus": lambda y: -expm1(-y),
     "softsign": lambda y: (_const(y, 1) - tirx.abs(y)) * (_const(y, 1) - tirx.abs(y)),
     "tanh": lambda y: _const(y, 1) - y * y,
     "exponential": lambda y: y,

@@ -35,6 +35,7 @@ from tvm import te, tirx
 
 from opcompile.declare import narrow_index, sum_type
 from opcompile.declare_flat import FlatGrain, scattered, unravel
+from opcompile.elementary import by_exponentials
 from opcompile.gradients.declare import Depth, Element, read, upstream
 from opcompile.gradients.gradient import Gradient
 from opcompile.positions import round_up
@@ -100,7 +101,11 @@ class _Flat:
             name: te.placeholder(self.shape(*shape), layer.dtype, name=name.upper())
             for name, shape in gradient.operands.items()
         }
-        dz = upstream(layer, given)
+        flat = upstream(layer, given)
+
+        def dz(*at: Any) -> Any:
+            return by_exponentials(flat(*at))
+
         make = {"x": self._of_input, "w": self._of_weight, "b": self._of_bias}[gradient.wrt]
         total, place = make(dz, given)
         result = te.compute(total.shape, lambda *at: total(*at).astype(layer.dtype), name="result")
