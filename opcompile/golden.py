@@ -72,23 +72,36 @@ def read_golden(
     directory: Path, manifest: dict[str, Any], spec: ConvTranspose3d, own_weight: bool, own_bias: bool
 ) -> Golden:
     """Return the test vector of an artifact, without what the artifact holds of its own. Raises `ArtifactError`."""
-    stored = read_arrays(directory, manifest, GOLDEN)
     bias = spec.bias and not own_bias
-    try:
-        batch, indices, expected = (stored[name] for name in ("batch", "indices", "expected"))
-        x_shape, y_shape = (at_batch(shape, int(batch)) for shape in (spec.x_shape, spec.y_shape))
-        fitting = fits(x_shape, spec.x_shape) and indices.size and indices.shape == expected.shape
-        if not fitting or indices.min() < 0 or indices.max() >= math.prod(y_shape):
-            raise ValueError("its indices are none of this layer's Y")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{GOLDEN} is no test vector of this layer: {error}; compile the layer again") from error
+    batch, indices, expected = read_vector(directory, manifest, spec.x_shape, spec.y_shape)
     return Golden(
-        x=golden_tensor(x_shape, X_SALT, X_AMPLITUDE, spec.dtype),
+        x=golden_tensor(at_batch(spec.x_shape, batch), X_SALT, X_AMPLITUDE, spec.dtype),
         w=None if own_weight else golden_tensor(spec.w_shape, W_SALT, w_amplitude(spec), spec.dtype),
         b=golden_tensor((spec.channels_out,), B_SALT, B_AMPLITUDE, spec.dtype) if bias else None,
         indices=indices,
         expected=expected,
     )
+
+
+def read_vector(
+    directory: Path, manifest: dict[str, Any], given: tuple[int | None, ...], result: tuple[int | None, ...]
+) -> tuple[int, NDArray[np.int64], NDArray[np.float64]]:
+    """Return the batch of a test vector, and places and values of some elements of the result.
+
+    ``given`` is the shape of a tensor that has the batch, ``result`` that of the result. Raises `ArtifactError`.
+    """
+    stored = read_arrays(directory, manifest, GOLDEN)
+    try:
+        batch, indices, expected = (stored[name] for name in ("batch", "indices", "expected"))
+        if [array.dtype.name for array in (batch, indices, expected)] != ["int64", "int64", "float64"]:
+            raise ValueError("its arrays are of other types")
+        fitting = fits(at_batch(given, int(batch)), given) and indices.shape == expected.shape == (indices.size,)
+        count = math.prod(at_batch(result, int(batch)))
+        if not fitting or not indices.size or indices.min() < 0 or indices.max() >= count:
+            raise ValueError("its indices are none of this layer's result")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{GOLDEN} is no test vector of this layer: {error}; compile the layer again") from error
+    return int(batch), indices, expected
 
 
 def golden_tensor(shape: tuple[int, ...], salt: int, amplitude: int, dtype: str) -> NDArray[Any]:

@@ -105,6 +105,8 @@ _FIELDS: dict[str, type] = {
     "versions": dict,
 }
 _TARGET_FIELDS: dict[str, type] = {"name": str, "architecture": str, "system": str, "features": list}
+_PLAN_FIELDS: dict[str, type] = {"name": str, "schedule": str, "tiles": dict}
+_DEPTH_FIELDS: dict[str, type] = {"fixed": int, "per_image": int}
 
 
 def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
@@ -123,10 +125,9 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != digest(manifest):
         raise ArtifactError(f"{where} was changed after it was written; compile the layer again")
-    for fields, values in ((_FIELDS, manifest), (_TARGET_FIELDS, manifest.get("target"))):
-        for name, kind in fields.items():
-            if not isinstance(values, dict) or not isinstance(values.get(name), kind):
-                raise ArtifactError(f"{where} lacks {name}, which must be a {kind.__name__}")
+    _require_fields(where, _FIELDS, manifest)
+    _require_fields(where, _TARGET_FIELDS, manifest["target"])
+    _require_fields(where, _PLAN_FIELDS, manifest["plan"])
     if not all(isinstance(feature, str) for feature in manifest["target"]["features"]):
         raise ArtifactError(f"{where} lists {manifest['target']['features']} as features, which must be names")
     for name, entry in manifest["files"].items():
@@ -138,6 +139,8 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
             raise ArtifactError(f"{where} lists {name} without its size and hash")
     if manifest.get("derivative", "") not in (None, *WRT):
         raise ArtifactError(f"{where} must say which derivative it is, x, w or b, or null for the layer itself")
+    if manifest["derivative"]:
+        _require_fields(where, _DEPTH_FIELDS, manifest.get("depth"))
     # an artifact for Metal may have none
     needed = [
         *([manifest["library"]] if manifest["library"] else []),
@@ -148,6 +151,12 @@ def parse_manifest(text: bytes, directory: Path) -> dict[str, Any]:
         if name not in manifest["files"]:
             raise ArtifactError(f"{where} does not list {name}, which it needs")
     return manifest
+
+
+def _require_fields(where: Path, fields: dict[str, type], values: object) -> None:
+    for name, kind in fields.items():
+        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+            raise ArtifactError(f"{where} lacks {name}, which must be a {kind.__name__}")
 
 
 def check_files(directory: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:

@@ -54,7 +54,7 @@ from opcompile.manifest import MANIFEST, REPORT, read_manifest
 from opcompile.packing import Packing
 from opcompile.reference import reference
 from opcompile.runtime import Artifact, load
-from opcompile.spec import Activation, ConvTranspose3d
+from opcompile.spec import ConvTranspose3d
 from opcompile.target import target
 from opcompile.tensors import ALIGNMENT
 from opcompile.verify import verify
@@ -414,6 +414,8 @@ def test_without_checks_what_is_loaded_is_checked_still(copy: Path) -> None:
         (lambda m: m.update(packing={}), "packing"),
         (lambda m: m.update(target=3), "lacks target"),
         (lambda m: m["target"].pop("features"), "lacks features"),
+        (lambda m: m["plan"].pop("schedule"), "lacks schedule"),
+        (lambda m: m["plan"].update(tiles=[]), "lacks tiles"),
         (lambda m: m["target"].update(features=[["avx2"]]), "as features, which must be names"),
         (lambda m: m["target"].update(features=[{}]), "as features, which must be names"),
         (lambda m: m.update(files={}), "does not list"),
@@ -570,9 +572,10 @@ def test_a_link_to_a_directory_stays_one(lowered: dict[ConvTranspose3d, Lowered]
 
 
 WRITER = """
-import pickle, select, sys
+import dataclasses, pickle, select, sys
 from opcompile import artifact
 lowered, library = pickle.load(open(sys.argv[1], "rb"))
+lowered.plan = dataclasses.make_dataclass("Plan", ["name", "schedule", "tiles"])("baseline", "register_tiles", {})
 artifact.link = lambda *_: library   # the part that takes long, and no part of what is tested
 if sys.argv[3] == "in steps":
     artifact._exchange = lambda *_: False
@@ -591,8 +594,8 @@ def test_two_processes_write_and_a_third_reads(
     writers = []
     for index, each in enumerate(lowered.values()):
         library = link(each.object_code, header(each.spec, each.packing), each.target)
-        # any dataclass is a plan; this one spares the writers the import of TVM
-        light = SimpleNamespace(**{f.name: getattr(each, f.name) for f in fields(each)} | {"plan": Activation()})
+        # the writers have a plan of their own, which spares them the import of TVM
+        light = SimpleNamespace(**{f.name: getattr(each, f.name) for f in fields(each)} | {"plan": None})
         (tmp_path / f"{index}.pickle").write_bytes(pickle.dumps((light, library)))
         arguments = [sys.executable, "-c", WRITER, tmp_path / f"{index}.pickle", place, how]
         root = str(Path(opcompile.__file__).parents[1])
@@ -881,7 +884,18 @@ def test_a_model_of_another_layer_is_refused_where_it_is_asked(copy: Path, tmp_p
 
 @pytest.mark.parametrize(
     "change",
-    [{"indices": [10**6]}, {"indices": []}, {"indices": [-1]}, {"batch": None}, {"expected": [1.0, 2.0]}],
+    [
+        {"indices": [10**6]},
+        {"indices": []},
+        {"indices": [-1]},
+        {"indices": np.array([0.5])},
+        {"indices": [[0]], "expected": [[1.0]]},
+        {"batch": None},
+        {"batch": np.array(1.9)},
+        {"expected": [1.0, 2.0]},
+        {"indices": [0], "expected": np.array([1 + 5j])},
+        {"indices": [0], "expected": np.array(["1"])},
+    ],
     ids=str,
 )
 def test_a_test_vector_of_another_layer_is_refused(change: dict[str, Any], copy: Path) -> None:
@@ -891,7 +905,7 @@ def test_a_test_vector_of_another_layer_is_refused(change: dict[str, Any], copy:
         if values is None:
             del arrays[name]
         else:
-            arrays[name] = np.array(values, arrays[name].dtype)
+            arrays[name] = values if isinstance(values, np.ndarray) else np.array(values, arrays[name].dtype)
             if name == "indices":
                 arrays["expected"] = arrays["expected"][: len(values)]
     file = io.BytesIO()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,20 @@ def test_a_manifest_without_the_word_is_refused(place: Path, tmp_path: Path) -> 
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(ArtifactError, match="must say which derivative it is"):
             load_any(tmp_path)
+
+
+def test_a_manifest_without_a_depth_and_another_test_vector_are_refused(place: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(place / "x", tmp_path / "copy")
+    whole = json.loads((copy / "manifest.json").read_text())
+    np.savez(copy / "golden.npz", batch=np.int64(2), indices=np.array([0.5]), expected=np.zeros(1))
+    vector = (copy / "golden.npz").read_bytes()
+    whole["files"]["golden.npz"] = {"sha256": hashlib.sha256(vector).hexdigest(), "bytes": len(vector)}
+    for changed, words in (({"depth": {}}, "lacks fixed"), ({}, "is no test vector of this layer: its arrays are of")):
+        manifest = {**whole, **changed}
+        manifest["sha256"] = digest(manifest)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=words):
+            oc.verify(load_any(copy))
 
 
 def test_the_test_vector_is_the_oracle_s(place: Path) -> None:

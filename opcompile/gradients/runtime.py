@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from opcompile.errors import CallError
+from opcompile.golden import read_vector
 from opcompile.gradients.golden import GoldenGradient, golden_operands
 from opcompile.gradients.gradient import Gradient
-from opcompile.manifest import GOLDEN, read_arrays
 from opcompile.runtime import OnCpu, checked_threads
 from opcompile.spec import ConvTranspose3d, at_batch
 from opcompile.tensors import address_of, aligned, as_kind_of, framework_of
@@ -38,11 +38,11 @@ class Derivative:
     def golden(self) -> GoldenGradient:
         """Return the test vector that was computed when the artifact was written.
 
-        Raises `ArtifactError` when its file has changed since.
+        Raises `ArtifactError` when its file has changed since, or holds none of this derivative.
         """
-        stored = read_arrays(self.directory, self.manifest, GOLDEN)
-        operands = golden_operands(self.gradient, int(stored["batch"]))
-        return GoldenGradient(operands, stored["indices"], stored["expected"])
+        gradient = self.gradient
+        batch, indices, expected = read_vector(self.directory, self.manifest, gradient.operands["dy"], gradient.shape)
+        return GoldenGradient(golden_operands(gradient, batch), indices, expected)
 
     def depth(self, batch: int) -> int:
         """Return how many roundings a term of the result meets at most."""
