@@ -20,6 +20,7 @@ from opcompile.cli import cli
 from opcompile.describe import contents
 from opcompile.digest import digest
 from opcompile.errors import ArtifactError, CallError, SpecError, VerificationError
+from opcompile.gradients import verify as module
 from opcompile.gradients.artifact import header
 from opcompile.gradients.bounds import compare
 from opcompile.gradients.gradient import Gradient, Wrt
@@ -137,6 +138,16 @@ def test_verification_asks_and_notices(place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(GradientArtifact, "__call__", bend)
     with pytest.raises(VerificationError, match="dw of in=Nx4"):
         oc.verify(artifact).require()
+
+
+@pytest.mark.parametrize("act", ["relu6", "hard_sigmoid"])
+@pytest.mark.parametrize("text", ["dw of in=1x1x8x8x8 co=1 k=1", "db of in=1x1x128x128x128 co=1 k=1"])
+def test_integers_reach_both_ends_of_an_activation_however_long_the_sum(text: str, act: str) -> None:
+    wrt, _, layer = text.partition(" of ")
+    gradient = Gradient(oc.ConvTranspose3d.parse(f"{layer} act={act}"), wrt[1:])  # type: ignore[arg-type]
+    draw = next(q.draw for q in module._questions(gradient)[1] if q.name == "integers")
+    operands = draw(gradient, np.random.default_rng(0), 1)
+    assert {operands["y"].min(), operands["y"].max()} == {0, 6 if act == "relu6" else 1}
 
 
 def test_a_double_that_is_read_as_float32_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

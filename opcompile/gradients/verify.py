@@ -60,7 +60,10 @@ def _with_output(gradient: Gradient, drawn: Operands) -> Operands:
 
 
 def _integers(gradient: Gradient, rng: np.random.Generator, batch: int) -> Operands:
-    """Integers so small, and in a long sum so many of them zero, that no sum of magnitudes reaches 2^23."""
+    """Integers so small, and in a long sum so many of them zero, that no sum of magnitudes reaches 2^23.
+
+    Y is not summed: it comes from -8 .. 8 however long the sum is, beyond the kinks of relu6 and hard_sigmoid.
+    """
     terms = gradient.terms(batch)
     most = max(1, min(8, math.isqrt(2**23 // terms)))
     drawn: Operands = {
@@ -68,6 +71,8 @@ def _integers(gradient: Gradient, rng: np.random.Generator, batch: int) -> Opera
     }
     if terms * most * most > 2**23:
         drawn["dy"] = drawn["dy"] * (rng.random(drawn["dy"].shape, np.float32) < 2**22 / terms)
+    if "y" in drawn:
+        drawn["y"] = rng.integers(-8, 9, drawn["y"].shape, np.int8)
     return _with_output(gradient, drawn)
 
 
