@@ -255,7 +255,10 @@ def _below_limit(activation: Activation, z: Array, error: Array, sums: Format, s
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One set of inputs, checked, with what the bound needs to know of all of it."""
+    """One set of inputs, checked, with what the bound needs to know of all of it.
+
+    ``integers`` says that X and W are whole multiples of their ``grains``, powers of two, and B of the product of both.
+    """
 
     spec: ConvTranspose3d
     x: Tensor
@@ -263,9 +266,10 @@ class Inputs:
     b: Tensor | None
     largest: tuple[float, float, float]
     integers: bool
+    grains: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
-    def of(cls, spec: ConvTranspose3d, x: Any, w: Any, b: Any) -> Inputs:
+    def of(cls, spec: ConvTranspose3d, x: Any, w: Any, b: Any, *, grains: tuple[float, float] = (1.0, 1.0)) -> Inputs:
         """Check shapes, values and formats against the spec. Raises `CallError`."""
         x, w, b = np.asarray(x), np.asarray(w), None if b is None or not spec.bias else np.asarray(b)
         expected = {"x": (x, (x.shape[0] if spec.batch is None and x.ndim else spec.batch, *spec.x_shape[1:]))}
@@ -274,8 +278,8 @@ class Inputs:
             require_operand(name, array, shape, spec.dtype, spec)
         given = [array for array, _ in expected.values()]
         largest = [max(float(array.max()), -float(array.min())) for array in given] + [0.0]
-        integers = all(bool((np.trunc(array) == array).all()) for array in given)
-        return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers)
+        integers = all(map(_are_multiples, given, (*grains, grains[0] * grains[1])))
+        return cls(spec, x, w, b, (largest[0], largest[1], largest[2]), integers, grains)
 
     @property
     def batch(self) -> int:
@@ -284,10 +288,30 @@ class Inputs:
 
     def sums_exactly(self, sums: Format) -> bool:
         """Whether no factor and no partial sum can round, in any order: integers of magnitudes below 2^precision."""
-        x, w, b = self.largest
+        (x, w, b), (of_x, of_w) = self.largest, self.grains
         factors = sums.narrowed(FORMATS[self.spec.dtype])
-        fits = factors is None or max(x, w) <= 2.0**factors.precision
-        return self.integers and fits and self.spec.terms * x * w + b < 2.0**sums.precision
+        fits = factors is None or max(x / of_x, w / of_w) <= 2.0**factors.precision
+        limit = of_x * of_w * 2.0**sums.precision
+        # what holds few zeros is told by its largest elements, without a sum
+        return self.integers and fits and (self.spec.terms * x * w + b < limit or self._products() + b < limit)
+
+    def _products(self) -> float:
+        """No less than any output's sum of magnitudes without bias: all weights of a channel count as its largest."""
+        spec, g = self.spec, self.spec.groups
+        weights = np.abs(self.w.astype(np.float64)).reshape(g, spec.c_in, -1).max(axis=2)
+        most = 0.0
+        for part in _parts(spec, self.batch):
+            x = np.abs(self.x[part.x].astype(np.float64))
+            x = np.moveaxis(x, -1, 1) if spec.layout == "NDHWC" else x
+            x = np.einsum("ngcdhw,gc->ngdhw", x.reshape(len(x), g, spec.c_in, *x.shape[2:]), weights)
+            layer = replace(part.spec, channels_in=g, channels_out=g, layout="NCDHW")
+            most = max(most, float(linear(layer, x, np.ones(layer.w_shape)).max()))
+        return most
+
+
+def _are_multiples(array: Tensor, grain: float) -> bool:
+    whole = array / grain
+    return bool((np.trunc(whole) == whole).all())
 
 
 def require_operand(name: str, array: Tensor, shape: tuple[int | None, ...], dtype: str, taker: object) -> None:
@@ -450,7 +474,7 @@ class Check:
     """How one array compares with another, element by element.
 
     ``criterion``: ``bits`` (equal to the correctly rounded exact result), ``exact sums`` (the sum is exact,
-    the activation has a bound), ``bound``, or ``NaN`` (which elements are NaN). ``worst`` is the largest
+    the activation has a bound), ``bound``, or ``NaN`` (which elements are NaN or infinite). ``worst`` is the largest
     |error| / bound, found at ``index`` (with ``bits`` and ``NaN``: 0, or infinity for a difference).
     ``unjudged`` elements have sums that may overflow.
     """
@@ -532,11 +556,15 @@ def judge_bits(computed_in: str, actual: Array, expected: Array) -> Check:
 
 
 def judge_nan(computed_in: str, actual: Array, expected: Array) -> Check:
-    """Judge one block by where NaN is, and by nothing else."""
-    check = judge_bits(computed_in, np.where(np.isnan(actual), np.inf, 0), np.where(np.isnan(expected), np.inf, 0))
+    """Judge one block by where NaN and either infinity are, and by nothing else."""
+    check = judge_bits(computed_in, _beyond_numbers(actual), _beyond_numbers(expected))
     if check.failures:
         check = replace(check, actual=float(actual[check.index]), expected=float(expected[check.index]))
     return replace(check, criterion="NaN")
+
+
+def _beyond_numbers(y: Array) -> Array:
+    return np.where(np.isnan(y), 1, np.where(np.isinf(y), y, 0))
 
 
 def judge(criterion: str, computed_in: str, actual: Array, expected: Array, bound: Array, limit: float) -> Check:

@@ -46,8 +46,9 @@ def linear(spec: ConvTranspose3d, x: Tensor, w: Tensor) -> Array:
         if any(r.start >= r.stop for r in reads):
             continue
         window = grouped_x[:, :, :, reads[0], reads[1], reads[2]]
-        product = np.matmul(matrix, window.reshape(batch, g, c, -1)).reshape(batch, g, m, *window.shape[3:])
-        y[:, :, :, lands[0], lands[1], lands[2]] += product
+        with np.errstate(invalid="ignore"):  # infinities of both signs have the sum NaN
+            product = np.matmul(matrix, window.reshape(batch, g, c, -1)).reshape(batch, g, m, *window.shape[3:])
+            y[:, :, :, lands[0], lands[1], lands[2]] += product
     full: Array = y.reshape(batch, spec.channels_out, *y.shape[3:])
     return np.ascontiguousarray(np.moveaxis(full, 1, -1)) if spec.layout == "NDHWC" else full
 

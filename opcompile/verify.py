@@ -24,7 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcompile.arguments import checked_engines, checked_seed
-from opcompile.bounds import Answer, Check, Inputs, bounds, compare, compare_all, compare_at, judge_nan, sums_of
+from opcompile.bounds import (
+    FORMATS,
+    SUMS,
+    Answer,
+    Check,
+    Inputs,
+    bounds,
+    compare,
+    compare_all,
+    compare_at,
+    judge_nan,
+    sums_of,
+)
 from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError, first_line
 from opcompile.manifest import own_weights
 from opcompile.needed import packages_named
@@ -50,7 +62,7 @@ Tensor = NDArray[Any]
 
 ENGINES = ("reference", "onnxruntime")
 
-# Above either of these, two input sets are asked, and otherwise all: the oracle takes seconds there.
+# Above either of these, three input sets are asked, and otherwise all: the oracle takes seconds there.
 _LARGE_FLOPS = 2**28
 _LARGE_BYTES = 2**22
 
@@ -186,7 +198,7 @@ class Report:
         if any(row.check.criterion == "bits" for row in self.rows):
             notes.append("bits: the answers must be equal to the last bit, and no bound is granted")
         if any(row.check.criterion == "NaN" for row in self.rows):
-            notes.append("NaN: the outputs that read it must be NaN, and no others")
+            notes.append("NaN: what reads NaN or infinity must be what it makes of it, and nothing else")
         if not all(row.check.judged for row in self.rows):
             notes.append("not judged: every sum may overflow, or has too many terms, and then any answer may be right")
         notes += [f"not asked: {n.what}: {n.reason}" for n in self.not_asked]
@@ -233,13 +245,19 @@ def _most_frequent(lines: Iterable[tuple[str, ...]], calls: Iterable[str], kind:
 
 @dataclass(frozen=True, slots=True)
 class InputSet:
-    """One input set: how to draw it, at which batch, and whether with the weights compiled in."""
+    """One input set: how to draw it, at which batch, and whether with the weights compiled in.
+
+    What is ``exact`` has multiples of ``grains``, powers of two, in X and W. What is asked ``alone`` is not put to
+    ONNX Runtime.
+    """
 
     name: str
     draw: Callable[[ConvTranspose3d, np.random.Generator, int], tuple[Tensor, Tensor, Tensor]]
     batch: int
     compiled: bool = False
     exact: bool = False
+    grains: tuple[float, float] = (1.0, 1.0)
+    alone: bool = False
 
 
 def _shapes(spec: ConvTranspose3d, batch: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -256,10 +274,14 @@ def _largest_integer(spec: ConvTranspose3d) -> int:
     return next((a for a in range(8, 0, -1) if spec.terms * a * a + a < 2**24), 0)
 
 
+# Of X and W in the integers: sums of halves meet the kinks of every activation, and ±1/2, where hard_shrink jumps.
+_HALVES = (1.0, 0.5)
+
+
 def _integers(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     most = _largest_integer(spec)
     x, w, b = (rng.integers(-most, most + 1, shape, np.int8) for shape in _shapes(spec, batch))
-    return x, w, b
+    return x, w * np.float32(0.5), b * np.float32(0.5)
 
 
 def _ones(spec: ConvTranspose3d, _: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,36 +348,105 @@ def _tiny(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[
     return x * x.dtype.type(smallest), w, b * 0
 
 
+def _apart(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+    """Choose elements of X of which no output reads two: a mask, and of each channel when its first turn is.
+
+    Along each axis they are farther apart than the kernel reaches, and there the channels of a group take turns.
+    """
+    steps = [(axis.kernel - 1) * axis.dilation // axis.stride + 1 for axis in spec.axes]
+    along = [np.arange(rng.integers(min(step, a.size)), a.size, step) for step, a in zip(steps, spec.axes, strict=True)]
+    image, d, h, w = np.ix_(np.arange(batch), *along)
+    turns = np.arange(batch * math.prod(map(len, along))).reshape(batch, *map(len, along))
+    order = rng.permutation(spec.c_in)
+    chosen = np.zeros((batch, spec.groups, spec.c_in, *(axis.size for axis in spec.axes)), bool)
+    chosen[image, :, order[turns % spec.c_in], d, h, w] = True
+    x = chosen.reshape(batch, spec.channels_in, *chosen.shape[3:])
+    x = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if spec.layout == "NDHWC" else x
+    return x, np.tile(np.argsort(order), spec.groups)
+
+
+def _digits(spec: ConvTranspose3d, sums: str, batch: int) -> InputSet:
+    """Let each output be one product, of as many digits as the sum has, and a bias: exact, however deep the layer.
+
+    A channel splits the digits between X and W in halves, or gives all but two to X, or all but two to W; what the
+    format of the factors lacks is left away. Sums are below 4, so that activations are asked where they bend.
+    """
+    factors = SUMS[sums].factors or FORMATS[spec.dtype]
+    most = min(factors.precision, FORMATS[spec.dtype].precision)
+    digits = min(SUMS[sums].precision, 2 * most)
+    half = digits // 2
+    grains = 2.0 ** (1 - half), 2.0 ** (1 - digits + half)
+
+    def draw(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, turn = _apart(spec, rng, batch)
+        of_x = np.array([half, digits - 2, 2])[turn % 3]
+        number = drawn_in(spec.dtype)
+        x, w, b = (2 * rng.random(shape, number) - 1 for shape in _shapes(spec, batch))
+        scale_x, scale_w = (np.exp2(np.minimum(n, most)).astype(number) for n in (of_x, digits - of_x))
+        scale_x = scale_x if spec.layout == "NDHWC" else scale_x.reshape(-1, 1, 1, 1)
+        x = np.trunc(x * scale_x) * (chosen * number(grains[0]))
+        w = np.trunc(w * scale_w.reshape(-1, 1, 1, 1, 1)) * number(grains[1])
+        return x, w, np.trunc(b * number(2**half)) * number(grains[0] * grains[1])
+
+    return InputSet("digits", draw, batch, exact=True, grains=grains, alone=spec.dtype == "float64")
+
+
+def _scattered(spec: ConvTranspose3d, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each output is one product, of any magnitude: far below where activations bend, and far beyond.
+
+    In float16 the largest are infinite. No sum of float32 or float64 may overflow.
+    """
+    of_x, of_w = {"float16": (4, 13), "float64": (500, 500)}.get(spec.dtype, (62, 62))
+    x, _ = _apart(spec, rng, batch)
+    # few elements of X are chosen: evenly, so that they cover the range as well
+    evenly = rng.permutation(np.count_nonzero(x)) + 0.5
+    x = x.astype(np.float64)
+    x[x > 0] = np.exp2((2 * evenly / evenly.size - 1) * of_x)
+    _, *shapes = _shapes(spec, batch)
+    w, b = (np.exp2(rng.uniform(-of_w, of_w, shape)) for shape in shapes)
+    return x, w * rng.choice([-1, 1], w.shape), b * 0
+
+
 def is_large(work: ConvTranspose3d | Gradient) -> bool:
-    """Whether a layer, or a derivative, is asked two input sets only."""
+    """Whether a layer is asked three input sets only, and a derivative two."""
     return work.flops > _LARGE_FLOPS or work.bytes() > _LARGE_BYTES
 
 
-def rule_of(work: ConvTranspose3d | Gradient, what: str) -> str:
-    """Say which input sets ``work`` is asked, and why: ``what`` it is."""
+def rule_of(work: ConvTranspose3d | Gradient, what: str, few: str) -> str:
+    """Say which input sets ``work`` is asked, and why: ``what`` it is, and how ``few`` where it is large."""
     if not is_large(work):
         return "all input sets"
     size = f"{_LARGE_FLOPS // 10**6} MFLOP or {_LARGE_BYTES >> 20} MiB"
-    return f"two input sets, because the {what} is larger than {size}"
+    return f"{few} input sets, because the {what} is larger than {size}"
 
 
-def input_sets(spec: ConvTranspose3d, compiled: bool) -> tuple[str, list[InputSet]]:
-    """Choose the input sets by the size of the layer. Returns the rule in words, and the questions."""
+# Images of the digits, where the batch is open: more than any other input set has.
+_MANY = 5
+
+
+def input_sets(spec: ConvTranspose3d, compiled: bool, sums: str | None = None) -> tuple[str, list[InputSet]]:
+    """Choose the input sets by the size of the layer, and by what its kernel ``sums`` in, of `SUMS`.
+
+    Returns the rule in words, and the questions.
+    """
     large = is_large(spec)
     main, *others = [spec.batch] if spec.batch else [2, 1, 3]
+    float64 = spec.dtype == "float64"  # which ONNX Runtime computes in float32
     integers = [("integers", _integers)] if _largest_integer(spec) else []
-    asked = [InputSet(name, draw, main, exact=True) for name, draw in integers]
+    asked = [InputSet(name, draw, main, exact=True, grains=_HALVES) for name, draw in integers]
+    asked.append(_digits(spec, sums or spec.sum_dtype, spec.batch or _MANY))
     if large:
         asked.append(InputSet("normal", _normal, main, compiled))
     else:
         asked += [InputSet("ones", _ones, main, exact=True)] if integers else []
         reals = {"normal": _normal, "impulse": _impulse, "alternating": _alternating, "wide": _wide, "tiny": _tiny}
         asked += [InputSet(name, draw, main) for name, draw in reals.items()]
+        asked.append(InputSet("scattered", _scattered, main, alone=float64))
         asked += [InputSet(name, reals[name], main, True) for name in ("normal", "impulse") if compiled]
     for batch in others:
-        asked += [InputSet(name, draw, batch, exact=True) for name, draw in integers]
+        asked += [InputSet(name, draw, batch, exact=True, grains=_HALVES) for name, draw in integers]
         asked += [] if large else [InputSet("normal", _normal, batch, compiled)]
-    return rule_of(spec, "layer"), asked
+    return rule_of(spec, "layer", "three"), asked
 
 
 # --- those who are asked ---
@@ -509,12 +600,14 @@ def _ask(
     if question.compiled:
         passed = (None if own[0] is not None else w, None if own[1] is not None else passed[1])
         w, b = (mine if mine is not None else drawn for mine, drawn in zip(own, (w, b), strict=True))
-    inputs = Inputs.of(spec, x, w, b)
+    inputs = Inputs.of(spec, x, w, b, grains=question.grains)
     kept, twins = distinct(_ours(artifact, inputs.x, passed, threads))
     answers = {name: Answer(y, sums_of(artifact.manifest)) for name, y in kept.items()}
     pairs = [(name, "reference") for name in twins]
     not_asked: list[NotAsked] = []
-    if runtime is not None and not question.compiled and any(mine is not None for mine in own):
+    if question.alone:
+        pass
+    elif runtime is not None and not question.compiled and any(mine is not None for mine in own):
         not_asked.append(NotAsked("onnxruntime with the caller's weights", "model.onnx holds the weights compiled in"))
     elif runtime is not None:
         try:
@@ -532,17 +625,24 @@ def _ask(
     return _Asked(tuple(rows), tuple(not_asked), runtime)
 
 
-def _ask_nan(
+# What X holds besides numbers.
+_BEYOND_NUMBERS = {"NaN": [np.nan], "infinities": [np.inf, -np.inf]}
+
+
+def _ask_beyond_numbers(
     artifact: Artifact | CudaArtifact | Simulated, rng: np.random.Generator, threads: Sequence[int]
 ) -> Iterator[Row]:
-    """Let one element of X be NaN: the outputs that read it must be NaN, and no others."""
+    """Let one element of X be NaN, or two infinite: what becomes NaN and infinite by them must, and nothing else."""
     spec, batch = artifact.spec, artifact.spec.batch or 2
-    x, w, b = (stored(spec.dtype, values) for values in _normal(spec, rng, batch))
-    x.reshape(-1)[rng.integers(x.size)] = np.nan
-    expected = reference(spec, x, w, b)
     computed_in = sums_of(artifact.manifest) or spec.sum_dtype
-    for name, y in _ours(artifact, x, (w, b if spec.bias else None), threads):
-        yield Row("NaN", "caller", batch, name, "reference", judge_nan(computed_in, y.astype(np.float64), expected))
+    for inputs, values in _BEYOND_NUMBERS.items():
+        x, w, b = (stored(spec.dtype, drawn) for drawn in _normal(spec, rng, batch))
+        x.reshape(-1)[rng.integers(x.size, size=len(values))] = values
+        expected = reference(spec, x, w, b)
+        for name, y in _ours(artifact, x, (w, b if spec.bias else None), threads):
+            yield Row(
+                inputs, "caller", batch, name, "reference", judge_nan(computed_in, y.astype(np.float64), expected)
+            )
 
 
 def ask_golden(
@@ -590,8 +690,9 @@ def verify(
     """Ask ``artifact`` and ``engines`` about the same inputs, and compare.
 
     Order: small integers, to the last bit (or, for activations that are no selection, without any error of
-    the sums); reals under the bound, drawn and structured; one NaN in X; the test vector in the artifact. Every
-    question goes to the artifact with one thread and with several; with a dynamic batch, 1, 2 and 3 images are asked.
+    the sums), and numbers of many digits as well; reals under the bound, drawn and structured; NaN and infinities in
+    X; the test vector in the artifact. Every question goes to the artifact with one thread and with several; with a
+    dynamic batch, 1, 2, 3 and 5 images are asked.
     ``reference`` is the oracle; without it, answers are held only against each other.
     A derivative is asked the same way, and held against the oracle alone. Raises `CallError` for an engine
     it does not know; what cannot be asked is listed in the report.
@@ -609,7 +710,7 @@ def verify(
     own = _compiled_in(artifact)
     known = [mine for mine in own if mine is not None]
     finite = all(np.isfinite(mine).all() for mine in known)
-    rule, questions = input_sets(spec, bool(known) and finite)
+    rule, questions = input_sets(spec, bool(known) and finite, sums_of(artifact.manifest))
     simulated, on_gpu = isinstance(artifact, Simulated), isinstance(artifact, CudaArtifact)
     threads = () if simulated or on_gpu else (1, max(2, cores()))
     rows: list[Row] = []
@@ -630,7 +731,7 @@ def verify(
             rows += asked.rows
             not_asked += [n for n in asked.not_asked if n not in not_asked]
         if not is_large(spec):
-            rows += _ask_nan(artifact, np.random.default_rng([seed, len(questions)]), threads)
+            rows += _ask_beyond_numbers(artifact, np.random.default_rng([seed, len(questions)]), threads)
         rows += ask_golden(artifact, own) if finite else ()
     except (EngineError, TargetError) as error:
         not_asked.append(NotAsked("opcompile", str(error)))

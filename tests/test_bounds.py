@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import activations, arrays, specs
 
 from opcompile import bounds as module
-from opcompile.bounds import FORMATS, bounds, compare
+from opcompile.bounds import FORMATS, SUMS, Inputs, bounds, compare
 from opcompile.cases import Case, case, tagged
 from opcompile.errors import CallError, VerificationError
 from opcompile.reference import activate, linear, reference
@@ -693,3 +693,18 @@ def test_a_check_is_plain_data() -> None:
     assert found["worst"] == "inf"
     assert found["index"] == [0, 0, 0, 0, 0]
     assert found["elements"] == y.size
+
+
+def test_multiples_of_powers_of_two_are_exact_where_what_any_output_reads_is() -> None:
+    spec = ConvTranspose3d.parse("in=1x4x3x3x3 co=2 k=3 s=2 g=2")
+    x, w, b = np.zeros(spec.x_shape, np.float32), np.full(spec.w_shape, (2**12 - 1) / 2**11, np.float32), np.zeros(2)
+    x[0, 1, 1, 1, 1] = (2**12 - 1) / 2**9  # a single product of 24 digits in any output
+    of = {"grains": (2.0**-9, 2.0**-11)}
+    assert Inputs.of(spec, x, w, b, **of).sums_exactly(SUMS["float32"])
+    assert not Inputs.of(spec, x, w, b).sums_exactly(SUMS["float32"])
+    assert not Inputs.of(spec, x, w, b, **of).sums_exactly(SUMS["TF32 tensor cores"])
+    assert not Inputs.of(spec, x, w, b, grains=(2.0**-8, 2.0**-11)).sums_exactly(SUMS["float32"])
+    x[0, 0, 1, 1, 1] = 1  # of the same group: an output reads both
+    assert not Inputs.of(spec, x, w, b, **of).sums_exactly(SUMS["float32"])
+    x[0, 0, 1, 1, 1], x[0, 3, 1, 1, 1] = 0, 1
+    assert Inputs.of(spec, x, w, b, **of).sums_exactly(SUMS["float32"])

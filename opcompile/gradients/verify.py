@@ -124,7 +124,7 @@ def _questions(gradient: Gradient) -> tuple[str, list[_Question]]:
         rest = {"impulse": _impulse, "alternating": _alternating, "wide": _wide}
         asked += [_Question(name, draw, main) for name, draw in rest.items()]
     asked += [_Question("integers", _integers, batch, exact) for batch in others]
-    return rule_of(gradient, "derivative"), asked
+    return rule_of(gradient, "derivative", "two"), asked
 
 
 # --- the questions, one after the other ---

@@ -55,7 +55,7 @@ def prove(operator: Operator, kernel: Kernel, library: Path, threads: Sequence[i
     for number, question in enumerate(input_sets(spec, False)[1]):
         rng = np.random.default_rng([seed, number])
         x, w, b = (values.astype(np.float32) for values in question.draw(spec, rng, question.batch))
-        inputs = Inputs.of(spec, x, w, b)
+        inputs = Inputs.of(spec, x, w, b, grains=question.grains)
         feeds = {"X": x, "W": w, "B": b}
         answers = {STOCK: Answer(stock(feeds)["Y"], "float32")}
         feeds["W"] = packing(w) if packing else w
