@@ -469,11 +469,11 @@ def bench(
 
     if markdown and as_json:
         raise click.UsageError("--markdown and --json are two forms of one result; choose one")
-    if picture:
-        require(picture)
     layers = _layers(sources, tags, nodes, shapes)
     for path in filter(None, (save, picture)):
         _require_place(path, *_files(sources))
+    if picture:
+        require(picture)
     time_one = _stopwatch(target, against, threads, seconds, plan, memory=not no_memory)
     reports: dict[str, BenchReport] = {}
     content: dict[str, Any] = {"layers": {}}
