@@ -325,6 +325,11 @@ class Activation:
             )
         defaults = tuple(default for _, default in expected[len(given) :])
         object.__setattr__(self, "parameters", (*map(float, given), *defaults))
+        if self.name == "selu" and abs(math.prod(self.parameters)) > _LARGEST_PARAMETER:
+            raise SpecError(
+                f"activation selu has alpha*gamma={math.prod(self.parameters):g}, but it must be at most 3.4e38 in "
+                "magnitude: results below zero approach its negative, which float32 cannot hold"
+            )
         for (name, _), value in zip(expected, self.parameters, strict=True):
             if (self.name, name) in _SCALES and value == 0:
                 raise SpecError(

@@ -169,6 +169,7 @@ def test_an_illegal_value_is_refused_by_name(build, words: str) -> None:
         ("act=elu:1_0", "'1_0' is not a number, like 0.01"),
         ("act=elu:\N{ARABIC-INDIC DIGIT ONE}", "is not a number, like 0.01"),
         ("act=selu:1e-44:1e38", "must be of at least 1.2e-38: .*; use a larger one, or 0"),
+        ("act=selu:1e30:-1e9", r"alpha\*gamma=-1e+39, .* at most 3.4e38"),
         ("act=leaky_relu:-1.1e-38", "must be of at least 1.2e-38"),
         ("bias=true", "write bias=1 for a layer with a bias, bias=0 without"),
     ],
