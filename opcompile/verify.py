@@ -35,6 +35,7 @@ from opcompile.bounds import (
     compare_all,
     compare_at,
     judge_nan,
+    rounded,
     sums_of,
 )
 from opcompile.errors import ArtifactError, CallError, EngineError, TargetError, VerificationError, first_line
@@ -638,7 +639,7 @@ def _ask_beyond_numbers(
     for inputs, values in _BEYOND_NUMBERS.items():
         x, w, b = (stored(spec.dtype, drawn) for drawn in _normal(spec, rng, batch))
         x.reshape(-1)[rng.integers(x.size, size=len(values))] = values
-        expected = reference(spec, x, w, b)
+        expected = rounded(spec.dtype, reference(spec, x, w, b))
         for name, y in _ours(artifact, x, (w, b if spec.bias else None), threads):
             yield Row(
                 inputs, "caller", batch, name, "reference", judge_nan(computed_in, y.astype(np.float64), expected)

@@ -224,6 +224,11 @@ def test_about_half_of_what_is_tiny_is_subnormal() -> None:
         assert 0.5 < (x < smallest).mean() < 0.8
 
 
+@pytest.mark.parametrize(("act", "dtype"), [("leaky_relu:3e38", "float32"), ("elu:1e38", "float16")])
+def test_what_is_beyond_the_format_of_y_is_infinite_beside_nan_too(act: str, dtype: str, tmp_path: Path) -> None:
+    assert report_on(replace(SPEC, activation=Activation.parse(act), dtype=dtype), tmp_path).passed
+
+
 def nan_becomes(number: float):
     return lambda call, y: np.where(np.isnan(y), number, y).astype(y.dtype) if np.isnan(call["x"]).any() else y
 
